@@ -1,0 +1,42 @@
+"""clip-batch: plan, embed, merge and search image-text data with CLIP, exactly once.
+
+Importing this package loads nothing heavy: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from clip_batch import errors
+from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, SearchConfig, ServeConfig, StorageConfig
+
+if TYPE_CHECKING:
+    from clip_batch.plan import make_plan
+    from clip_batch.stages.embed import embed
+    from clip_batch.stages.merge import merge
+    from clip_batch.stages.search import Searcher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EmbedConfig",
+    "MergeConfig",
+    "PlanConfig",
+    "SearchConfig",
+    "Searcher",
+    "ServeConfig",
+    "StorageConfig",
+    "embed",
+    "errors",
+    "make_plan",
+    "merge",
+]
+
+_HOME = {"make_plan": "plan", "embed": "stages.embed", "merge": "stages.merge", "Searcher": "stages.search"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'clip_batch' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"clip_batch.{_HOME[name]}"), name)

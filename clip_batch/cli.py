@@ -1,0 +1,346 @@
+"""The command line: `clip-batch COMMAND`. Each command is one function, imported when it is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
+
+from clip_batch.config import (
+    EmbedConfig,
+    MergeConfig,
+    PlanConfig,
+    SearchConfig,
+    ServeConfig,
+    StorageConfig,
+    TargetConfig,
+)
+from clip_batch.errors import ClipBatchError, ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """One instance of each section, filled from flags, environment and file."""
+
+    target: TargetConfig
+    storage: StorageConfig
+    plan: PlanConfig
+    embed: EmbedConfig
+    merge: MergeConfig
+    search: SearchConfig
+    serve: ServeConfig
+
+
+def plan(options: Options) -> int:
+    """Freeze the plan: which tars, in which partitions, by which encoder."""
+    from clip_batch.plan import make_plan
+
+    if not options.plan.input:
+        raise ConfigError("plan needs --input: paths, URLs, globs or brace patterns of tars")
+    made = make_plan(options.plan, _output(options), options.storage, _say)
+    shards = {piece.shard.url for partition in made.partitions for piece in partition.slices}
+    summary = {"partitions": len(made.partitions), "shards": len(shards), "encoder": made.encoder.fingerprint}
+    text = f"planned {len(shards):,} shards in {len(made.partitions):,} partitions: {options.target.output}"
+    _answer(options, summary, text)
+    return 0
+
+
+def embed(options: Options) -> int:
+    """Embed every uncommitted partition on this machine; with --input, plan first."""
+    from clip_batch.launch import local
+
+    if options.plan.input:
+        plan(replace(options, target=replace(options.target, json=False)))
+    workers = options.target.workers or (local.gpus() if options.embed.device in ("auto", "cuda") else 0)
+    if workers <= 1:
+        return _report(options, local.run_worker(_output(options), None, options.embed, options.storage))
+    return local.run_workers(_output(options), workers, options.embed, options.storage)
+
+
+def worker(options: Options) -> int:
+    """One worker: the partitions given, or those of its slot, that are not committed yet."""
+    from clip_batch.launch import local
+    from clip_batch.plan import load_plan
+    from clip_batch.stages.embed import slot_partitions
+    from clip_batch.store import Store
+    from clip_batch.types import parse_numbers
+
+    target = options.target
+    if bool(target.partitions) == (target.slot is not None):
+        raise ConfigError("worker needs either --partitions 0,3-5 or --slot I --slots N")
+    if target.partitions:
+        try:
+            numbers = parse_numbers(target.partitions)
+        except ValueError:
+            raise ConfigError(f"--partitions {target.partitions!r} is not understood: write it like 0,3-5") from None
+    else:
+        if target.slots is None or target.slot is None:
+            raise ConfigError("--slot needs --slots N, how many workers share the plan")
+        frozen = load_plan(Store(_output(options), options.storage.storage_options))
+        numbers = slot_partitions(frozen, target.slot, target.slots)
+    return _report(options, local.run_worker(_output(options), numbers, options.embed, options.storage))
+
+
+def _report(options: Options, outcomes: Sequence[Any]) -> int:
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    for outcome in failed:
+        print(f"partition {outcome.partition} failed: {outcome.error}", file=sys.stderr)
+    rows, bad = sum(outcome.rows for outcome in outcomes), sum(outcome.failed for outcome in outcomes)
+    text = f"{len(outcomes) - len(failed)} partitions done, {rows:,} samples embedded, {bad:,} listed as failed"
+    _answer(options, [asdict(outcome) for outcome in outcomes], text)
+    return 1 if failed else 0
+
+
+def status(options: Options) -> int:
+    """Done, failed, missing, rate, ETA, and the command that relaunches what is missing."""
+    from clip_batch.stages.status import describe, status
+    from clip_batch.store import Store
+
+    found = status(Store(_output(options), options.storage.storage_options))
+    _answer(options, found, describe(found))
+    return 0
+
+
+def verify(options: Options) -> int:
+    """Prove that OUT, or an index, is complete and sound; exit 1 and the names of what is not."""
+    from clip_batch.stages.verify import verify_index, verify_output
+    from clip_batch.store import Store
+
+    store_options = options.storage.storage_options
+    if options.target.index:
+        report = verify_index(Store(_index(options), store_options), options.target.deep)
+    else:
+        report = verify_output(Store(_output(options), store_options), options.target.deep, store_options)
+    for name, problem in report.problems.items():
+        print(f"{name}: {problem}", file=sys.stderr)
+    proof = "deep" if options.target.deep else "quick"
+    text = f"{report.checked - len(report.problems)} of {report.checked} sound ({proof}), {report.rows:,} rows"
+    text += f", {report.failed:,} listed as failed" if report.failed else ""
+    _answer(options, {"ok": report.ok, **asdict(report)}, text)
+    return 0 if report.ok else 1
+
+
+def repair(options: Options) -> int:
+    """Run again only what verify names."""
+    from clip_batch.launch import local
+    from clip_batch.stages.repair import repair
+    from clip_batch.stages.verify import verify_output
+    from clip_batch.store import Store
+
+    store_options = options.storage.storage_options
+    store = Store(_output(options), store_options)
+    numbers = repair(store, verify_output(store, options.target.deep, store_options).problems)
+    return _report(options, local.run_worker(_output(options), numbers, options.embed, options.storage))
+
+
+def gc(options: Options) -> int:
+    """Remove what no commit names."""
+    from clip_batch.stages.repair import gc
+    from clip_batch.store import Store
+
+    removed = gc(Store(_output(options), options.storage.storage_options), options.target.everything)
+    _answer(options, removed, f"{len(removed)} files removed")
+    return 0
+
+
+def merge(options: Options) -> int:
+    """Build sharded indices and metadata in index order, and measure their recall."""
+    from clip_batch.stages.merge import merge
+
+    manifest = merge(_output(options), _index(options), options.merge, options.storage, _say)
+    text = f"merged {manifest.rows:,} rows into {len(manifest.shards)} index shards: {options.target.index[0]}"
+    _answer(options, json.loads(manifest.to_json()), text)
+    return 0
+
+
+def search(options: Options) -> int:
+    """Search an index with a text, an image or a vector."""
+    from clip_batch.stages.search import Searcher, describe_hits
+
+    target = options.target
+    given = [value for value in (target.text, target.image, target.embedding) if value]
+    if len(given) != 1:
+        raise ConfigError("search needs one of --text, --image and --embedding")
+    with Searcher(_index(options), options.storage, config=options.search) as searcher:
+        hits = searcher.search(
+            _query(searcher, target), options.search.k, options.search.modality, options.search.effort
+        )[0]
+    _answer(options, [asdict(hit) for hit in hits], describe_hits(hits))
+    return 0
+
+
+def _query(searcher: Any, target: TargetConfig) -> Any:
+    import numpy as np
+
+    from clip_batch.store import read_url
+
+    if target.text:
+        return searcher.encode_text([target.text])
+    if target.image:
+        return searcher.encode_image(read_url(target.image, searcher.storage.storage_options))
+    try:
+        return np.load(target.embedding)
+    except ValueError as error:
+        raise ConfigError(f"--embedding {target.embedding} is no .npy file of numbers: {error}") from None
+
+
+def serve(options: Options) -> int:
+    """Serve indices over HTTP, with a web page."""
+    from clip_batch.serve.app import run
+
+    if not options.target.index:
+        raise ConfigError("serve needs --index INDEX, or several as NAME=INDEX")
+    run(options.target.index, options.serve, options.storage)
+    return 0
+
+
+def doctor(options: Options) -> int:
+    """Check this machine, the storage and the plan before a long run."""
+    from clip_batch.doctor import doctor
+
+    checks = doctor(options.target.output or None, options.storage)
+    marks = {True: "ok  ", False: "FAIL", None: "info"}
+    _answer(
+        options, [asdict(check) for check in checks], "\n".join(f"{marks[c.ok]} {c.name}: {c.message}" for c in checks)
+    )
+    return 1 if any(check.ok is False for check in checks) else 0
+
+
+def demo(options: Options) -> int:
+    """The whole line on embedded pictures with an embedded model: tars, plan, embed, merge, search."""
+    from clip_batch.demo.run import run
+
+    return run(options.target.folder, options.target.serve, options.serve)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's function, its sections' flags, and the fields of TargetConfig it takes."""
+
+    run: Callable[[Options], int]
+    fields: tuple[str, ...]
+    sections: tuple[type, ...] = ()
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(demo, ("serve",), (ServeConfig,)),
+    "plan": Command(plan, ("output", "json"), (PlanConfig,)),
+    "embed": Command(embed, ("output", "workers", "json"), (EmbedConfig, PlanConfig)),
+    "worker": Command(worker, ("output", "partitions", "slot", "slots", "json"), (EmbedConfig,)),
+    "status": Command(status, ("output", "json")),
+    "verify": Command(verify, ("output", "index", "deep", "json")),
+    "repair": Command(repair, ("output", "deep", "json"), (EmbedConfig,)),
+    "gc": Command(gc, ("output", "everything", "json")),
+    "merge": Command(merge, ("output", "index", "json"), (MergeConfig,)),
+    "search": Command(search, ("index", "text", "image", "embedding", "json"), (SearchConfig,)),
+    "serve": Command(serve, ("index",), (ServeConfig,)),
+    "doctor": Command(doctor, ("output", "json")),
+}
+
+
+def _output(options: Options) -> str:
+    if not options.target.output:
+        raise ConfigError("--output OUT is needed: the embeddings folder")
+    return options.target.output
+
+
+def _index(options: Options) -> str:
+    if len(options.target.index) != 1:
+        raise ConfigError("--index INDEX is needed, once: the index folder")
+    return options.target.index[0]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _answer(options: Options, value: Any, text: str) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False) if options.target.json else text, flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help lists the flags")
+
+
+def _parser(name: str, command: Command) -> _Parser:
+    from clip_batch import options
+
+    parser = _Parser(prog=f"clip-batch {name}", description=command.run.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; see configs/reference.yaml")
+    parser.add_argument("--debug", action="store_true", help="show a traceback where an error is raised")
+    if name == "demo":
+        parser.add_argument("folder", nargs="?", default=argparse.SUPPRESS, help=options.helps(TargetConfig)["folder"])
+    options.add_flags(parser, TargetConfig, command.fields)
+    for section in (*command.sections, StorageConfig):
+        options.add_flags(parser, section)
+    if name == "search":
+        parser.add_argument("-k", dest="k", default=argparse.SUPPRESS, help="short for --k")
+    return parser
+
+
+def _usage() -> str:
+    lines = ["usage: clip-batch COMMAND [--help] ...", "", (__doc__ or "").split("\n")[0], ""]
+    lines += [f"  {name:<9}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += ["", "Exit codes: 0 all committed; 1 something failed; 2 usage or configuration; 75 run again."]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from clip_batch import __version__
+
+        print(f"clip-batch {__version__}")
+        return 0
+    debug = "--debug" in arguments
+    try:
+        return _run(arguments[0], arguments[1:])
+    except ClipBatchError as error:
+        if debug:
+            raise
+        print(f"clip-batch {arguments[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if debug:
+            raise
+        print(f"clip-batch {arguments[0]}: {error} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        raise ConfigError(f"no such command; the commands are {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    flags = vars(_parser(name, command).parse_args(arguments))
+    from clip_batch import options
+
+    file = options.read_file(flags["config"]) if flags["config"] else {}
+    used = (TargetConfig, StorageConfig, *command.sections)
+
+    def fill(section: type) -> Any:
+        return options.gather(section, flags, file) if section in used else section()
+
+    filled = Options(
+        target=fill(TargetConfig),
+        storage=fill(StorageConfig),
+        plan=fill(PlanConfig),
+        embed=fill(EmbedConfig),
+        merge=fill(MergeConfig),
+        search=fill(SearchConfig),
+        serve=fill(ServeConfig),
+    )
+    return command.run(filled)

@@ -1,0 +1,175 @@
+"""Every option, declared once: one frozen dataclass per stage.
+
+Flags, YAML keys, environment names (CLIP_BATCH_<FIELD>), `--help`, configs/reference.yaml and
+docs/config.md all derive from these fields; a field's help is the string beneath it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """What a command works on and how it answers; each command takes those of these it needs."""
+
+    output: str = ""
+    """The embeddings folder OUT: a path or any URL that fsspec opens."""
+    index: list[str] = field(default_factory=list)
+    """The index folder INDEX; `serve` takes several, each as INDEX or NAME=INDEX."""
+    folder: str = "clip-batch-demo"
+    """Where `demo` writes."""
+    partitions: str = ""
+    """Partitions of one worker, such as 0,3-5."""
+    slot: int | None = None
+    """This worker's number among `slots`, from 0."""
+    slots: int | None = None
+    """How many workers share the plan; may change between launches."""
+    workers: int = 0
+    """Worker processes on this machine; 0: one a GPU, or one."""
+    text: str = ""
+    """A text to search for."""
+    image: str = ""
+    """An image file to search for."""
+    embedding: str = ""
+    """A .npy file of one vector to search for."""
+    deep: bool = False
+    """Read every byte, and the input again."""
+    everything: bool = False
+    """Of `gc`: remove uncommitted files of unfinished partitions too; no worker may be running."""
+    serve: bool = True
+    """Of `demo`: go on to serve the index with its web page."""
+    json: bool = False
+    """Answer in JSON on standard output."""
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How stores are opened; every command takes these."""
+
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """Options for fsspec, as JSON: applied to every remote URL. Never written to plan or logs."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Freeze what is to be embedded, by which encoder, in which partitions."""
+
+    input: list[str] = field(default_factory=list)
+    """Tars: paths, URLs, globs, brace patterns ({000..999}), @FILE lists; or folders."""
+    format: Literal["tar", "files"] = "tar"
+    """tar: webdataset tars; files: folder trees of images with .txt and .json beside them."""
+    model: str = "ViT-B-32"
+    """Any open_clip model name, `hf-hub:...` or `local-dir:...`; `demo`; `fake:DIM` for tests."""
+    pretrained: str = ""
+    """open_clip's tag of pretrained weights, or the path of a checkpoint."""
+    preprocess: Literal["exact"] = "exact"
+    """exact: the model's own transform, bit for bit."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of the model's weights and of its arithmetic."""
+    partition_bytes: str = "4GB"
+    """Target size of a partition's tars; a larger tar is split at sample boundaries."""
+    partition_samples: int | None = None
+    """Target samples of a partition, instead of bytes."""
+    partitions: int | None = None
+    """Number of partitions, instead of a target size."""
+    image_extensions: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
+    """Extensions of image members, in any case; where a sample has several, the first listed is taken."""
+    caption_extensions: list[str] = field(default_factory=lambda: ["txt"])
+    """Extensions of caption members, likewise."""
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Embed what the plan has and no commit has yet."""
+
+    batch_size: int = 0
+    """Images a forward pass; 0: 256 on a GPU, 32 on a CPU."""
+    threads: int = 0
+    """Decoding threads of a worker; 0: the cores it may use, shared among local workers."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    max_pixels: int = 178_956_970
+    """Images with more pixels are refused before they are decoded (Pillow's own limit)."""
+    max_bad_share: float = 1.0
+    """A partition fails when more than this share of its samples fails; 1.0: never."""
+    broken_shard: Literal["record", "fail"] = "record"
+    """A shard that is not a readable tar: record it among the failures, or fail its partition."""
+    compression: Literal["zstd", "snappy", "none"] = "zstd"
+    """Of the metadata Parquet files."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Build sharded indices and Arrow metadata in index order."""
+
+    modalities: list[Literal["image", "text"]] = field(default_factory=lambda: ["image", "text"])
+    """Which indices to build; both share rows and metadata."""
+    shard_rows: int = 5_000_000
+    """Rows of an index shard at the most: it sets the memory of a merge task."""
+    index_key: str = "auto"
+    """faiss factory string; auto: Flat for small sets, else autofaiss's choice for max_memory."""
+    max_memory: str = "8GB"
+    """Memory that the whole index may take when served: what autofaiss chooses by."""
+    flat_rows: int = 50_000
+    """Up to this many rows, auto means Flat (exact)."""
+    train_rows: int = 0
+    """Rows drawn from all partitions to train on; 0: 64 a list, at least 10,000."""
+    queries: int = 1000
+    """Held-out queries that recall is measured with."""
+    recall_target: float = 0.95
+    """recall@10 that search parameters are tuned for."""
+    allow_partial: bool = False
+    """Merge though partitions are missing; the manifest records which."""
+    seed: int = 0
+    """Of every random draw."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Search an index from the shell, in process."""
+
+    k: int = 10
+    """Hits."""
+    modality: Literal["image", "text"] = "image"
+    """Which index is searched."""
+    effort: int | None = None
+    """nprobe or efSearch; default: what merge tuned."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N, for the query's encoder."""
+    model: str = ""
+    """Where the encoder lies on this machine, if not where it was planned; its weights must match."""
+    pretrained: str = ""
+    """Likewise."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve indices over HTTP, with a web page."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless you say otherwise."""
+    port: int = 1234
+    """Port to listen on (clip-retrieval's default)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    max_k: int = 10_000
+    """Hits a request may ask for."""
+    max_body: str = "20MB"
+    """Size of a request."""
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Parse a size such as "4GB", "512MiB" or "1000" into bytes; ConfigError on anything else."""
+    import re
+
+    from clip_batch.errors import ConfigError
+
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not found or found[2] not in _UNITS:
+        raise ConfigError(f"size {text!r} is not understood: write it like 4GB, 512MiB or 1000000")
+    return int(float(found[1]) * _UNITS[found[2]])

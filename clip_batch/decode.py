@@ -1,0 +1,91 @@
+"""Bytes to what an encoder takes: images, captions, JSON. Each bad input has its rule here."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# Our own check of the header counts pixels; Pillow's would refuse what `max_pixels` allows.
+Image.MAX_IMAGE_PIXELS = None
+# Pillow warns of corrupt EXIF and the like, image by image; what decodes is embedded.
+warnings.filterwarnings("ignore", module="PIL")
+
+MAX_ASPECT = 1000
+"""Longer to shorter side: a transform that resizes the shorter one would make gigabytes of more."""
+
+
+class DecodeError(Exception):
+    """An image that cannot be used: `reason` is one of SAMPLE_REASONS."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
+def open_image(data: bytes | memoryview, max_pixels: int) -> Image.Image:
+    """Decode an image fully, as the model's own transform takes it; DecodeError if that cannot be.
+
+    Pixels are counted from the header, before decoding. The first frame of an animation is taken.
+    EXIF rotation is not applied, as open_clip does not. Greyscale of more than 8 bits is scaled to
+    8: a plain conversion to RGB would clip it to white.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DecodeError("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels}")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise DecodeError("extreme_aspect", f"{width} x {height}: sides differ more than {MAX_ASPECT}-fold")
+        image.load()
+        return _eight_bits(image)
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow raises nearly everything on hostile bytes
+        words = " ".join(str(error).split())[:200]
+        raise DecodeError("undecodable_image", f"{type(error).__name__}: {words}") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _scaled(image, 65535.0)
+    return _scaled(image, 1.0) if image.mode == "F" else image
+
+
+def _scaled(image: Image.Image, white: float) -> Image.Image:
+    """8-bit greyscale of which `white` is 255; what lies outside is clipped."""
+    values = np.asarray(image, dtype=np.float64) * (255.0 / white)
+    return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).round().astype(np.uint8))
+
+
+def decode_caption(raw: bytes | None) -> tuple[str | None, list[str]]:
+    """A caption and the names of what was mended; None for an absent or blank one."""
+    if raw is None:
+        return None, ["missing_caption"]
+    try:
+        text, mended = raw.decode("utf-8-sig"), []
+    except UnicodeDecodeError:
+        text, mended = raw.decode("utf-8-sig", "replace"), ["bad_utf8"]
+    text = text.strip()
+    return (text, mended) if text else (None, [*mended, "missing_caption"])
+
+
+def decode_json(raw: bytes | None) -> tuple[dict[str, Any], list[str]]:
+    """A side-car's fields and the names of what was mended.
+
+    What is no JSON object is kept as text under "_raw". NaN and infinities, which JSON does not
+    know but Python writes, become null.
+    """
+    if raw is None:
+        return {}, []
+    try:
+        found = json.loads(raw, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        return found, []
+    return {"_raw": raw.decode("utf-8", "replace")}, ["bad_json"]

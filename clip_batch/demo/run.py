@@ -1,0 +1,66 @@
+"""`clip-batch demo`: the straight line of the product on embedded data, each step with its command."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, ServeConfig, StorageConfig
+from clip_batch.demo import data
+from clip_batch.launch.local import run_worker
+from clip_batch.plan import make_plan
+from clip_batch.stages.merge import merge
+from clip_batch.stages.search import Searcher, describe_hits
+
+QUERIES = ("red apple", "a cat laughing", "flag of Brazil", "火车", "下雨的云")
+"""Two English, two Chinese, and a country: what the demo prints hits for."""
+
+
+def run(folder: str, serve: bool, config: ServeConfig) -> int:
+    """Write tars, plan, embed, merge and search in `folder`; then serve. Safe to run again."""
+    output, index = os.path.join(folder, "embeddings"), os.path.join(folder, "index")
+    storage = StorageConfig()
+
+    _step("tars", f"1,911 captioned pictures in {folder}/tars")
+    tars = os.path.join(folder, "tars")
+    if not os.path.isdir(tars):
+        data.write_tars(tars)
+
+    _step("plan", f"clip-batch plan --input {tars} --model demo --partition-samples 400 --output {output}")
+    make_plan(PlanConfig(input=[tars], model="demo", partition_samples=400), output, storage)
+
+    _step("embed", f"clip-batch embed --output {output}")
+    outcomes = run_worker(output, None, EmbedConfig(), storage)
+    if any(outcome.state == "failed" for outcome in outcomes):
+        print(f"some partitions failed: clip-batch status --output {output}")
+        return 1
+
+    _step("merge", f"clip-batch merge --output {output} --index {index} --shard-rows 500")
+    manifest = merge(output, index, MergeConfig(shard_rows=500), storage)
+    print(f"{manifest.rows:,} rows in {len(manifest.shards)} index shards")
+
+    searcher = Searcher(index, storage)
+    searcher.encode_text(["warm up"])
+    for query in QUERIES:
+        _step("search", f"clip-batch search --index {index} --text {query!r}")
+        started = time.perf_counter()
+        hits = searcher.search(searcher.encode_text([query]), 5)[0]
+        took = time.perf_counter() - started
+        print(f"{describe_hits(hits)}\n{took * 1000:.0f} ms")
+    picture = data.load().slice(0, 1).to_pylist()[0]
+    path = os.path.join(folder, "query.jpg")
+    with open(path, "wb") as file:
+        file.write(picture["image"])
+    _step("search", f"clip-batch search --index {index} --image {path}    ({picture['name_en']})")
+    print(describe_hits(searcher.search(searcher.encode_image(picture["image"]), 5)[0]))
+
+    print(f"\nGo on: clip-batch verify --output {output} --deep\n       clip-batch serve --index {index}")
+    if serve:
+        from clip_batch.serve.app import run as run_server
+
+        run_server([index], config, storage)
+    return 0
+
+
+def _step(name: str, text: str) -> None:
+    print(f"\n== {name}: {text}", flush=True)

@@ -1,0 +1,248 @@
+"""Preflight: is this machine, the storage and the plan fit for a long run? A report, no change.
+
+All it writes is one folder `.doctor-<random>` under OUT/_clip_batch, which it removes again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from clip_batch.config import StorageConfig
+from clip_batch.errors import ClipBatchError, PlanError
+from clip_batch.store import Store, filesystem
+
+TESTED = {
+    "numpy": ("1.26", "2"),
+    "pyarrow": ("25", "26"),
+    "fsspec": ("2026", "2027"),
+    "torch": ("2.15", "3"),
+    "open_clip_torch": ("3.3", "4"),
+    "faiss-cpu": ("1.15", "2"),
+    "autofaiss": ("2.18", "3"),
+    "pillow": ("13", "14"),
+}
+"""Package -> (from, below): the line of versions that the tests run with; others may well do."""
+
+RACERS = 8
+"""Threads that try to create one name at once."""
+
+MOST_SKEW = 60.0
+"""Seconds that this clock may differ from the store's."""
+
+LEAST_DISK = 10 * 2**30
+"""Free bytes on a local OUT below which a long run is doubtful."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; `ok` None where it is information or a warning, not a fault."""
+
+    name: str
+    ok: bool | None
+    message: str
+
+
+def doctor(output: str | None, storage: StorageConfig = StorageConfig()) -> list[Check]:
+    """All checks of this machine and, where `output` is given, of its storage, plan and weights."""
+    found: list[Check] = []
+    for check in (_python, _packages, _machine, _gpu, _tools):
+        found += _run(check.__name__.strip("_"), check)
+    if output is not None:
+        found += _run("storage", lambda: _storage(Store(output, storage.storage_options)))
+        found += _run("plan", lambda: _plan(Store(output, storage.storage_options)))
+    return found
+
+
+def _run(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """The results of a check; one that breaks is a finding itself, and the others still run."""
+    try:
+        yield from check()
+    except Exception as error:  # whatever a store or a driver raises
+        yield Check(name, False, f"{_line(error)}: mend what it names")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _python() -> Iterator[Check]:
+    found = ".".join(map(str, sys.version_info[:3]))
+    fits = sys.version_info >= (3, 11)
+    yield Check(
+        "python", fits, found if fits else f"{found} is too old: make the environment with Python 3.11 or newer"
+    )
+
+
+def _packages() -> Iterator[Check]:
+    for name, (least, below) in TESTED.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(name, False, f"not installed: pip install '{name}>={least},<{below}'")
+            continue
+        tested = _numbers(least) <= _numbers(found) < _numbers(below)
+        mend = f"{found} is not what is tested; if something fails: pip install '{name}>={least},<{below}'"
+        yield Check(name, True if tested else None, found if tested else mend)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _machine() -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield Check("cpu", None, f"{cores} cores may be used")
+    if memory < 4 * 2**30:
+        yield Check("memory", False, f"{memory / 2**30:.1f} GiB is little: give the job 4 GiB or more")
+    else:
+        yield Check("memory", True, f"{memory / 2**30:.1f} GiB")
+
+
+def _gpu() -> Iterator[Check]:
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        yield Check("gpu", True, f"{len(names)} visible: {', '.join(sorted(set(names)))}")
+    elif os.path.exists("/dev/nvidiactl"):
+        yield Check("gpu", False, f"the machine has one but torch {torch.__version__} sees none: install a CUDA build")
+    else:
+        yield Check("gpu", None, "none visible: --device auto takes the CPU")
+
+
+def _tools() -> Iterator[Check]:
+    for tool, needed in (("java", "submit spark"), ("sbatch", "submit slurm")):
+        path = shutil.which(tool)
+        yield Check(tool, None, path or f"not on PATH: only `{needed}` needs it")
+
+
+def _storage(store: Store) -> Iterator[Check]:
+    """Tries what commits rest on: one creator wins, what was written is read, what is removed is gone."""
+    if (free := store.free_space()) is not None:
+        enough = free >= LEAST_DISK
+        mend = "" if enough else f", under {LEAST_DISK / 2**30:.0f}: make room, or name another --output"
+        yield Check("disk", enough, f"{free / 2**30:.0f} GiB free{mend}")
+    missing = _missing_folders(store)
+    folder = f"_clip_batch/.doctor-{secrets.token_hex(8)}"
+    race = f"{folder}/race"
+    try:
+        started = time.time()
+        with ThreadPoolExecutor(RACERS) as pool:
+            won = list(pool.map(lambda racer: store.create(race, b"%d" % racer), range(RACERS)))
+        finished = time.time()
+        yield _race(store, sum(won))
+        yield _read_back(store, race, won)
+        if (changed := _modified(store, race)) is not None:
+            yield _clock(changed, started, finished)
+        store.remove(race)
+        gone = not store.exists(race)
+        yield Check(
+            "removal", gone, "works" if gone else f"{store.display(race)} is still there: allow deleting in {store.url}"
+        )
+    finally:
+        _clean(store, race, missing)
+
+
+def _race(store: Store, winners: int) -> Check:
+    if winners == 1:
+        return Check("put-if-absent", True, f"1 of {RACERS} racing creators won")
+    mend = "two workers could commit one partition; use a store that honours create-if-absent"
+    return Check("put-if-absent", False, f"{winners} of {RACERS} racing creators won at {store.url}: {mend}")
+
+
+def _read_back(store: Store, name: str, won: list[bool]) -> Check:
+    found, folder = store.read(name), name.rpartition("/")[0]
+    fine = found in [b"%d" % racer for racer, winner in enumerate(won) if winner] and store.list(folder) == ["race"]
+    mend = "another file came back than was written; switch caches in front of the store off"
+    return Check("read-after-write", fine, "works" if fine else f"{store.display(name)}: {mend}")
+
+
+def _modified(store: Store, name: str) -> float | None:
+    """The store's own time of a file's last change, in Unix seconds; None where it does not tell."""
+    if store.local:
+        return os.path.getmtime(store.path(name))
+    fs, path = filesystem(store.display(name), store.options)
+    with contextlib.suppress(Exception):  # an optional part of fsspec
+        return float(fs.modified(path).timestamp())
+    return None
+
+
+def _clock(changed: float, started: float, finished: float) -> Check:
+    skew = max(started - changed, changed - finished, 0.0)
+    if skew <= MOST_SKEW:
+        return Check("clock", True, f"within {max(skew, 1):.0f} s of the store's")
+    return Check("clock", None, f"{skew:.0f} s off the store's: start NTP here, else times in `status` mislead")
+
+
+def _missing_folders(store: Store) -> list[str]:
+    """Local folders of OUT that are not there yet, innermost first."""
+    missing, path = [], store.path("_clip_batch")
+    while store.local and not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
+
+
+def _clean(store: Store, name: str, made: list[str]) -> None:
+    """Remove the file, and the local folders that were made for it and are empty."""
+    with contextlib.suppress(Exception):
+        store.remove(name)
+    if store.local:
+        for path in [os.path.dirname(store.path(name)), *made]:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+
+
+def _plan(store: Store) -> Iterator[Check]:
+    from clip_batch import encoders
+    from clip_batch.plan import load_plan
+
+    try:
+        plan = load_plan(store)
+    except PlanError as error:
+        yield Check("plan", None, str(error))
+        return
+    except ClipBatchError as error:
+        yield Check("plan", False, str(error))
+        return
+    yield Check("plan", True, f"{len(plan.partitions):,} partitions, digest {plan.digest[:12]}")
+    spec = plan.encoder
+    try:
+        with _offline():
+            found: Any = encoders.resolve(spec.model, spec.pretrained, spec.preprocess, spec.precision)
+    except ClipBatchError as error:
+        yield Check("weights", False, f"not on this machine: {error}")
+        return
+    fits = found.weights == spec.weights
+    mend = f"{spec.model} has {found.weights[:12]} here, planned were {spec.weights[:12]}: put the planned weights back"
+    yield Check("weights", fits, f"{spec.model} is what was planned ({spec.weights[:12]})" if fits else mend)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Weights must lie here already: workers often have no network."""
+    name = "HF_HUB_OFFLINE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

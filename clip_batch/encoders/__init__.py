@@ -1,0 +1,89 @@
+"""Encoders: what turns images and captions into unit vectors, behind one narrow protocol.
+
+`resolve` finds a model's identity (without loading it where its files are local); `load` loads it
+and checks that it is the planned one. A new family is one module with those two functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from clip_batch.errors import EncoderError
+from clip_batch.types import EncoderSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL.Image import Image
+
+    Array = npt.NDArray[np.float32]
+
+
+class Encoder(Protocol):
+    """Images and texts to vectors of one space. `preprocess` is called from many threads at once."""
+
+    dim: int
+
+    def preprocess(self, image: Image) -> Array:
+        """One image to float32 (3, height, width), as the model wants it."""
+
+    def encode_images(self, batch: Array) -> Array:
+        """float32 (n, 3, height, width) to float32 (n, dim), unit norm."""
+
+    def encode_texts(self, texts: Sequence[str]) -> Array:
+        """n texts to float32 (n, dim), unit norm."""
+
+
+def _family(model: str) -> Any:
+    if model.startswith("fake:"):
+        from clip_batch.encoders import fake
+
+        return fake
+    from clip_batch.encoders import open_clip
+
+    return open_clip
+
+
+def resolve(model: str, pretrained: str = "", preprocess: str = "exact", precision: str = "fp32") -> EncoderSpec:
+    """The identity of an encoder; EncoderError if its weights cannot be found."""
+    if model == "demo":
+        from clip_batch.demo.data import model_path
+
+        model, pretrained = f"local-dir:{model_path()}", ""
+    model, pretrained = _absolute(model), _absolute(pretrained)
+    weights = _family(model).weights_digest(model, pretrained)
+    return EncoderSpec(model, pretrained, weights, preprocess, precision)
+
+
+def load(spec: EncoderSpec, device: str = "auto") -> Encoder:
+    """Load an encoder; EncoderError if its weights are not those of the spec.
+
+    `device` is auto (cuda where there is one), cpu, cuda or cuda:N.
+    """
+    found = _family(spec.model).weights_digest(spec.model, spec.pretrained)
+    if found != spec.weights:
+        raise EncoderError(
+            f"the weights of {spec.model} {spec.pretrained} are {found[:12]}, planned were {spec.weights[:12]}: "
+            "put the planned weights back, or plan into another --output"
+        )
+    encoder: Encoder = _family(spec.model).load(spec, device)
+    return encoder
+
+
+def pick_device(device: str) -> str:
+    """`auto` resolved: cuda where torch sees one, else cpu."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _absolute(name: str) -> str:
+    """Paths in a plan hold wherever it is read; other names stay as they are."""
+    import os
+
+    if name.startswith("local-dir:"):
+        return "local-dir:" + os.path.abspath(name.removeprefix("local-dir:"))
+    return os.path.abspath(name) if os.path.isfile(name) else name

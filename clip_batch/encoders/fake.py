@@ -1,0 +1,63 @@
+"""`fake:DIM`: an encoder without weights or torch, for tests and dry runs.
+
+An image is its 8 x 8 thumbnail, a text the hash of its words, both through fixed random projections:
+equal inputs meet, different ones do not, and it needs a few microseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clip_batch.errors import EncoderError
+from clip_batch.types import EncoderSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from clip_batch.encoders import Array
+
+_SIDE = 8
+
+
+def weights_digest(model: str, pretrained: str) -> str:
+    """The identity of a fake is its name."""
+    if not model.removeprefix("fake:").isdigit():
+        raise EncoderError(f"model {model!r} is not understood: write fake:DIM, such as fake:64")
+    return hashlib.sha256(model.encode()).hexdigest()
+
+
+def load(spec: EncoderSpec, device: str) -> FakeEncoder:
+    """`device` is ignored."""
+    return FakeEncoder(int(spec.model.removeprefix("fake:")))
+
+
+class FakeEncoder:
+    """See the module."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._projection = np.random.default_rng(0).standard_normal((3 * _SIDE * _SIDE, dim), dtype=np.float32)
+
+    def preprocess(self, image: Image) -> Array:
+        pixels = np.asarray(image.convert("RGB").resize((_SIDE, _SIDE)), dtype=np.float32)
+        return pixels.transpose(2, 0, 1) / 127.5 - 1 + 1e-3
+
+    def encode_images(self, batch: Array) -> Array:
+        return _unit(batch.reshape(len(batch), -1) @ self._projection)
+
+    def encode_texts(self, texts: Sequence[str]) -> Array:
+        rows = np.zeros((len(texts), self.dim), np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.lower().split() or [""]:
+                seed = int.from_bytes(hashlib.sha256(word.encode(errors="replace")).digest()[:8], "little")
+                row += np.random.default_rng(seed).standard_normal(self.dim, dtype=np.float32)
+        return _unit(rows)
+
+
+def _unit(rows: Array) -> Array:
+    unit: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit

@@ -1,0 +1,150 @@
+"""Any open_clip model: built-in name with a tag or a checkpoint, `hf-hub:...` or `local-dir:...`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from clip_batch.errors import EncoderError
+from clip_batch.store import file_digest
+from clip_batch.types import EncoderSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from clip_batch.encoders import Array
+
+_PLAIN_PREPROCESSING = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+"""OpenAI's constants, which open_clip takes where a tag says nothing."""
+
+
+def weights_digest(model: str, pretrained: str) -> str:
+    """sha256 over all that decides a vector: weights, configuration, tokenizer, tag's preprocessing.
+
+    Local files are hashed without loading torch; a tag or a hub name is downloaded into the Hugging
+    Face cache first, so planning also fetches the weights, once, for every worker.
+    """
+    if model.startswith("local-dir:"):
+        return _folder_digest(model.removeprefix("local-dir:"))
+    if pretrained and os.path.isfile(pretrained):
+        return _combine([model.replace("/", "-"), file_digest(pretrained)])
+    try:
+        if model.startswith("hf-hub:"):
+            return _hub_digest(model.removeprefix("hf-hub:"))
+        return _tag_digest(model.replace("/", "-"), pretrained)
+    except EncoderError:
+        raise
+    except Exception as error:
+        raise EncoderError(
+            f"weights of {model} {pretrained} cannot be had: {_line(error)}; with no network, "
+            "name a checkpoint's path as --pretrained, or --model local-dir:FOLDER"
+        ) from None
+
+
+def _folder_digest(folder: str) -> str:
+    if not os.path.isfile(os.path.join(folder, "open_clip_config.json")):
+        raise EncoderError(f"no open_clip_config.json in {folder}: name a folder that open_clip saved")
+    names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
+    parts = [f"{name} {file_digest(os.path.join(folder, name))}" for name in names if not name.endswith(".md")]
+    return _combine(parts)
+
+
+def _hub_digest(name: str) -> str:
+    from huggingface_hub import hf_hub_download
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    config = hf_hub_download(name, "open_clip_config.json")
+    return _combine([file_digest(config), file_digest(download_pretrained_from_hf(name))])
+
+
+def _tag_digest(model: str, tag: str) -> str:
+    import open_clip
+
+    if model not in open_clip.list_models():
+        raise EncoderError(f"open_clip has no model {model!r}; open_clip.list_models() lists the names")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    settings = open_clip.get_pretrained_cfg(model, tag) if tag else None
+    if not settings:
+        what = f"{tag!r} is neither a file nor a tag of {model}" if tag else f"model {model} needs weights"
+        raise EncoderError(f"{what}: give --pretrained a checkpoint's path or one of {', '.join(tags) or '(none)'}")
+    own = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in settings.items()
+        if value and name not in ("url", "hf_hub")
+    }
+    own = {name: value for name, value in own.items() if _PLAIN_PREPROCESSING.get(name) != value}
+    parts = [model, file_digest(open_clip.download_pretrained(settings))]
+    return _combine([*parts, json.dumps(own, sort_keys=True)] if own else parts)
+
+
+def _combine(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def load(spec: EncoderSpec, device: str) -> OpenClipEncoder:
+    """Load the model onto a device; EncoderError if it cannot be."""
+    from clip_batch.encoders import pick_device
+
+    device = pick_device(device)
+    logging.getLogger("open_clip").setLevel(logging.ERROR)
+    import open_clip
+
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            spec.model, pretrained=spec.pretrained or None, precision=spec.precision, device=device
+        )
+        tokenizer = open_clip.get_tokenizer(spec.model)
+    except Exception as error:
+        raise EncoderError(f"open_clip cannot load {spec.model} {spec.pretrained}: {_line(error)}") from None
+    return OpenClipEncoder(model.eval(), transform, tokenizer, device)
+
+
+class OpenClipEncoder:
+    """An open_clip model with its own transform and tokenizer, used as they are."""
+
+    def __init__(self, model: Any, transform: Any, tokenizer: Any, device: str) -> None:
+        import torch
+
+        self._model, self._transform, self._tokenizer = model, transform, tokenizer
+        self._device = torch.device(device)
+        self._dtype = next(model.parameters()).dtype
+        self.dim = int(self.encode_texts(["a"]).shape[1])
+
+    def preprocess(self, image: Image) -> Array:
+        pixels: Array = self._transform(image).numpy()
+        return pixels
+
+    def encode_images(self, batch: Array) -> Array:
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.from_numpy(batch).to(self._device, self._dtype)
+            return self._host(self._model.encode_image(pixels))
+
+    def encode_texts(self, texts: Sequence[str]) -> Array:
+        import torch
+
+        with torch.inference_mode():
+            tokens = self._tokenizer(list(texts)).to(self._device)
+            return self._host(self._model.encode_text(tokens))
+
+    @staticmethod
+    def _host(rows: Any) -> Array:
+        """Unit norm in float32, whatever the model computes in."""
+        import torch
+
+        array: Array = torch.nn.functional.normalize(rows.float(), dim=-1).cpu().numpy()
+        return array

@@ -1,0 +1,381 @@
+"""SPECs to shards: what `--input` names, with sizes, versions and counts, in a fixed order.
+
+A SPEC is a path or URL of a tar, a folder, a glob (`*`, `?`, `[..]`, `**`), a brace pattern
+(`{000..999}`, `{a,b}`, nested), or a list of SPECs (`@FILE`, `FILE.txt`, `FILE.list`). Shards come in
+the order of the SPECs, a brace pattern's in its own, a glob's and a folder's sorted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+from clip_batch.errors import ConfigError, InputError
+from clip_batch.store import Store, absolute, filesystem, is_local
+from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Plan, Sample, Shard, Slice
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+"""What a folder is searched for."""
+
+SIDE_CARS = ("_stats.json", ".parquet")
+"""What img2dataset writes beside NAME.tar: a glob passes over these, and counts come from them."""
+
+THREADS = 32
+"""Requests in flight: a stat or HEAD waits, it does not work."""
+
+CHEAP_COUNTS = 100_000
+"""Up to this many local tars, side-cars are read though no one asked for counts (20 us each)."""
+
+SCHEMA_SHARDS, SCHEMA_SAMPLES = 32, 20
+"""How many shards, and samples of each, the JSON schema is inferred from."""
+
+_SCHEMA_BYTES = 8 * 2**20
+_MOST_FIELDS = 256
+_TAKEN = {*KEY_COLUMNS, EXTRA_COLUMN, "partition", "row"}
+_LONGEST_RANGE = 10_000_000
+_ETAGS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "modification_time", "created")
+
+T = TypeVar("T")
+R = TypeVar("R")
+Options = dict[str, Any]
+
+
+class Entry(NamedTuple):
+    """What a store says of one name."""
+
+    url: str
+    size: int | None
+    etag: str | None
+    folder: bool
+
+
+def expand_inputs(specs: Sequence[str], format: str = "tar", options: Options | None = None) -> list[Shard]:
+    """Shards named by SPECs: tars, or (format "files") folders, each once.
+
+    InputError names what is missing, matches nothing, or is named twice; ConfigError: no SPEC.
+    """
+    if not specs:
+        raise ConfigError("no input: name tars or folders with --input SPEC")
+    shards = [
+        shard for spec in _read_lists(specs, options) for shard in _expand_spec(spec, format == "files", options or {})
+    ]
+    if len({shard.url for shard in shards}) < len(shards):
+        twice = [url for url, times in Counter(shard.url for shard in shards).items() if times > 1]
+        raise InputError(f"named more than once: {some(twice)}; name each input once")
+    return shards
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """bash's brace expansion: comma lists and ranges of whole numbers, nested; leftmost slowest.
+
+    A bound with a leading zero pads all numbers to the longer bound, `{8..0..2}` steps, and a brace
+    that opens neither a list nor a range, or never closes, stands for itself.
+    """
+    for start, character in enumerate(pattern):
+        if character == "{" and (group := _group(pattern, start)):
+            parts, end = group
+            if len(parts) > 1:
+                middles = [middle for part in parts for middle in expand_braces(part)]
+            else:
+                middles = _numbers(parts[0]) or [f"{{{middle}}}" for middle in expand_braces(parts[0])]
+            tails = expand_braces(pattern[end + 1 :])
+            return [pattern[:start] + middle + tail for middle in middles for tail in tails]
+    return [pattern]
+
+
+def _group(pattern: str, start: int) -> tuple[list[str], int] | None:
+    """The alternatives of the group that opens at `start`, and where it closes; None if it does not."""
+    depth, begin = 0, start + 1
+    parts: list[str] = []
+    for at in range(start, len(pattern)):
+        if pattern[at] == "{":
+            depth += 1
+        elif pattern[at] == "}":
+            depth -= 1
+            if not depth:
+                return [*parts, pattern[begin:at]], at
+        elif pattern[at] == "," and depth == 1:
+            parts.append(pattern[begin:at])
+            begin = at + 1
+    return None
+
+
+def _numbers(text: str) -> list[str]:
+    """`000..999` or `0..8..2` as padded numbers; [] for anything else."""
+    found = re.fullmatch(r"([0-9]+)\.\.([0-9]+)(?:\.\.([0-9]+))?", text)
+    if not found:
+        return []
+    first, last, step = int(found[1]), int(found[2]), int(found[3] or 1) or 1
+    if abs(last - first) // step >= _LONGEST_RANGE:
+        raise InputError(f"{{{text}}} names over {_LONGEST_RANGE:,} inputs: mend the range, or plan several outputs")
+    padded = any(bound.startswith("0") and len(bound) > 1 for bound in (found[1], found[2]))
+    width = max(len(found[1]), len(found[2])) if padded else 0
+    numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    return [f"{number:0{width}d}" for number in numbers] if width else [str(number) for number in numbers]
+
+
+def _read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
+    """SPECs with each list file replaced by its lines; lists do not nest."""
+    for spec in specs:
+        if not (spec.startswith("@") or spec.endswith((".txt", ".list"))):
+            yield spec
+            continue
+        folder, _, name = absolute(spec.removeprefix("@")).rpartition("/")
+        try:
+            text = Store(folder or "/", options).read(name).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"list {spec} cannot be read: {error}; name a text file with one SPEC a line") from None
+        lines = [line.strip() for line in text.splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise InputError(f"list {spec} names no input: write one SPEC a line")
+        yield from found
+
+
+def _expand_spec(spec: str, folders: bool, options: Options) -> list[Shard]:
+    if spec.startswith("pipe:"):
+        raise InputError(f"{spec}: pipes have no size or version to freeze in a plan; name files or URLs")
+    names = [absolute(name) for name in expand_braces(spec)]
+    if not any(map(_is_glob, names)):
+        return _shards(_look(names, options), folders, options)
+    shards = []
+    for name in names:
+        entries = _glob(name, folders, options) if _is_glob(name) else _look([name], options)
+        shards += _shards(entries, folders, options)
+    return shards
+
+
+def _is_glob(name: str) -> bool:
+    """A local name that exists is no glob, whatever its characters; in http(s), `?` starts a query."""
+    if name.startswith(("http://", "https://")):
+        return "*" in name
+    return any(character in name for character in "*?[") and not (is_local(name) and os.path.exists(name))
+
+
+def _shards(entries: Iterable[Entry], folders: bool, options: Options) -> list[Shard]:
+    shards: list[Shard] = []
+    for url, size, etag, folder in entries:
+        if folders and not folder:
+            raise InputError(f"{url} is a file: --format files takes folders (for tars: --format tar)")
+        if folder and not folders:
+            shards += [Shard(*entry[:3]) for entry in _tars_under(url, options)]
+        else:
+            shards.append(Shard(url) if folder else Shard(url, size, etag))
+    return shards
+
+
+def _look(names: Sequence[str], options: Options) -> Iterable[Entry]:
+    """Entries of exact names, in order; InputError names all that are missing."""
+    missing: list[str] = []
+    entries = _threaded(_stat if is_local(names[0]) else _info(names[0], options), names)
+    for name, entry in zip(names, entries, strict=True):
+        if entry is None:
+            missing.append(name)
+        elif not missing:
+            yield entry
+    if missing:
+        raise InputError(f"{len(missing)} of {len(names)} inputs missing: {some(missing)}; mend the SPEC or the files")
+
+
+def _stat(path: str) -> Entry | None:
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; mend its permissions or the disk") from None
+    return Entry(path, found.st_size, f"{found.st_mtime_ns:x}", stat.S_ISDIR(found.st_mode))
+
+
+def _info(example: str, options: Options) -> Callable[[str], Entry | None]:
+    fs, _ = filesystem(example, options)
+
+    def info(url: str) -> Entry | None:
+        try:
+            return _entry(url, fs.info(fs._strip_protocol(url)))
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # each store has errors of its own
+            raise InputError(f"{url} cannot be read: {error}; mend the URL or --storage_options") from None
+
+    return info
+
+
+def _entry(url: str, info: dict[str, Any]) -> Entry:
+    etag = next((str(info[name]).strip('"') for name in _ETAGS if info.get(name)), None)
+    return Entry(url, info.get("size"), etag, info.get("type") == "directory")
+
+
+def _glob(pattern: str, folders: bool, options: Options) -> list[Entry]:
+    """What a glob matches, sorted: folders, or files without img2dataset's side-cars; nothing hidden."""
+    if is_local(pattern):
+        entries = list(_look(paths, options)) if (paths := sorted(glob.glob(pattern, recursive=True))) else []
+    else:
+        entries = _listing(pattern, "glob", options)
+    kind = [entry for entry in entries if entry.folder == folders and not _base(entry).startswith(".")]
+    found = [entry for entry in kind if folders or not entry.url.endswith(SIDE_CARS)]
+    if not found:
+        raise InputError(f"{pattern} matches no {'folder' if folders else 'file'}: mend the pattern, or quote it")
+    return found
+
+
+def _tars_under(folder: str, options: Options) -> list[Entry]:
+    """All tars in a folder and below, sorted; hidden ones (being copied, mostly) are passed over."""
+    if is_local(folder):
+        walk = ((place, name) for place, _, names in os.walk(folder) for name in names)
+        paths = sorted(os.path.join(place, name) for place, name in walk if _is_tar(name))
+        entries = list(_look(paths, options)) if paths else []
+    else:
+        entries = [entry for entry in _listing(folder, "find", options) if _is_tar(_base(entry))]
+    if not entries:
+        raise InputError(f"{folder} holds no tar ({' '.join(TAR_SUFFIXES)}): name another folder, or --format files")
+    return entries
+
+
+def _base(entry: Entry) -> str:
+    return entry.url.rpartition("/")[2]
+
+
+def _is_tar(name: str) -> bool:
+    return name.endswith(TAR_SUFFIXES) and not name.startswith(".")
+
+
+def _listing(url: str, call: str, options: Options) -> list[Entry]:
+    """One listing call (`glob` or `find`) of a remote store, as entries with whole URLs, sorted."""
+    fs, path = filesystem(url, options)
+    prefix = url.removesuffix("/").removesuffix(path)
+    try:
+        found = getattr(fs, call)(path, detail=True)
+    except Exception as error:  # each store has errors of its own
+        raise InputError(f"{url} cannot be listed: {error}; mend the URL or --storage_options") from None
+    # Popped, so that a million listed dictionaries go as the entries come.
+    return sorted(_entry(prefix + name, found.pop(name)) for name in list(found))
+
+
+def _threaded(work: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
+    """`map` over threads, in order, several items a task so that a million items stay cheap."""
+    step = max(1, min(256, len(items) // THREADS))
+    with ThreadPoolExecutor(min(THREADS, len(items))) as pool:
+        chunks = (items[at : at + step] for at in range(0, len(items), step))
+        for results in pool.map(lambda chunk: [work(item) for item in chunk], chunks):
+            yield from results
+
+
+def count_tars(shards: Sequence[Shard], options: Options, scan: Callable[[Shard], int | None]) -> list[Shard]:
+    """The shards with `samples` from img2dataset's side-cars, else from `scan`."""
+
+    def count(shard: Shard) -> Shard:
+        samples = _side_car(shard.url, options)
+        return replace(shard, samples=scan(shard) if samples is None else samples)
+
+    return list(_threaded(count, shards))
+
+
+def count_folder(folder: Shard, images: Sequence[str], captions: Sequence[str], options: Options) -> Shard:
+    """A folder with its number of samples, and a version made of their names."""
+    from clip_batch.read.files import list_samples
+
+    found = list_samples(folder.url, tuple(images), tuple(captions), options)
+    if not found:
+        raise InputError(f"{folder.url} holds no sample with extensions {' '.join(images)}: name another folder")
+    return replace(folder, samples=len(found), etag=hashlib.sha256(repr(found).encode()).hexdigest()[:16])
+
+
+def _side_car(url: str, options: Options) -> int | None:
+    """Successes of NAME_stats.json, else the rows of NAME.parquet whose status is success, else None."""
+    folder, _, name = url.rpartition("/")
+    suffix = next((suffix for suffix in reversed(TAR_SUFFIXES) if name.endswith(suffix)), "")
+    stem = name.removesuffix(suffix)
+    store = Store(folder or "/", options)
+    try:
+        count = json.loads(store.read(stem + SIDE_CARS[0]))["successes"]
+        return count if isinstance(count, int) else None
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        with store.open(stem + SIDE_CARS[1]) as file:
+            return _count_rows(file)
+    except (OSError, ValueError):  # pyarrow's errors are ValueErrors
+        return None
+
+
+def _count_rows(file: Any) -> int:
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(file)
+    if "status" not in table.schema_arrow.names:
+        return int(table.metadata.num_rows)
+    return sum(batch.column(0).to_pylist().count("success") for batch in table.iter_batches(columns=["status"]))
+
+
+def sample_fields(shards: Sequence[Shard], draft: Plan, options: Options) -> dict[str, str]:
+    """The schema of the JSON side-cars, from the first samples of shards spread over the input.
+
+    What cannot be read adds nothing: `embed` reports it, sample by sample.
+    """
+    from clip_batch.read import read_slice
+
+    def records(shard: Shard) -> list[dict[str, Any]]:
+        found = []
+        # A remote tar is asked for its first bytes only; a gz must be read from the start anyway.
+        near = is_local(shard.url) or shard.url.endswith("gz") or (shard.size or 0) <= _SCHEMA_BYTES
+        stop = SCHEMA_SAMPLES if draft.format == "files" else None if near else _SCHEMA_BYTES
+        with contextlib.suppress(Exception):
+            for item in islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES):
+                with contextlib.suppress(ValueError, RecursionError):
+                    value = json.loads(item.json) if isinstance(item, Sample) and item.json else None
+                    found += [value] if isinstance(value, dict) else []
+        return found
+
+    count = min(len(shards), SCHEMA_SHARDS)
+    spread = [shards[(len(shards) - 1) * k // max(count - 1, 1)] for k in range(count)]
+    return infer_fields(record for found in _threaded(records, spread) for record in found)
+
+
+def infer_fields(records: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Field -> "string", "int64", "double", "bool" or "json", sorted by name.
+
+    Whole numbers and fractions mix to double; any other mix, lists, objects and whole numbers
+    beyond 64 bits are json; nothing but null is string. Left to the `extra` column: names that
+    are metadata columns already, names that UTF-8 cannot hold, and all but the commonest 256.
+    """
+    kinds: dict[str, set[str]] = {}
+    seen: Counter[str] = Counter()
+    for record in records:
+        for name, value in record.items():
+            kinds.setdefault(name, set()).add(_kind(value))
+            seen[name] += 1
+    commonest = sorted(kinds, key=lambda name: (-seen[name], name))
+    fit = [name for name in commonest if name not in _TAKEN and name.isprintable() and name][:_MOST_FIELDS]
+    return {name: _merge(kinds[name] - {"null"}) for name in sorted(fit)}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "int64" if -(2**63) <= value < 2**63 else "json"
+    return {type(None): "null", bool: "bool", float: "double", str: "string"}.get(type(value), "json")
+
+
+def _merge(kinds: set[str]) -> str:
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "string" if not kinds else "double" if kinds == {"int64", "double"} else "json"

@@ -1,0 +1,105 @@
+"""This machine: one worker here, or one process a GPU, over everything that is not committed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from clip_batch import part
+from clip_batch.config import EmbedConfig, StorageConfig
+from clip_batch.launch.progress import shown
+from clip_batch.plan import load_plan
+from clip_batch.stages.embed import Outcome, Progress, embed
+from clip_batch.store import Store
+
+
+def run_worker(output: str, partitions: list[int] | None, config: EmbedConfig, storage: StorageConfig) -> list[Outcome]:
+    """One worker in this process, with progress; SIGTERM, SIGUSR1 and Ctrl-C stop it cleanly (Preempted)."""
+    progress = Progress()
+    store = Store(output, storage.storage_options)
+    wanted = set(range(len(load_plan(store).partitions)) if partitions is None else partitions)
+    missing = len(wanted - part.committed(store))
+    with _stopping() as stop, shown(lambda: (progress.partitions, progress.samples, progress.failed), missing):
+        return embed(output, config, partitions, storage, progress, stop)
+
+
+def run_workers(output: str, workers: int, config: EmbedConfig, storage: StorageConfig) -> int:
+    """`workers` processes, each a slot of as many; returns the worst exit code. Their stderr is ours."""
+    store = Store(output, storage.storage_options)
+    before = part.committed(store)
+    cuda = config.device.startswith("cuda") or (config.device == "auto" and gpus() > 0)
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+
+    def start(slot: int) -> subprocess.Popen[bytes]:
+        device = f"cuda:{slot % max(gpus(), 1)}" if cuda else config.device
+        own = dataclasses.replace(config, threads=threads, device=device)
+        command = [sys.executable, "-m", "clip_batch", "worker", "--output", output]
+        command += ["--slot", str(slot), "--slots", str(workers)]
+        return subprocess.Popen(command, env=environment(own, storage), stdout=subprocess.DEVNULL)
+
+    processes = [start(slot) for slot in range(workers)]
+
+    def read() -> tuple[int, int, int]:
+        return len(part.committed(store) - before), 0, 0
+
+    with _stopping() as stop, shown(read, len(load_plan(store).partitions) - len(before)):
+        for process in processes:
+            while process.poll() is None:
+                if stop.is_set():
+                    for running in processes:
+                        running.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+    codes = [process.returncode for process in processes]
+    return next((code for code in (2, 1, 75) if code in codes), 0 if not any(codes) else 1)
+
+
+def environment(config: EmbedConfig, storage: StorageConfig) -> dict[str, str]:
+    """A worker's environment: the options that differ from their defaults, credentials among them."""
+    options: dict[str, Any] = {}
+    for section in (config, storage):
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if value != getattr(type(section)(), field.name):
+                options[f"CLIP_BATCH_{field.name.upper()}"] = (
+                    json.dumps(value) if isinstance(value, dict) else str(value)
+                )
+    return {**os.environ, **options}
+
+
+def gpus() -> int:
+    """CUDA devices that torch sees; 0 without torch."""
+    try:
+        import torch
+    except ImportError:
+        return 0
+    return int(torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that signals set, while the block runs; a second Ctrl-C ends at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,351 @@
+"""The plan: which shards, in which partitions, by which encoder; frozen under OUT/_clip_batch.
+
+`plan.parquet` has one row a slice and `plan.json` the rest; plan.json is written last and carries
+the other's sha256, so that a plan is there whole or not at all. Neither is ever changed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from itertools import accumulate, pairwise
+from math import ceil
+from typing import Any
+
+from clip_batch import inputs
+from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
+from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError
+from clip_batch.store import Store, is_local
+from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
+
+FORMAT = 1
+PLAN, SLICES, CONFIG = (f"_clip_batch/{name}" for name in ("plan.json", "plan.parquet", "config.yaml"))
+
+FILES_SAMPLES = 10_000
+"""Samples of a partition with `--format files` where neither samples nor a count are asked for."""
+
+MOST_PARTITIONS = 1_000_000
+
+Cut = tuple[int, int]
+"""A place between two samples of a shard: (byte, or with files the sample's number; samples before it)."""
+
+Split = Callable[[Shard, Sequence[float]], Sequence[Cut]]
+"""The cuts of a shard nearest to the wanted places, which are in the unit of the target; [] if it has none."""
+
+Say = Callable[[str], None]
+
+
+def make_plan(
+    config: PlanConfig, output: str, storage: StorageConfig = StorageConfig(), progress: Say | None = None
+) -> Plan:
+    """Freeze a plan at `output`, or return the one that stands there if nothing differs.
+
+    ConfigError: an option is wrong. InputError: an input is missing or named twice. EncoderError:
+    the weights cannot be had. PlanError: another plan stands at `output`; it names the differences.
+    """
+    from clip_batch import encoders
+
+    say = progress or (lambda line: None)
+    options = storage.storage_options
+    store = Store(output, options)
+    target = _target(config)
+    images, captions = (
+        tuple(name.lower().lstrip(".") for name in names)
+        for names in (config.image_extensions, config.caption_extensions)
+    )
+    shards = inputs.expand_inputs(config.input, config.format, options)
+    if config.format == "files":
+        shards = [inputs.count_folder(shard, images, captions, options) for shard in shards]
+    say(f"{len(shards):,} inputs found")
+    encoder = encoders.resolve(config.model, config.pretrained, config.preprocess, config.precision)
+    draft = Plan((), encoder, config.format, {}, images, captions)
+    if not store.exists(PLAN):
+        if config.format == "tar":
+            shards = _count(shards, "samples" in target, options)
+        partitions = pack(shards, target, _split_folder if config.format == "files" else _tar_splitter(target, options))
+        fields = inputs.sample_fields(shards, draft, options)
+        plan = replace(draft, partitions=partitions, fields=fields)
+        plan = replace(plan, digest=_digest(plan))
+        if _write(store, plan, shards, target, config):
+            say(f"{len(partitions):,} partitions planned")
+            return plan
+    standing, found = _load(store)
+    if differences := _differences(standing, found, draft, shards, target):
+        raise PlanError(f"another plan stands at {store.url}: {'; '.join(differences)}; give another --output")
+    say("unchanged")
+    return standing
+
+
+def load_plan(store: Store) -> Plan:
+    """The plan of an output; PlanError if it has none, CorruptError if its files do not fit together."""
+    return _load(store)[0]
+
+
+def pack(
+    shards: Sequence[Shard], target: dict[str, int], split: Split = lambda shard, places: ()
+) -> tuple[Partition, ...]:
+    """Pack shards into partitions, in order; every shard once, or as slices that tile it.
+
+    `target` is {"bytes": n} or {"samples": n} a partition, or {"partitions": n}. With a total of T
+    and n = ceil(T / target) partitions, the ends lie at k * T / n, moved to the nearest end of a
+    shard; or inside it, where the shard is larger than the target and `split` finds cuts. So a
+    partition is off T / n by less than one shard. Ends that meet are one: shards that cannot be
+    split may make fewer partitions than n.
+    """
+    ((unit, value),) = target.items()
+    weights = _weights(shards, unit)
+    ends = list(accumulate(weights))
+    total = ends[-1]
+    count = value if unit == "partitions" else max(1, ceil(total / value))
+    if count > MOST_PARTITIONS:
+        raise ConfigError(f"{count:,} partitions are over {MOST_PARTITIONS:,}: raise the partition target")
+    # Of a count, the target is only what follows from it: a shard 10 % larger is not worth a header scan.
+    largest = 1.1 * total / count if unit == "partitions" else value
+    bounds = {(0, 0, 0), (len(shards), 0, 0)}  # (number of the shard, place in it, samples before the place)
+    inside: dict[int, list[float]] = {}
+    for k in range(1, count):
+        number = min(bisect_right(ends, total * k / count), len(shards) - 1)
+        place = total * k / count - (ends[number] - weights[number])
+        if weights[number] > largest:
+            inside.setdefault(number, []).append(place)
+        else:
+            bounds.add(_nearest_end(number, place, weights[number]))
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda number: split(shards[number], inside[number]), inside)
+        for (number, places), cuts in zip(inside.items(), found, strict=True):
+            bounds.update((number, *cut) for cut in cuts)
+            if not cuts:
+                bounds.update(_nearest_end(number, place, weights[number]) for place in places)
+    pairs = pairwise(sorted(bounds))
+    return tuple(Partition(id, tuple(_slices(shards, first, last))) for id, (first, last) in enumerate(pairs))
+
+
+def _weights(shards: Sequence[Shard], unit: str) -> list[float]:
+    """Bytes or samples of each shard; the mean of the others where one is unknown, 1 where all are."""
+    by_samples = unit == "samples" or all(shard.size is None for shard in shards)
+    weights = [shard.samples if by_samples else shard.size for shard in shards]
+    known = [weight for weight in weights if weight is not None]
+    mean = sum(known) / len(known) if known else 1
+    return [mean if weight is None else weight for weight in weights]
+
+
+def _nearest_end(number: int, place: float, weight: float) -> tuple[int, int, int]:
+    return number + (place > weight / 2), 0, 0
+
+
+def _slices(shards: Sequence[Shard], first: tuple[int, int, int], last: tuple[int, int, int]) -> Iterator[Slice]:
+    number, start, before = first
+    while number < last[0]:
+        total = shards[number].samples
+        yield Slice(shards[number], start, None, None if total is None else max(total - before, 0))
+        number, start, before = number + 1, 0, 0
+    if last[1]:
+        yield Slice(shards[number], start, last[1], last[2] - before)
+
+
+def _split_folder(folder: Shard, places: Sequence[float]) -> list[Cut]:
+    """A folder can be cut before any sample but the first."""
+    cuts = {min(max(round(place), 1), (folder.samples or 1) - 1) for place in places}
+    return [(cut, cut) for cut in sorted(cuts) if cut > 0]
+
+
+def _tar_splitter(target: dict[str, int], options: dict[str, Any]) -> Split:
+    def split(tar: Shard, places: Sequence[float]) -> list[Cut]:
+        cuts = [cut for cut in _scan(tar, options)[0] if 0 < cut[0] < (tar.size or 0)]
+        axis = [samples if "samples" in target else byte for byte, samples in cuts]
+        return [cuts[_nearest(axis, place)] for place in places] if cuts else []
+
+    return split
+
+
+def _nearest(axis: Sequence[int], place: float) -> int:
+    after = min(bisect_left(axis, place), len(axis) - 1)
+    return after - (after > 0 and place - axis[after - 1] < axis[after] - place)
+
+
+def _scan(tar: Shard, options: dict[str, Any]) -> tuple[list[Cut], int | None]:
+    """A tar's cuts and number of samples by its headers; ([], None) if it is a gz, or no tar.
+
+    A remote tar is copied to this machine for that.
+    """
+    from clip_batch.read.tar import cuts
+
+    if tar.url.endswith("gz"):
+        return [], None
+    folder, _, name = tar.url.rpartition("/")
+    with Store(folder or "/", options).fetch(name) as path:
+        try:
+            found = cuts(path)
+        except (ValueError, InputError):  # `embed` reports what is wrong with it
+            return [], None
+        last, before = found[-1] if found else (0, 0)
+        with open(path, "rb") as file:
+            file.seek(last)
+            # A tar may only be cut where no sample is open: behind the last cut is one sample, or the closing zeros.
+            more = file.read(1) not in (b"", b"\0")
+    return found, before + more
+
+
+def _count(tars: list[Shard], needed: bool, options: dict[str, Any]) -> list[Shard]:
+    """Counts, if they are needed to pack, or cheap."""
+    if needed:
+        return inputs.count_tars(tars, options, lambda tar: _scan(tar, options)[1])
+    cheap = len(tars) <= inputs.CHEAP_COUNTS and all(is_local(tar.url) for tar in tars)
+    return inputs.count_tars(tars, options, lambda tar: None) if cheap else tars
+
+
+def _target(config: PlanConfig) -> dict[str, int]:
+    """What partitions are packed by: {"partitions": n}, {"samples": n} or {"bytes": n}."""
+    if config.partitions is not None and config.partition_samples is not None:
+        raise ConfigError("--partitions and --partition-samples exclude each other: give one")
+    if config.partitions is not None:
+        target = {"partitions": config.partitions}
+    elif config.partition_samples is not None or config.format == "files":
+        target = {"samples": FILES_SAMPLES if config.partition_samples is None else config.partition_samples}
+    else:
+        target = {"bytes": parse_bytes(config.partition_bytes)}
+    for unit, value in target.items():
+        if value < 1:
+            raise ConfigError(f"a partition target of {value} {unit} cannot be met: give 1 or more")
+    return target
+
+
+def _digest(plan: Plan) -> str:
+    """sha256 over all that changes the result: slices in order, encoder, schema, extensions."""
+    head = [FORMAT, plan.encoder.fingerprint, plan.format, plan.fields, plan.image_extensions, plan.caption_extensions]
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    for partition in plan.partitions:
+        rows = [(s.shard.url, s.shard.size, s.shard.etag, s.start, s.stop) for s in partition.slices]
+        digest.update(f"{partition.id} {rows!r}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: dict[str, int], config: PlanConfig) -> bool:
+    """Publish the plan's files, plan.json last; False if another planner was first."""
+    from datetime import UTC, datetime
+
+    import yaml
+
+    table = _parquet(plan.partitions)
+    sizes, counts = [shard.size for shard in shards], [shard.samples for shard in shards]
+    head = {
+        "format": FORMAT,
+        "digest": plan.digest,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "partitions": len(plan.partitions),
+        "shards": len(shards),
+        "samples": None if None in counts else sum(filter(None, counts)),
+        "bytes": None if None in sizes else sum(filter(None, sizes)),
+        "encoder": {**asdict(plan.encoder), "fingerprint": plan.encoder.fingerprint},
+        "format_": plan.format,
+        "fields": plan.fields,
+        "image_extensions": plan.image_extensions,
+        "caption_extensions": plan.caption_extensions,
+        "target": target,
+        "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
+    }
+    settings = yaml.safe_dump({"plan": asdict(config)}, sort_keys=False, allow_unicode=True).encode()
+    for name, data in ((SLICES, table), (CONFIG, settings)):
+        if not store.create(name, data) and not store.exists(PLAN) and store.read(name) != data:
+            raise PlanError(
+                f"{store.display(name)} was left by a planner that died, or another one is at work: "
+                "if none is, delete that file and plan again"
+            )
+    return store.create(PLAN, json.dumps(head, indent=1).encode())
+
+
+def _parquet(partitions: Sequence[Partition]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    slices = [piece for partition in partitions for piece in partition.slices]
+    columns = {
+        "partition": pa.array([part.id for part in partitions for _ in part.slices], pa.int32()),
+        "url": pa.array([piece.shard.url for piece in slices], pa.string()),
+        "size": pa.array([piece.shard.size for piece in slices], pa.int64()),
+        "etag": pa.array([piece.shard.etag for piece in slices], pa.string()),
+        "shard_samples": pa.array([piece.shard.samples for piece in slices], pa.int64()),
+        "start": pa.array([piece.start for piece in slices], pa.int64()),
+        "stop": pa.array([piece.stop for piece in slices], pa.int64()),
+        "samples": pa.array([piece.samples for piece in slices], pa.int64()),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, compression="zstd", use_dictionary=["partition", "start"])
+    return buffer.getvalue()
+
+
+def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
+    try:
+        head = store.read_json(PLAN)
+    except FileNotFoundError:
+        raise PlanError(f"no plan at {store.url}: clip-batch plan --input ... --output {store.url}") from None
+    except ValueError:
+        raise CorruptError(f"{store.display(PLAN)} is not JSON: restore it, or plan into another --output") from None
+    if head.get("format") != FORMAT:
+        raise PlanError(
+            f"{store.display(PLAN)} has format {head.get('format')}, not {FORMAT}: use the version it was planned with"
+        )
+    try:
+        table = store.read(SLICES)
+    except FileNotFoundError:
+        table = b""
+    if hashlib.sha256(table).hexdigest() != head["plan_parquet"]["sha256"]:
+        raise CorruptError(
+            f"{store.display(SLICES)} is not what was planned: restore it, or plan into another --output"
+        )
+    encoder = EncoderSpec(**{name: value for name, value in head["encoder"].items() if name != "fingerprint"})
+    images, captions = tuple(head["image_extensions"]), tuple(head["caption_extensions"])
+    return Plan(
+        _read_partitions(table), encoder, head["format_"], head["fields"], images, captions, head["digest"]
+    ), head
+
+
+def _read_partitions(table: bytes) -> tuple[Partition, ...]:
+    import pyarrow.parquet as pq
+
+    columns = [column.to_pylist() for column in pq.read_table(io.BytesIO(table)).columns]
+    slices: list[list[Slice]] = []
+    shard = Shard("")
+    for partition, url, size, etag, total, start, stop, samples in zip(*columns, strict=True):
+        if url != shard.url:
+            shard = Shard(url, size, etag, total)
+        if partition == len(slices):
+            slices.append([])
+        slices[-1].append(Slice(shard, start, stop, samples))
+    return tuple(Partition(id, tuple(pieces)) for id, pieces in enumerate(slices))
+
+
+def _differences(
+    plan: Plan, head: dict[str, Any], draft: Plan, shards: Sequence[Shard], target: dict[str, int]
+) -> list[str]:
+    """What a new plan would change in the standing one, each as one phrase; [] if nothing."""
+    old = {piece.shard.url: piece.shard for partition in plan.partitions for piece in partition.slices}
+    new = {shard.url: shard for shard in shards}
+    changed = [
+        f"{url} ({old[url].size} -> {shard.size} bytes)" if old[url].size != shard.size else f"{url} (rewritten)"
+        for url, shard in new.items()
+        if url in old and (old[url].size, old[url].etag) != (shard.size, shard.etag)
+    ]
+    kinds = (("added", [url for url in new if url not in old]), ("removed", [url for url in old if url not in new]))
+    found = [
+        f"{len(urls)} inputs {kind}: {inputs.some(urls, 3)}" for kind, urls in (*kinds, ("changed", changed)) if urls
+    ]
+    if not found and list(old) != list(new):
+        found.append("inputs in another order")
+    if plan.encoder.fingerprint != draft.encoder.fingerprint:
+        was, now = asdict(plan.encoder), asdict(draft.encoder)
+        found += [
+            f"{name} {str(was[name])[:40]!r} -> {str(now[name])[:40]!r}" for name in was if was[name] != now[name]
+        ]
+    settings = ((plan, draft, name) for name in ("format", "image_extensions", "caption_extensions"))
+    pairs = [(name, getattr(a, name), getattr(b, name)) for a, b, name in settings]
+    return found + [
+        f"{name} {was} -> {now}"
+        for name, was, now in (*pairs, ("partition target", head["target"], target))
+        if was != now
+    ]

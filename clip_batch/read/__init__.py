@@ -1,0 +1,23 @@
+"""Reading samples: webdataset tars, or folders of files, as the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from clip_batch.types import Failure, Plan, Sample, Slice
+
+
+def read_slice(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Sample | Failure]:
+    """Every sample of a slice, in the order of its first member, and what of its shard is broken.
+
+    A sample whose image cannot be had is a Failure; a Failure whose key is None speaks of the shard.
+    InputError: the shard is missing or not of its planned size. OSError: the store does not answer.
+    """
+    if plan.format == "files":
+        from clip_batch.read.files import read_files
+
+        return read_files(piece, plan, options)
+    from clip_batch.read.tar import read_tar
+
+    return read_tar(piece, plan, options)

@@ -1,0 +1,111 @@
+"""Recall against exact search, measured shard by shard and folded: no shard needs another's vectors.
+
+A trial holds, for held-out queries over some rows, the exact top-100 scores and, for each effort, the
+top-100 found: by which score they were ranked, and their exact score. Two trials over different rows
+fold into the trial over both. A found row counts at k when its exact score reaches the k-th exact
+score less 1e-6: so of equal vectors any will do (recall by threshold, as ANN-benchmarks measures it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+TOP = 100
+TIE = 1e-6
+DEPTHS = (1, 10, 100)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """exact (q, 100), descending; ranked and true (efforts, q, 100). float32, -inf where there are fewer rows."""
+
+    exact: Floats
+    ranked: Floats
+    true: Floats
+
+
+def measure(
+    queries: Floats,
+    own: Ids,
+    vectors: Callable[[Ids], Floats],
+    exact: Ids,
+    found: Sequence[tuple[Floats, Ids]],
+) -> Trial:
+    """The trial of queries (q, d) over one shard.
+
+    `own` (q,) is the shard row that a query is itself, to be left out (-1: none); `vectors` gives rows
+    (m,) as float32 (m, d); `exact` (q, any) are rows of exact search; `found` has scores and rows
+    (q, any) for each effort, -1 where there are fewer.
+    """
+
+    def scores(ids: Ids) -> Floats:
+        out = np.full(ids.shape, -np.inf, dtype=np.float32)
+        for i in range(0, len(ids), 64):
+            block = ids[i : i + 64]
+            rows = vectors(np.maximum(block, 0).reshape(-1)).reshape(*block.shape, queries.shape[1])
+            out[i : i + 64] = np.einsum("qd,qkd->qk", queries[i : i + 64], rows)
+        out[(ids < 0) | (ids == own[:, None])] = -np.inf
+        return out
+
+    truth = scores(exact)
+    trues, ranks = [], []
+    for ranked, ids in found:
+        true = scores(ids)
+        true, ranked = _best(np.where(np.isfinite(true), ranked, -np.inf), true, ranked)
+        trues.append(true)
+        ranks.append(np.where(np.isfinite(true), ranked, -np.inf))
+    return Trial(_best(truth, truth)[0], np.stack(ranks).astype(np.float32), np.stack(trues))
+
+
+def _best(by: Floats, *arrays: Floats) -> list[Floats]:
+    """The TOP columns of arrays (..., any) by descending `by`, stable, padded with -inf to TOP."""
+    order = np.argsort(-by, axis=-1, kind="stable")[..., :TOP]
+    padding = [(0, 0)] * (by.ndim - 1) + [(0, TOP - order.shape[-1])]
+    return [np.pad(np.take_along_axis(array, order, -1), padding, constant_values=-np.inf) for array in arrays]
+
+
+def fold(one: Trial, other: Trial) -> Trial:
+    """The trial over the rows of both."""
+    exact, ranked, true = (
+        np.concatenate([getattr(one, name), getattr(other, name)], axis=-1) for name in ("exact", "ranked", "true")
+    )
+    ranked, true = _best(ranked, ranked, true)
+    return Trial(_best(exact, exact)[0], ranked, true)
+
+
+def recall(trial: Trial, effort: int, k: int) -> float | None:
+    """Recall at k of the effort of that position: the mean over queries, 0..1. None where no row could be found.
+
+    Where fewer than k rows exist, all of them are what should be found.
+    """
+    there = np.minimum(np.isfinite(trial.exact).sum(axis=1), k)
+    some = there > 0
+    if not some.any():
+        return None
+    last = trial.exact[some, there[some] - 1]
+    right = (trial.true[effort, some, :k] >= last[:, None] - TIE).sum(axis=1)
+    return float(np.mean(np.minimum(right, there[some]) / there[some]))
+
+
+def least_effort(trials: list[Trial], target: float) -> tuple[int, bool]:
+    """(position, True) of the least effort whose recall@10 reaches the target in every trial; else (last, False)."""
+    last = len(trials[0].true) - 1
+    for at in range(last + 1):
+        found = [value for trial in trials if (value := recall(trial, at, 10)) is not None]
+        if all(value >= target for value in found):
+            return at, True
+    return last, False
+
+
+def summary(trial: Trial, at: int) -> dict[str, float]:
+    """Recall at each depth, and the number of queries; {} where there was nothing to find."""
+    values = {str(k): recall(trial, at, k) for k in DEPTHS}
+    some = {k: value for k, value in values.items() if value is not None}
+    return {**some, "queries": float(len(trial.exact))} if some else {}

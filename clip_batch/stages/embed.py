@@ -1,0 +1,295 @@
+"""embed: the uncommitted partitions of a slot, from tar to commit, in one pipeline that never drains.
+
+    read (this thread, ahead) -> decode (thread pool, in order) -> encode (one thread) -> write (this thread)
+
+At most `_BATCHES_AHEAD` batches are in flight, whatever the size of a partition.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from clip_batch import encoders, part
+from clip_batch.config import EmbedConfig, StorageConfig
+from clip_batch.decode import DecodeError, decode_caption, decode_json, open_image
+from clip_batch.errors import ClipBatchError, EncoderError, PartitionFailed, PlanError, Preempted
+from clip_batch.plan import load_plan
+from clip_batch.read import read_slice
+from clip_batch.store import Store
+from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample
+
+if TYPE_CHECKING:
+    from clip_batch.encoders import Array, Encoder
+
+    Encoded = tuple["_Batch", Array | None, Array | None]
+
+_BATCHES_AHEAD = 3
+"""Batches read and decoded ahead of the one being encoded."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one partition: "committed", "lost" (another attempt was first) or "failed"."""
+
+    partition: int
+    state: str
+    rows: int = 0
+    failed: int = 0
+    error: str = ""
+
+
+@dataclass
+class Progress:
+    """Counters a launcher may show while `embed` runs; each grows only."""
+
+    partitions: int = 0
+    samples: int = 0
+    failed: int = 0
+    started: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    row: dict[str, Any]
+    pixels: Array
+    warnings: list[str]
+
+
+@dataclass
+class _Batch:
+    """Decoded samples of one partition on their way to the encoder; `last` ends the partition."""
+
+    partition: int
+    items: list[_Decoded | Failure]
+    last: bool = False
+    error: Exception | None = None
+
+
+def slot_partitions(plan: Plan, slot: int, slots: int) -> list[int]:
+    """The partitions of a slot: every `slots`-th, from `slot`. PlanError if slot is out of range."""
+    if not 0 <= slot < slots:
+        raise PlanError(f"slot {slot} of {slots} does not exist: slots count from 0 to {slots - 1}")
+    return list(range(slot, len(plan.partitions), slots))
+
+
+def embed(
+    output: str,
+    config: EmbedConfig = EmbedConfig(),
+    partitions: Iterable[int] | None = None,
+    storage: StorageConfig = StorageConfig(),
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> list[Outcome]:
+    """Embed and commit the given partitions (all, if None) that are not committed yet.
+
+    A partition that fails is reported in its `Outcome`, and beside the commits, and the others go
+    on. Raises PlanError, EncoderError or ConfigError before any work, and Preempted once `stop` is
+    set, with everything committed so far kept and nothing half done.
+    """
+    store = Store(output, storage.storage_options)
+    plan = load_plan(store)
+    wanted = list(range(len(plan.partitions))) if partitions is None else list(partitions)
+    unknown = [number for number in wanted if not 0 <= number < len(plan.partitions)]
+    if unknown:
+        raise PlanError(f"partition {unknown[0]} does not exist: the plan has 0 to {len(plan.partitions) - 1}")
+    done = part.committed(store)
+    todo = [plan.partitions[number] for number in wanted if number not in done]
+    if not todo:
+        return []
+    worker = _Worker(store, plan, config, storage, progress or Progress(), stop or threading.Event())
+    return worker.run(todo)
+
+
+class _Worker:
+    """One process's encoder and threads, for as many partitions as it is given."""
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        config: EmbedConfig,
+        storage: StorageConfig,
+        progress: Progress,
+        stop: threading.Event,
+    ) -> None:
+        self.store, self.plan, self.config, self.storage = store, plan, config, storage
+        self.progress, self.stop = progress, stop
+        self.abandoned: set[int] = set()
+        self.encoder: Encoder = encoders.load(plan.encoder, config.device)
+
+        self.batch_size = config.batch_size or (32 if encoders.pick_device(config.device) == "cpu" else 256)
+
+    def run(self, todo: list[Partition]) -> list[Outcome]:
+        threads = self.config.threads or len(os.sched_getaffinity(0))
+        outcomes: list[Outcome] = []
+        with ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "encode") as device:
+            try:
+                encoded = self._encode(self._decode(todo, decoders), device)
+                for number, batches in _by_partition(encoded):
+                    outcomes.append(self._write(number, batches))
+                    self.progress.partitions += 1
+            finally:
+                decoders.shutdown(wait=False, cancel_futures=True)
+                device.shutdown(wait=False, cancel_futures=True)
+        return outcomes
+
+    def _decode(self, todo: list[Partition], pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+        """Batches in order; the pool works up to `_BATCHES_AHEAD` batches before the consumer."""
+        window: deque[tuple[_Batch, list[Future[_Decoded | Failure] | Failure]]] = deque()
+        for batch, samples in self._read(todo):
+            futures = [item if isinstance(item, Failure) else pool.submit(self._decode_one, item) for item in samples]
+            window.append((batch, futures))
+            if len(window) > _BATCHES_AHEAD:
+                yield _finish(*window.popleft())
+        while window:
+            yield _finish(*window.popleft())
+
+    def _read(self, todo: list[Partition]) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
+        """Each partition's samples in batches; an infrastructure error ends only its own partition."""
+        for partition in todo:
+            if self.store.exists(f"{part.COMMITS}/{self.plan.name(partition.id)}.json"):
+                continue
+            batch: list[Sample | Failure] = []
+            error: Exception | None = None
+            try:
+                for piece in partition.slices:
+                    for item in read_slice(piece, self.plan, self.storage.storage_options):
+                        batch.append(item)
+                        if len(batch) == self.batch_size:
+                            yield _Batch(partition.id, []), batch
+                            batch = []
+            except (ClipBatchError, OSError) as caught:
+                error = caught
+            yield _Batch(partition.id, [], last=True, error=error), batch
+
+    def _decode_one(self, sample: Sample) -> _Decoded | Failure:
+        try:
+            assert sample.image is not None
+            pixels = self.encoder.preprocess(open_image(sample.image, self.config.max_pixels))
+        except DecodeError as error:
+            return Failure(sample.key, sample.shard, sample.offset, error.reason, error.message)
+        caption, warnings = decode_caption(sample.caption)
+        values, more = decode_json(sample.json)
+        row = part.metadata_row(sample, caption, values, self.plan.fields)
+        return _Decoded(row, pixels, warnings + more)
+
+    def _encode(self, batches: Iterator[_Batch], device: ThreadPoolExecutor) -> Iterator[Encoded]:
+        """Encodes one batch while this thread collects the next."""
+        waiting: Future[Encoded] | None = None
+        for batch in batches:
+            if self.stop.is_set():
+                raise Preempted("stopped by a signal; what is committed stays, run the same command again")
+            future = device.submit(self._forward, batch)
+            if waiting:
+                yield waiting.result()
+            waiting = future
+        if waiting:
+            yield waiting.result()
+
+    def _forward(self, batch: _Batch) -> Encoded:
+        """The batch with its image and text vectors; a failure here is its partition's, not the worker's."""
+        good = [item for item in batch.items if isinstance(item, _Decoded)]
+        if not good or batch.partition in self.abandoned:
+            return batch, None, None
+        try:
+            return batch, *self._vectors(good)
+        except (ClipBatchError, RuntimeError) as error:
+            batch.error = error
+            return batch, None, None
+
+    def _vectors(self, good: list[_Decoded]) -> tuple[Array, Array]:
+        """Image and text vectors, float32 (n, dim); text rows without a caption are zero."""
+        import numpy as np
+
+        images = self.encoder.encode_images(np.stack([item.pixels for item in good]))
+        texts = np.zeros_like(images)
+        captioned = [index for index, item in enumerate(good) if item.row["caption"] is not None]
+        if captioned:
+            texts[captioned] = self.encoder.encode_texts([good[index].row["caption"] for index in captioned])
+        for name, vectors in (("image", images), ("text", texts)):
+            if not np.isfinite(vectors).all():
+                raise EncoderError(f"the encoder gave a NaN or inf {name} vector: try --precision fp32")
+        return images, texts
+
+    def _write(self, number: int, batches: Iterator[Encoded]) -> Outcome:
+        """Write and commit one partition; consumes its batches whatever happens."""
+        try:
+            with part.PartWriter(self.store, self.plan, number, self.encoder.dim, self.config.compression) as writer:
+                for batch, images, texts in batches:
+                    if batch.error:
+                        raise batch.error
+                    self._add(writer, batch, images, texts)
+                failed = sum(writer.failed.values())
+                self._check_policy(writer)
+                won = writer.commit(self.plan.encoder.fingerprint)
+                return Outcome(number, "committed" if won else "lost", writer.rows, failed)
+        except Preempted:
+            raise
+        except (ClipBatchError, OSError, RuntimeError) as error:
+            self.abandoned.add(number)
+            for _ in batches:
+                pass
+            return self._record(number, error)
+
+    def _add(self, writer: part.PartWriter, batch: _Batch, images: Array | None, texts: Array | None) -> None:
+        good = [item for item in batch.items if isinstance(item, _Decoded)]
+        bad = [item for item in batch.items if isinstance(item, Failure)]
+        for failure in bad:
+            writer.fail(failure)
+        if good:
+            assert images is not None and texts is not None
+            writer.add([item.row for item in good], images, texts)
+            writer.warnings.update(warning for item in good for warning in item.warnings)
+        self.progress.samples += len(good)
+        self.progress.failed += len(bad)
+
+    def _check_policy(self, writer: part.PartWriter) -> None:
+        broken = {reason: count for reason, count in writer.failed.items() if reason in SHARD_REASONS}
+        if broken and self.config.broken_shard == "fail":
+            raise PartitionFailed(f"broken shards {broken} and broken_shard is fail: mend them, or allow record")
+        bad = sum(writer.failed.values()) - sum(broken.values())
+        share = bad / max(bad + writer.rows, 1)
+        if share > self.config.max_bad_share:
+            raise PartitionFailed(
+                f"{bad} of {bad + writer.rows} samples failed {dict(writer.failed)}, more than "
+                f"max_bad_share {self.config.max_bad_share}: mend the shards, or raise it"
+            )
+
+    def _record(self, number: int, error: Exception) -> Outcome:
+        """Leave word of a failed attempt for `status`; the partition stays uncommitted."""
+        import json
+        import secrets
+
+        message = f"{type(error).__name__}: {error}"
+        name = f"{part.ATTEMPTS}/{self.plan.name(number)}-{secrets.token_hex(4)}.json"
+        try:
+            self.store.create(name, json.dumps({"partition": number, "error": message}).encode())
+        except OSError as second:
+            message += f" (and it could not be recorded: {second})"
+        return Outcome(number, "failed", error=message)
+
+
+def _finish(batch: _Batch, futures: list[Future[_Decoded | Failure] | Failure]) -> _Batch:
+    batch.items = [item if isinstance(item, Failure) else item.result() for item in futures]
+    return batch
+
+
+def _by_partition(encoded: Iterator[Encoded]) -> Iterator[tuple[int, Iterator[Encoded]]]:
+    """Split the one stream at the batches that end a partition; each part must be consumed in full."""
+    for first in encoded:
+        yield first[0].partition, _until_last(first, encoded)
+
+
+def _until_last(first: Encoded, rest: Iterator[Encoded]) -> Iterator[Encoded]:
+    item = first
+    yield item
+    while not item[0].last:
+        item = next(rest)
+        yield item

@@ -1,0 +1,38 @@
+"""repair and gc: put right what verify names, and remove what no commit names."""
+
+from __future__ import annotations
+
+from clip_batch import part
+from clip_batch.plan import load_plan
+from clip_batch.store import TEMPORARY, Store
+
+
+def repair(store: Store, problems: dict[str, str]) -> list[int]:
+    """Retire the commits that `verify` found wrong, so that their partitions run again; returns these."""
+    plan = load_plan(store)
+    numbers = sorted(int(name) for name in problems)
+    for number in numbers:
+        store.remove(f"{part.COMMITS}/{plan.name(number)}.json")
+    return numbers
+
+
+def gc(store: Store, everything: bool = False) -> list[str]:
+    """Remove data files that no commit names; returns their names.
+
+    A file of a committed partition that its commit does not name belongs to an attempt that lost,
+    for certain. Files of uncommitted partitions may be some worker's, at work now: they are kept,
+    unless `everything` says that none is.
+    """
+    commits = part.read_commits(store)
+    named = {name for commit in commits.values() for name in commit.files}
+    removed = []
+    for folder in (*part.DATA_FOLDERS, part.COMMITS):
+        for base in store.list(folder):
+            name = f"{folder}/{base}"
+            found = part.parse_file_name(base)
+            orphan = found is not None and name not in named and (everything or found[0] in commits)
+            spool = folder == part.COMMITS and TEMPORARY in base and everything
+            if orphan or spool:
+                store.remove(name)
+                removed.append(name)
+    return removed

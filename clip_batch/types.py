@@ -1,0 +1,202 @@
+"""The nouns that travel between stages: Shard, Slice, Partition, Plan, Sample, Failure, Commit, Hit.
+
+Plain frozen dataclasses over the standard library, so that every layer may import them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+KEY_COLUMNS = ("key", "shard", "offset", "length", "caption")
+"""Metadata columns of every row, before the pinned JSON fields (see docs/formats.md)."""
+
+EXTRA_COLUMN = "extra"
+"""Metadata column (JSON text, null where empty) for side-car fields outside the pinned schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One input: a tar, or with `--format files` a folder of images.
+
+    `size` is in bytes and `etag` is what the store says of the version (both None where the store
+    does not tell). `samples` is a count from a side-car or a header scan, None where unknown.
+    """
+
+    url: str
+    size: int | None = None
+    etag: str | None = None
+    samples: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of whole samples of one shard: the bytes [start, stop) of the tar.
+
+    `stop` None means to the end. With `--format files`, start and stop count images in the
+    folder's sorted listing instead of bytes. `samples` is None where it was not counted.
+    """
+
+    shard: Shard
+    start: int = 0
+    stop: int | None = None
+    samples: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """True where the slice is all of its shard."""
+        return self.start == 0 and self.stop is None
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The unit of work, retry and output: ordered slices."""
+
+    id: int
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Which encoder, and its identity: everything that changes an embedding.
+
+    `model` and `pretrained` say how to load it (and may be paths of one machine); `weights` is the
+    sha256 of the weights file. The identity leaves the two names' paths out: see `fingerprint`.
+    """
+
+    model: str
+    pretrained: str
+    weights: str
+    preprocess: str = "exact"
+    precision: str = "fp32"
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over weights, preprocessing and precision."""
+        import hashlib
+
+        text = "\n".join((self.weights, self.preprocess, self.precision))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frozen partitions, and all a worker needs to know besides its slot.
+
+    `fields` is the pinned schema of JSON side-car fields: name -> one of "string", "int64",
+    "double", "bool", "json" (anything else, kept as JSON text).
+    """
+
+    partitions: tuple[Partition, ...]
+    encoder: EncoderSpec
+    format: str = "tar"
+    fields: dict[str, str] = field(default_factory=dict)
+    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    caption_extensions: tuple[str, ...] = ("txt",)
+    digest: str = ""
+
+    @property
+    def width(self) -> int:
+        """Digits of a zero-padded partition number."""
+        return max(4, len(str(max(len(self.partitions) - 1, 0))))
+
+    def name(self, partition: int) -> str:
+        """The zero-padded partition number, as file names carry it."""
+        return f"{partition:0{self.width}d}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it was read, in the order of its first member.
+
+    `offset` and `length` locate the image's bytes inside the tar (None where it is compressed, or
+    with `--format files`). `image`, `caption` and `json` are raw bytes, or None where absent.
+    """
+
+    key: str
+    shard: str
+    offset: int | None
+    length: int | None
+    image: bytes | memoryview | None
+    caption: bytes | None
+    json: bytes | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One sample, or (key None) one stretch of a shard, that could not be embedded."""
+
+    key: str | None
+    shard: str
+    offset: int | None
+    reason: str
+    message: str
+
+
+SHARD_REASONS = frozenset({"not_a_tar", "empty_file", "empty_shard", "truncated_tar", "corrupt_header", "bad_gzip"})
+"""Failure reasons that speak of a shard, not of one sample."""
+
+SAMPLE_REASONS = frozenset(
+    {"missing_image", "truncated_member", "undecodable_image", "too_many_pixels", "extreme_aspect"}
+)
+"""Failure reasons that speak of one sample."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one partition committed: `commits/<partition>.json`, the only truth readers trust.
+
+    `files` maps a path under OUT to {"bytes": int, "sha256": str}; a partition of 0 rows has only
+    its failures file, or none. `shards` maps a slice's shard URL to {"seen", "embedded", "failed"}.
+    `failed` counts rows by reason and `warnings` counts what was mended (missing_caption, bad_json,
+    bad_utf8). Times are Unix seconds, for display only.
+    """
+
+    partition: int
+    attempt: str
+    rows: int
+    dim: int
+    encoder: str
+    plan: str
+    files: dict[str, dict[str, Any]]
+    shards: dict[str, dict[str, int]]
+    failed: dict[str, int]
+    warnings: dict[str, int]
+    started: float
+    finished: float
+    worker: str
+
+    def file(self, folder: str) -> str | None:
+        """The committed path in `folder` (img_emb, text_emb, metadata, ...), None where absent."""
+        return next((path for path in self.files if f"/{folder}/" in f"/{path}"), None)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One search result: `id` is the row in the index, `score` the inner product (cosine)."""
+
+    id: int
+    score: float
+    metadata: dict[str, Any]
+
+
+def parse_numbers(text: str) -> list[int]:
+    """Parse "0,3-5" into [0, 3, 4, 5]; ValueError on anything else."""
+    numbers: list[int] = []
+    for item in text.split(","):
+        first, dash, last = item.strip().partition("-")
+        numbers += range(int(first), int(last) + 1) if dash else [int(first)]
+    return numbers
+
+
+def format_numbers(numbers: Iterable[int]) -> str:
+    """The inverse of `parse_numbers`: sorted, runs joined by a dash."""
+    ordered: Sequence[int] = sorted(set(numbers))
+    runs: list[list[int]] = []
+    for number in ordered:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

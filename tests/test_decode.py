@@ -1,0 +1,157 @@
+"""Images, captions and JSON: the documented rule for each odd and each bad one."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clip_batch.decode import DecodeError, decode_caption, decode_json, open_image
+from tests import corpus
+
+LIMIT = 178_956_970
+ODD, BAD = corpus.odd_images(), corpus.bad_images()
+
+
+def rgb(data: bytes) -> np.ndarray:
+    return np.asarray(open_image(data, LIMIT).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", sorted(set(ODD) - {"grey16.png", "transparent_palette.png"}))
+def test_pixels_and_mode_are_pillows(name: str) -> None:
+    with Image.open(BytesIO(ODD[name])) as reference:
+        image = open_image(memoryview(ODD[name]), LIMIT)
+        assert (image.mode, image.size) == (reference.mode, reference.size)
+        assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(reference.convert("RGB")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ODD))
+def test_every_odd_image_passes_open_clips_transform(name: str) -> None:
+    from open_clip.transform import image_transform
+
+    tensor = image_transform(32, is_train=False)(open_image(ODD[name], LIMIT))
+    assert tuple(tensor.shape) == (3, 32, 32)
+    assert bool(tensor.isfinite().all())
+
+
+def test_a_transparent_palette_converts_without_a_warning() -> None:
+    with Image.open(BytesIO(ODD["transparent_palette.png"])) as reference:
+        assert isinstance(reference.info["transparency"], bytes)
+        expected = np.asarray(reference.convert("RGBA"))[..., :3]
+    assert np.array_equal(rgb(ODD["transparent_palette.png"]), expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
+    image = open_image(corpus.grey16(kind), LIMIT)
+    assert image.mode == "L"
+    assert np.array_equal(np.asarray(image).ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize(("dtype", "top", "white"), [("i4", 65535, 255), ("f4", 200, 200), ("i4", 10**6, 255)])
+def test_thirty_two_bits_are_scaled_by_their_range(dtype: str, top: int, white: int) -> None:
+    values = np.array([[0, top]], dtype)
+    assert np.asarray(open_image(corpus.encode(Image.fromarray(values), "TIFF"), LIMIT)).tolist() == [[0, white]]
+
+
+@pytest.mark.parametrize("name", ["gif.jpg", "animated.webp", "animated.png"])
+def test_the_first_frame_of_an_animation(name: str) -> None:
+    assert (rgb(ODD[name]) == (255, 0, 0)).all()
+
+
+def test_exif_rotation_is_not_applied() -> None:
+    assert open_image(ODD["rotated.jpg"], LIMIT).size == (64, 32)
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_bad_images_say_why(name: str) -> None:
+    data, reason = BAD[name]
+    with pytest.raises(DecodeError) as caught:
+        open_image(data, LIMIT)
+    assert caught.value.reason == reason
+    assert caught.value.message
+    assert "\n" not in caught.value.message
+    assert " at 0x" not in caught.value.message
+
+
+def test_the_bound_on_pixels_is_ours_alone() -> None:
+    data = corpus.encode(Image.new("1", (14_000, 14_000)), "PNG")  # more than Pillow's own limit
+    assert open_image(data, 14_000**2).size == (14_000, 14_000)
+    with pytest.raises(DecodeError, match="14000 x 14000 pixels"):
+        open_image(data, 14_000**2 - 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(ODD)), st.integers(0, 600), st.binary(max_size=20))
+def test_hostile_bytes_raise_only_decode_error(name: str, at: int, noise: bytes) -> None:
+    data = ODD[name][:at] + noise + ODD[name][at + len(noise) :]
+    try:
+        image = open_image(data, 10**6)
+    except DecodeError as error:
+        assert error.reason in ("undecodable_image", "too_many_pixels")
+    else:
+        assert image.convert("RGB").size == image.size
+
+
+def test_threads_decode_what_one_decodes() -> None:
+    names = sorted(ODD) * 6
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda name: rgb(ODD[name]), names))
+    assert all(np.array_equal(array, rgb(ODD[name])) for array, name in zip(found, names, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("raw", "caption", "warnings"),
+    [
+        (b" a cat\n", "a cat", []),
+        (None, None, ["missing_caption"]),
+        (b"", None, ["missing_caption"]),
+        (b" \n\t", None, ["missing_caption"]),
+        (b"\xef\xbb\xbfbom", "bom", []),
+        (b"\xef\xbb\xbf", None, ["missing_caption"]),
+        (b"caf\xe9!", "caf\ufffd!", ["bad_utf8"]),
+        (b"a\0b", "a\0b", []),
+        (b"x" * 10_000, "x" * 10_000, []),
+        ("猫".encode(), "猫", []),
+    ],
+)
+def test_captions(raw: bytes | None, caption: str | None, warnings: list[str]) -> None:
+    assert decode_caption(raw) == (caption, warnings)
+
+
+@pytest.mark.parametrize(
+    ("raw", "fields", "warnings"),
+    [
+        (None, {}, []),
+        (b'{"a": 1, "b": null}', {"a": 1, "b": None}, []),
+        (b'\xef\xbb\xbf{"a": 1}', {"a": 1}, []),
+        (b'{"a": 1', {"_raw": '{"a": 1'}, ["bad_json"]),
+        (b"[1]", {"_raw": "[1]"}, ["bad_json"]),
+        (b"", {"_raw": ""}, ["bad_json"]),
+        (b'{"a": NaN, "b": -Infinity, "c": 1e999, "d": 1.5}', {"a": None, "b": None, "c": None, "d": 1.5}, []),
+        (b'{"a": "caf\xe9"}', {"a": "caf\ufffd"}, ["bad_utf8"]),
+        (b'{"a": ["\\ud83d\\ude00", "\\ud83d"]}', {"a": ["😀", "\ufffd\ufffd\ufffd"]}, []),
+        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", {"_raw": '{"a": ' + "[" * 200 + "]" * 200 + "}"}, ["bad_json"]),
+        (b"[" * 100_000, {"_raw": "[" * 100_000}, ["bad_json"]),
+        (b'{"a": ' + b"9" * 5000 + b"}", {"_raw": '{"a": ' + "9" * 5000 + "}"}, ["bad_json"]),
+    ],
+)
+def test_json(raw: bytes | None, fields: dict[str, object], warnings: list[str]) -> None:
+    assert decode_json(raw) == (fields, warnings)
+
+
+@settings(max_examples=150)
+@given(
+    st.binary(max_size=60)
+    | st.recursive(st.text() | st.floats(), st.lists).map(lambda v: json.dumps({"a": v}).encode())
+)
+def test_json_can_always_be_written_again(raw: bytes) -> None:
+    fields, _ = decode_json(raw)
+    json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()

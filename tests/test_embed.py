@@ -1,0 +1,331 @@
+"""embed on real tars: commits, order, faults. The fake encoder keeps these fast; test_golden has the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_batch import part
+from clip_batch.config import EmbedConfig, PlanConfig
+from clip_batch.errors import EncoderError, PlanError, Preempted
+from clip_batch.plan import load_plan, make_plan
+from clip_batch.stages.embed import embed, slot_partitions
+from clip_batch.stages.repair import gc, repair
+from clip_batch.stages.status import status
+from clip_batch.stages.verify import verify_output
+from clip_batch.store import Store
+from clip_batch.types import Plan
+from tests import corpus
+
+SMALL = EmbedConfig(batch_size=16, threads=2)
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> list[str]:
+    return [corpus.good_tar(str(tmp_path / f"{number:05d}.tar"), 40, seed=number) for number in range(6)]
+
+
+def plan(tars: list[str], out: str, **options: object) -> Plan:
+    options = {"partition_samples": 40, "model": "fake:16", **options}
+    return make_plan(PlanConfig(input=tars, **options), out)  # type: ignore[arg-type]
+
+
+def rows(out: str) -> list[tuple[str, bytes, bytes]]:
+    """Every committed row, in partition order: key and both vectors."""
+    store = Store(out)
+    found = []
+    for _, commit in sorted(part.read_commits(store).items()):
+        if commit.rows:
+            images, texts = (np.load(store.path(commit.file(name) or "")) for name in ("img_emb", "text_emb"))
+            keys = pq.read_table(store.path(commit.file("metadata") or ""))["key"].to_pylist()
+            assert len(keys) == len(images) == len(texts) == commit.rows
+            found += zip(keys, map(bytes, images), map(bytes, texts), strict=True)
+    return found
+
+
+def test_rows_are_the_tars_in_order_whatever_the_threads(tars: list[str], tmp_path: Path) -> None:
+    results = []
+    for number, config in enumerate(
+        [SMALL, EmbedConfig(batch_size=7, threads=5), EmbedConfig(batch_size=1, threads=1)]
+    ):
+        out = str(tmp_path / f"out{number}")
+        plan(tars, out)
+        outcomes = embed(out, config)
+        assert [outcome.state for outcome in outcomes] == ["committed"] * 6
+        results.append(rows(out))
+    assert len(results[0]) == 240
+    assert [key for key, _, _ in results[0]] == [key for tar in tars for key in corpus.tar_keys(tar)]
+    assert results[0] == results[1] == results[2]
+    assert verify_output(Store(out), deep=True).problems == {}
+
+
+def test_vectors_are_unit_and_zero_without_a_caption(tmp_path: Path, out: str) -> None:
+    tar = corpus.good_tar(str(tmp_path / "a.tar"), 20, seed=1, captions=[i % 2 == 0 for i in range(20)])
+    plan([tar], out)
+    embed(out, SMALL)
+    commit = part.read_commits(Store(out))[0]
+    norms = [
+        np.linalg.norm(np.load(f"{out}/{commit.file(name)}").astype(np.float32), axis=1)
+        for name in ("img_emb", "text_emb")
+    ]
+    assert np.allclose(norms[0], 1, atol=1e-3)
+    assert np.allclose(norms[1], [1, 0] * 10, atol=1e-3)
+    captions = pq.read_table(f"{out}/{commit.file('metadata')}")["caption"].to_pylist()
+    assert [caption is None for caption in captions] == [False, True] * 10
+    assert commit.warnings["missing_caption"] == 10
+
+
+def test_running_again_does_nothing(tars: list[str], out: str) -> None:
+    plan(tars, out)
+    embed(out, SMALL)
+    before = rows(out)
+    assert embed(out, SMALL) == []
+    assert rows(out) == before
+
+
+@settings(max_examples=8, deadline=None)
+@given(first=st.integers(1, 4), second=st.integers(1, 7), cut=st.integers(0, 3))
+def test_slots_may_change_between_launches(
+    first: int, second: int, cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home = tmp_path_factory.mktemp("slots")
+    tars = [corpus.good_tar(str(home / f"{number}.tar"), 9, seed=number) for number in range(5)]
+    out = str(home / "out")
+    frozen = plan(tars, out, partition_samples=5)
+    for slot in range(min(cut, first)):
+        embed(out, SMALL, slot_partitions(frozen, slot, first))
+    for slot in range(second):
+        embed(out, SMALL, slot_partitions(frozen, slot, second))
+    assert sorted(key for key, _, _ in rows(out)) == sorted(key for tar in tars for key in corpus.tar_keys(tar))
+
+
+def test_slots_are_checked(tars: list[str], out: str) -> None:
+    frozen = plan(tars, out)
+    with pytest.raises(PlanError, match="slot 3 of 3"):
+        slot_partitions(frozen, 3, 3)
+    with pytest.raises(PlanError, match="partition 6 does not exist"):
+        embed(out, SMALL, [6])
+
+
+def test_racing_attempts_commit_once(tars: list[str], out: str) -> None:
+    plan(tars[:2], out)
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(lambda _: embed(out, SMALL), range(4)))
+    states = [outcome.state for run in runs for outcome in run]
+    assert states.count("committed") == 2
+    assert set(states) <= {"committed", "lost"}
+    assert len(rows(out)) == 80
+    store = Store(out)
+    assert [len(store.list(name)) for name in ("img_emb", "text_emb", "metadata")] == [2, 2, 2]
+
+
+def kill_after(seconds: float, out: str, *arguments: str) -> int:
+    command = [sys.executable, "-m", "clip_batch", "worker", "--output", out, "--batch-size", "4", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+
+def test_kill_and_resume_is_the_undisturbed_run(tmp_path: Path) -> None:
+    tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 400, seed=number, side=96) for number in range(4)]
+    calm, rough = str(tmp_path / "calm"), str(tmp_path / "rough")
+    plan(tars, calm, partition_samples=100)
+    embed(calm, EmbedConfig(batch_size=4))
+    frozen = plan(tars, rough, partition_samples=100)
+    kills = 0
+    for number in range(8):
+        kills += kill_after(0.8 + 0.15 * number, rough, "--slot", "0", "--slots", "1") == -signal.SIGKILL
+        report = verify_output(Store(rough), deep=True)
+        assert set(report.problems.values()) <= {"not committed"}
+        if report.ok:
+            break
+    assert kills >= 2
+    for slot in range(3):
+        embed(rough, EmbedConfig(batch_size=4), slot_partitions(frozen, slot, 3))
+    assert rows(rough) == rows(calm)
+    gc(Store(rough))
+    assert verify_output(Store(rough), deep=True).ok
+    assert len(os.listdir(f"{rough}/img_emb")) == len(frozen.partitions)
+
+
+def test_sigterm_exits_75_and_leaves_no_half(tmp_path: Path, out: str) -> None:
+    tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 2000, seed=number, side=128) for number in range(2)]
+    plan(tars, out, partition_samples=2000)
+    command = [
+        sys.executable,
+        "-m",
+        "clip_batch",
+        "worker",
+        "--output",
+        out,
+        "--slot",
+        "0",
+        "--slots",
+        "1",
+        "--batch-size",
+        "2",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not os.path.isdir(f"{out}/img_emb") and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 75, errors
+    assert "stopped by a signal" in errors
+    assert os.listdir(f"{out}/img_emb") == []
+
+
+def test_stop_keeps_what_is_committed(tars: list[str], out: str) -> None:
+    plan(tars, out)
+    stop = threading.Event()
+    store = Store(out)
+
+    def watch() -> None:
+        while not part.committed(store):
+            time.sleep(0.001)
+        stop.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        embed(out, EmbedConfig(batch_size=1), stop=stop)
+    except Preempted:
+        assert part.committed(store)
+    watcher.join()
+    embed(out, SMALL)
+    assert len(rows(out)) == 240
+
+
+def test_a_vanished_tar_fails_its_partition_alone(tars: list[str], out: str) -> None:
+    plan(tars, out)
+    os.rename(tars[2], tars[2] + ".away")
+    states = {outcome.partition: outcome for outcome in embed(out, SMALL)}
+    assert [states[number].state for number in range(6)] == ["committed"] * 2 + ["failed"] + ["committed"] * 3
+    found = status(Store(out))
+    assert found["failed"] == found["missing"] == [2]
+    assert "00002.tar" in found["errors"]["2"]
+    assert found["relaunch"] == f"clip-batch worker --output {out} --partitions 2"
+    os.rename(tars[2] + ".away", tars[2])
+    embed(out, SMALL)
+    assert status(Store(out))["missing"] == []
+    assert len(rows(out)) == 240
+
+
+def test_a_changed_tar_is_refused(tars: list[str], out: str) -> None:
+    plan(tars, out)
+    corpus.good_tar(tars[0], 55, seed=99)
+    first = embed(out, SMALL, [0])[0]
+    assert first.state == "failed"
+    assert "00000.tar" in first.error
+
+
+def test_policies_fail_a_partition(tmp_path: Path, out: str) -> None:
+    tar = corpus.good_tar(str(tmp_path / "bad.tar"), 10, seed=1, broken=[True] * 6 + [False] * 4)
+    html = tmp_path / "page.tar"
+    html.write_text("<html>" + "x" * 2000)
+    frozen = plan([tar, str(html)], out, partition_samples=None, partitions=2)
+    assert len(frozen.partitions) == 2
+    strict = EmbedConfig(batch_size=4, max_bad_share=0.5, broken_shard="fail")
+    assert [outcome.state for outcome in embed(out, strict)] == ["failed", "failed"]
+    assert [outcome.state for outcome in embed(out, EmbedConfig(batch_size=4, max_bad_share=0.6))] == ["committed"] * 2
+    found = status(Store(out))
+    assert found["failures"] == {"undecodable_image": 6, "not_a_tar": 1}
+    assert found["rows"] == 4
+    assert verify_output(Store(out), deep=True).ok
+
+
+def test_schema_drift_loses_nothing(tmp_path: Path, out: str) -> None:
+    first = corpus.good_tar(
+        str(tmp_path / "a.tar"), 4, seed=1, json_fields={"width": 3, "url": "http://a", "key": "mine"}
+    )
+    plan([first], out)
+    names = list(load_plan(Store(out)).fields)
+    assert names == ["url", "width"]
+    values = {"width": "wide", "url": None, "new": [1, {"deep": "x"}], "caption": "other", "big": 2**70}
+    row = part.metadata_row(next(corpus.samples(first)), "a caption", values, load_plan(Store(out)).fields)
+    assert row["url"] is None
+    assert "width" not in row
+    assert json.loads(row["extra"]) == {"width": "wide", "new": [1, {"deep": "x"}], "caption": "other", "big": 2**70}
+    pa.Table.from_pylist([row], schema=part.metadata_schema(load_plan(Store(out)).fields))
+
+
+def test_wrong_weights_are_refused(tars: list[str], out: str) -> None:
+    frozen = plan(tars, out)
+    path = Path(out) / "_clip_batch/plan.json"
+    text = path.read_text().replace(frozen.encoder.weights, "0" * 64)
+    found = json.loads(text)
+    found["encoder"].pop("fingerprint", None)
+    path.write_text(json.dumps(found))
+    with pytest.raises((EncoderError, PlanError, Exception), match=r"weights|digest|sha256|fingerprint|plan"):
+        embed(out, SMALL)
+
+
+def test_damage_is_found_and_repaired(tars: list[str], out: str) -> None:
+    plan(tars, out)
+    embed(out, SMALL)
+    before = rows(out)
+    store = Store(out)
+    commits = part.read_commits(store)
+    os.truncate(store.path(commits[1].file("img_emb") or ""), 300)
+    flip = Path(store.path(commits[2].file("text_emb") or ""))
+    data = bytearray(flip.read_bytes())
+    data[-1] ^= 1
+    flip.write_bytes(data)
+    store.remove(commits[4].file("metadata") or "")
+    quick = verify_output(store)
+    assert set(quick.problems) == {"0001", "0004"}
+    deep = verify_output(store, deep=True)
+    assert set(deep.problems) == {"0001", "0002", "0004"}
+    assert "sha256" in deep.problems["0002"]
+    assert repair(store, deep.problems) == [1, 2, 4]
+    embed(out, SMALL)
+    gc(store)
+    assert verify_output(store, deep=True).ok
+    assert rows(out) == before
+
+
+def test_gc_keeps_what_may_be_at_work(tars: list[str], out: str) -> None:
+    plan(tars, out)
+    embed(out, SMALL, [0])
+    folder = Path(out) / "img_emb"
+    (folder / "img_emb_0000-deadbeef.npy").write_bytes(b"lost")
+    (folder / ".img_emb_0000-deadbeef.npy.tmp-12345678").write_bytes(b"killed")
+    (folder / "img_emb_0003-cafecafe.npy").write_bytes(b"at work")
+    (folder / "notes.txt").write_text("mine")
+    assert len(gc(Store(out))) == 2
+    assert sorted(path.name for path in folder.iterdir())[-2:] == ["img_emb_0003-cafecafe.npy", "notes.txt"]
+    assert gc(Store(out), everything=True) == ["img_emb/img_emb_0003-cafecafe.npy"]
+    assert len(rows(out)) == 40
+
+
+def test_a_full_disk_fails_the_partition_and_publishes_nothing(
+    tars: list[str], out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan(tars, out)
+    good = part.PartWriter.add
+
+    def full(self: part.PartWriter, *arguments: object) -> None:
+        if self.partition == 1 and self.rows:
+            raise OSError(28, "No space left on device")
+        good(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(part.PartWriter, "add", full)
+    outcomes = embed(out, SMALL, [0, 1, 2])
+    assert [outcome.state for outcome in outcomes] == ["committed", "failed", "committed"]
+    assert "No space left" in outcomes[1].error
+    assert len(os.listdir(f"{out}/img_emb")) == 2

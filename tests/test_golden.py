@@ -1,0 +1,169 @@
+"""embed against a ten-line open_clip loop, and OUT in the hands of the tools it is made for."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from clip_batch import part
+from clip_batch.config import EmbedConfig, PlanConfig
+from clip_batch.demo import data
+from clip_batch.plan import load_plan, make_plan
+from clip_batch.stages.embed import embed
+from clip_batch.stages.verify import verify_output
+from clip_batch.store import Store
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The demo set embedded by the demo model, in 5 partitions."""
+    home = tmp_path_factory.mktemp("golden")
+    tars = data.write_tars(str(home / "tars"), shards=3)
+    output = str(home / "out")
+    make_plan(PlanConfig(input=tars, model="demo", partition_samples=400), output)
+    assert {outcome.state for outcome in embed(output, EmbedConfig(batch_size=64))} == {"committed"}
+    return output
+
+
+def stacked(out: str, folder: str) -> np.ndarray:
+    commits = sorted(part.read_commits(Store(out)).items())
+    return np.concatenate([np.load(f"{out}/{commit.file(folder)}") for _, commit in commits]).astype(np.float32)
+
+
+def test_rows_equal_a_plain_open_clip_loop(out: str) -> None:
+    import open_clip
+    import torch
+    from PIL import Image
+
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{data.model_path()}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{data.model_path()}")
+    model.eval()
+    images, texts = [], []
+    with torch.inference_mode():
+        for tar_path in sorted(Path(out).parent.glob("tars/*.tar")):
+            with tarfile.open(tar_path) as tar:
+                for member in tar:
+                    body = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    if member.name.endswith(".jpg"):
+                        images.append(model.encode_image(transform(Image.open(io.BytesIO(body)))[None]))
+                    elif member.name.endswith(".txt"):
+                        texts.append(model.encode_text(tokenizer([body.decode()])))
+    for folder, rows in (("img_emb", images), ("text_emb", texts)):
+        expected = torch.nn.functional.normalize(torch.cat(rows), dim=-1).numpy()
+        found = stacked(out, folder)
+        assert found.shape == expected.shape
+        cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1)
+        assert cosine.min() >= 0.99999, folder
+
+
+def test_it_is_complete_and_its_metadata_finds_the_bytes(out: str) -> None:
+    report = verify_output(Store(out), deep=True)
+    assert report.problems == {}
+    assert report.rows == 1911
+    commit = part.read_commits(Store(out))[2]
+    row = pq.read_table(f"{out}/{commit.file('metadata')}").slice(7, 1).to_pylist()[0]
+    with open(row["shard"], "rb") as file:
+        file.seek(row["offset"])
+        body = file.read(row["length"])
+    expected = {item["key"]: item["image"] for item in data.load().select(["key", "image"]).to_pylist()}
+    assert body == expected[row["key"]]
+    assert row["name_zh"]
+
+
+def test_exact_preprocessing_is_open_clips_own_bit_for_bit() -> None:
+    import open_clip
+    from PIL import Image
+
+    from clip_batch.decode import open_image
+    from clip_batch.encoders import load, resolve
+
+    encoder = load(resolve("demo"), "cpu")
+    _, transform = open_clip.create_model_from_pretrained(f"local-dir:{data.model_path()}")
+    noise = np.random.default_rng(0).integers(0, 256, (157, 211, 3), dtype=np.uint8)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, kind)
+        theirs = transform(Image.open(io.BytesIO(buffer.getvalue()))).numpy()
+        ours = encoder.preprocess(open_image(buffer.getvalue(), 10**6))
+        assert (ours == theirs).all(), kind
+
+
+def test_embedding_reader_and_autofaiss_read_it_as_their_own(out: str, tmp_path: Path) -> None:
+    script = f"""
+import glob
+from embedding_reader import EmbeddingReader
+reader = EmbeddingReader({out + "/img_emb"!r}, metadata_folder={out + "/metadata"!r}, meta_columns=["key", "caption"],
+                         file_format="parquet_npy")
+rows = [(vectors.shape, len(meta)) for vectors, meta in reader(batch_size=500)]
+assert reader.count == 1911 and sum(shape[0] for shape, _ in rows) == sum(meta for _, meta in rows) == 1911, rows
+from autofaiss import build_index
+index, infos = build_index({out + "/img_emb"!r}, index_path={str(tmp_path / "x.index")!r}, save_on_disk=True,
+                           index_infos_path={str(tmp_path / "x.json")!r}, max_index_memory_usage="1G", nb_cores=2)
+assert index.ntotal == 1911, index.ntotal
+print("READ")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1:] == ["READ"], done.stderr[-2000:]
+
+
+def test_another_model_at_the_same_place_is_refused(out: str, tmp_path: Path) -> None:
+    import shutil
+
+    from clip_batch.encoders import load, resolve
+    from clip_batch.errors import EncoderError
+
+    folder = tmp_path / "model"
+    shutil.copytree(data.model_path(), folder)
+    spec = resolve(f"local-dir:{folder}")
+    assert spec.fingerprint == load_plan(Store(out)).encoder.fingerprint, "the same bytes are the same encoder"
+    weights = folder / "open_clip_model.safetensors"
+    os.chmod(weights, 0o644)
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    with pytest.raises(EncoderError, match="planned were"):
+        load(spec, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [
+        ("ViT-B-32", "", "model ViT-B-32 needs weights"),
+        ("ViT-B-32", "nonsense", "neither a file nor a tag"),
+        ("ViT-Z-1", "x", "has no model"),
+        ("local-dir:/nowhere", "", "no open_clip_config.json in /nowhere"),
+        ("ViT-B-32", "laion2b_s34b_b79k", "with no network"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_line(model: str, pretrained: str, message: str) -> None:
+    from clip_batch.encoders import resolve
+    from clip_batch.errors import EncoderError
+
+    with pytest.raises(EncoderError, match=message) as caught:
+        resolve(model, pretrained)
+    assert "\n" not in str(caught.value)
+
+
+def test_any_open_clip_model_from_a_local_checkpoint(tmp_path: Path) -> None:
+    import open_clip
+    import torch
+
+    from clip_batch.encoders import load, resolve
+
+    model = open_clip.create_model("RN50", pretrained=None)
+    torch.save(model.state_dict(), tmp_path / "random.pt")
+    encoder = load(resolve("RN50", str(tmp_path / "random.pt")), "cpu")
+    assert encoder.dim == 1024
+    texts = encoder.encode_texts(["a cat", "x" * 10_000, "\0"])
+    assert texts.shape == (3, 1024)
+    assert np.allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)

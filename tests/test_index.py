@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_batch import index, recall
+from clip_batch.errors import ConfigError, CorruptError
+from tests.fabricated import clustered, unit
+
+AVX512 = "avx512f avx512bw avx512dq avx512vl avx512cd"
+KEYS = [
+    "Flat",
+    "SQ8",
+    "HNSW16",
+    "IVF16,Flat",
+    "IVF16,SQ8",
+    "IVF64_HNSW32,Flat",
+    "PCA16,IVF16,SQ8",
+    "IVF16,PQ16x4fs,RFlat",
+    "IDMap2,Flat",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny data: threads only wait for each other, badly so on a busy machine."""
+    index.use_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "core"),
+    [
+        ("GenuineIntel", f"fma avx2 {AVX512}", "SkylakeX"),
+        ("AuthenticAMD", f"fma avx2 {AVX512}", "SkylakeX"),
+        ("AuthenticAMD", "fma avx2", "Zen"),
+        ("GenuineIntel", "fma avx2", "Haswell"),
+        ("GenuineIntel", "fma avx2 avx512f", "Haswell"),  # Knights Landing lacks the others
+        ("GenuineIntel", "avx2", None),
+        ("GenuineIntel", "sse4_2", None),
+    ],
+)
+def test_the_kernel_is_one_that_the_cpu_has(vendor: str, flags: str, core: str | None) -> None:
+    cpuinfo = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} lm\n\nprocessor\t: 1\n"
+    assert index.openblas_core(cpuinfo) == core
+    assert index.openblas_core("") is None
+
+
+def test_a_kernel_that_the_user_names_stays() -> None:
+    code = "import os, numpy; from clip_batch import index; index.train('Flat', numpy.eye(4, dtype='f4'))"
+    environment = {**os.environ, "OPENBLAS_CORETYPE": "Prescott"}
+    done = subprocess.run(
+        [sys.executable, "-c", code + "; print(os.environ['OPENBLAS_CORETYPE'])"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "Prescott\n"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_kind_assigns_fills_saves_maps_and_searches_alike(
+    key: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    vectors, _ = clustered(1500, 32, 30)
+    template = index.train(key, vectors)
+    assert template.ntotal == 0
+    assert index.has_lists(template) == (index.lists(key) > 0)
+    if index.has_lists(template):
+        found = index.assign(template, vectors)
+        assert found.shape == (1500,)
+        assert set(found) <= set(range(index.lists(key)))
+    index.add(template, vectors[:1000], np.arange(1000))
+    index.add(template, vectors[1000:], np.arange(1000, 1500))
+    efforts = index.efforts(template)
+    assert efforts == sorted(set(efforts))
+    assert (efforts == []) == (key in ("Flat", "SQ8", "IDMap2,Flat"))
+    index.write(template, str(tmp_path / "a.index"))
+    scores, ids = index.search(template, vectors[:50], 10, efforts[-1] if efforts else None)
+    for mapped in (False, True):
+        again = index.read(str(tmp_path / "a.index"), mapped)
+        for effort in efforts[-1:] or [None]:
+            more = index.search(again, vectors[:50], 10, effort)
+            np.testing.assert_array_equal(more[1], ids)
+            np.testing.assert_allclose(more[0], scores, atol=1e-6)
+    assert np.mean(ids[:, 0] == np.arange(50)) > (0.3 if "PQ" in key or "PCA" in key else 0.9)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("key", ["IVF64,Flat", "HNSW4", "PCA16,IVF64,SQ8", "IVF64,PQ16x4fs,RFlat"])
+def test_effort_travels_with_the_request(key: str) -> None:
+    """More effort never finds less, and the index itself keeps its own setting."""
+    vectors, queries = clustered(4000, 32, 4, spread=2.0)
+    made = index.with_ids(index.train(key, vectors))  # an id map lets it through as well
+    index.add(made, vectors, np.arange(4000))
+    before = index.search(made, queries[:100], 10)[1]
+    exact = index.nearest(queries[:100], vectors, 10)[1]
+    shares = []
+    for effort in index.efforts(made):
+        found = index.search(made, queries[:100], 10, effort)[1]
+        shares.append(np.mean([len(set(a) & set(b)) for a, b in zip(found, exact, strict=True)]))
+    assert shares[-1] > shares[0] + 0.1
+    np.testing.assert_array_equal(index.search(made, queries[:100], 10)[1], before)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_explicit_ids_leave_rows_out(key: str, tmp_path: Path) -> None:
+    vectors, _ = clustered(1000, 32, 30)
+    ids = np.arange(0, 2000, 2)
+    made = index.with_ids(index.train(key, vectors))
+    index.add(made, vectors, ids)
+    index.write(made, str(tmp_path / "a.index"))
+    made = index.read(str(tmp_path / "a.index"), mapped=True)
+    found = index.search(made, vectors[:50], 3, 16)[1]
+    assert (found % 2 == 0).all()
+    assert np.mean(found[:, 0] == ids[:50]) > 0.3
+    index.prepare_reconstruct(made)
+    assert index.reconstruct(made, 5) is None
+    vector = index.reconstruct(made, 6)
+    assert vector is not None
+    assert vector @ vectors[3] > 0.3
+
+
+def test_an_empty_index_finds_nothing(tmp_path: Path) -> None:
+    vectors, _ = clustered(500, 16, 5)
+    for key in ("Flat", "IVF4,Flat", "HNSW8"):
+        index.write(index.train(key, vectors), str(tmp_path / "a.index"))
+        ids = index.search(index.read(str(tmp_path / "a.index"), True), vectors[:2], 3, 4)[1]
+        assert (ids == -1).all()
+
+
+def test_choice_of_key() -> None:
+    assert index.choose_key(50_000, 512, 10**9, 50_000) == "Flat"
+    assert index.choose_key(200_000, 128, 10**9, 50_000) == "IVF2048,Flat"
+    assert index.choose_key(200_000, 128, 20 * 10**6, 50_000).startswith("OPQ64_192,IVF2048_HNSW32,PQ64")
+    with pytest.raises(ConfigError, match="raise --max-memory"):
+        index.choose_key(200_000, 128, 10**6, 50_000)
+    assert [index.lists(key) for key in ("Flat", "OPQ16_112,IVF4096_HNSW32,PQ16x8", "IVF64k,SQ8")] == [0, 4096, 65536]
+
+
+def test_faiss_errors_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"IVF16,Flat.*\(3\) should be at least.*\(16\); mend --index-key") as error:
+        index.train("IVF16,Flat", unit(np.eye(3) + 0.1))
+    assert "\n" not in str(error.value)
+    (tmp_path / "bad.index").write_bytes(b"not an index at all")
+    with pytest.raises(CorruptError, match=r"bad\.index is not a readable faiss index"):
+        index.read(str(tmp_path / "bad.index"))
+
+
+def trial_of(queries: np.ndarray, vectors: np.ndarray, own: np.ndarray, drop: np.ndarray | None = None) -> recall.Trial:
+    """Exact search, and as found the same less the rows of `drop`."""
+    exact = index.nearest(queries, vectors, recall.TOP + 1)[1]
+    scores, found = index.nearest(queries, vectors, len(vectors))
+    found = np.where(np.isin(found, [] if drop is None else drop), -1, found)
+    return recall.measure(queries, own, lambda rows: vectors[rows], exact, [(scores, found)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 300), cut=st.integers(0, 300), seed=st.integers(0, 99), some=st.booleans())
+def test_trials_fold_into_the_trial_over_all_rows(rows: int, cut: int, seed: int, some: bool) -> None:
+    rng = np.random.default_rng(seed)
+    vectors, cut = unit(rng.standard_normal((rows, 8))), min(cut, rows)
+    own = rng.integers(rows, size=5)
+    queries, drop = vectors[own], np.flatnonzero(rng.random(rows) < 0.3) if some else np.empty(0, int)
+    whole = trial_of(queries, vectors, own, drop)
+    pieces = []
+    for low, high in ((0, cut), (cut, rows)):
+        inside = (own >= low) & (own < high)
+        if low < high:
+            pieces.append(trial_of(queries, vectors[low:high], np.where(inside, own - low, -1), drop - low))
+    folded = pieces[0] if len(pieces) == 1 else recall.fold(*pieces)
+    for name in ("exact", "ranked", "true"):
+        np.testing.assert_allclose(getattr(folded, name), getattr(whole, name), atol=1e-6)
+    for k in recall.DEPTHS:
+        assert recall.recall(folded, 0, k) == recall.recall(whole, 0, k)
+        if not some:
+            assert recall.recall(whole, 0, k) == (None if rows == 1 else 1.0)
+
+
+def test_recall_counts_what_was_missed_and_forgives_equal_vectors() -> None:
+    vectors = unit(np.random.default_rng(0).standard_normal((40, 8)))
+    queries, own = vectors[:4] * 1, np.full(4, -1)
+    best = index.nearest(queries, vectors, 40)[1]
+    one_missing = trial_of(queries[:1], vectors, own[:1], drop=best[0, 2:3])
+    assert recall.recall(one_missing, 0, 1) == 1.0
+    assert recall.recall(one_missing, 0, 10) == 0.9  # what takes its place does not count
+    assert recall.recall(one_missing, 0, 100) == 39 / 40  # only 40 rows there are
+    twice = np.concatenate([vectors, vectors])
+    scores, exact = index.nearest(queries, twice, 40)
+    other = np.where(exact < 40, exact + 40, exact - 40)  # the twin of each
+    trial = recall.measure(queries, own, lambda rows: twice[rows], exact, [(scores, other)])
+    assert [recall.recall(trial, 0, k) for k in recall.DEPTHS[:2]] == [1.0, 1.0]
+    assert recall.least_effort([trial], 0.9) == (0, True)
+    assert recall.least_effort([one_missing], 0.95) == (0, False)

@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from clip_batch import index as faiss_index
+from clip_batch.config import MergeConfig
+from clip_batch.errors import ConfigError, CorruptError, IncompleteError
+from clip_batch.job import open_job
+from clip_batch.manifest import Manifest, load_manifest
+from clip_batch.part import read_commits
+from clip_batch.stages import merge as stage
+from clip_batch.stages.merge import merge
+from clip_batch.stages.search import Searcher
+from clip_batch.store import Store, file_digest
+from tests import fabricated
+from tests.fabricated import clustered, make_out, unit
+
+CONFIG = MergeConfig(queries=20)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny data: threads only wait for each other, badly so on a busy machine."""
+    faiss_index.use_threads(1)
+
+
+def half(vectors: np.ndarray) -> np.ndarray:
+    """Vectors as OUT stores them, and merge reads them."""
+    return unit(vectors.astype(np.float16).astype(np.float32))
+
+
+def keys(images: np.ndarray, sizes: list[int]) -> list[str]:
+    return [f"{part}-{row}" for part, size in enumerate(sizes) for row in range(size)]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=5).filter(sum),
+    shard_rows=st.integers(20, 160),
+    gaps=st.booleans(),
+    key=st.sampled_from(["auto", "IVF1,Flat"]),
+    seed=st.integers(0, 99),
+)
+@example(sizes=[2, 0, 3], shard_rows=1, gaps=True, key="auto", seed=0)
+def test_every_row_finds_itself(sizes: list[int], shard_rows: int, gaps: bool, key: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    images, texts = (unit(rng.standard_normal((sum(sizes), 12))) for _ in range(2))
+    if gaps:
+        texts[rng.random(len(texts)) < 0.4] = 0
+    with tempfile.TemporaryDirectory() as folder:
+        make_out(f"{folder}/out", images, texts, sizes)
+        manifest = merge(f"{folder}/out", f"{folder}/index", replace(CONFIG, shard_rows=shard_rows, index_key=key))
+        assert manifest.rows == sum(shard.rows for shard in manifest.shards) == len(images)
+        assert max(shard.rows for shard in manifest.shards) <= shard_rows
+        assert [shard.offset for shard in manifest.shards] == np.cumsum([0, *(s.rows for s in manifest.shards)])[
+            :-1
+        ].tolist()
+        names = keys(images, sizes)
+        with Searcher(f"{folder}/index") as searcher:
+            found = searcher.search(images, k=1)
+            assert [line[0].metadata["key"] for line in found] == names
+            if texts.any():
+                captioned = np.flatnonzero(texts.any(axis=1))
+                found = searcher.search(texts[captioned], k=1, modality="text")
+                assert [line[0].metadata["key"] for line in found] == [names[row] for row in captioned]
+                # what has no vector is never found, and comes back as zero
+                assert len(searcher.search(texts[captioned[0]], k=1000, modality="text")[0]) == len(captioned)
+            # id, vector, metadata and lineage speak of one row
+            rows = searcher.metadata(np.arange(manifest.rows))
+            assert sorted(row["key"] for row in rows) == sorted(names)
+            assert all(row["key"] == f"{row['partition']}-{row['row']}" and row["n"] == row["row"] for row in rows)
+            place = [names.index(row["key"]) for row in rows]
+            for modality, vectors in (("image", images), ("text", texts))[: len(manifest.key)]:
+                stored = searcher.reconstruct(np.arange(manifest.rows), modality)
+                np.testing.assert_allclose(stored, vectors[place], atol=1e-3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(parts=st.integers(1, 6), shard_rows=st.integers(30, 200), k=st.integers(1, 30), seed=st.integers(0, 99))
+def test_the_cut_into_parts_and_shards_never_changes_the_answers(
+    parts: int, shard_rows: int, k: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    images, texts = clustered(150, 16, 5, seed)
+    queries = unit(rng.standard_normal((7, 16)))
+    sizes = np.diff([0, *sorted(rng.integers(0, 151, parts - 1)), 150]).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        make_out(f"{folder}/out", images, texts, sizes)
+        merge(f"{folder}/out", f"{folder}/index", replace(CONFIG, shard_rows=shard_rows))
+        exact = queries @ half(images).T
+        names = np.array(keys(images, sizes))
+        with Searcher(f"{folder}/index") as searcher:
+            for line, scores in zip(searcher.search(queries, k), exact, strict=True):
+                best = np.argsort(-scores, kind="stable")[:k]
+                np.testing.assert_allclose([hit.score for hit in line], scores[best], atol=1e-5)
+                assert {hit.metadata["key"] for hit in line} == set(names[best])
+
+
+def test_manifest_says_what_is_there(tmp_path: Path) -> None:
+    images, texts = clustered(300, 8, 10)
+    plan = make_out(tmp_path / "out", images, texts, [100, 0, 200])
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, shard_rows=100))
+    assert manifest == load_manifest(Store(str(tmp_path / "index"))) == Manifest.from_json(manifest.to_json())
+    assert manifest.encoder == fabricated.ENCODER
+    assert manifest.plan == plan.digest
+    assert manifest.key == {"image": "Flat", "text": "Flat"}
+    assert manifest.effort == {"image": None, "text": None}
+    assert manifest.missing == ()
+    for kinds in manifest.recall.values():
+        for line in kinds.values():
+            assert line == {"1": 1.0, "10": 1.0, "100": 1.0, "queries": 20.0}
+    assert [shard.name for shard in manifest.shards] == ["0000", "0001", "0002"]
+    for shard in manifest.shards:
+        assert set(shard.files) == {
+            f"{folder}/{shard.name}{end}"
+            for folder, end in (("image", ".index"), ("text", ".index"), ("metadata", ".arrow"))
+        }
+        for name, entry in shard.files.items():
+            path = tmp_path / "index" / manifest.version / name
+            assert entry == {"bytes": path.stat().st_size, "sha256": file_digest(str(path))}
+    with pa.memory_map(str(tmp_path / "index" / manifest.version / "metadata/0000.arrow")) as file:
+        schema = pa.ipc.open_file(file).schema
+    assert schema.names == ["key", "shard", "offset", "length", "caption", "n", "extra", "partition", "row"]
+
+
+def test_the_rows_of_a_cluster_lie_together(tmp_path: Path) -> None:
+    """Sorted by list: neighbours are neighbours on disk, for a Flat index too."""
+    images, texts = clustered(2000, 16, 8, spread=0.2)
+    make_out(tmp_path / "out", images, texts, [1000, 1000])
+    merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+    with Searcher(str(tmp_path / "index")) as searcher:
+        _, ids = searcher.search_ids(images[:50], 20)
+    blocks = [len(set(line // 64)) for line in ids]
+    assert np.mean(blocks) < 8  # of 32; about 15 in an arbitrary order
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [0, 3, 0]])
+def test_very_few_rows(tmp_path: Path, sizes: list[int]) -> None:
+    images, texts = clustered(sum(sizes), 8, 3)
+    make_out(tmp_path / "out", images, texts, sizes)
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+    assert manifest.recall["image"]["text"]["10"] == 1.0
+    assert ("image" in manifest.recall["image"]) == (sum(sizes) > 1)  # a lone row has no neighbour but itself
+    with Searcher(str(tmp_path / "index")) as searcher:
+        assert [len(line) for line in searcher.search(images, k=10)] == [sum(sizes)] * sum(sizes)
+
+
+def test_no_caption_at_all_leaves_the_text_index_out(tmp_path: Path) -> None:
+    images, texts = clustered(30, 8, 3)
+    make_out(tmp_path / "out", images, np.zeros_like(texts), [30])
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+    assert list(manifest.key) == ["image"]
+    with pytest.raises(ConfigError, match="no vectors of text"):
+        merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, modalities=["text"]))
+
+
+def test_incomplete_is_refused_or_recorded(tmp_path: Path) -> None:
+    images, texts = clustered(50, 8, 3)
+    make_out(tmp_path / "out", images, texts, [10] * 5, skip=[1, 2, 4])
+    with pytest.raises(IncompleteError, match=r"partitions 1-2,4 of 5: run clip-batch embed --output .*/out"):
+        merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+    assert not (tmp_path / "index").exists()
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, allow_partial=True))
+    assert manifest.missing == (1, 2, 4)
+    assert manifest.rows == 20
+
+
+def test_nothing_embedded_is_refused(tmp_path: Path) -> None:
+    make_out(tmp_path / "out", np.zeros((0, 8), np.float32), np.zeros((0, 8), np.float32), [0, 0])
+    with pytest.raises(CorruptError, match="no embedded row"):
+        merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+
+
+def test_a_commit_of_another_encoder_or_dimension_is_refused(tmp_path: Path) -> None:
+    images, texts = clustered(20, 8, 3)
+    for name, change, what in (("a", {"encoder": "f" * 16}, "encoder"), ("b", {}, "dimension")):
+        out = tmp_path / name
+        plan = make_out(out, images, texts, [10, 10], skip=[1])
+        wide = clustered(10, 8 if change else 16, 3)
+        fabricated.commit(out, plan, 1, *wide, **change)
+        with pytest.raises(CorruptError, match=f"partition 1 has {what}"):
+            merge(str(out), str(tmp_path / "index"), CONFIG)
+
+
+def damage_nan(vectors: np.ndarray) -> np.ndarray:
+    vectors[7, 3] = np.nan
+    return vectors
+
+
+def damage_inf(vectors: np.ndarray) -> np.ndarray:
+    vectors[7, 3] = np.inf
+    return vectors
+
+
+def damage_norm(vectors: np.ndarray) -> np.ndarray:
+    vectors[7] *= 1.02
+    return vectors
+
+
+def damage_zero(vectors: np.ndarray) -> np.ndarray:
+    vectors[7] = 0
+    return vectors
+
+
+DAMAGES = {
+    damage_nan: "row 7 has norm nan",
+    damage_inf: "row 7 has norm inf",
+    damage_norm: r"row 7 has norm 1\.0[12]",
+    damage_zero: "row 7 has norm 0",
+    lambda vectors: vectors.astype(np.float32): "is float32",
+    lambda vectors: vectors[:-1]: r"\(9, 8\), the commit says float16 \(10, 8\)",
+    lambda vectors: np.asfortranarray(vectors): "Fortran order",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("folder", ["img_emb", "text_emb"])
+@pytest.mark.parametrize("queries", [1, 1000])
+def test_damaged_vectors_are_refused_by_file_and_row(tmp_path: Path, damage: object, folder: str, queries: int) -> None:
+    images, texts = clustered(20, 8, 3)
+    make_out(tmp_path / "out", images, texts, [10, 10])
+    path = read_commits(Store(str(tmp_path / "out")))[1].file(folder)
+    assert path
+    np.save(tmp_path / "out" / path, damage(np.load(tmp_path / "out" / path)))  # type: ignore[operator]
+    with pytest.raises(CorruptError, match=f"{path}.*{DAMAGES[damage]}"):  # type: ignore[index]
+        merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, queries=queries, train_rows=1))
+    assert not (tmp_path / "index/CURRENT").exists()
+
+
+def test_cut_and_missing_files_are_refused(tmp_path: Path) -> None:
+    images, texts = clustered(20, 8, 3)
+    make_out(tmp_path / "out", images, texts, [20])
+    commit = read_commits(Store(str(tmp_path / "out")))[0]
+    for folder, text in (("metadata", "not readable"), ("img_emb", "is cut")):
+        path = tmp_path / "out" / str(commit.file(folder))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-8])
+        with pytest.raises(CorruptError, match=text):
+            merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+        path.unlink()
+        with pytest.raises(CorruptError, match="No such file"):
+            merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+        path.write_bytes(whole)
+
+
+def test_resume_builds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, texts = clustered(90, 8, 3)
+    make_out(tmp_path / "out", images, texts, [45, 45])
+    out, index, config = str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, shard_rows=30)
+    real, done = stage._fill, []
+
+    def die(template: object, rows: np.ndarray) -> object:
+        done.append(len(rows))
+        if len(done) == 3:  # the second shard's image index
+            raise KeyboardInterrupt
+        return real(template, rows)
+
+    monkeypatch.setattr(stage, "_fill", die)
+    with pytest.raises(KeyboardInterrupt):
+        merge(out, index, config)
+    monkeypatch.setattr(stage, "_fill", real)
+    job = open_job(out, index, config)
+    assert Store(index).list(f"{job.version}/shards") == ["0000.json"]
+    with pytest.raises(CorruptError, match="index shard 1 is not built"):
+        stage.publish(job)
+    with pytest.raises(ConfigError, match="no index at"):
+        Searcher(index)
+    times = {
+        name: (tmp_path / "index" / job.version / name).stat().st_mtime_ns
+        for name in ("template/record.json", "image/0000.index", "shards/0000.json")
+    }
+    stage.build_shard(job, 2)  # in any order
+    manifest = merge(out, index, config)
+    assert all((tmp_path / "index" / job.version / name).stat().st_mtime_ns == time for name, time in times.items())
+    with Searcher(index) as searcher:
+        found = searcher.search(images, k=1)
+    assert [line[0].metadata["key"] for line in found] == keys(images, [45, 45])
+    lines: list[str] = []
+    assert merge(out, index, config, progress=lines.append) == manifest
+    assert lines == [f"version {manifest.version} stands already"]
+
+
+def test_the_old_version_serves_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, texts = clustered(60, 8, 3)
+    out, index = str(tmp_path / "out"), str(tmp_path / "index")
+    plan = make_out(out, images, texts, [30, 30], skip=[1])
+    config = replace(CONFIG, allow_partial=True)
+    old = merge(out, index, config)
+    fabricated.commit(out, plan, 1, images[30:], texts[30:])
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            merge(out, index, config)
+    with Searcher(index) as searcher:
+        assert searcher.manifest == old
+        assert len(searcher.search(images[0], k=100)[0]) == 30
+        new = merge(out, index, config)
+        assert new.version != old.version
+        assert len(searcher.search(images[0], k=100)[0]) == 30  # what is open stays as it was
+    assert Store(index).read("CURRENT").decode() == f"{new.version}\n"
+    assert load_manifest(Store(index)).missing == ()
+    # a merge with the options of a version that stands already only makes it serve
+    other = merge(out, index, replace(config, seed=1))
+    assert load_manifest(Store(index)) == other != new
+    assert merge(out, index, config) == new == load_manifest(Store(index))
+
+
+def test_ivf_effort_is_tuned_for_the_target(tmp_path: Path) -> None:
+    images, texts = clustered(4000, 32, 200)
+    make_out(tmp_path / "out", images, texts, [2000, 2000])
+    base = replace(CONFIG, queries=200, shard_rows=2500)
+    low, high = (
+        merge(
+            str(tmp_path / "out"), str(tmp_path / "index"), replace(base, index_key="IVF16,SQ8", recall_target=target)
+        )
+        for target in (0.5, 0.95)
+    )
+    for manifest in (low, high):
+        assert manifest.key == {"image": "IVF16,SQ8", "text": "IVF16,SQ8"}
+        for kinds in manifest.recall.values():
+            assert set(kinds) == {"image", "text"}
+            assert all(line["10"] >= manifest.recall_target and line["queries"] == 200 for line in kinds.values())
+    assert low.effort["image"] < high.effort["image"] <= 16  # type: ignore[operator]
+    lines: list[str] = []
+    exact = replace(base, index_key="IVF16,SQ4", recall_target=1.0)
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), exact, progress=lines.append)
+    assert manifest.effort["image"] == 16
+    assert any("no effort reaches recall@10 of 1.0" in line for line in lines)
+
+    # the recorded recall is the recall that a search has: the same queries, outside
+    with np.load(tmp_path / "index" / high.version / "template/queries.npz") as saved:
+        rows = saved["text.rows"]
+    merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(base, index_key="IVF16,SQ8", recall_target=0.95))
+    queries = half(texts[rows])
+    best = np.argsort(-(queries @ half(images).T), axis=1)[:, :10]
+    with Searcher(str(tmp_path / "index")) as searcher:
+        hits = searcher.search(queries, k=10)
+    found = [[hit.metadata["partition"] * 2000 + hit.metadata["row"] for hit in line] for line in hits]
+    share = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, best, strict=True)])
+    assert abs(share - high.recall["image"]["text"]["10"]) < 0.005
+
+
+def test_auto_takes_the_choice_of_autofaiss(tmp_path: Path) -> None:
+    images, texts = clustered(12_000, 32, 300)
+    texts[::7] = 0
+    make_out(tmp_path / "out", images, texts, [5000, 7000])
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, flat_rows=1000, queries=200))
+    assert manifest.key == {"image": "IVF512,Flat", "text": "IVF512,Flat"}
+    for kinds in manifest.recall.values():
+        assert all(line["10"] >= 0.95 for line in kinds.values())
+    assert 1 <= manifest.effort["image"] < 512  # type: ignore[operator]
+    with Searcher(str(tmp_path / "index")) as searcher:
+        assert len(searcher.search(images[0], k=12_000, modality="text", effort=512)[0]) == np.count_nonzero(
+            texts.any(axis=1)
+        )
+
+
+def test_held_out_rows_are_not_trained_on_and_every_part_gives_its_share(tmp_path: Path) -> None:
+    images, texts = clustered(1000, 8, 10)
+    texts[::3] = 0
+    make_out(tmp_path / "out", images, texts, [100, 300, 600])
+    job = open_job(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, queries=50))
+    from clip_batch import vectors
+
+    rows, drawn = vectors.draw(job.source, "image", [100, 300, 600], 50, 0)
+    assert np.bincount(np.digitize(rows, [100, 400])).tolist() == [5, 15, 30]
+    np.testing.assert_array_equal(drawn, images.astype(np.float16)[rows])
+    more, _ = vectors.draw(job.source, "image", [100, 300, 600], 1000, 0, without=rows)
+    assert sorted([*rows, *more]) == list(range(1000))
+    captioned = [int(part.any(axis=1).sum()) for part in np.split(texts, [100, 400])]
+    rows, drawn = vectors.draw(job.source, "text", captioned, 60, 0)
+    assert len(rows) == 60
+    assert drawn.any(axis=1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"index_key": "IVF16,Flat"}, r"IVF16,Flat.*training points \(2\)"),
+        ({"index_key": "Nonsense"}, "index key 'Nonsense'"),
+        ({"shard_rows": 0}, "shard_rows is 0, not 1 or more"),
+        ({"modalities": ["sound"]}, "modalities"),
+        ({"recall_target": 95}, "recall_target"),
+        ({"max_memory": "much"}, "size 'much'"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path: Path, change: dict[str, object], text: str) -> None:
+    images, texts = clustered(3, 8, 3)
+    make_out(tmp_path / "out", images, texts, [3])
+    with pytest.raises(ConfigError, match=text) as error:
+        merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, **change))  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_an_unfinished_or_broken_manifest_is_not_read(tmp_path: Path) -> None:
+    images, texts = clustered(10, 8, 3)
+    make_out(tmp_path / "out", images, texts, [10])
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+    store, name = Store(str(tmp_path / "index")), f"{manifest.version}/manifest.json"
+    whole = store.read_json(name)
+    for broken in (b"{", json.dumps({**whole, "format": 99}).encode(), b"[]"):
+        store.replace(name, broken)
+        with pytest.raises(CorruptError, match="is not a manifest"):
+            load_manifest(store)
+    whole["encoder"]["weights"] = "1" * 64
+    store.replace(name, json.dumps(whole).encode())
+    with pytest.raises(CorruptError, match="fingerprint"):
+        load_manifest(store)
+    store.remove(name)
+    with pytest.raises(CorruptError, match="is missing"):
+        load_manifest(store)
+
+
+def test_a_remote_out_and_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import secrets
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images, texts = clustered(60, 8, 3)
+    root = f"memory://{secrets.token_hex(4)}"
+    make_out(f"{root}/out", images, texts, [20, 40])
+    manifest = merge(f"{root}/out", f"{root}/index", replace(CONFIG, shard_rows=25))
+    for _ in range(2):  # the second from the cache
+        with Searcher(f"{root}/index") as searcher:
+            assert [line[0].metadata["key"] for line in searcher.search(images, k=1)] == keys(images, [20, 40])
+    store = Store(f"{root}/index")
+    name = f"{manifest.version}/image/0001.index"
+    data = bytearray(store.read(name))
+    data[-1] ^= 1
+    store.replace(name, bytes(data))
+    next((tmp_path / "cache").rglob("image/0001.index")).unlink()
+    with pytest.raises(CorruptError, match="sha256"):
+        Searcher(f"{root}/index")

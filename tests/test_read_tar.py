@@ -1,0 +1,372 @@
+"""The tar reader: one rule for each thing that may be wrong, and equality with tarfile and webdataset."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_batch.errors import InputError
+from clip_batch.read import read_slice
+from clip_batch.read.tar import Damage, Member, cuts, members
+from clip_batch.types import Failure, Sample, Shard, Slice
+from tests import corpus
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def summary(items: list[Sample | Failure]) -> list[tuple[Any, ...]]:
+    return [
+        (i.key, i.offset, bytes(i.image or b""), i.caption, i.json)
+        if isinstance(i, Sample)
+        else (i.key, i.offset, i.reason)
+        for i in items
+    ]
+
+
+def bodies(path: str, **options: Any) -> list[tuple[Any, ...]]:
+    """(key, image, caption) of each sample, the reason in the image's place where it failed."""
+    return [
+        (item.key, bytes(item.image or b""), item.caption)
+        if isinstance(item, Sample)
+        else (item.key, item.reason, None)
+        for item in corpus.read(path, **options)
+    ]
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> str:
+    return str(tmp_path / "a.tar")
+
+
+# A path component of any length, so that long-name headers occur; few letters, so that keys repeat.
+part = st.text("ab", min_size=1, max_size=2) | st.text("xyzé漢", min_size=30, max_size=99)
+name = st.builds(
+    lambda folders, stem, extension: "/".join([*folders, stem]) + extension,
+    st.lists(part, max_size=2),
+    part,
+    st.sampled_from([".jpg", ".txt", ".json", ".JPG", ".cls", ".b.jpg", ".png", ""]),
+)
+entries = st.lists(st.tuples(name, st.integers(0, 1100), st.sampled_from("ffffdl")), max_size=14)
+
+
+def build(items: list[tuple[str, int, str]], format: int, ends: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format, pax_headers={"comment": "global"}) as archive:
+        for number, (path, size, kind) in enumerate(items):
+            info = tarfile.TarInfo(path)
+            info.type = {"f": tarfile.REGTYPE, "d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE}[kind]
+            info.linkname = "elsewhere/" * 20 if kind == "l" and format != tarfile.USTAR_FORMAT else ""
+            info.size = size if kind == "f" else 0
+            try:
+                archive.addfile(info, io.BytesIO(bytes([number + 1]) * size))
+            except ValueError:  # ustar cannot hold this name
+                assert format == tarfile.USTAR_FORMAT
+        end = archive.offset
+    return buffer.getvalue() if ends else buffer.getvalue()[:end]
+
+
+@settings(max_examples=150, deadline=None)
+@given(entries, st.sampled_from(sorted(FORMATS)), st.booleans())
+def test_members_are_those_of_tarfile(items: list[tuple[str, int, str]], format: str, ends: bool) -> None:
+    data = build(items, FORMATS[format], ends)
+    if not data:
+        return
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        expected = [Member(m.name, m.offset_data, m.size, m.offset) for m in archive if m.isreg()]
+    found = list(members(data))
+    if expected and format == "pax":  # tarfile counts the global header to the first member
+        assert found[0][:3] == expected.pop(0)[:3]  # type: ignore[index]
+        del found[0]
+    assert found == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(entries, st.sampled_from(sorted(FORMATS)))
+def test_any_cut_gives_the_samples_of_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, items: list[tuple[str, int, str]], format: str
+) -> None:
+    path = str(tmp_path_factory.mktemp("cut") / "a.tar")
+    Path(path).write_bytes(build(items, FORMATS[format]))
+    whole = [item for item in summary(corpus.read(path)) if item[-1] != "empty_shard"]
+    places = cuts(path)
+    assert places[0] == (0, 0)
+    assert places[-1][1] == len(whole)
+    assert places == sorted(places)
+    for position, before in places:
+        left = corpus.read(path, 0, position) if position else []
+        assert len(summary(left)) == before
+        assert summary(left) + [i for i in summary(corpus.read(path, position)) if i[-1] != "empty_shard"] == whole
+
+
+def test_a_cut_is_wherever_no_sample_is_open(tar: str) -> None:
+    files = [(f"{key}.{extension}", b"x") for key in "abc" for extension in ("jpg", "txt")]
+    corpus.write_tar(tar, [*files[:4], ("a.json", b"{}"), *files[4:]])
+    assert cuts(tar) == [(0, 0), (5 * 1024, 2), (7 * 1024, 3)]
+    assert cuts(Path(tar).read_bytes()) == cuts(tar)
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_grouping_is_that_of_webdataset(tar: str, format: str) -> None:
+    import webdataset
+
+    names = [f"{folder}{i:03d}" for folder in ("", "./", "deep/er.x/", "deep/" * 30) for i in range(4)]
+    extra = [("no_extension", b"-"), ("deep/.hidden.jpg", b"-"), ("._000.jpg", b"-")]
+    files = [(f"{n}.{e}", f"{n}{e}".encode()) for n in names for e in ("JPG", "txt", "cls", "seg.png")]
+    corpus.write_tar(tar, [*files, *extra], FORMATS[format])
+    with open(tar, "rb") as file:
+        stream = webdataset.tariterators.tar_file_expander([{"url": "a", "stream": file}])
+        groups = list(webdataset.tariterators.group_by_keys(stream))
+    assert bodies(tar) == [(group["__key__"], group["jpg"], group["txt"]) for group in groups]
+    assert len(groups) == 16
+
+
+def test_offsets_locate_the_image_in_the_tar(tar: str) -> None:
+    corpus.good_tar(tar, 5)
+    raw = Path(tar).read_bytes()
+    found = corpus.read(tar)
+    assert [item.key for item in found] == corpus.tar_keys(tar)
+    for number, item in enumerate(found):
+        assert isinstance(item, Sample)
+        assert item.offset is not None
+        assert item.length is not None
+        assert raw[item.offset : item.offset + item.length] == corpus.jpeg(number)
+
+
+def test_views_outlive_the_reader(tar: str) -> None:
+    corpus.good_tar(tar, 3)
+    held = [item.image for item in corpus.samples(tar)]
+    gc.collect()
+    os.unlink(tar)
+    assert [bytes(image or b"") for image in held] == [corpus.jpeg(number) for number in range(3)]
+
+
+def test_members_need_not_be_adjacent(tar: str) -> None:
+    corpus.write_tar(tar, [("a.jpg", b"A"), ("b.txt", b"tb"), ("a.txt", b"ta"), ("b.jpg", b"B")])
+    assert bodies(tar) == [("a", b"A", b"ta"), ("b", b"B", b"tb")]
+
+
+def test_duplicate_keys_are_all_kept(tar: str) -> None:
+    corpus.write_tar(tar, [("a.jpg", b"1"), ("a.txt", b"t1"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.txt", b"t3")])
+    assert bodies(tar) == [("a", b"1", b"t1"), ("b", b"2", None), ("a", b"3", b"t3")]
+    assert len({item.offset for item in corpus.read(tar)}) == 3
+
+
+def test_dotted_keys_end_at_the_first_dot(tar: str) -> None:
+    corpus.write_tar(tar, [("v1.0/a.b.jpg", b"1"), ("v1.0/c.jpg", b"2")])
+    found = corpus.read(tar)
+    assert [item.key for item in found] == ["v1.0/a", "v1.0/c"]
+    assert isinstance(found[0], Failure)
+    assert found[0].reason == "missing_image"
+    assert "'b.jpg'" in found[0].message
+    assert bodies(tar, image_extensions=("b.jpg", "jpg"))[0] == ("v1.0/a", b"1", None)
+
+
+def test_extensions_in_any_case_and_by_rank(tar: str) -> None:
+    corpus.write_tar(tar, [("a.PNG", b"png"), ("a.Jpeg", b"jpeg"), ("a.TXT", b"t"), ("b.tiff", b"tiff")])
+    assert bodies(tar) == [("a", b"jpeg", b"t"), ("b", "missing_image", None)]
+    assert bodies(tar, image_extensions=("png", "jpeg", "TIFF")) == [("a", b"png", b"t"), ("b", b"tiff", None)]
+    assert bodies(tar, caption_extensions=("cap", "txt"))[0][2] == b"t"
+
+
+def test_names_that_are_not_utf8_are_mended(tar: str) -> None:
+    corpus.write_tar(tar, [("caf\udce9.jpg", b"1")], tarfile.GNU_FORMAT)
+    assert bodies(tar) == [("caf\ufffd", b"1", None)]
+
+
+def test_hidden_and_macos_members_are_passed_over(tar: str) -> None:
+    corpus.write_tar(tar, [("._a.jpg", b"0"), ("__MACOSX/a.jpg", b"0"), ("a.jpg", b"1"), ("README", b"0")])
+    assert bodies(tar) == [("a", b"1", None)]
+
+
+@pytest.mark.parametrize("format", ["gnu", "pax"])
+def test_long_names(tar: str, format: str) -> None:
+    key = "folder/" * 40 + "n" * 120
+    corpus.write_tar(tar, [(f"{key}.jpg", b"1"), (f"{key}.txt", b"t"), ("b.jpg", b"2")], FORMATS[format])
+    assert bodies(tar) == [(key, b"1", b"t"), ("b", b"2", None)]
+
+
+@pytest.mark.parametrize("format", ["gnu", "pax"])
+def test_sizes_beyond_eight_gibibytes(format: str) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 9 * 2**30
+    head = info.tobuf(FORMATS[format])
+    member, damage = members(head)
+    assert member == Member("a.jpg", len(head), info.size, 0)
+    assert isinstance(damage, Damage)
+    assert damage.reason == "truncated_tar"
+
+
+def test_old_v7_headers(tar: str) -> None:
+    corpus.write_tar(tar, [("a.jpg", b"1"), ("b.jpg", b"2")])
+    data = bytearray(Path(tar).read_bytes())
+    for at in (0, 1024):
+        data[at + 156] = 0
+        data[at + 257 : at + 512] = bytes(255)
+        data[at + 148 : at + 156] = b" " * 8
+        data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    assert [m.name for m in members(bytes(data)) if isinstance(m, Member)] == ["a.jpg", "b.jpg"]
+
+
+def test_joined_tars_are_read_whole(tar: str, tmp_path: Path) -> None:
+    first = Path(corpus.good_tar(str(tmp_path / "1.tar"), 3, seed=1)).read_bytes()
+    second = Path(corpus.good_tar(str(tmp_path / "2.tar"), 3, seed=2)).read_bytes()
+    Path(tar).write_bytes(first + second)
+    assert len(list(corpus.samples(tar))) == 6
+    assert not corpus.failures(corpus.read(tar))
+
+
+@pytest.mark.parametrize("lost", [0, 512, 5000])
+def test_missing_closing_blocks_are_fine(tar: str, lost: int) -> None:
+    corpus.good_tar(tar, 4)
+    end = cuts(tar)[-1][0]
+    os.truncate(tar, min(end + lost, os.path.getsize(tar)))
+    assert len(corpus.read(tar)) == 4
+    assert not corpus.failures(corpus.read(tar))
+
+
+# What is wrong with a whole file: one Failure without a key, and no sample.
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty_file"),
+        (b"<html>not found</html>", "not_a_tar"),
+        (b"<html>" + b"not found " * 400, "not_a_tar"),
+        (corpus.jpeg(1, 128), "not_a_tar"),
+        (bytes(10240), "empty_shard"),
+        (build([("folder", 0, "d")], tarfile.USTAR_FORMAT), "empty_shard"),
+        (build([("a.jpg", 9, "f")], tarfile.USTAR_FORMAT)[:400], "truncated_tar"),
+    ],
+)
+def test_files_without_samples(tar: str, content: bytes, reason: str) -> None:
+    Path(tar).write_bytes(content)
+    (found,) = corpus.read(tar)
+    assert isinstance(found, Failure)
+    assert (found.key, found.shard, found.reason) == (None, tar, reason)
+    assert "\n" not in found.message
+    assert cuts(tar)[0] == (0, 0)
+
+
+def test_an_html_page_shows_its_first_bytes(tar: str) -> None:
+    Path(tar).write_bytes(b"<html>\xff not found")
+    (found,) = corpus.read(tar)
+    assert isinstance(found, Failure)
+    assert "<html>\\xff" in found.message.replace("\\\\", "\\")
+
+
+def test_a_cut_image_fails_its_sample(tar: str) -> None:
+    corpus.good_tar(tar, 3)
+    corpus.cut_file(tar, "000000002.jpg")
+    found = corpus.read(tar)
+    assert len(list(corpus.samples(tar))) == 2
+    assert corpus.failures(found) == [("000000002", "truncated_member"), (None, "truncated_tar")]
+
+
+def test_a_cut_caption_or_json_is_absent(tar: str) -> None:
+    corpus.good_tar(tar, 3)
+    corpus.cut_file(tar, "000000002.json", keep=3)
+    assert corpus.failures(corpus.read(tar)) == [(None, "truncated_tar")]
+    assert [item.json is None for item in corpus.samples(tar)] == [False, False, True]
+    corpus.cut_file(tar, "000000002.txt", keep=3)
+    assert [item.caption is None for item in corpus.samples(tar)] == [False, False, True]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 11_000))
+def test_cut_anywhere_no_whole_sample_is_lost(tmp_path_factory: pytest.TempPathFactory, size: int) -> None:
+    path = corpus.write_tar(str(tmp_path_factory.mktemp("t") / "a.tar"), [(f"{i}.jpg", b"x" * 700) for i in range(7)])
+    os.truncate(path, min(size, os.path.getsize(path)))
+    found = corpus.read(path)
+    assert len([item for item in found if isinstance(item, Sample)]) == min(7, (size + 324) // 1536)
+    boundary = size % 1536 == 0 or size % 1536 >= 512 + 700 or size >= 7 * 1536
+    assert bool(corpus.failures(found)) != boundary
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_a_flipped_header_bit_costs_one_member(tar: str, format: str, number: int) -> None:
+    corpus.write_tar(tar, corpus.good_files(5), FORMATS[format])
+    broken = corpus.flip_header_bit(tar, f"{number:09d}.jpg")
+    found = corpus.read(tar)
+    assert len(list(corpus.samples(tar))) == 4
+    assert corpus.failures(found) == [(f"{number:09d}", "missing_image"), (None, "corrupt_header")]
+    (damage,) = [item for item in members(Path(tar).read_bytes()) if isinstance(item, Damage)]
+    assert damage.offset == broken == found[-1].offset
+    assert damage.length == 512 + (len(corpus.jpeg(number)) + 511) // 512 * 512
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=3000), st.integers(0, 5000), st.booleans())
+def test_hostile_bytes_never_raise(noise: bytes, at: int, inside: bool) -> None:
+    tar = bytearray(build([("a.jpg", 600, "f"), ("漢" * 80 + ".txt", 5, "f")], tarfile.PAX_FORMAT))
+    data = bytes(tar[:at] + noise + tar[at + len(noise) :]) if inside else noise
+    for item in members(data):
+        assert item.offset <= len(data)
+    assert cuts(data)[-1][0] <= len(data)
+
+
+@pytest.mark.parametrize("records", [b"12 path=a.jpg", b"x", b"99 path=a\n", b"11 size=-1\n", b"9 nothing"])
+def test_malformed_pax_headers_are_listed(tar: str, records: bytes) -> None:
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, len(records)
+    rest = build([("b.jpg", 5, "f")], tarfile.USTAR_FORMAT)
+    Path(tar).write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0") + rest)
+    assert corpus.failures(corpus.read(tar)) == [(None, "corrupt_header")]
+    assert [item.key for item in corpus.samples(tar)] == ["b"]
+
+
+@pytest.mark.parametrize("file_name", ["a.tar.gz", "a.tar"])
+def test_gz_is_read_whole_by_its_magic(tmp_path: Path, file_name: str) -> None:
+    plain = corpus.good_tar(str(tmp_path / "plain.tar"), 6)
+    path = tmp_path / file_name
+    half = os.path.getsize(plain) // 2
+    raw = Path(plain).read_bytes()
+    path.write_bytes(gzip.compress(raw[:half]) + gzip.compress(raw[half:]) + bytes(100))
+    assert bodies(str(path)) == bodies(plain)
+    assert all((item.offset, item.length) == (None, None) for item in corpus.samples(str(path)))
+    assert cuts(str(path)) == [(0, 0), (os.path.getsize(path), 6)]
+
+
+def test_a_broken_gz_gives_what_comes_before(tmp_path: Path) -> None:
+    path = Path(corpus.write_tar(str(tmp_path / "a.tar.gz"), corpus.good_files(40, side=64), mode="w:gz"))
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    found = corpus.read(str(path))
+    assert (None, "bad_gzip") in corpus.failures(found)
+    assert 15 < len(list(corpus.samples(str(path)))) < 25
+    path.write_bytes(good[:-8] + b"\0" * 8)  # a wrong checksum: all is there, and yet it is said
+    assert corpus.failures(corpus.read(str(path))) == [(None, "bad_gzip")]
+    assert len(list(corpus.samples(str(path)))) == 40
+
+
+def test_a_changed_or_missing_tar_is_refused(tar: str) -> None:
+    corpus.good_tar(tar, 3)
+    size = os.path.getsize(tar)
+    assert len(list(read_slice(Slice(Shard(tar, size)), corpus.plan_of()))) == 3
+    with pytest.raises(InputError, match=rf"planned with {size + 1} bytes and has {size} now; plan again"):
+        list(read_slice(Slice(Shard(tar, size + 1)), corpus.plan_of()))
+    with pytest.raises(InputError, match="plan again"):
+        corpus.read(tar, 0, size + 512)
+    with pytest.raises(InputError, match="cannot read"):
+        corpus.read(tar + ".away")
+
+
+def test_remote_slices_keep_the_offsets_of_the_tar(tar: str) -> None:
+    corpus.good_tar(tar, 9)
+    url = "memory://clip-batch-tests/a.tar"
+    with fsspec.open(url, "wb") as file:
+        file.write(Path(tar).read_bytes())
+    places = cuts(tar)
+    for start, stop in [(0, None), (0, places[3][0]), (places[3][0], places[6][0]), (places[6][0], None)]:
+        assert summary(corpus.read(url, start, stop)) == summary(corpus.read(tar, start, stop))
+    with pytest.raises(InputError, match="cannot read"):
+        corpus.read("memory://clip-batch-tests/none.tar")

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_batch.config import MergeConfig
+from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.stages.merge import merge
+from clip_batch.stages.search import Searcher
+from tests.fabricated import clustered, make_out
+
+IMAGES, TEXTS = clustered(400, 16, 20)
+CONFIG = MergeConfig(queries=20, shard_rows=150, index_key="IVF8,Flat")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("search")
+    make_out(root / "out", IMAGES, TEXTS, [100, 300])
+    merge(str(root / "out"), str(root / "index"), CONFIG)
+    return str(root)
+
+
+@pytest.fixture
+def searcher(folder: str) -> Searcher:
+    with Searcher(f"{folder}/index") as opened:
+        yield opened
+
+
+def test_one_query_and_many_agree(searcher: Searcher) -> None:
+    many = searcher.search(IMAGES[:5], k=7)
+    assert many == [searcher.search(query, k=7)[0] for query in IMAGES[:5]]
+    assert many[0][0].score == pytest.approx(1, abs=1e-3)
+    assert [hit.score for hit in many[0]] == sorted((hit.score for hit in many[0]), reverse=True)
+    assert searcher.search(np.empty((0, 16), np.float32)) == []
+    scores, ids = searcher.search_ids(IMAGES[:5], 7)
+    assert ids.tolist() == [[hit.id for hit in line] for line in many]
+    assert (scores.dtype, ids.dtype, ids.shape) == (np.float32, np.int64, (5, 7))
+
+
+def test_more_hits_than_rows(searcher: Searcher) -> None:
+    (line,) = searcher.search(IMAGES[0], k=1000, effort=8)
+    assert sorted(hit.id for hit in line) == list(range(400))
+    scores, ids = searcher.search_ids(IMAGES[0], 1000, effort=8)
+    assert ids.shape == (1, 1000)
+    assert (ids[0, 400:] == -1).all()
+    assert np.isneginf(scores[0, 400:]).all()
+    assert len(searcher.search(IMAGES[0], k=1000, effort=1)[0]) < 400  # three lists of 24
+
+
+def test_equal_scores_come_by_ascending_id(tmp_path: Path) -> None:
+    images = np.repeat(IMAGES[:1], 30, axis=0)
+    make_out(tmp_path / "out", images, images, [10, 20])
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, shard_rows=7, index_key="Flat"))
+    assert manifest.recall["image"]["image"]["1"] == 1.0  # any of the equal ones will do
+    with Searcher(str(tmp_path / "index")) as searcher:
+        assert [hit.id for hit in searcher.search(images[0], k=30)[0]] == list(range(30))
+
+
+def test_requests_do_not_disturb_each_other(searcher: Searcher) -> None:
+    alone = {effort: searcher.search_ids(IMAGES, 50, effort=effort)[1] for effort in (1, 3, 8)}
+    assert (alone[1] != alone[8]).any()
+    with ThreadPoolExecutor(8) as pool:
+        together = list(
+            pool.map(lambda effort: (effort, searcher.search_ids(IMAGES, 50, effort=effort)[1]), [1, 3, 8] * 8)
+        )
+    for effort, ids in together:
+        np.testing.assert_array_equal(ids, alone[effort])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"queries": np.zeros((2, 15))}, r"shape \(2, 15\): this index wants \(n, 16\)"),
+        ({"queries": np.zeros((2, 2, 16))}, "shape"),
+        ({"queries": np.full(16, np.nan)}, "NaN"),
+        ({"queries": np.full(16, np.inf)}, "infinity"),
+        ({"queries": ["a"] * 16}, "not an array of numbers"),
+        ({"k": 0}, "k is 0"),
+        ({"k": 2.5}, "k is 2.5"),
+        ({"effort": 0}, "effort is 0"),
+        ({"modality": "sound"}, "modality 'sound' is not in this index: it has image, text"),
+    ],
+)
+def test_wrong_arguments(searcher: Searcher, arguments: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        searcher.search(**{"queries": IMAGES[0], **arguments})  # type: ignore[arg-type]
+
+
+def test_metadata_in_the_order_asked(searcher: Searcher) -> None:
+    rows = searcher.metadata([399, 0, 200, 0])
+    again = [searcher.metadata([id])[0] for id in (399, 0, 200, 0)]
+    assert rows == again
+    assert rows[1] == rows[3] != rows[0]
+    assert searcher.metadata([5], ["caption"]) == [{"caption": searcher.metadata([5])[0]["caption"]}]
+    assert searcher.metadata([]) == []
+    for ids in ([-1], [400], [0.5]):
+        with pytest.raises(ConfigError, match="0 to 399"):
+            searcher.metadata(ids)
+    with pytest.raises(ConfigError, match="no metadata column nothing: there are key, shard"):
+        searcher.metadata([0], ["nothing"])
+
+
+def test_reconstruct(searcher: Searcher) -> None:
+    vectors = searcher.reconstruct([300, 2, 2])
+    assert [line[0].id for line in searcher.search(vectors, k=1)] == [300, 2, 2]
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def test_an_encoder_of_another_dimension(folder: str) -> None:
+    class Encoder:
+        dim = 512
+
+    with pytest.raises(ConfigError, match="has 16 dimensions, this encoder"):
+        Searcher(f"{folder}/index", encoder=Encoder())  # type: ignore[arg-type]
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    make_out(tmp_path / "out", IMAGES, TEXTS, [400])
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+    path = tmp_path / "index" / manifest.version / "text/0001.index"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptError, match=r"text/0001\.index is not of \d+ bytes"):
+        Searcher(str(tmp_path / "index"))
+    path.unlink()
+    with pytest.raises(CorruptError, match=r"text/0001\.index is missing"):
+        Searcher(str(tmp_path / "index"))

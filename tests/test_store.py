@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clip_batch.errors import InputError
+from clip_batch.store import Store
+from clip_batch.types import format_numbers, parse_numbers
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}-{os.getpid()}")
+
+
+def test_create_is_exclusive(store: Store) -> None:
+    assert store.create("a/b.json", b"first")
+    assert not store.create("a/b.json", b"second")
+    assert store.read("a/b.json") == b"first"
+
+
+def test_one_of_many_racing_creators_wins(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: store.create("commit.json", str(number).encode()), range(64)))
+    assert sum(won) == 1
+    assert store.read("commit.json") == str(won.index(True)).encode()
+    assert store.list("") == ["commit.json"]
+
+
+def test_a_writer_that_raises_publishes_nothing(store: Store) -> None:
+    with pytest.raises(RuntimeError), store.writer("out.npy") as file:  # noqa: PT012
+        file.write(b"half")
+        raise RuntimeError
+    assert not store.exists("out.npy")
+    assert store.list("") == []
+
+
+def test_replace_list_size_digest_fetch_remove(store: Store) -> None:
+    store.replace("x", b"old")
+    store.replace("x", b"0123456789")
+    assert store.list("") == ["x"]
+    assert store.size("x") == 10
+    assert store.digest("x") == "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"
+    with store.fetch("x") as path:
+        assert Path(path).read_bytes() == b"0123456789"
+    with store.open("x") as file:
+        file.seek(3)
+        assert file.read(2) == b"34"
+    store.remove("x")
+    store.remove("x")
+    assert not store.exists("x")
+    assert store.list("nowhere") == []
+
+
+def test_a_missing_protocol_is_one_line() -> None:
+    with pytest.raises(InputError, match="cannot open nonsense://x"):
+        Store("nonsense://x")
+
+
+@given(st.sets(st.integers(0, 10_000)))
+def test_numbers_round_trip(numbers: set[int]) -> None:
+    text = format_numbers(numbers)
+    assert not numbers or parse_numbers(text) == sorted(numbers)
