@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= clip-batch-demo
 
-.PHONY: demo test test-fast check docs bench clean
+.PHONY: demo test test-fast check docs bench browser clean
 .DELETE_ON_ERROR:
 
 $(STAMP): setup.cfg constraints.txt
@@ -16,8 +16,14 @@ $(STAMP): setup.cfg constraints.txt
 demo: $(STAMP)          ## the whole line on embedded pictures, then the web page
 	$(BIN)/clip-batch demo $(DEMO)
 
-test: $(STAMP) check    ## everything
+test: $(STAMP) check browser    ## everything
 	$(BIN)/python -m pytest
+
+browser:                ## Chromium for the page's test, where apt can install it; without it that test is skipped
+	@command -v chromium chromium-browser >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	  echo "no Chromium: the page's test will be skipped"
 
 test-fast: $(STAMP)     ## without torch and long runs
 	$(BIN)/python -m pytest -m "not slow"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 import warnings
 from typing import Any
 
@@ -14,6 +16,12 @@ from PIL import Image
 Image.MAX_IMAGE_PIXELS = None
 # Pillow warns of corrupt EXIF and the like, image by image; what decodes is embedded.
 warnings.filterwarnings("ignore", module="PIL")
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF", "MPO", "TGA")
+"""What is decoded, whatever the member's name says; not EPS and its like, which run programs."""
+
+MAX_DEPTH = 100
+"""Nesting of a JSON side-car; deeper ones would meet Python's recursion limit when written again."""
 
 MAX_ASPECT = 1000
 """Longer to shorter side: a transform that resizes the shorter one would make gigabytes of more."""
@@ -35,18 +43,20 @@ def open_image(data: bytes | memoryview, max_pixels: int) -> Image.Image:
     8: a plain conversion to RGB would clip it to white.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise DecodeError("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels}")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise DecodeError("extreme_aspect", f"{width} x {height}: sides differ more than {MAX_ASPECT}-fold")
         image.load()
+        if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+            del image.info["transparency"]  # it changes no colour, and converting with it warns
         return _eight_bits(image)
     except DecodeError:
         raise
     except Exception as error:  # Pillow raises nearly everything on hostile bytes
-        words = " ".join(str(error).split())[:200]
+        words = re.sub(r" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))[:200]
         raise DecodeError("undecodable_image", f"{type(error).__name__}: {words}") from None
 
 
@@ -77,15 +87,33 @@ def decode_caption(raw: bytes | None) -> tuple[str | None, list[str]]:
 def decode_json(raw: bytes | None) -> tuple[dict[str, Any], list[str]]:
     """A side-car's fields and the names of what was mended.
 
-    What is no JSON object is kept as text under "_raw". NaN and infinities, which JSON does not
-    know but Python writes, become null.
+    What is no JSON object, or nested deeper than MAX_DEPTH, is kept as text under "_raw". NaN and
+    infinities, which JSON does not know but Python writes, become null; half surrogates, which
+    UTF-8 cannot carry, U+FFFD.
     """
     if raw is None:
         return {}, []
     try:
-        found = json.loads(raw, parse_constant=lambda _: None)
+        text, mended = raw.decode("utf-8-sig"), []
+    except UnicodeDecodeError:
+        text, mended = raw.decode("utf-8-sig", "replace"), ["bad_utf8"]
+    try:
+        found = _clean(json.loads(text))
     except (ValueError, RecursionError):
         found = None
-    if isinstance(found, dict):
-        return found, []
-    return {"_raw": raw.decode("utf-8", "replace")}, ["bad_json"]
+    return (found, mended) if isinstance(found, dict) else ({"_raw": text}, [*mended, "bad_json"])
+
+
+def _clean(value: Any, depth: int = 0) -> Any:
+    """A parsed value that strict JSON and UTF-8 can hold; RecursionError if it is nested too deep."""
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_clean(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {_clean(name): _clean(item, depth + 1) for name, item in value.items()}
+    return value

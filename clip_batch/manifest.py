@@ -1,7 +1,7 @@
 """The manifest of an index version, and CURRENT, which names the version that serves.
 
-    INDEX/CURRENT                      the live version, swapped atomically
-    INDEX/<version>/manifest.json      written last: a version without it does not exist for readers
+INDEX/CURRENT                      the live version, swapped atomically
+INDEX/<version>/manifest.json      written last: a version without it does not exist for readers
 """
 
 from __future__ import annotations

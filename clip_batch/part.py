@@ -113,7 +113,7 @@ def _cast(value: Any, kind: str | None) -> tuple[bool, Any]:
     if kind == "json":
         return True, _dump(value)
     if kind == "string":
-        return isinstance(value, str), _text(value) if isinstance(value, str) else None
+        return isinstance(value, str), value
     if kind == "bool":
         return isinstance(value, bool), value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -124,12 +124,7 @@ def _cast(value: Any, kind: str | None) -> tuple[bool, Any]:
 
 
 def _dump(value: Any) -> str:
-    return _text(json.dumps(value, ensure_ascii=False, sort_keys=True))
-
-
-def _text(value: str) -> str:
-    """JSON may carry lone surrogates, which UTF-8 cannot."""
-    return value.encode("utf-8", "replace").decode()
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 class PartWriter:

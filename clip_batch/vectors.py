@@ -73,7 +73,8 @@ def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Em
     if missing and not allow_partial:
         raise IncompleteError(
             f"{store.url} lacks partitions {format_numbers(missing)} of {len(plan.partitions)}: "
-            f"run clip-batch embed --output {store.url}, or merge with --allow-partial"
+            f"run clip-batch worker --output {store.url} --partitions {format_numbers(missing)}, "
+            "or merge with --allow-partial"
         )
     filled = tuple(commits[number] for number in sorted(commits) if commits[number].rows)
     for commit in filled:

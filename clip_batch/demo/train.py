@@ -249,7 +249,7 @@ def prepare(rows: list[dict[str, Any]], texts: Texts, folder: Path) -> tuple[Any
 
 
 def train(folder: Path, steps: int, seed: int) -> None:
-    """Trains for `steps` steps and leaves the model in `folder`, renewed now and then."""
+    """Trains for `steps` steps and leaves the model in `folder`; until then it is the random one."""
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)  # they are slow, and many where attention is sharp
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)

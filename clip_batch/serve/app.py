@@ -191,4 +191,3 @@ def run(indices: list[str], config: ServeConfig, storage: StorageConfig) -> None
         searchers[name].encode_text(["warm up"])
     print(f"serving {', '.join(searchers)} at http://{config.host}:{config.port}/", flush=True)
     uvicorn.run(create_app(searchers, config), host=config.host, port=config.port, log_level="warning")
-

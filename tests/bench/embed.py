@@ -1,6 +1,6 @@
 """embed against its limits, in one process and run: reading, decoding, the model alone, the whole.
 
-    python tests/bench/embed.py [--model demo] [--pretrained PATH]
+python tests/bench/embed.py [--model demo] [--pretrained PATH]
 """
 
 from __future__ import annotations
