@@ -239,13 +239,13 @@ def test_damaged_files_are_refused(config: PlanConfig, tmp_path: Path) -> None:
     home = tmp_path / "out" / "_clip_batch"
     slices = (home / "plan.parquet").read_bytes()
     (home / "plan.parquet").write_bytes(slices[:-1] + b"?")
-    with pytest.raises(CorruptError, match="plan.parquet"):
+    with pytest.raises(CorruptError, match=r"plan\.parquet"):
         load_plan(Store(f"{tmp_path}/out"))
     (home / "plan.parquet").unlink()
-    with pytest.raises(CorruptError, match="plan.parquet"):
+    with pytest.raises(CorruptError, match=r"plan\.parquet"):
         load_plan(Store(f"{tmp_path}/out"))
     (home / "plan.json").write_text("{")
-    with pytest.raises(CorruptError, match="plan.json"):
+    with pytest.raises(CorruptError, match=r"plan\.json"):
         load_plan(Store(f"{tmp_path}/out"))
 
 
