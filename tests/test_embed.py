@@ -320,19 +320,102 @@ def test_gc_keeps_what_may_be_at_work(tars: list[str], out: str) -> None:
     assert len(rows(out)) == 40
 
 
-def test_a_full_disk_fails_the_partition_and_publishes_nothing(
-    tars: list[str], out: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan(tars, out)
-    good = part.PartWriter.add
+def test_a_full_disk_fails_the_partition_and_publishes_nothing(tars: list[str], out: str) -> None:
+    frozen = plan(tars, out, model="fake:256")
+    worker = f"{sys.executable} -m clip_batch worker --output {out} --slot 0 --slots 1"
+    limited = subprocess.run(["bash", "-c", f"ulimit -f 16; {worker}"], capture_output=True, text=True)  # 16 KiB a file
+    assert limited.returncode == 1, limited.stderr
+    assert "partition 5 failed: OSError" in limited.stderr
+    assert os.listdir(f"{out}/img_emb") == []
+    assert part.committed(Store(out)) == set()
+    assert len(status(Store(out))["failed"]) == len(frozen.partitions)
+    assert {outcome.state for outcome in embed(out, SMALL)} == {"committed"}
+    assert len(rows(out)) == 240
 
-    def full(self: part.PartWriter, *arguments: object) -> None:
-        if self.partition == 1 and self.rows:
-            raise OSError(28, "No space left on device")
-        good(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(part.PartWriter, "add", full)
-    outcomes = embed(out, SMALL, [0, 1, 2])
-    assert [outcome.state for outcome in outcomes] == ["committed", "failed", "committed"]
-    assert "No space left" in outcomes[1].error
-    assert len(os.listdir(f"{out}/img_emb")) == 2
+def test_folders_of_files_are_embedded_like_tars(tmp_path: Path, out: str) -> None:
+    folder = tmp_path / "pictures"
+    for name, content in corpus.good_files(30, seed=3):
+        path = folder / f"sub{int(name[:9]) % 3}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (folder / "lonely.txt").write_text("no image")
+    frozen = plan([str(folder)], out, format="files", partition_samples=8)
+    assert len(frozen.partitions) == 4
+    assert {outcome.state for outcome in embed(out, SMALL)} == {"committed"}
+    keys = [key for key, _, _ in rows(out)]
+    assert len(keys) == 30
+    assert keys == sorted(keys)
+    assert status(Store(out))["failures"] == {"missing_image": 1}
+    assert verify_output(Store(out), deep=True).ok
+
+
+def test_the_zoo_of_bad_input_is_embedded_or_listed(tmp_path: Path, out: str) -> None:
+    """Everything docs/formats.md has a rule for, in one plan: no crash, nothing nowhere."""
+
+    def tar(name: str, files: list[tuple[str, bytes]], **options: str) -> str:
+        return corpus.write_tar(str(tmp_path / name), files, **options)
+
+    odd, bad = corpus.odd_images(), corpus.bad_images()
+    picture = corpus.jpeg(1)
+    captions: dict[str, bytes] = {
+        "none": b" \n",
+        "latin": b"caf\xe9",
+        "nul": b"a\0b",
+        "long": b"x" * 10_000,
+        "json": b"fine",
+    }
+    texts = [
+        (f"{name}.{end}", body) for name, text in captions.items() for end, body in (("jpg", picture), ("txt", text))
+    ]
+    cut = corpus.good_tar(str(tmp_path / "cut.tar"), 5, seed=1)
+    corpus.cut_file(cut, "001000003.jpg")
+    flipped = corpus.good_tar(str(tmp_path / "flipped.tar"), 5, seed=2)
+    corpus.flip_header_bit(flipped, "002000002.jpg")
+    html, empty = tmp_path / "page.tar", tmp_path / "empty.tar"
+    html.write_text("<html>" + "404 " * 500)
+    empty.write_bytes(b"")
+    inputs = [
+        tar("odd.tar", [(f"{i:02d}.{name.rpartition('.')[2]}", body) for i, (name, body) in enumerate(odd.items())]),
+        tar(
+            "bad.tar", [(f"{i:02d}.{name.rpartition('.')[2]}", body) for i, (name, (body, _)) in enumerate(bad.items())]
+        ),
+        tar("texts.tar", [*texts, ("json.json", b'{"broken": ')]),
+        tar("apart.tar", [("a.jpg", picture), ("b.JPG", picture), ("a.txt", b"late"), ("a.jpg", picture)]),
+        tar("packed.tar.gz", corpus.good_files(3, seed=4), mode="w:gz"),
+        tar("nothing.tar", []),
+        cut,
+        flipped,
+        str(html),
+        str(empty),
+    ]
+    plan(inputs, out, partition_samples=None, partition_bytes="20KB")
+    assert {outcome.state for outcome in embed(out, EmbedConfig(batch_size=4))} == {"committed"}
+    found = status(Store(out))
+    expected = {"not_a_tar": 1, "empty_file": 1, "empty_shard": 1, "truncated_tar": 1, "truncated_member": 1}
+    expected |= {"corrupt_header": 1, "missing_image": 1}
+    for _, reason in bad.values():
+        expected[reason] = expected.get(reason, 0) + 1
+    assert found["failures"] == expected
+    assert found["rows"] == len(odd) + len(captions) + 3 + 3 + 3 + 4
+    assert found["warnings"]["bad_utf8"] == found["warnings"]["bad_json"] == 1
+    report = verify_output(Store(out), deep=True)
+    assert report.problems == {}
+    commits = part.read_commits(Store(out)).values()
+    table = pa.concat_tables(pq.read_table(f"{out}/{commit.file('metadata')}") for commit in commits if commit.rows)
+    rowed = {(row["shard"].rpartition("/")[2], row["key"], row["offset"]): row for row in table.to_pylist()}
+    assert len(rowed) == found["rows"]
+    by_key = {row["key"]: row for row in rowed.values() if row["shard"].endswith("texts.tar")}
+    assert by_key["none"]["caption"] is None
+    assert by_key["latin"]["caption"] == "caf\ufffd"
+    assert by_key["nul"]["caption"] == "a\0b"
+    assert len(by_key["long"]["caption"]) == 10_000
+    assert json.loads(by_key["json"]["extra"]) == {"_raw": '{"broken": '}
+    listed = [
+        row
+        for commit in commits
+        if (name := commit.file("_clip_batch/failures"))
+        for row in pq.read_table(f"{out}/{name}").to_pylist()
+    ]
+    assert len(listed) == sum(expected.values())
+    assert all(row["message"] and row["shard"] for row in listed)

@@ -123,7 +123,6 @@ class _Worker:
         self.progress, self.stop = progress, stop
         self.abandoned: set[int] = set()
         self.encoder: Encoder = encoders.load(plan.encoder, config.device)
-
         self.batch_size = config.batch_size or (32 if encoders.pick_device(config.device) == "cpu" else 256)
 
     def run(self, todo: list[Partition]) -> list[Outcome]:
