@@ -25,7 +25,6 @@ from clip_batch.store import Store
 from clip_batch.types import Sample
 
 BATCH = 32
-ROUNDS = 3
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -38,9 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--pretrained", default="")
+    parser.add_argument("--tars", type=int, default=8, help="of the demo's 8, 239 samples each")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        tars = data.write_tars(f"{home}/tars")
+        tars = data.write_tars(f"{home}/tars")[: arguments.tars]
         planned = PlanConfig(input=tars, model=arguments.model, pretrained=arguments.pretrained, partition_samples=500)
         make_plan(planned, f"{home}/out0")
         plan = load_plan(Store(f"{home}/out0"))
@@ -69,7 +70,7 @@ def main() -> None:
             embed(out, EmbedConfig(batch_size=BATCH, device="cpu"))
 
         best: dict[str, float] = {}
-        for number in range(1, ROUNDS + 1):
+        for number in range(1, arguments.rounds + 1):
             for name, work in (
                 ("read", read),
                 ("decode", decode),
