@@ -17,7 +17,9 @@ Image.MAX_IMAGE_PIXELS = None
 # Pillow warns of corrupt EXIF and the like, image by image; what decodes is embedded.
 warnings.filterwarnings("ignore", module="PIL")
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF", "MPO", "TGA")
+Image.init()
+_RASTER = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF", "TGA")
+FORMATS = tuple(name for name in _RASTER if name in Image.OPEN)
 """What is decoded, whatever the member's name says; not EPS and its like, which run programs."""
 
 MAX_DEPTH = 100

@@ -167,3 +167,17 @@ def test_any_open_clip_model_from_a_local_checkpoint(tmp_path: Path) -> None:
     texts = encoder.encode_texts(["a cat", "x" * 10_000, "\0"])
     assert texts.shape == (3, 1024)
     assert np.allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("bf16", 0.9995), ("fp16", 0.99999)])
+def test_half_precisions_stay_close(precision: str, least: float) -> None:
+    from clip_batch.decode import open_image
+    from clip_batch.encoders import load, resolve
+
+    full, half = (load(resolve("demo", precision=name), "cpu") for name in ("fp32", precision))
+    pictures = [open_image(image, 10**6) for image in data.load()["image"].to_pylist()[::100]]
+    pixels = np.stack([full.preprocess(picture) for picture in pictures])
+    names = data.load()["name_zh"].to_pylist()[::100]
+    assert (full.encode_images(pixels) * half.encode_images(pixels)).sum(1).min() > least
+    assert (full.encode_texts(names) * half.encode_texts(names)).sum(1).min() > least
+    assert resolve("demo", precision=precision).fingerprint != resolve("demo").fingerprint

@@ -7,6 +7,7 @@ and checks that it is the planned one. A new family is one module with those two
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clip_batch.errors import EncoderError
@@ -47,12 +48,8 @@ def _family(model: str) -> Any:
 
 def resolve(model: str, pretrained: str = "", preprocess: str = "exact", precision: str = "fp32") -> EncoderSpec:
     """The identity of an encoder; EncoderError if its weights cannot be found."""
-    if model == "demo":
-        from clip_batch.demo.data import model_path
-
-        model, pretrained = f"local-dir:{model_path()}", ""
     model, pretrained = _absolute(model), _absolute(pretrained)
-    weights = _family(model).weights_digest(model, pretrained)
+    weights = _family(model).weights_digest(_located(model), pretrained)
     return EncoderSpec(model, pretrained, weights, preprocess, precision)
 
 
@@ -61,14 +58,24 @@ def load(spec: EncoderSpec, device: str = "auto") -> Encoder:
 
     `device` is auto (cuda where there is one), cpu, cuda or cuda:N.
     """
-    found = _family(spec.model).weights_digest(spec.model, spec.pretrained)
+    located = replace(spec, model=_located(spec.model))
+    found = _family(spec.model).weights_digest(located.model, spec.pretrained)
     if found != spec.weights:
         raise EncoderError(
             f"the weights of {spec.model} {spec.pretrained} are {found[:12]}, planned were {spec.weights[:12]}: "
             "put the planned weights back, or plan into another --output"
         )
-    encoder: Encoder = _family(spec.model).load(spec, device)
+    encoder: Encoder = _family(spec.model).load(located, device)
     return encoder
+
+
+def _located(model: str) -> str:
+    """`demo` stands for the embedded model, wherever this package lies."""
+    if model != "demo":
+        return model
+    from clip_batch.demo.data import model_path
+
+    return f"local-dir:{model_path()}"
 
 
 def pick_device(device: str) -> str:

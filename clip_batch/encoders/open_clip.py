@@ -109,18 +109,18 @@ def load(spec: EncoderSpec, device: str) -> OpenClipEncoder:
         tokenizer = open_clip.get_tokenizer(spec.model)
     except Exception as error:
         raise EncoderError(f"open_clip cannot load {spec.model} {spec.pretrained}: {_line(error)}") from None
-    return OpenClipEncoder(model.eval(), transform, tokenizer, device)
+    return OpenClipEncoder(model.eval(), transform, tokenizer, device, open_clip.get_input_dtype(spec.precision))
 
 
 class OpenClipEncoder:
     """An open_clip model with its own transform and tokenizer, used as they are."""
 
-    def __init__(self, model: Any, transform: Any, tokenizer: Any, device: str) -> None:
+    def __init__(self, model: Any, transform: Any, tokenizer: Any, device: str, dtype: Any) -> None:
         import torch
 
         self._model, self._transform, self._tokenizer = model, transform, tokenizer
         self._device = torch.device(device)
-        self._dtype = next(model.parameters()).dtype
+        self._dtype = dtype or torch.float32  # of the pixels; open_clip keeps some weights in float32
         self.dim = int(self.encode_texts(["a"]).shape[1])
 
     def preprocess(self, image: Image) -> Array:

@@ -185,5 +185,5 @@ def _identities(store: Store, name: str | None) -> list[tuple[str | None, str, i
     if name is None:
         return []
     with store.open(name) as file:
-        columns = pq.read_table(file, columns=["key", "shard", "offset"])
+        columns = pq.ParquetFile(file).read(columns=["key", "shard", "offset"])
     return list(zip(*(column.to_pylist() for column in columns.columns), strict=True))
