@@ -98,6 +98,8 @@ class EmbedConfig:
     """A shard that is not a readable tar: record it among the failures, or fail its partition."""
     compression: Literal["zstd", "snappy", "none"] = "zstd"
     """Of the metadata Parquet files."""
+    progress: bool = True
+    """Show progress on standard error."""
 
 
 @dataclass(frozen=True)

@@ -40,24 +40,3 @@ def test_jobs_run(job: Path) -> None:
     done = subprocess.run([sys.executable, str(job), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "usage: clip-batch" in done.stdout
-
-
-def test_embed_plans_first_and_several_workers_share(tmp_path: Path) -> None:
-    from tests import corpus
-
-    for number in range(4):
-        corpus.good_tar(str(tmp_path / f"{number:03d}.tar"), 30, seed=number)
-    out = tmp_path / "out"
-    arguments = ["embed", "--input", f"{tmp_path}/{{000..003}}.tar", "--model", "fake:8", "--partition-samples", "30"]
-    command = [sys.executable, "-m", "clip_batch", *arguments, "--output", str(out), "--workers", "2"]
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert "4/4 partitions" in done.stderr or "0/0 partitions" in done.stderr
-    assert len(list((out / "img_emb").iterdir())) == 4
-    assert main(["verify", "--output", str(out), "--deep"]) == 0
-    again = [*command[:-2], "--model", "fake:9"]
-    refused = subprocess.run(again, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "fake:8" in refused.stderr
-    assert "fake:9" in refused.stderr

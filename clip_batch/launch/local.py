@@ -19,6 +19,7 @@ from clip_batch.launch.progress import shown
 from clip_batch.plan import load_plan
 from clip_batch.stages.embed import Outcome, Progress, embed
 from clip_batch.store import Store
+from clip_batch.types import Commit
 
 
 def run_worker(output: str, partitions: list[int] | None, config: EmbedConfig, storage: StorageConfig) -> list[Outcome]:
@@ -27,38 +28,48 @@ def run_worker(output: str, partitions: list[int] | None, config: EmbedConfig, s
     store = Store(output, storage.storage_options)
     wanted = set(range(len(load_plan(store).partitions)) if partitions is None else partitions)
     missing = len(wanted - part.committed(store))
-    with _stopping() as stop, shown(lambda: (progress.partitions, progress.samples, progress.failed), missing):
+
+    def read() -> tuple[int, int, int]:
+        return progress.partitions, progress.samples, progress.failed
+
+    with _stopping() as stop, shown(read, missing) if config.progress else contextlib.nullcontext():
         return embed(output, config, partitions, storage, progress, stop)
 
 
 def run_workers(output: str, workers: int, config: EmbedConfig, storage: StorageConfig) -> int:
-    """`workers` processes, each a slot of as many; returns the worst exit code. Their stderr is ours."""
+    """`workers` processes, each a slot of as many; returns the worst exit code. Their errors go to our stderr."""
     store = Store(output, storage.storage_options)
+    plan = load_plan(store)
     before = part.committed(store)
+    commits: dict[int, Commit] = {}
     cuda = config.device.startswith("cuda") or (config.device == "auto" and gpus() > 0)
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // workers)
 
     def start(slot: int) -> subprocess.Popen[bytes]:
         device = f"cuda:{slot % max(gpus(), 1)}" if cuda else config.device
-        own = dataclasses.replace(config, threads=threads, device=device)
+        own = dataclasses.replace(config, threads=threads, device=device, progress=False)
         command = [sys.executable, "-m", "clip_batch", "worker", "--output", output]
         command += ["--slot", str(slot), "--slots", str(workers)]
         return subprocess.Popen(command, env=environment(own, storage), stdout=subprocess.DEVNULL)
 
-    processes = [start(slot) for slot in range(workers)]
-
     def read() -> tuple[int, int, int]:
-        return len(part.committed(store) - before), 0, 0
+        for number in part.committed(store) - before - set(commits):
+            commits[number] = part.read_commit(store, plan.name(number))
+        failed = sum(sum(commit.failed.values()) for commit in commits.values())
+        return len(commits), sum(commit.rows for commit in commits.values()), failed
 
-    with _stopping() as stop, shown(read, len(load_plan(store).partitions) - len(before)):
+    display = shown(read, len(plan.partitions) - len(before)) if config.progress else contextlib.nullcontext()
+    processes = [start(slot) for slot in range(workers)]
+    with _stopping() as stop, display:
+        while any(process.poll() is None for process in processes) and not stop.wait(0.2):
+            pass
+        if stop.is_set():
+            for process in processes:
+                process.terminate()
         for process in processes:
-            while process.poll() is None:
-                if stop.is_set():
-                    for running in processes:
-                        running.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.5)
-    codes = [process.returncode for process in processes]
+            process.wait()
+    # A worker that had just ended its own work when it was told to stop dies of the signal itself.
+    codes = [75 if process.returncode == -signal.SIGTERM else process.returncode for process in processes]
     return next((code for code in (2, 1, 75) if code in codes), 0 if not any(codes) else 1)
 
 
