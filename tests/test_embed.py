@@ -139,12 +139,16 @@ def test_racing_attempts_commit_once(tars: list[str], out: str) -> None:
     assert [len(store.list(name)) for name in ("img_emb", "text_emb", "metadata")] == [2, 2, 2]
 
 
-def kill_after(seconds: float, out: str, *arguments: str) -> int:
-    command = [sys.executable, "-m", "clip_batch", "worker", "--output", out, "--batch-size", "4", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(seconds)
+def kill_after_a_commit(out: str, pause: float) -> bool:
+    """Start a worker, kill -9 it `pause` seconds after its first new commit; whether it was still running."""
+    command = [sys.executable, "-m", "clip_batch", "worker", "--output", out, "--slot", "0", "--slots", "1"]
+    process = subprocess.Popen([*command, "--batch-size", "4"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = part.committed(Store(out))
+    while part.committed(Store(out)) == before and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(pause)
     process.send_signal(signal.SIGKILL)
-    return process.wait()
+    return process.wait() == -signal.SIGKILL
 
 
 def test_kill_and_resume_is_the_undisturbed_run(tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_kill_and_resume_is_the_undisturbed_run(tmp_path: Path) -> None:
     frozen = plan(tars, rough, partition_samples=100)
     kills = 0
     for number in range(8):
-        kills += kill_after(0.8 + 0.15 * number, rough, "--slot", "0", "--slots", "1") == -signal.SIGKILL
+        kills += kill_after_a_commit(rough, 0.01 * number)
         report = verify_output(Store(rough), deep=True)
         assert set(report.problems.values()) <= {"not committed"}
         if report.ok:
