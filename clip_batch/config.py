@@ -72,7 +72,7 @@ class PlanConfig:
     """Target size of a partition's tars; a larger tar is split at sample boundaries."""
     partition_samples: int | None = None
     """Target samples of a partition, instead of bytes."""
-    partitions: int | None = None
+    partition_count: int | None = None
     """Number of partitions, instead of a target size."""
     image_extensions: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
     """Extensions of image members, in any case; where a sample has several, the first listed is taken."""

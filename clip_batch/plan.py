@@ -201,10 +201,10 @@ def _count(tars: list[Shard], needed: bool, options: dict[str, Any]) -> list[Sha
 
 def _target(config: PlanConfig) -> dict[str, int]:
     """What partitions are packed by: {"partitions": n}, {"samples": n} or {"bytes": n}."""
-    if config.partitions is not None and config.partition_samples is not None:
-        raise ConfigError("--partitions and --partition-samples exclude each other: give one")
-    if config.partitions is not None:
-        target = {"partitions": config.partitions}
+    if config.partition_count is not None and config.partition_samples is not None:
+        raise ConfigError("--partition-count and --partition-samples exclude each other: give one")
+    if config.partition_count is not None:
+        target = {"partitions": config.partition_count}
     elif config.partition_samples is not None or config.format == "files":
         target = {"samples": FILES_SAMPLES if config.partition_samples is None else config.partition_samples}
     else:

@@ -248,7 +248,7 @@ def test_policies_fail_a_partition(tmp_path: Path, out: str) -> None:
     tar = corpus.good_tar(str(tmp_path / "bad.tar"), 10, seed=1, broken=[True] * 6 + [False] * 4)
     html = tmp_path / "page.tar"
     html.write_text("<html>" + "x" * 2000)
-    frozen = plan([tar, str(html)], out, partition_samples=None, partitions=2)
+    frozen = plan([tar, str(html)], out, partition_samples=None, partition_count=2)
     assert len(frozen.partitions) == 2
     strict = EmbedConfig(batch_size=4, max_bad_share=0.5, broken_shard="fail")
     assert [outcome.state for outcome in embed(out, strict)] == ["failed", "failed"]

@@ -99,6 +99,15 @@ def test_a_wrong_size_is_refused(text: str) -> None:
         parse_bytes(text)
 
 
+def test_no_two_sections_share_an_environment_variable_of_different_kinds() -> None:
+    import typing
+
+    kinds: dict[str, object] = {}
+    for section in ALL:
+        for name, kind in typing.get_type_hints(section).items():
+            assert name == "serve" or kinds.setdefault(name, kind) == kind, name
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

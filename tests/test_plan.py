@@ -142,7 +142,7 @@ def tars(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(tars: Path) -> PlanConfig:
-    return PlanConfig(input=[f"{tars}/*.tar"], model="fake:8", partitions=2)
+    return PlanConfig(input=[f"{tars}/*.tar"], model="fake:8", partition_count=2)
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -182,7 +182,7 @@ def test_the_digest_covers_what_changes_the_result(config: PlanConfig, tmp_path:
         config,
         replace(config, model="fake:16"),
         replace(config, precision="bf16"),
-        replace(config, partitions=3),
+        replace(config, partition_count=3),
         replace(config, input=[f"{config.input[0][:-5]}{{1,0,2,3}}.tar"]),
         replace(config, caption_extensions=["caption"]),
         replace(config, image_extensions=["png", "jpg"]),
@@ -210,8 +210,8 @@ def test_a_changed_input_is_refused_by_name(config: PlanConfig, tars: Path, tmp_
     [
         ({"model": "fake:16"}, "model 'fake:8' -> 'fake:16'; weights"),
         ({"precision": "fp16"}, "precision 'fp32' -> 'fp16'"),
-        ({"partitions": 3}, r"partition target \{'partitions': 2\} -> \{'partitions': 3\}"),
-        ({"partitions": None}, r"-> \{'bytes': 4000000000\}"),
+        ({"partition_count": 3}, r"partition target \{'partitions': 2\} -> \{'partitions': 3\}"),
+        ({"partition_count": None}, r"-> \{'bytes': 4000000000\}"),
         ({"caption_extensions": ["cap"]}, r"caption_extensions \('txt',\) -> \('cap',\)"),
     ],
 )
@@ -256,7 +256,7 @@ def test_a_planner_that_died_before_plan_json_is_taken_up(config: PlanConfig, tm
     assert make_plan(config, f"{tmp_path}/out") == plan
     (home / "plan.json").unlink()
     with pytest.raises(PlanError, match="delete that file"):
-        make_plan(replace(config, partitions=3), f"{tmp_path}/out")
+        make_plan(replace(config, partition_count=3), f"{tmp_path}/out")
 
 
 def test_a_large_tar_is_split_at_samples_and_its_counts_add_up(tars: Path, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_large_tar_is_split_at_samples_and_its_counts_add_up(tars: Path, tmp_p
 
 
 def test_partitions_by_samples_without_side_cars_scan_the_headers(config: PlanConfig, tmp_path: Path) -> None:
-    plan = make_plan(replace(config, partitions=None, partition_samples=10), f"{tmp_path}/out")
+    plan = make_plan(replace(config, partition_count=None, partition_samples=10), f"{tmp_path}/out")
     assert [len(partition.slices) for partition in plan.partitions] == [2, 2]
     assert [piece.samples for piece in pieces(plan.partitions)] == [5] * 4
 
@@ -303,9 +303,9 @@ def test_files_are_cut_by_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"partitions": 0}, "give 1 or more"),
+        ({"partition_count": 0}, "give 1 or more"),
         ({"partition_samples": -1}, "give 1 or more"),
-        ({"partitions": 2, "partition_samples": 2}, "exclude each other"),
+        ({"partition_count": 2, "partition_samples": 2}, "exclude each other"),
         ({"partition_bytes": "4 apples"}, "not understood"),
     ],
 )
