@@ -54,16 +54,20 @@ def read_commit(store: Store, name: str) -> Commit:
 
 def committed(store: Store) -> set[int]:
     """The partitions that are committed, by one listing."""
-    return {int(name[:-5]) for name in store.list(COMMITS) if name.endswith(".json") and name[:-5].isdigit()}
+    return {int(name) for name in _commit_names(store)}
+
+
+def _commit_names(store: Store) -> list[str]:
+    """The zero-padded numbers of the committed partitions; spools and strangers' files are passed over."""
+    return [name[:-5] for name in store.list(COMMITS) if name.endswith(".json") and name[:-5].isdigit()]
 
 
 def read_commits(store: Store) -> dict[int, Commit]:
     """All commits, by partition."""
     from concurrent.futures import ThreadPoolExecutor
 
-    names = [name[:-5] for name in store.list(COMMITS) if name.endswith(".json") and name[:-5].isdigit()]
     with ThreadPoolExecutor(16) as pool:
-        commits = pool.map(lambda name: read_commit(store, name), names)
+        commits = pool.map(lambda name: read_commit(store, name), _commit_names(store))
         return {commit.partition: commit for commit in commits}
 
 

@@ -6,6 +6,7 @@ and checks that it is the planned one. A new family is one module with those two
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,7 +49,10 @@ def _family(model: str) -> Any:
 
 def resolve(model: str, pretrained: str = "", preprocess: str = "exact", precision: str = "fp32") -> EncoderSpec:
     """The identity of an encoder; EncoderError if its weights cannot be found."""
-    model, pretrained = _absolute(model), _absolute(pretrained)
+    if model.startswith("local-dir:"):
+        model = "local-dir:" + os.path.abspath(model.removeprefix("local-dir:"))
+    if os.path.isfile(pretrained):  # paths in a plan hold wherever it is read
+        pretrained = os.path.abspath(pretrained)
     weights = _family(model).weights_digest(_located(model), pretrained)
     return EncoderSpec(model, pretrained, weights, preprocess, precision)
 
@@ -85,12 +89,3 @@ def pick_device(device: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _absolute(name: str) -> str:
-    """Paths in a plan hold wherever it is read; other names stay as they are."""
-    import os
-
-    if name.startswith("local-dir:"):
-        return "local-dir:" + os.path.abspath(name.removeprefix("local-dir:"))
-    return os.path.abspath(name) if os.path.isfile(name) else name

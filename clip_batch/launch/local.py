@@ -15,7 +15,7 @@ from typing import Any
 
 from clip_batch import part
 from clip_batch.config import EmbedConfig, StorageConfig
-from clip_batch.launch.progress import shown
+from clip_batch.launch.progress import Counts, shown
 from clip_batch.plan import load_plan
 from clip_batch.stages.embed import Outcome, Progress, embed
 from clip_batch.store import Store
@@ -25,14 +25,11 @@ from clip_batch.types import Commit
 def run_worker(output: str, partitions: list[int] | None, config: EmbedConfig, storage: StorageConfig) -> list[Outcome]:
     """One worker in this process, with progress; SIGTERM, SIGUSR1 and Ctrl-C stop it cleanly (Preempted)."""
     progress = Progress()
-    store = Store(output, storage.storage_options)
-    wanted = set(range(len(load_plan(store).partitions)) if partitions is None else partitions)
-    missing = len(wanted - part.committed(store))
 
-    def read() -> tuple[int, int, int]:
-        return progress.partitions, progress.samples, progress.failed
+    def read() -> Counts:
+        return progress.total, progress.partitions, progress.samples, progress.failed
 
-    with _stopping() as stop, shown(read, missing) if config.progress else contextlib.nullcontext():
+    with _stopping() as stop, shown(read) if config.progress else contextlib.nullcontext():
         return embed(output, config, partitions, storage, progress, stop)
 
 
@@ -52,13 +49,15 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
         command += ["--slot", str(slot), "--slots", str(workers)]
         return subprocess.Popen(command, env=environment(own, storage), stdout=subprocess.DEVNULL)
 
-    def read() -> tuple[int, int, int]:
+    total = len(plan.partitions) - len(before)
+
+    def read() -> Counts:
         for number in part.committed(store) - before - set(commits):
             commits[number] = part.read_commit(store, plan.name(number))
         failed = sum(sum(commit.failed.values()) for commit in commits.values())
-        return len(commits), sum(commit.rows for commit in commits.values()), failed
+        return total, len(commits), sum(commit.rows for commit in commits.values()), failed
 
-    display = shown(read, len(plan.partitions) - len(before)) if config.progress else contextlib.nullcontext()
+    display = shown(read) if config.progress else contextlib.nullcontext()
     processes = [start(slot) for slot in range(workers)]
     with _stopping() as stop, display:
         while any(process.poll() is None for process in processes) and not stop.wait(0.2):

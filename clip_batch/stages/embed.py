@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clip_batch import encoders, part
@@ -47,12 +46,12 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """Counters a launcher may show while `embed` runs; each grows only."""
+    """Counters a launcher may show while `embed` runs; `total` is set once the work is known."""
 
+    total: int = 0
     partitions: int = 0
     samples: int = 0
     failed: int = 0
-    started: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,9 @@ def embed(
     todo = [plan.partitions[number] for number in wanted if number not in done]
     if not todo:
         return []
-    worker = _Worker(store, plan, config, storage, progress or Progress(), stop or threading.Event())
-    return worker.run(todo)
+    progress = progress or Progress()
+    progress.total = len(todo)
+    return _Worker(store, plan, config, storage, progress, stop or threading.Event()).run(todo)
 
 
 class _Worker:
