@@ -104,12 +104,14 @@ def load_manifest(store: Store, version: str | None = None) -> Manifest:
         raise CorruptError(f"{store.display(name)} is not a manifest ({error}): delete it and merge again") from None
 
 
-def publish_manifest(store: Store, manifest: Manifest) -> None:
-    """Make a version the live one: manifest.json first, then CURRENT."""
-    store.replace(f"{manifest.version}/{MANIFEST}", manifest.to_json().encode())
+def publish_manifest(store: Store, manifest: Manifest) -> Manifest:
+    """Make a version the live one: manifest.json first, then CURRENT. The manifest that stands: the first one."""
+    store.create(f"{manifest.version}/{MANIFEST}", manifest.to_json().encode())
     make_current(store, manifest.version)
+    return load_manifest(store, manifest.version)
 
 
 def make_current(store: Store, version: str) -> None:
-    """Let a finished version serve."""
-    store.replace(CURRENT, f"{version}\n".encode())
+    """Let a finished version serve, if it does not yet."""
+    if current_version(store) != version:
+        store.replace(CURRENT, f"{version}\n".encode())

@@ -199,6 +199,41 @@ class Store:
             else:
                 self._fs.rm_file(self.path(name))
 
+    def rename(self, old: str, new: str) -> None:
+        """Give a file the name `new`, in the place of any older one (HDFS refuses to replace).
+
+        Atomic on file systems; object stores copy and then delete. Any number of callers may do the
+        same at once, or again: where `old` is gone and `new` is there, it is done.
+        """
+        try:
+            if self.local:
+                os.makedirs(os.path.dirname(self.path(new)), exist_ok=True)
+                os.replace(self.path(old), self.path(new))
+                _sync_folder(self.path(new))
+            else:
+                self._move(self.path(old), self.path(new))
+        except Exception:
+            if self.exists(old) or not self.exists(new):
+                raise
+
+    def _move(self, old: str, new: str) -> None:
+        from fsspec import AbstractFileSystem
+
+        if type(self._fs).mv is AbstractFileSystem.mv:  # which would take a name with brackets for a pattern
+            self._fs.cp_file(old, new)
+            self._fs.rm_file(old)
+        else:
+            self._fs.makedirs(new.rpartition("/")[0], exist_ok=True)
+            self._fs.mv(old, new)
+
+    def remove_folder(self, folder: str) -> None:
+        """Delete a folder and all in it, as far as it can be deleted; no error if absent."""
+        if self.local:
+            shutil.rmtree(self.path(folder), ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                self._fs.rm(self.path(folder), recursive=True)
+
     def digest(self, name: str) -> str:
         """sha256 (hex) of a file."""
         with self.open(name) as file:

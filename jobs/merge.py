@@ -1,10 +1,14 @@
-"""Merge the committed parts into sharded indices with metadata in index order.
+"""Merge the committed parts into sharded indices with metadata in index order; or one task of that.
 
 reads    OUT (every commit, embedding and metadata file)
 writes   INDEX/<version>, and INDEX/CURRENT once that version is complete
 needs    cores; memory for one index shard (`shard_rows`)
-exits    0 merged (or it already was); 1 OUT is incomplete or corrupt; 2 an option is wrong
+exits    0 merged (or it already was); 1 OUT, or what the task needs, is incomplete or corrupt; 2 an
+         option is wrong, or the task `train` has not ended
 run      python jobs/merge.py --output OUT --index INDEX
+tasks    ... --task train; then ... --task shards --slot I --slots N, for each I below N, in any order
+         and at once; then ... --task manifest; the options of the merge are the same for each. Any
+         task may be run again, or twice at once
 """
 
 import sys

@@ -1,9 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +21,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clip_batch import index as faiss_index
+from clip_batch.cli import main
 from clip_batch.config import MergeConfig
 from clip_batch.errors import ConfigError, CorruptError, IncompleteError
-from clip_batch.job import open_job
+from clip_batch.job import Job, open_job
 from clip_batch.manifest import Manifest, load_manifest
 from clip_batch.part import read_commits
 from clip_batch.stages import merge as stage
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store, file_digest
+from clip_batch.stages.verify import verify_index
+from clip_batch.store import TEMPORARY, Store, file_digest
 from tests import fabricated
 from tests.fabricated import clustered, make_out, unit
 
@@ -31,6 +42,11 @@ CONFIG = MergeConfig(queries=20)
 def one_thread() -> None:
     """Tiny data: threads only wait for each other, badly so on a busy machine."""
     faiss_index.use_threads(1)
+
+
+def file_of_template(index: Path, manifest: Manifest, name: str) -> str:
+    record = json.loads((index / manifest.version / "template/record.json").read_text())
+    return f"{manifest.version}/template/{record['attempt']}/{name}"
 
 
 def half(vectors: np.ndarray) -> np.ndarray:
@@ -272,7 +288,7 @@ def test_resume_builds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(stage, "_fill", real)
     job = open_job(out, index, config)
     assert Store(index).list(f"{job.version}/shards") == ["0000.json"]
-    with pytest.raises(CorruptError, match="index shard 1 is not built"):
+    with pytest.raises(IncompleteError, match="index shards 1-2 are not built"):
         stage.publish(job)
     with pytest.raises(ConfigError, match="no index at"):
         Searcher(index)
@@ -343,7 +359,7 @@ def test_ivf_effort_is_tuned_for_the_target(tmp_path: Path) -> None:
     assert any("no effort reaches recall@10 of 1.0" in line for line in lines)
 
     # the recorded recall is the recall that a search has: the same queries, outside
-    with np.load(tmp_path / "index" / high.version / "template/queries.npz") as saved:
+    with np.load(tmp_path / "index" / file_of_template(tmp_path / "index", high, "queries.npz")) as saved:
         rows = saved["text.rows"]
     merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(base, index_key="IVF16,SQ8", recall_target=0.95))
     queries = half(texts[rows])
@@ -427,8 +443,6 @@ def test_an_unfinished_or_broken_manifest_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_remote_out_and_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import secrets
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     images, texts = clustered(60, 8, 3)
     root = f"memory://{secrets.token_hex(4)}"
@@ -445,3 +459,278 @@ def test_a_remote_out_and_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     next((tmp_path / "cache").rglob("image/0001.index")).unlink()
     with pytest.raises(CorruptError, match="sha256"):
         Searcher(f"{root}/index")
+
+
+# Attempts at one task, at once, dying, or misled by the store. The rows' order is drawn anew by each
+# attempt, as if by machines that round differently: files of two attempts would not fit together.
+
+SIZES = [20, 23]
+SMALL = replace(CONFIG, shard_rows=30)
+TASKS: dict[str, Callable[[Job], object]] = {
+    "train": stage.train,
+    "build_shard": lambda job: stage.build_shard(job, 0),
+    "publish": stage.publish,
+}
+
+
+class Race:
+    """An OUT, and an index whose tasks are disturbed at one point among their writes."""
+
+    def __init__(self, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images, texts = clustered(sum(SIZES), 8, 3)
+        self.out, self.root, self.act, self.left = f"{root}/out", root, lambda: None, -1
+        self.index = ""
+        make_out(self.out, self.images, texts, SIZES)
+        rng = np.random.default_rng()
+        monkeypatch.setattr(stage, "_order", lambda job, trained, data: rng.permutation(len(data)))
+        for name in ("create", "replace", "rename", "remove_folder"):
+            monkeypatch.setattr(Store, name, self._around(getattr(Store, name)))
+        monkeypatch.setattr(Store, "writer", self._inside(Store.writer))
+
+    def _point(self) -> None:
+        self.left -= 1
+        if self.left == -1:
+            self.act()
+
+    def _around(self, real: Callable[..., object]) -> Callable[..., object]:
+        def disturbed(store: Store, *arguments: object) -> object:
+            self._point()
+            answer = real(store, *arguments)
+            self._point()
+            return answer
+
+        return disturbed
+
+    def _inside(self, real: Callable[..., object]) -> Callable[..., object]:
+        @contextmanager
+        def disturbed(store: Store, name: str) -> Iterator[IO[bytes]]:
+            with real(store, name) as file:  # type: ignore[attr-defined]
+                yield file
+                self._point()
+            self._point()
+
+        return disturbed
+
+    def job(self, task: str) -> Job:
+        """A new index, with all done that comes before the task."""
+        self.index = f"{self.root}/index-{secrets.token_hex(4)}"
+        job = open_job(self.out, self.index, SMALL)
+        if task != "train":
+            stage.train(job)
+        if task == "publish":
+            for shard in range(job.shards):
+                stage.build_shard(job, shard)
+        return job
+
+    def merge(self) -> Manifest:
+        return merge(self.out, self.index, SMALL)
+
+    def disturb(self, task: str, act: Callable[[], object]) -> Iterator[None]:
+        """Run the task with `act` at its first point, a new one with it at its second, and so on; yield after each."""
+        for number in range(100):
+            job, done = self.job(task), []
+            self.act, self.left = lambda done=done: (done.append(1), act()), number
+            with suppress(ConnectionError):
+                TASKS[task](job)
+            self.left = -1
+            if not done:
+                assert number >= 8  # the points that the lightest task has
+                return
+            yield
+        raise AssertionError("the task never ends")
+
+    def check(self) -> None:
+        """The index is whole, ids, vectors and metadata are of one attempt, and nothing else is there."""
+        store = Store(self.index)
+        assert verify_index(store, deep=True).problems == {}
+        with Searcher(self.index) as searcher:
+            found = searcher.search(self.images, k=1)
+            version = searcher.manifest.version
+        assert [line[0].metadata["key"] for line in found] == keys(self.images, SIZES)
+        attempt = store.read_json(f"{version}/template/record.json")["attempt"]
+        template = {f"{attempt}/{name}" for name in ("centroids.npy", "image.index", "queries.npz", "text.index")}
+        wanted = {"manifest.json", *(f"template/{name}" for name in ("record.json", *template))}
+        ends = {"image": "index", "text": "index", "metadata": "arrow", "truth": "npz", "shards": "json"}
+        wanted |= {f"{name}/{shard}.{end}" for name, end in ends.items() for shard in ("0000", "0001")}
+        names = [name for name in store.walk() if TEMPORARY not in name]  # kill -9 leaves a record's spool
+        assert names == sorted(["CURRENT", *(f"{version}/{name}" for name in wanted)])
+
+
+@pytest.fixture(params=["local", "memory"])
+def race(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Race:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Race(str(tmp_path) if request.param == "local" else f"memory://{secrets.token_hex(4)}", monkeypatch)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_another_merge_may_pass_an_attempt_at_any_point(race: Race, task: str) -> None:
+    for _ in race.disturb(task, race.merge):
+        race.check()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_attempt_may_die_at_any_point_whatever_of_its_writes_took_effect(race: Race, task: str) -> None:
+    def die() -> None:
+        raise ConnectionError("no answer")
+
+    for _ in race.disturb(task, die):
+        job = open_job(race.out, race.index, SMALL)
+        if task == "build_shard" and job.built(0):  # the manifest's task ends what the shard's did not
+            stage.build_shard(job, 1)
+            stage.publish(job)
+        else:
+            race.merge()
+        race.check()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_attempt_may_die_after_another_merge_has_passed_it(race: Race, task: str) -> None:
+    def die() -> None:
+        race.merge()
+        raise ConnectionError("no answer")
+
+    for _ in race.disturb(task, die):
+        race.check()
+
+
+def test_who_was_told_that_it_lost_though_it_won_sees_that_it_won(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Store.create
+
+    def repeated(store: Store, name: str, data: bytes) -> bool:
+        real(store, name, data)
+        return real(store, name, data)
+
+    race.job("train")
+    monkeypatch.setattr(Store, "create", repeated)
+    lines: list[str] = []
+    merge(race.out, race.index, SMALL, progress=lines.append)
+    race.check()
+    assert not [line for line in lines if "another" in line]
+
+
+def test_the_loser_says_so_and_a_task_that_is_done_too(race: Race) -> None:
+    job, lines = race.job("build_shard"), list[str]()
+    race.act, race.left = lambda: stage.build_shard(job, 0), 0
+    stage.build_shard(job, 0, lines.append)
+    stage.build_shard(job, 0, lines.append)
+    stage.train(job, lines.append)
+    assert lines[0].endswith("by another attempt")
+    assert lines[1:] == ["index shard 1 of 2 stands already", f"version {job.version} is trained already"]
+    assert stage.finished(job) is None
+    manifest = race.merge()
+    merge(race.out, race.index, replace(SMALL, seed=1))
+    assert stage.finished(job) == manifest == stage.publish(job) == load_manifest(Store(race.index))
+
+
+def test_merges_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    race = Race(str(tmp_path), monkeypatch)
+    for _ in range(4):
+        race.job("train")
+        Store(race.index).remove_folder("")
+        with ThreadPoolExecutor(4) as pool:
+            manifests = list(pool.map(lambda _: race.merge(), range(4)))
+        assert manifests == [load_manifest(Store(race.index))] * 4
+        race.check()
+
+
+KILL = """
+import os, sys
+from clip_batch.config import MergeConfig
+from clip_batch.stages.merge import merge
+from clip_batch import store
+from clip_batch.store import Store
+
+left = int(sys.argv[3])
+
+def around(real):
+    def disturbed(*arguments):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), 9)
+        return real(*arguments)
+    return disturbed
+
+for name in ("create", "rename", "remove_folder"):
+    setattr(Store, name, around(getattr(Store, name)))
+store._sync = around(store._sync)
+merge(sys.argv[1], sys.argv[2], MergeConfig(queries=20, shard_rows=30))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    race = Race(str(tmp_path), monkeypatch)
+    race.index = f"{tmp_path}/index"
+    for number in (3, 6, 9, 12, 8):  # each goes on where the one before it ended
+        done = subprocess.run([sys.executable, "-c", KILL, race.out, race.index, str(number)], capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    race.merge()
+    race.check()
+
+
+@pytest.mark.slow
+def test_the_tasks_of_the_command_in_processes_of_their_own(tmp_path: Path) -> None:
+    images, texts = clustered(4000, 16, 100)
+    out, index = str(tmp_path / "out"), str(tmp_path / "index")
+    make_out(out, images, texts, [1500, 2500])
+    config = replace(CONFIG, shard_rows=1000, index_key="IVF16,Flat", queries=200)
+    options = ["--shard-rows", "1000", "--index-key", "IVF16,Flat", "--queries", "200", "--json"]
+
+    def run(*arguments: str) -> dict[str, object]:
+        command = [sys.executable, "-m", "clip_batch", "merge", "--output", out, "--index", index, *options]
+        done = subprocess.run(
+            [*command, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout), said=done.stderr)
+
+    version = open_job(out, index, config).version
+    assert run("--task", "train").items() >= {"task": "train", "version": version, "index_shards": 4}.items()
+    with ThreadPoolExecutor(3) as pool:  # slot 1 twice at once, and in the end the manifest too
+        slots = [("--task", "shards", "--slots", "2", "--slot", slot) for slot in ("0", "1", "1")]
+        list(pool.map(lambda flags: run(*flags), slots))
+        assert not (tmp_path / "index/CURRENT").exists()
+        assert len(Store(index).list(f"{version}/image")) == 4
+        made = list(pool.map(lambda _: run("--task", "manifest"), range(2)))
+    assert made[0]["created"] == made[1]["created"]
+    for flags in (("--task", "train"), slots[0]):
+        again = run(*flags)
+        assert again["version"] == version and f"version {version} stands already" in str(again["said"])
+    assert verify_index(Store(index), deep=True).problems == {}
+    with Searcher(index) as searcher:
+        found = searcher.search(images[::40], k=1, effort=16)
+        assert [line[0].metadata["key"] for line in found] == keys(images, [1500, 2500])[::40]
+        assert searcher.manifest.recall == merge(out, str(tmp_path / "whole"), config).recall
+
+
+def test_tasks_that_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, texts = clustered(20, 8, 3)
+    plan = make_out(tmp_path / "out", images, texts, [10, 10], skip=[1])
+    command = ["merge", "--output", str(tmp_path / "out"), "--index", str(tmp_path / "index")]
+    for flags, code, text in (
+        (("--task", "train"), 1, "run clip-batch worker"),
+        (("--task", "shards"), 2, "needs --slot I and --slots N"),
+        (("--task", "shards", "--slot", "0"), 2, "needs --slot I and --slots N"),
+        (("--task", "train", "--slot", "0", "--slots", "2"), 2, "the other tasks take neither"),
+        (("--slots", "2"), 2, "the other tasks take neither"),
+        (("--task", "shards", "--slot", "2", "--slots", "2"), 2, "slots count from 0 to 1"),
+        (("--task", "sing"), 2, "'all', 'train', 'shards' or 'manifest'"),
+    ):
+        assert main([*command, *flags]) == code
+        assert text in capsys.readouterr().err
+    fabricated.commit(tmp_path / "out", plan, 1, images[10:], texts[10:])
+    for flags, code, text in (
+        (("--task", "shards", "--slot", "0", "--slots", "2"), 2, "not trained yet: run clip-batch merge --task train"),
+        (("--task", "manifest"), 1, "index shards 0 are not built"),
+        (("--task", "train"), 0, "image: key Flat"),
+        (("--task", "shards", "--slot", "1", "--slots", "2"), 0, ""),  # more slots than shards
+        (("--task", "manifest"), 1, "index shards 0 are not built"),
+        ((), 0, "recall@10"),
+    ):
+        assert main([*command, *flags]) == code
+        assert text in capsys.readouterr().err

@@ -58,6 +58,58 @@ def test_replace_list_size_digest_fetch_remove(store: Store) -> None:
     assert store.list("nowhere") == []
 
 
+def test_rename_may_be_done_by_several_and_again(store: Store) -> None:
+    store.replace("from/a[1]", b"new")
+    store.replace("to/b", b"old")
+    store.rename("from/a[1]", "to/b")
+    store.rename("from/a[1]", "to/b")
+    assert store.read("to/b") == b"new"
+    assert not store.exists("from/a[1]")
+    store.replace("from/a[1]", b"new")
+    store.rename("from/a[1]", "far/away/c")
+    assert store.read("far/away/c") == b"new"
+    with pytest.raises(FileNotFoundError):
+        store.rename("from/a[1]", "nowhere")
+
+
+def test_one_of_two_movers_may_be_slower(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.replace("from", b"bytes")
+    owner, name = (os, "replace") if store.local else (type(store._fs), "cp_file")
+    real = getattr(owner, name)
+
+    def slow(*arguments: object) -> None:
+        monkeypatch.setattr(owner, name, real)
+        store.rename("from", "to")
+        real(*arguments)
+
+    monkeypatch.setattr(owner, name, slow)
+    store.rename("from", "to")
+    assert store.read("to") == b"bytes"
+    assert not store.exists("from")
+
+
+def test_a_rename_that_fails_loses_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.replace("from", b"new")
+    store.replace("to", b"old")
+    owner, name = (os, "replace") if store.local else (type(store._fs), "cp_file")
+
+    def fail(*_: object) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(PermissionError):
+        store.rename("from", "to")
+    assert (store.read("from"), store.read("to")) == (b"new", b"old")
+
+
+def test_remove_folder(store: Store) -> None:
+    store.replace("x/y/z", b"1")
+    store.replace("xy", b"2")
+    store.remove_folder("x")
+    store.remove_folder("x")
+    assert store.list("") == ["xy"]
+
+
 def test_a_missing_protocol_is_one_line() -> None:
     with pytest.raises(InputError, match="cannot open nonsense://x"):
         Store("nonsense://x")

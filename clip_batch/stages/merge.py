@@ -2,14 +2,14 @@
 
     train (one task) -> build_shard 0, 1, ... (any order, any process) -> publish (one task)
 
-Each task finds what it needs in storage and writes its record last, so each resumes by itself. The
-version's name is a digest of the commits and the options: a killed merge goes on where it was, a
-changed OUT makes a new version, and CURRENT moves only when that one's manifest stands.
+Each task finds what it needs in storage and creates its record last, so each resumes by itself, and
+of attempts at one task, at once or not, the first to record wins. The version's name is a digest of
+the commits and the options: a killed merge goes on where it was, a changed OUT makes a new version,
+and CURRENT moves only when that one's manifest stands.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -20,17 +20,9 @@ import numpy.typing as npt
 
 from clip_batch import index, metadata, recall, vectors
 from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
-from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.job import CENTROIDS, QUERIES, TRAINED, Job, open_job
-from clip_batch.manifest import (
-    MANIFEST,
-    IndexShard,
-    Manifest,
-    current_version,
-    load_manifest,
-    make_current,
-    publish_manifest,
-)
+from clip_batch.errors import ConfigError, IncompleteError
+from clip_batch.job import CENTROIDS, QUERIES, TRUTH, Attempt, Job, open_job
+from clip_batch.manifest import MANIFEST, IndexShard, Manifest, load_manifest, make_current, publish_manifest
 from clip_batch.types import format_numbers
 
 MOST_ORDER_LISTS = 4096
@@ -58,23 +50,37 @@ def merge(
     option is wrong, or faiss refuses the key. PlanError: OUT has no plan.
     """
     job = open_job(output, index, config, storage)
-    if job.index.exists(job.path(MANIFEST)):
-        if current_version(job.index) != job.version:
-            make_current(job.index, job.version)
-        progress(f"version {job.version} stands already")
-        return load_manifest(job.index, job.version)
-    if job.source.missing:
-        progress(f"merging without partitions {format_numbers(job.source.missing)}")
+    if manifest := finished(job, progress):
+        return manifest
     train(job, progress)
     for shard in range(job.shards):
         build_shard(job, shard, progress)
     return publish(job, progress)
 
 
+def finished(job: Job, progress: Say = lambda line: None) -> Manifest | None:
+    """The manifest of a version that stands, which is CURRENT then; None while it is being made."""
+    if not job.index.exists(job.path(MANIFEST)):
+        return None
+    make_current(job.index, job.version)
+    progress(f"version {job.version} stands already")
+    return load_manifest(job.index, job.version)
+
+
 def train(job: Job, progress: Say = lambda line: None) -> None:
     """Check every part, hold queries out, train a template for each modality. Does nothing if it has ended."""
+    if job.source.missing:
+        progress(f"merging without partitions {format_numbers(job.source.missing)}")
     if job.trained():
+        progress(f"version {job.version} is trained already")
         return
+    with job.try_train() as attempt:
+        _train(job, attempt, progress)
+    if not attempt.won:
+        progress("another attempt has trained first: its template is taken")
+
+
+def _train(job: Job, attempt: Attempt, progress: Say) -> None:
     started = time.monotonic()
     modalities = [modality for modality in job.config.modalities if modality in job.kinds]
     captioned = vectors.check_files(job.source, job.kinds)
@@ -99,15 +105,14 @@ def train(job: Job, progress: Say = lambda line: None) -> None:
         if modality == _order_modality(keys) and not index.has_lists(template):
             count = max(1, min(math.isqrt(job.source.rows), MOST_ORDER_LISTS, len(exact)))
             centroids = index.cluster(exact, count, seed)
-            job.write(CENTROIDS, lambda file, centroids=centroids: np.save(file, centroids))  # type: ignore[misc]
-        job.write(f"template/{modality}.index", lambda file, made=template: index.write(made, file.name))  # type: ignore[misc]
+            attempt.write(CENTROIDS, lambda file, centroids=centroids: np.save(file, centroids))  # type: ignore[misc]
+        attempt.write(f"{modality}.index", lambda file, made=template: index.write(made, file.name))  # type: ignore[misc]
         progress(f"{modality}: key {key}, trained on {len(sample):,} rows")
     arrays: dict[str, Any] = {}
     for kind, (rows, drawn) in queries.items():
         arrays.update({f"{kind}.rows": rows, f"{kind}.vectors": drawn})
-    job.write(QUERIES, lambda file: np.savez(file, **arrays))
-    record = {"keys": keys, "kinds": kinds, "seconds": time.monotonic() - started}
-    job.index.replace(job.path(TRAINED), json.dumps(record).encode())
+    attempt.write(QUERIES, lambda file: np.savez(file, **arrays))
+    attempt.commit(keys=keys, kinds=kinds, seconds=time.monotonic() - started)
 
 
 def _key(job: Job, rows: int) -> str:
@@ -125,16 +130,24 @@ def _order_modality(keys: dict[str, str]) -> str:
 def build_shard(job: Job, shard: int, progress: Say = lambda line: None) -> None:
     """One index shard: assign, sort, add; metadata in the same order; its part of the recall trial.
 
-    Does nothing if its record stands. Memory: the shard's float16 vectors of both kinds, one index
-    and the metadata.
+    If its record stands, only gives the files their final names where that is left to do. Memory: the
+    shard's float16 vectors of both kinds, one index and the metadata. ConfigError: not trained yet.
     """
-    name = job.shard_name(shard)
-    record = job.path(f"shards/{name}.json")
-    if job.index.exists(record):
-        return
+    at = f"index shard {shard + 1} of {job.shards}"
+    if record := job.built(shard):
+        progress(f"{at} stands already")
+        return job.settle(shard, record)
     if not (trained := job.trained()):
-        raise ConfigError(f"{job.index.url}/{job.version} is not trained yet: run clip-batch merge")
-    started = time.monotonic()
+        raise ConfigError(f"{job.index.url}/{job.version} is not trained yet: run clip-batch merge --task train")
+    with job.try_shard(shard) as attempt:
+        _build(job, trained, shard, attempt)
+    by = "" if attempt.won else ", by another attempt"
+    progress(f"{at}: {attempt.record['rows']:,} rows in {attempt.record['seconds']:.1f} s{by}")
+    job.settle(shard, attempt.record)
+
+
+def _build(job: Job, trained: dict[str, Any], shard: int, attempt: Attempt) -> None:
+    started, name = time.monotonic(), job.shard_name(shard)
     keys, (start, stop) = trained["keys"], job.bounds(shard)
     table = vectors.read_metadata(job.source, start, stop)
     empty = np.asarray(table["caption"].is_null())
@@ -142,17 +155,15 @@ def build_shard(job: Job, shard: int, progress: Say = lambda line: None) -> None
     for kind in trained["kinds"]:
         data[kind] = vectors.read_vectors(job.source, kind, start, stop)
         vectors.check_rows(job.source, kind, start, data[kind], empty if kind == "text" else None)
-    order = _order(job, _order_modality(keys), data[_order_modality(keys)])
-    file = f"metadata/{name}.arrow"
-    files = {file: job.write(file, lambda f: metadata.write_ordered(table, order, f.name))}
-    with job.index.fetch(job.path(QUERIES)) as path, np.load(path) as saved:
+    order = _order(job, trained, data[_order_modality(keys)])
+    attempt.write(f"metadata/{name}.arrow", lambda file: metadata.write_ordered(table, order, file.name))
+    with job.index.fetch(job.template(trained, QUERIES)) as path, np.load(path) as saved:
         queries = dict(saved)
     trials = {}
     for modality in keys:
         rows = data[modality][order]
-        made = _fill(_template(job, modality), rows)
-        file = f"{modality}/{name}.index"
-        files[file] = job.write(file, lambda f, made=made: index.write(made, f.name))  # type: ignore[misc]
+        made = _fill(_template(job, trained, modality), rows)
+        attempt.write(f"{modality}/{name}.index", lambda file, made=made: index.write(made, file.name))  # type: ignore[misc]
         for kind in trained["kinds"]:
             own = np.full(len(queries[f"{kind}.rows"]), -1)
             if kind == modality:
@@ -160,15 +171,13 @@ def build_shard(job: Job, shard: int, progress: Say = lambda line: None) -> None
             trial = _try(made, rows, vectors.unit(queries[f"{kind}.vectors"]), own)
             trials.update({f"{modality}.{kind}.{field}": array for field, array in vars(trial).items()})
         del made, rows
-    job.write(f"truth/{name}.npz", lambda f: np.savez(f, **trials))
-    finished = {"rows": stop - start, "files": files, "seconds": time.monotonic() - started}
-    job.index.replace(record, json.dumps(finished, indent=1).encode())
-    progress(f"index shard {shard + 1} of {job.shards}: {stop - start:,} rows in {finished['seconds']:.1f} s")
+    attempt.write(f"{TRUTH}/{name}.npz", lambda file: np.savez(file, **trials))
+    attempt.commit(rows=stop - start, seconds=time.monotonic() - started)
 
 
-def _template(job: Job, modality: str) -> Any:
+def _template(job: Job, trained: dict[str, Any], modality: str) -> Any:
     """The trained empty index."""
-    with job.index.fetch(job.path(f"template/{modality}.index")) as path:
+    with job.index.fetch(job.template(trained, f"{modality}.index")) as path:
         return index.read(path)
 
 
@@ -176,13 +185,13 @@ def _blocks(count: int) -> list[slice]:
     return [slice(low, min(low + vectors.BLOCK, count)) for low in range(0, count, vectors.BLOCK)]
 
 
-def _order(job: Job, modality: str, data: Half) -> Ids:
+def _order(job: Job, trained: dict[str, Any], data: Half) -> Ids:
     """The shard's rows (n,) sorted by inverted list, stable."""
-    template = _template(job, modality)
+    template = _template(job, trained, _order_modality(trained["keys"]))
     if index.has_lists(template):
         found = [index.assign(template, vectors.unit(data[block])) for block in _blocks(len(data))]
     else:
-        with job.index.fetch(job.path(CENTROIDS)) as path:
+        with job.index.fetch(job.template(trained, CENTROIDS)) as path:
             centroids = np.load(path)
         found = [index.assign_nearest(centroids, vectors.unit(data[block])) for block in _blocks(len(data))]
     order: Ids = np.argsort(np.concatenate(found), kind="stable")
@@ -228,20 +237,24 @@ def _try(made: Any, rows: Half, queries: npt.NDArray[np.float32], own: Ids) -> r
 def publish(job: Job, progress: Say = lambda line: None) -> Manifest:
     """Fold the shards' trials, choose the effort, write the manifest, let the version serve.
 
-    CorruptError if a shard's record is missing.
+    First it gives files their final names where an attempt died before it had, and removes what other
+    attempts left. May run twice at once: the first manifest stands. IncompleteError: a shard is not built.
     """
-    trained = job.trained() or {}
-    records = []
-    for shard in range(job.shards):
-        name = job.path(f"shards/{job.shard_name(shard)}.json")
-        if not job.index.exists(name):
-            raise CorruptError(f"{job.index.display(name)} is missing: index shard {shard} is not built, merge again")
-        records.append(job.index.read_json(name))
+    if manifest := finished(job, progress):
+        return manifest
+    trained = job.trained()
+    records = {shard: record for shard in range(job.shards) if trained and (record := job.built(shard))}
+    if not trained or len(records) < job.shards:
+        missing = format_numbers(set(range(job.shards)) - set(records))
+        raise IncompleteError(f"{job.index.url}/{job.version}: index shards {missing} are not built: merge again")
+    for shard, record in records.items():
+        job.settle(shard, record)
+    job.clean(trained)
     effort: dict[str, int | None] = {}
     measured: dict[str, dict[str, dict[str, float]]] = {}
     for modality in trained["keys"]:
         trials = {kind: _fold(job, f"{modality}.{kind}") for kind in trained["kinds"]}
-        candidates = index.efforts(_template(job, modality))
+        candidates = index.efforts(_template(job, trained, modality))
         at, reached = recall.least_effort(list(trials.values()), job.config.recall_target)
         effort[modality] = candidates[at] if candidates else None
         measured[modality] = {kind: line for kind, trial in trials.items() if (line := recall.summary(trial, at))}
@@ -249,7 +262,7 @@ def publish(job: Job, progress: Say = lambda line: None) -> Manifest:
         progress(f"{modality}: recall@10 {shown or 'not measurable'} at effort {effort[modality]}")
         if not reached:
             progress(f"{modality}: no effort reaches recall@10 of {job.config.recall_target}: the largest is recorded")
-    manifest = Manifest(
+    made = Manifest(
         version=job.version,
         created=time.time(),
         dim=job.source.dim,
@@ -263,19 +276,22 @@ def publish(job: Job, progress: Say = lambda line: None) -> Manifest:
         missing=job.source.missing,
         allow_partial=job.config.allow_partial,
         shards=tuple(
-            IndexShard(job.shard_name(shard), record["rows"], job.bounds(shard)[0], record["files"])
-            for shard, record in enumerate(records)
+            IndexShard(job.shard_name(shard), record["rows"], job.bounds(shard)[0], _index_files(record))
+            for shard, record in records.items()
         ),
     )
-    publish_manifest(job.index, manifest)
-    return manifest
+    return publish_manifest(job.index, made)
+
+
+def _index_files(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: file for name, file in record["files"].items() if not name.startswith(TRUTH)}
 
 
 def _fold(job: Job, prefix: str) -> recall.Trial:
     """One trial over all shards, a shard at a time."""
     whole: recall.Trial | None = None
     for shard in range(job.shards):
-        with job.index.fetch(job.path(f"truth/{job.shard_name(shard)}.npz")) as path, np.load(path) as saved:
+        with job.index.fetch(job.path(f"{TRUTH}/{job.shard_name(shard)}.npz")) as path, np.load(path) as saved:
             trial = recall.Trial(*(saved[f"{prefix}.{field}"] for field in ("exact", "ranked", "true")))
         whole = recall.fold(whole, trial) if whole else trial
     assert whole is not None
