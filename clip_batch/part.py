@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
@@ -54,20 +54,20 @@ def read_commit(store: Store, name: str) -> Commit:
 
 def committed(store: Store) -> set[int]:
     """The partitions that are committed, by one listing."""
-    return {int(name) for name in _commit_names(store)}
+    return {int(name) for name in commit_names(store)}
 
 
-def _commit_names(store: Store) -> list[str]:
+def commit_names(store: Store) -> list[str]:
     """The zero-padded numbers of the committed partitions; spools and strangers' files are passed over."""
     return [name[:-5] for name in store.list(COMMITS) if name.endswith(".json") and name[:-5].isdigit()]
 
 
-def read_commits(store: Store) -> dict[int, Commit]:
-    """All commits, by partition."""
+def read_commits(store: Store, names: Iterable[str] | None = None) -> dict[int, Commit]:
+    """The commits of these zero-padded numbers, or all, by partition."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(16) as pool:
-        commits = pool.map(lambda name: read_commit(store, name), _commit_names(store))
+        commits = pool.map(lambda name: read_commit(store, name), commit_names(store) if names is None else names)
         return {commit.partition: commit for commit in commits}
 
 
@@ -189,8 +189,12 @@ class PartWriter:
             self.shards[failure.shard]["failed"] += 1
         self._append(f"{HOME}/failures", [asdict(failure)])
 
-    def commit(self, encoder: str) -> bool:
-        """Publish the files, then the pointer. False if another attempt was first: ours is gone then."""
+    def commit(self, encoder: str) -> Commit | None:
+        """Publish the files, then the pointer. None if another attempt was first: ours is gone then.
+
+        Whatever happens once the pointer is on its way, the files stay unless another attempt's
+        pointer is seen to stand: an answer that is lost may have been a yes.
+        """
         for folder in list(self._pending):
             self._flush(folder)
         files = self._publish()
@@ -210,10 +214,13 @@ class PartWriter:
             worker=socket.gethostname(),
         )
         text = json.dumps(asdict(commit), indent=1, sort_keys=True)
-        won = self.store.create(f"{COMMITS}/{self.plan.name(self.partition)}.json", text.encode())
-        if won:
-            self._published = []
-        return won
+        name = self.plan.name(self.partition)
+        ours, self._published = self._published, []
+        won = self.store.create(f"{COMMITS}/{name}.json", text.encode())
+        if won or read_commit(self.store, name).attempt == self.attempt:
+            return commit
+        self._published = ours
+        return None
 
     def _publish(self) -> dict[str, dict[str, Any]]:
         self._close_parquet()

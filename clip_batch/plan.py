@@ -81,6 +81,11 @@ def make_plan(
     return standing
 
 
+def count_partitions(store: Store) -> int:
+    """How many partitions are planned, without reading them; PlanError if there is no plan."""
+    return int(_head(store)["partitions"])
+
+
 def load_plan(store: Store) -> Plan:
     """The plan of an output; PlanError if it has none, CorruptError if its files do not fit together."""
     return _load(store)[0]
@@ -279,9 +284,10 @@ def _parquet(partitions: Sequence[Partition]) -> bytes:
     return buffer.getvalue()
 
 
-def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
+def _head(store: Store) -> dict[str, Any]:
+    """plan.json, its format checked."""
     try:
-        head = store.read_json(PLAN)
+        head: dict[str, Any] = store.read_json(PLAN)
     except FileNotFoundError:
         raise PlanError(f"no plan at {store.url}: clip-batch plan --input ... --output {store.url}") from None
     except ValueError:
@@ -290,6 +296,11 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
         raise PlanError(
             f"{store.display(PLAN)} has format {head.get('format')}, not {FORMAT}: use the version it was planned with"
         )
+    return head
+
+
+def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
+    head = _head(store)
     try:
         table = store.read(SLICES)
     except FileNotFoundError:

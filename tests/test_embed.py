@@ -29,6 +29,7 @@ from clip_batch.stages.status import status
 from clip_batch.stages.verify import verify_output
 from clip_batch.store import Store
 from clip_batch.types import Plan
+from clip_batch.workers import Run
 from tests import corpus
 
 SMALL = EmbedConfig(batch_size=16, threads=2)
@@ -202,18 +203,18 @@ def test_sigterm_exits_75_and_leaves_no_half(tmp_path: Path, out: str) -> None:
 
 def test_stop_keeps_what_is_committed(tars: list[str], out: str) -> None:
     plan(tars, out)
-    stop = threading.Event()
+    run = Run()
     store = Store(out)
 
     def watch() -> None:
         while not part.committed(store):
             time.sleep(0.001)
-        stop.set()
+        run.stop.set()
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        embed(out, EmbedConfig(batch_size=1), stop=stop)
+        embed(out, EmbedConfig(batch_size=1), run=run)
     except Preempted:
         assert part.committed(store)
     watcher.join()

@@ -17,20 +17,37 @@ from clip_batch import part
 from clip_batch.config import EmbedConfig, StorageConfig
 from clip_batch.launch.progress import Counts, shown
 from clip_batch.plan import load_plan
-from clip_batch.stages.embed import Outcome, Progress, embed
+from clip_batch.stages.embed import Outcome, embed
 from clip_batch.store import Store
 from clip_batch.types import Commit
+from clip_batch.workers import Run
 
 
 def run_worker(output: str, partitions: list[int] | None, config: EmbedConfig, storage: StorageConfig) -> list[Outcome]:
     """One worker in this process, with progress; SIGTERM, SIGUSR1 and Ctrl-C stop it cleanly (Preempted)."""
-    progress = Progress()
+    run = Run(job())
 
     def read() -> Counts:
-        return progress.total, progress.partitions, progress.samples, progress.failed
+        return run.total, run.partitions, run.samples, run.failed
 
-    with _stopping() as stop, shown(read) if config.progress else contextlib.nullcontext():
-        return embed(output, config, partitions, storage, progress, stop)
+    config = dataclasses.replace(config, threads=config.threads or cores())
+    with _stopping(run.stop), shown(read) if config.progress else contextlib.nullcontext():
+        return embed(output, config, partitions, storage, run)
+
+
+def job() -> str:
+    """The scheduler's name of this process's job; empty where it has none."""
+    environ = os.environ
+    if "SLURM_JOB_ID" not in environ:
+        return ""
+    array = f"{environ.get('SLURM_ARRAY_JOB_ID')}_{environ.get('SLURM_ARRAY_TASK_ID')}"
+    return f"slurm {array if 'SLURM_ARRAY_JOB_ID' in environ else environ['SLURM_JOB_ID']}"
+
+
+def cores() -> int:
+    """Cores that this process may use: those of its SLURM task where it has one."""
+    allowed = len(os.sched_getaffinity(0))
+    return min(allowed, int(os.environ.get("SLURM_CPUS_PER_TASK", allowed)))
 
 
 def run_workers(output: str, workers: int, config: EmbedConfig, storage: StorageConfig) -> int:
@@ -40,7 +57,7 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
     before = part.committed(store)
     commits: dict[int, Commit] = {}
     cuda = config.device.startswith("cuda") or (config.device == "auto" and gpus() > 0)
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = config.threads or max(1, cores() // workers)
 
     def start(slot: int) -> subprocess.Popen[bytes]:
         device = f"cuda:{slot % max(gpus(), 1)}" if cuda else config.device
@@ -59,7 +76,8 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
 
     display = shown(read) if config.progress else contextlib.nullcontext()
     processes = [start(slot) for slot in range(workers)]
-    with _stopping() as stop, display:
+    stop = threading.Event()
+    with _stopping(stop), display:
         while any(process.poll() is None for process in processes) and not stop.wait(0.2):
             pass
         if stop.is_set():
@@ -95,9 +113,8 @@ def gpus() -> int:
 
 
 @contextlib.contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that signals set, while the block runs; a second Ctrl-C ends at once."""
-    stop = threading.Event()
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Let signals set `stop` while the block runs; a second Ctrl-C ends at once."""
 
     def on_signal(number: int, frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
@@ -105,11 +122,11 @@ def _stopping() -> Iterator[threading.Event]:
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

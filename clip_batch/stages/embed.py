@@ -8,7 +8,6 @@ At most `_BATCHES_AHEAD` batches are in flight, whatever the size of a partition
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
 from clip_batch.store import Store
 from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample
+from clip_batch.workers import Run, recorded
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Array, Encoder
@@ -35,23 +35,18 @@ _BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one partition: "committed", "lost" (another attempt was first) or "failed"."""
+    """What became of one partition: "committed", "lost" (another attempt was first) or "failed".
+
+    `again` tells of a failure that lies with the machine or the store, not with the data: trying
+    again, best elsewhere, may help.
+    """
 
     partition: int
     state: str
     rows: int = 0
     failed: int = 0
     error: str = ""
-
-
-@dataclass
-class Progress:
-    """Counters a launcher may show while `embed` runs; `total` is set once the work is known."""
-
-    total: int = 0
-    partitions: int = 0
-    samples: int = 0
-    failed: int = 0
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,14 +78,15 @@ def embed(
     config: EmbedConfig = EmbedConfig(),
     partitions: Iterable[int] | None = None,
     storage: StorageConfig = StorageConfig(),
-    progress: Progress | None = None,
-    stop: threading.Event | None = None,
+    run: Run | None = None,
+    encoder: Encoder | None = None,
 ) -> list[Outcome]:
     """Embed and commit the given partitions (all, if None) that are not committed yet.
 
     A partition that fails is reported in its `Outcome`, and beside the commits, and the others go
-    on. Raises PlanError, EncoderError or ConfigError before any work, and Preempted once `stop` is
-    set, with everything committed so far kept and nothing half done.
+    on. `encoder` is the plan's, where the process has loaded it already. Raises PlanError,
+    EncoderError or ConfigError before any work, and Preempted once `run.stop` is set, with
+    everything committed so far kept and nothing half done.
     """
     store = Store(output, storage.storage_options)
     plan = load_plan(store)
@@ -102,9 +98,12 @@ def embed(
     todo = [plan.partitions[number] for number in wanted if number not in done]
     if not todo:
         return []
-    progress = progress or Progress()
-    progress.total = len(todo)
-    return _Worker(store, plan, config, storage, progress, stop or threading.Event()).run(todo)
+    run = run or Run()
+    run.total = len(todo)
+    encoder = encoder or encoders.load(plan.encoder, config.device)
+    gpus = 0 if encoders.pick_device(config.device) == "cpu" else 1
+    with recorded(store, run, gpus):
+        return _Worker(store, plan, config, storage, run, encoder, gpus).embed(todo)
 
 
 class _Worker:
@@ -116,16 +115,16 @@ class _Worker:
         plan: Plan,
         config: EmbedConfig,
         storage: StorageConfig,
-        progress: Progress,
-        stop: threading.Event,
+        run: Run,
+        encoder: Encoder,
+        gpus: int,
     ) -> None:
         self.store, self.plan, self.config, self.storage = store, plan, config, storage
-        self.progress, self.stop = progress, stop
+        self.run, self.encoder = run, encoder
         self.abandoned: set[int] = set()
-        self.encoder: Encoder = encoders.load(plan.encoder, config.device)
-        self.batch_size = config.batch_size or (32 if encoders.pick_device(config.device) == "cpu" else 256)
+        self.batch_size = config.batch_size or (256 if gpus else 32)
 
-    def run(self, todo: list[Partition]) -> list[Outcome]:
+    def embed(self, todo: list[Partition]) -> list[Outcome]:
         threads = self.config.threads or len(os.sched_getaffinity(0))
         outcomes: list[Outcome] = []
         with ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "encode") as device:
@@ -133,7 +132,8 @@ class _Worker:
                 encoded = self._encode(self._decode(todo, decoders), device)
                 for number, batches in _by_partition(encoded):
                     outcomes.append(self._write(number, batches))
-                    self.progress.partitions += 1
+                    self.run.running.discard(number)
+                    self.run.partitions += 1
             finally:
                 decoders.shutdown(wait=False, cancel_futures=True)
                 device.shutdown(wait=False, cancel_futures=True)
@@ -155,6 +155,7 @@ class _Worker:
         for partition in todo:
             if self.store.exists(f"{part.COMMITS}/{self.plan.name(partition.id)}.json"):
                 continue
+            self.run.running.add(partition.id)
             batch: list[Sample | Failure] = []
             error: Exception | None = None
             try:
@@ -183,7 +184,7 @@ class _Worker:
         """Encodes one batch while this thread collects the next."""
         waiting: Future[Encoded] | None = None
         for batch in batches:
-            if self.stop.is_set():
+            if self.run.stop.is_set():
                 raise Preempted("stopped by a signal; what is committed stays, run the same command again")
             future = device.submit(self._forward, batch)
             if waiting:
@@ -227,8 +228,10 @@ class _Worker:
                     self._add(writer, batch, images, texts)
                 failed = sum(writer.failed.values())
                 self._check_policy(writer)
-                won = writer.commit(self.plan.encoder.fingerprint)
-                return Outcome(number, "committed" if won else "lost", writer.rows, failed)
+                commit = writer.commit(self.plan.encoder.fingerprint)
+                if commit:
+                    self.run.committed.append(commit)
+                return Outcome(number, "committed" if commit else "lost", writer.rows, failed)
         except Preempted:
             raise
         except (ClipBatchError, OSError, RuntimeError) as error:
@@ -246,8 +249,8 @@ class _Worker:
             assert images is not None and texts is not None
             writer.add([item.row for item in good], images, texts)
             writer.warnings.update(warning for item in good for warning in item.warnings)
-        self.progress.samples += len(good)
-        self.progress.failed += len(bad)
+        self.run.samples += len(good)
+        self.run.failed += len(bad)
 
     def _check_policy(self, writer: part.PartWriter) -> None:
         broken = {reason: count for reason, count in writer.failed.items() if reason in SHARD_REASONS}
@@ -265,14 +268,16 @@ class _Worker:
         """Leave word of a failed attempt for `status`; the partition stays uncommitted."""
         import json
         import secrets
+        import time
 
         message = f"{type(error).__name__}: {error}"
         name = f"{part.ATTEMPTS}/{self.plan.name(number)}-{secrets.token_hex(4)}.json"
+        record = {"partition": number, "time": time.time(), "error": message}
         try:
-            self.store.create(name, json.dumps({"partition": number, "error": message}).encode())
+            self.store.create(name, json.dumps(record).encode())
         except OSError as second:
             message += f" (and it could not be recorded: {second})"
-        return Outcome(number, "failed", error=message)
+        return Outcome(number, "failed", error=message, again=not isinstance(error, ClipBatchError))
 
 
 def _finish(batch: _Batch, futures: list[Future[_Decoded | Failure] | Failure]) -> _Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_batch import part
+from clip_batch import part, workers
 from clip_batch.plan import load_plan
 from clip_batch.store import TEMPORARY, Store
 
@@ -11,6 +11,8 @@ def repair(store: Store, problems: dict[str, str]) -> list[int]:
     """Retire the commits that `verify` found wrong, so that their partitions run again; returns these."""
     plan = load_plan(store)
     numbers = sorted(int(name) for name in problems)
+    if numbers:
+        workers.forget(store)
     for number in numbers:
         store.remove(f"{part.COMMITS}/{plan.name(number)}.json")
     return numbers
