@@ -16,7 +16,10 @@ from clip_batch.config import (
     PlanConfig,
     SearchConfig,
     ServeConfig,
+    SlurmConfig,
+    SparkConfig,
     StorageConfig,
+    SubmitConfig,
     TargetConfig,
 )
 from clip_batch.errors import ClipBatchError, ConfigError
@@ -31,6 +34,9 @@ class Options:
     plan: PlanConfig
     embed: EmbedConfig
     merge: MergeConfig
+    submit: SubmitConfig
+    slurm: SlurmConfig
+    spark: SparkConfig
     search: SearchConfig
     serve: ServeConfig
 
@@ -64,25 +70,38 @@ def embed(options: Options) -> int:
 def worker(options: Options) -> int:
     """One worker: the partitions given, or those of its slot, that are not committed yet."""
     from clip_batch.launch import local
-    from clip_batch.plan import load_plan
-    from clip_batch.stages.embed import slot_partitions
-    from clip_batch.store import Store
-    from clip_batch.types import parse_numbers
 
     target = options.target
     if bool(target.partitions) == (target.slot is not None):
-        raise ConfigError("worker needs either --partitions 0,3-5 or --slot I --slots N")
-    if target.partitions:
-        try:
-            numbers = parse_numbers(target.partitions)
-        except ValueError:
-            raise ConfigError(f"--partitions {target.partitions!r} is not understood: write it like 0,3-5") from None
-    else:
-        if target.slots is None or target.slot is None:
-            raise ConfigError("--slot needs --slots N, how many workers share the plan")
-        frozen = load_plan(Store(_output(options), options.storage.storage_options))
-        numbers = slot_partitions(frozen, target.slot, target.slots)
+        raise ConfigError("worker needs either --partitions 0,3-5, or --slot I with --slots N or --submission ID")
+    numbers = _slot(options) if target.slot is not None else _numbers(target.partitions)
     return _report(options, local.run_worker(_output(options), numbers, options.embed, options.storage))
+
+
+def _numbers(text: str) -> list[int]:
+    from clip_batch.types import parse_numbers
+
+    try:
+        return parse_numbers(text)
+    except ValueError:
+        raise ConfigError(f"--partitions {text!r} is not understood: write it like 0,3-5") from None
+
+
+def _slot(options: Options) -> list[int]:
+    """The partitions of --slot, of a submission or of the whole plan."""
+    from clip_batch import submission
+    from clip_batch.plan import load_plan
+    from clip_batch.stages.embed import slot_partitions
+    from clip_batch.store import Store
+
+    target, store = options.target, Store(_output(options), options.storage.storage_options)
+    assert target.slot is not None
+    if bool(target.submission) == (target.slots is not None):
+        raise ConfigError("--slot needs --slots N, how many workers share the plan, or --submission ID")
+    if target.submission:
+        return submission.load(store, target.submission).slot(target.slot)
+    assert target.slots is not None
+    return slot_partitions(load_plan(store), target.slot, target.slots)
 
 
 def _report(options: Options, outcomes: Sequence[Any]) -> int:
@@ -93,6 +112,27 @@ def _report(options: Options, outcomes: Sequence[Any]) -> int:
     text = f"{len(outcomes) - len(failed)} partitions done, {rows:,} samples embedded, {bad:,} listed as failed"
     _answer(options, [asdict(outcome) for outcome in outcomes], text)
     return 1 if failed else 0
+
+
+def submit_slurm(options: Options) -> int:
+    """Launch what is missing as SLURM job arrays; with --index, a merge behind them."""
+    from clip_batch.launch import submit
+
+    return submit.slurm(_request(options), options.slurm, main, _say)
+
+
+def submit_spark(options: Options) -> int:
+    """Launch what is missing as a Spark application; with --index, merge in it too."""
+    from clip_batch.launch import submit
+
+    return submit.spark(_request(options), options.spark, _say)
+
+
+def _request(options: Options) -> Any:
+    from clip_batch.launch.submit import Request
+
+    index = _index(options) if options.target.index else ""
+    return Request(_output(options), index, options.storage, options.submit, options.embed, options.merge)
 
 
 def status(options: Options) -> int:
@@ -149,9 +189,27 @@ def gc(options: Options) -> int:
 
 def merge(options: Options) -> int:
     """Build sharded indices and metadata in index order, and measure their recall."""
-    from clip_batch.stages.merge import merge
+    from clip_batch.job import open_job
+    from clip_batch.stages import merge as stage
 
-    manifest = merge(_output(options), _index(options), options.merge, options.storage, _say)
+    task, slot, slots = options.target.task, options.target.slot, options.target.slots
+    if {slot is None, slots is None} != {task != "shards"}:
+        raise ConfigError("merge --task shards needs --slot I and --slots N; the other tasks take neither")
+    if slot is not None and slots is not None and not 0 <= slot < slots:
+        raise ConfigError(f"merge --slot {slot} of --slots {slots} does not exist: slots count from 0 to {slots - 1}")
+    job = open_job(_output(options), _index(options), options.merge, options.storage)
+    manifest = stage.finished(job, _say)
+    if manifest is None and task in ("all", "train"):
+        stage.train(job, _say)
+    if manifest is None and task in ("all", "shards"):
+        for shard in range(slot or 0, job.shards, slots or 1):
+            stage.build_shard(job, shard, _say)
+    if manifest is None and task in ("all", "manifest"):
+        manifest = stage.publish(job, _say)
+    if manifest is None:
+        summary = {"task": task, "version": job.version, "index_shards": job.shards}
+        _answer(options, summary, f"{task} done of version {job.version}, which has {job.shards} index shards")
+        return 0
     text = f"merged {manifest.rows:,} rows into {len(manifest.shards)} index shards: {options.target.index[0]}"
     _answer(options, json.loads(manifest.to_json()), text)
     return 0
@@ -230,12 +288,14 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(demo, ("serve",), (ServeConfig,)),
     "plan": Command(plan, ("output", "json"), (PlanConfig,)),
     "embed": Command(embed, ("output", "workers", "json"), (EmbedConfig, PlanConfig)),
-    "worker": Command(worker, ("output", "partitions", "slot", "slots", "json"), (EmbedConfig,)),
+    "worker": Command(worker, ("output", "partitions", "slot", "slots", "submission", "json"), (EmbedConfig,)),
+    "submit slurm": Command(submit_slurm, ("output", "index"), (SubmitConfig, SlurmConfig, EmbedConfig, MergeConfig)),
+    "submit spark": Command(submit_spark, ("output", "index"), (SubmitConfig, SparkConfig, EmbedConfig, MergeConfig)),
     "status": Command(status, ("output", "json")),
     "verify": Command(verify, ("output", "index", "deep", "json")),
     "repair": Command(repair, ("output", "deep", "json"), (EmbedConfig,)),
     "gc": Command(gc, ("output", "everything", "json")),
-    "merge": Command(merge, ("output", "index", "json"), (MergeConfig,)),
+    "merge": Command(merge, ("output", "index", "task", "slot", "slots", "json"), (MergeConfig,)),
     "search": Command(search, ("index", "text", "image", "embedding", "json"), (SearchConfig,)),
     "serve": Command(serve, ("index",), (ServeConfig,)),
     "doctor": Command(doctor, ("output", "json")),
@@ -285,7 +345,7 @@ def _parser(name: str, command: Command) -> _Parser:
 
 def _usage() -> str:
     lines = ["usage: clip-batch COMMAND [--help] ...", "", (__doc__ or "").split("\n")[0], ""]
-    lines += [f"  {name:<9}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<14}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     lines += ["", "Exit codes: 0 all committed; 1 something failed; 2 usage or configuration; 75 run again."]
     return "\n".join(lines)
 
@@ -302,12 +362,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"clip-batch {__version__}")
         return 0
     debug = "--debug" in arguments
+    name, *rest = arguments
+    if name == "submit" and rest and f"submit {rest[0]}" in COMMANDS:
+        name = f"submit {rest.pop(0)}"
     try:
-        return _run(arguments[0], arguments[1:])
+        return _run(name, rest)
     except ClipBatchError as error:
         if debug:
             raise
-        print(f"clip-batch {arguments[0]}: {error}", file=sys.stderr)
+        print(f"clip-batch {name}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -317,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        print(f"clip-batch {arguments[0]}: {error} (--debug shows where)", file=sys.stderr)
+        print(f"clip-batch {name}: {error} (--debug shows where)", file=sys.stderr)
         return 1
 
 
@@ -340,6 +403,9 @@ def _run(name: str, arguments: list[str]) -> int:
         plan=fill(PlanConfig),
         embed=fill(EmbedConfig),
         merge=fill(MergeConfig),
+        submit=fill(SubmitConfig),
+        slurm=fill(SlurmConfig),
+        spark=fill(SparkConfig),
         search=fill(SearchConfig),
         serve=fill(ServeConfig),
     )

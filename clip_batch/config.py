@@ -26,6 +26,12 @@ class TargetConfig:
     """This worker's number among `slots`, from 0."""
     slots: int | None = None
     """How many workers share the plan; may change between launches."""
+    task: Literal["all", "train", "shards", "manifest"] = "all"
+    """Of `merge`: one task of it, `shards` with --slot I --slots N; all: one after another."""
+    submission: str = ""
+    """Take the partitions of `slot` from this submission (see `submit`) instead of the plan."""
+    on_node: bool = False
+    """Of `doctor`: run the checks on a compute node, through srun with the options of `submit slurm`."""
     workers: int = 0
     """Worker processes on this machine; 0: one a GPU, or one."""
     text: str = ""
@@ -126,6 +132,110 @@ class MergeConfig:
     """Merge though partitions are missing; the manifest records which."""
     seed: int = 0
     """Of every random draw."""
+
+
+@dataclass(frozen=True)
+class SubmitConfig:
+    """How the missing partitions are dealt to a scheduler's tasks; of both schedulers."""
+
+    tasks: int = 0
+    """Tasks that share the missing partitions; 0: one a partition, 1,000 at the most."""
+    merge_tasks: int = 4
+    """Tasks that share the index shards, where `submit` is given --index."""
+    wait: bool = False
+    """Wait until the scheduler has no more of it; exit 0 only if all is committed."""
+    dry_run: bool = False
+    """Print exactly what would be run, and run nothing."""
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """The resources of SLURM jobs; empty means the cluster's own default."""
+
+    logs: str = ""
+    """Folder of logs and pickles, seen by every node; default: OUT/_clip_batch/logs, or ./clip-batch-logs."""
+    concurrency: int = 256
+    """Array tasks that run at the same time."""
+    slurm_partition: str = ""
+    """SLURM partition (queue)."""
+    account: str = ""
+    """Account that is charged."""
+    qos: str = ""
+    """Quality of service."""
+    time: int = 240
+    """Minutes an embed task may take; what it has not finished by then goes on after a requeue."""
+    grace: int = 120
+    """Seconds before the time limit at which a task is warned: it must finish one batch in them."""
+    timeouts: int = 20
+    """How often a task may be requeued because its time was up."""
+    nodes: int = 1
+    """Nodes of a task; with tasks_per_node, each of their processes is a worker."""
+    tasks_per_node: int = 1
+    """Workers on each node of a task: the GPUs of a node that you take as a whole."""
+    gpus_per_task: int = 0
+    """GPUs of a worker; 0: none asked for (or see gres)."""
+    gres: str = ""
+    """Generic resources in SLURM's words, such as gpu:a100:1, instead of gpus_per_task."""
+    cpus_per_task: int = 1
+    """Cores of a worker."""
+    memory: str = ""
+    """Memory of a task on each node, such as 32GB."""
+    exclusive: bool = False
+    """Take whole nodes."""
+    constraint: str = ""
+    """Node features that are required."""
+    nodelist: str = ""
+    """Nodes that must be used."""
+    exclude: str = ""
+    """Nodes that must not be used."""
+    comment: str = ""
+    """A comment of the jobs."""
+    requeue: bool = True
+    """Let SLURM requeue a task whose node fails or is taken away."""
+    mail_user: str = ""
+    """Whom SLURM writes to."""
+    mail_type: str = ""
+    """About what: BEGIN, END, FAIL, ALL."""
+    container: Literal["", "pyxis", "apptainer"] = ""
+    """Run in a container: with SLURM's pyxis plug-in, or with apptainer."""
+    container_image: str = ""
+    """Its image."""
+    container_mounts: str = ""
+    """Its mounts, as the runtime writes them: /data:/data,/scratch."""
+    container_python: str = "python3"
+    """The Python inside the container that has clip-batch."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before a task, such as "module load cuda"."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """More sbatch options, as JSON: {"reservation": "night"}."""
+    merge_time: int = 720
+    """Minutes of a merge task."""
+    merge_cpus: int = 8
+    """Cores of a merge task."""
+    merge_memory: str = "64GB"
+    """Memory of a merge task; see shard_rows."""
+    merge_partition: str = ""
+    """SLURM partition of the merge tasks, if not slurm_partition: they need no GPU."""
+
+
+@dataclass(frozen=True)
+class SparkConfig:
+    """How spark-submit is called; what it leaves out comes from Spark's own spark-defaults.conf."""
+
+    master: str = ""
+    """spark://host:7077, yarn, k8s://..., local-cluster[2,1,1024]; default: Spark's."""
+    deploy_mode: Literal["", "client", "cluster"] = ""
+    """Where the driver runs."""
+    app_name: str = "clip-batch"
+    """Name of the application."""
+    properties_file: str = ""
+    """Instead of Spark's own spark-defaults.conf; see spark/spark-defaults.conf."""
+    archives: str = ""
+    """An environment for the executors, made with conda-pack or venv-pack: env.tar.gz#environment."""
+    spark_conf: dict[str, Any] = field(default_factory=dict)
+    """More Spark properties, as JSON: {"spark.executor.instances": 64}."""
+    spark_submit: str = "spark-submit"
+    """The spark-submit to call."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ SECTIONS: dict[str, type] = {
     "plan": config.PlanConfig,
     "embed": config.EmbedConfig,
     "merge": config.MergeConfig,
+    "submit": config.SubmitConfig,
+    "slurm": config.SlurmConfig,
+    "spark": config.SparkConfig,
     "search": config.SearchConfig,
     "serve": config.ServeConfig,
 }
@@ -67,6 +70,22 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
             choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
             settings["metavar"] = "{" + ",".join(choices) + "}" if choices else field.name.upper()
         parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+
+
+def to_flags(section: Any) -> list[str]:
+    """The flags that give a section's values where they differ from the defaults."""
+    words: list[str] = []
+    for field in dataclasses.fields(section):
+        value, flag = getattr(section, field.name), field.name.replace("_", "-")
+        if value == default(field):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
 
 
 def _show(value: Any) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm_cluster import slurm as slurm
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

@@ -31,6 +31,8 @@ LAYERS = {
     "job": 2,
     "vectors": 2,
     "recall": 2,
+    "submission": 2,
+    "workers": 2,
     "stages": 3,
     "doctor": 3,
     "launch": 4,
@@ -48,6 +50,8 @@ HEAVY = {
     "autofaiss": {"index"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
+    "pyspark": {"launch"},
+    "submitit": {"launch"},
 }
 """Libraries that live behind one module each (the demo's training script and doctor's report aside)."""
 

@@ -1,0 +1,130 @@
+"""submit: freeze what is missing as a submission, and hand it to a scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clip_batch import part, submission
+from clip_batch.config import (
+    EmbedConfig,
+    MergeConfig,
+    SlurmConfig,
+    SparkConfig,
+    StorageConfig,
+    SubmitConfig,
+)
+from clip_batch.options import to_flags
+from clip_batch.plan import count_partitions
+from clip_batch.store import Store, absolute, local_path
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a scheduler is to run: embed what OUT misses, and merge it behind that if `index` is given."""
+
+    output: str
+    index: str
+    storage: StorageConfig
+    submit: SubmitConfig
+    embed: EmbedConfig
+    merge: MergeConfig
+
+    @property
+    def store(self) -> Store:
+        return Store(self.output, self.storage.storage_options)
+
+    def draft(self, name: str, scheduler: Any, workers: int = 1) -> submission.Submission:
+        """A submission of what is missing now to tasks of `workers` processes each, not yet frozen."""
+        missing = sorted(set(range(count_partitions(self.store))) - part.committed(self.store))
+        again = ["clip-batch", "submit", name, "--output", self.store.url]
+        again += ["--index", absolute(self.index)] if self.index else []
+        settings = (replace(self.submit, dry_run=False, wait=False), scheduler, self.embed, self.merge)
+        command = shlex.join(again + [word for section in settings for word in to_flags(section)])
+        return submission.draft(missing, name, self.submit.tasks, workers, command)
+
+    def freeze(self, made: submission.Submission) -> None:
+        """Publish the submission, and lend its tasks the storage options.
+
+        Those travel in the environment: no script, pickle or command line shows a credential.
+        """
+        if options := self.storage.storage_options:
+            os.environ["CLIP_BATCH_STORAGE_OPTIONS"] = json.dumps(options)
+        submission.publish(self.store, made)
+
+
+def slurm(request: Request, config: SlurmConfig, main: Callable[..., int], say: Say) -> int:
+    """Job arrays of `main`, the command line, through submitit; the exit code. ConfigError: sbatch refuses."""
+    from clip_batch.launch import slurm
+
+    store, workers = request.store, config.nodes * config.tasks_per_node
+    made = request.draft("slurm", config, workers)
+    folder = local_path(config.logs or (store.path("_clip_batch/logs") if store.local else "clip-batch-logs"))
+    worker = ["worker", "--output", store.url, "--submission", made.id, *to_flags(request.embed)]
+    merge: list[str] = []
+    if request.index:
+        merge = ["merge", "--output", store.url, "--index", absolute(request.index), *to_flags(request.merge)]
+    works = slurm.chain(worker, made.slots, workers, merge, request.submit.merge_tasks, made.id)
+    logs = Path(folder).absolute() / made.id
+    if request.submit.dry_run:
+        for script in slurm.scripts(works, config, logs):
+            print(script)
+        return 0
+    if not works:
+        say("nothing is missing")
+        return 0
+    request.freeze(made)
+    slurm.submit(works, main, config, logs, say)
+    say(f"logs: {logs}; progress: clip-batch status --output {store.url}")
+    if not request.submit.wait:
+        return 0
+    slurm.wait(works, lambda: _progress(store), say)
+    return _complete(request, say)
+
+
+def spark(request: Request, config: SparkConfig, say: Say) -> int:
+    """A Spark application, through spark-submit, until it ends; its exit code."""
+    from clip_batch.launch import spark
+
+    made = request.draft("spark", config)
+    arguments = ["--output", request.store.url, "--submission", made.id, *to_flags(request.embed)]
+    if request.index:
+        arguments += ["--index", absolute(request.index), *to_flags(request.merge)]
+        arguments += ["--merge-tasks", str(request.submit.merge_tasks)]
+    command = spark.command(config, arguments)
+    if request.submit.dry_run:
+        print(shlex.join(command))
+        return 0
+    if not made.slots and not request.index:
+        say("nothing is missing")
+        return 0
+    request.freeze(made)
+    say(shlex.join(command))
+    return spark.submit(command)
+
+
+def _progress(store: Store) -> str:
+    return f"{len(part.committed(store)):,} of {count_partitions(store):,} partitions done"
+
+
+def _complete(request: Request, say: Say) -> int:
+    """0 if every partition is committed and, with an index, merged; else 1, and what is not is said."""
+    from clip_batch.job import open_job
+    from clip_batch.stages.merge import finished
+    from clip_batch.stages.status import describe, status
+
+    found = status(request.store)
+    say(describe(found))
+    if found["missing"]:
+        return 1
+    if request.index and not finished(open_job(request.output, request.index, request.merge, request.storage)):
+        say(f"{request.index} is not merged: see the logs of the merge tasks")
+        return 1
+    return 0
