@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= clip-batch-demo
 
-.PHONY: demo test test-fast check docs bench browser clean
+.PHONY: demo test test-fast check docs bench services clean
 .DELETE_ON_ERROR:
 
 $(STAMP): setup.cfg constraints.txt
@@ -16,14 +16,17 @@ $(STAMP): setup.cfg constraints.txt
 demo: $(STAMP)          ## the whole line on embedded pictures, then the web page
 	$(BIN)/clip-batch demo $(DEMO)
 
-test: $(STAMP) check browser    ## everything
+test: $(STAMP) check services   ## everything
 	$(BIN)/python -m pytest
 
-browser:                ## Chromium for the page's test, where apt can install it; without it that test is skipped
-	@command -v chromium chromium-browser >/dev/null || \
+services:               ## Chromium, SLURM, Java: where apt cannot install what is missing, its tests are skipped
+	@PATH="$$PATH:/usr/sbin"; for need in chromium:chromium slurmctld:slurm-wlm java:default-jre-headless; do \
+	  name=$${need%:*} package=$${need#*:}; \
+	  { command -v $$name || command -v $$name-browser; } >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
-	  echo "no Chromium: the page's test will be skipped"
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$package >/dev/null; } || \
+	  echo "no $$name: its tests will be skipped"; \
+	done
 
 test-fast: $(STAMP)     ## without torch and long runs
 	$(BIN)/python -m pytest -m "not slow"

@@ -64,11 +64,9 @@ def commit_names(store: Store) -> list[str]:
 
 def read_commits(store: Store, names: Iterable[str] | None = None) -> dict[int, Commit]:
     """The commits of these zero-padded numbers, or all, by partition."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(16) as pool:
-        commits = pool.map(lambda name: read_commit(store, name), commit_names(store) if names is None else names)
-        return {commit.partition: commit for commit in commits}
+    wanted = commit_names(store) if names is None else names
+    commits = (Commit(**json.loads(data)) for data in store.read_all(f"{COMMITS}/{name}.json" for name in wanted))
+    return {commit.partition: commit for commit in commits}
 
 
 def metadata_schema(fields: dict[str, str]) -> pa.Schema:

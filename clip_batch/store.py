@@ -14,7 +14,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 from clip_batch.errors import InputError
@@ -129,6 +130,14 @@ class Store:
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
+
+    def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
+        """Many small files, in order; at once where each costs a round trip. FileNotFoundError if one is absent."""
+        if self.local:  # threads would only wait for each other
+            yield from map(self.read, names)
+            return
+        with ThreadPoolExecutor(32) as pool:
+            yield from pool.map(self.read, names)
 
     def open(self, name: str) -> IO[bytes]:
         """A seekable file to read."""

@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,17 +104,9 @@ _COUNTS = ("rows", "failed", "warnings", "started", "finished")
 
 
 def read_records(store: Store) -> list[Record]:
-    """The records of all workers; those that cannot be read are passed over."""
-    with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda name: _read(store, name), store.list(WORKERS))
-        return [record for record in found if record]
-
-
-def _read(store: Store, name: str) -> Record | None:
-    try:
-        return Record(**store.read_json(f"{WORKERS}/{name}"))
-    except (OSError, ValueError, TypeError):
-        return None
+    """The records of all workers."""
+    names = [f"{WORKERS}/{name}" for name in store.list(WORKERS) if not name.startswith(".")]
+    return [Record(**json.loads(data)) for data in store.read_all(names)]
 
 
 def forget(store: Store) -> None:

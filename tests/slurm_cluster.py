@@ -179,13 +179,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     conf = _CONF.format(host=host, folder=folder, ports=_free_ports(3), array=MAX_ARRAY_SIZE)
     (folder / "slurm.conf").write_text(conf)
     (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-1]\n")
-    keeper = subprocess.Popen([sys.executable, __file__, folder], stdin=subprocess.PIPE, start_new_session=True)
+    watch = [sys.executable, "-m", "tests.slurm_cluster", str(folder)]
+    root = Path(__file__).parents[1]
+    keeper = subprocess.Popen(watch, cwd=root, stdin=subprocess.PIPE, start_new_session=True)
     env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
     cluster = Slurm(folder, env)
     try:
         cluster.start()
         yield cluster
     finally:
+        _kill(folder)
         keeper.communicate()
         for daemon in cluster.daemons.values():
             daemon.wait()

@@ -114,7 +114,7 @@ def test_arrays_are_split_under_the_limit_and_slots_keep_their_meaning(cluster: 
     (id,) = submission.ids(store)
     frozen = submission.load(store, id)
     assert main(["worker", "--output", cluster.out, "--partitions", "0-59"]) == 0
-    _, later = cluster.submit("--tasks", "2", "--wait")
+    cluster.submit("--tasks", "2", "--wait")
     assert submission.load(store, id) == frozen
     assert [number for slot in range(frozen.slots) for number in frozen.slot(slot)] == list(range(MAX_ARRAY_SIZE + 6))
     for job in arrays:

@@ -1,0 +1,79 @@
+"""Times `clip-batch status`, as a process, over an OUT of many partitions; prints seconds as JSON.
+
+    python tests/bench/status.py [--partitions 100000] [--workers 1000]
+
+Figures: `records` with the records that workers leave; `tasks` with a record a partition, as tasks
+of one partition each leave them; `commits` without records, every commit read; `start` the same
+command over a plan of one partition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from clip_batch import part, workers
+from clip_batch.types import Commit
+from tests import fabricated
+
+
+def fill(out: Path, partitions: int, share: int) -> None:
+    """A plan, a commit for all but `share` partitions, and a record a worker of `share` partitions."""
+    plan = fabricated.make_plan(out, partitions)
+    for folder in (part.COMMITS, workers.WORKERS):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for first in range(0, partitions, share):
+        told = {}
+        for number in range(first, min(first + share, partitions)):
+            shard = plan.partitions[number].slices[0].shard.url
+            files = {f"{name}/{name}_{number}-0a1b2c3d.npy": {"bytes": 10**7, "sha256": "0" * 64} for name in "abc"}
+            counts = {shard: {"seen": 10_010, "embedded": 10_000, "failed": 10}}
+            failed = {"undecodable_image": 10}
+            commit = Commit(
+                number, "0a1b2c3d", 10_000, 512, "0" * 16, plan.digest, files, counts, failed, {}, 0, 60.0, "n"
+            )
+            if number:
+                (out / part.COMMITS / f"{plan.name(number)}.json").write_text(json.dumps(asdict(commit), indent=1))
+            told[str(number)] = {
+                key: getattr(commit, key) for key in ("rows", "failed", "warnings", "started", "finished")
+            }
+        record = workers.Record("n:1", "slurm 1_1", 1, 0, time.time(), False, 10_000, [0], told)
+        (out / workers.WORKERS / f"n-1-{first:08x}.json").write_text(json.dumps(vars(record)))
+
+
+def seconds(out: Path, expected: int) -> float:
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "clip_batch", "status", "--json", "--output", str(out)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    took = time.perf_counter() - started
+    assert found["rows"] == 10_000 * expected, found["rows"]
+    return round(took, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--partitions", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=1_000)
+    options = parser.parse_args()
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, share in (("records", options.partitions // options.workers), ("tasks", 1)):
+            out = Path(folder, name)
+            fill(out, options.partitions, share)
+            figures[name] = min(seconds(out, options.partitions - 1) for _ in range(3))
+        shutil.rmtree(out / workers.WORKERS)
+        figures["commits"] = min(seconds(out, options.partitions - 1) for _ in range(3))
+        fill(Path(folder, "one"), 1, 1)
+        figures["start"] = min(seconds(Path(folder, "one"), 0) for _ in range(3))
+    print(json.dumps({"partitions": options.partitions, "workers": options.workers, "seconds": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
