@@ -90,7 +90,7 @@ def _numbers(text: str) -> list[int]:
 def _slot(options: Options) -> list[int]:
     """The partitions of --slot, of a submission or of the whole plan."""
     from clip_batch import submission
-    from clip_batch.plan import load_plan
+    from clip_batch.plan import count_partitions
     from clip_batch.stages.embed import slot_partitions
     from clip_batch.store import Store
 
@@ -101,7 +101,7 @@ def _slot(options: Options) -> list[int]:
     if target.submission:
         return submission.load(store, target.submission).slot(target.slot)
     assert target.slots is not None
-    return slot_partitions(load_plan(store), target.slot, target.slots)
+    return slot_partitions(count_partitions(store), target.slot, target.slots)
 
 
 def _report(options: Options, outcomes: Sequence[Any]) -> int:
@@ -258,14 +258,34 @@ def serve(options: Options) -> int:
 
 def doctor(options: Options) -> int:
     """Check this machine, the storage and the plan before a long run."""
-    from clip_batch.doctor import doctor
+    from clip_batch.doctor import Check, doctor
 
-    checks = doctor(options.target.output or None, options.storage)
+    here = not options.target.on_node or "SLURM_JOB_ID" in os.environ
+    checks = doctor(options.target.output or None, options.storage, options.target.on_node) if here else []
+    if not here:
+        checks = [Check(**check) for check in _doctor_on_node(options)]
     marks = {True: "ok  ", False: "FAIL", None: "info"}
     _answer(
         options, [asdict(check) for check in checks], "\n".join(f"{marks[c.ok]} {c.name}: {c.message}" for c in checks)
     )
     return 1 if any(check.ok is False for check in checks) else 0
+
+
+def _doctor_on_node(options: Options) -> list[dict[str, Any]]:
+    """The report of a compute node."""
+    import subprocess
+
+    from clip_batch.launch import slurm
+
+    output = ["--output", options.target.output] if options.target.output else []
+    command = slurm.on_node(options.slurm, ["doctor", "--on-node", "--json", *output])
+    _say(f"waiting for a node: {' '.join(command)}")
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        found: list[dict[str, Any]] = json.loads(done.stdout)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the doctor did not report from a node ({error}): see what srun says above") from None
+    return found
 
 
 def demo(options: Options) -> int:
@@ -298,7 +318,7 @@ COMMANDS: dict[str, Command] = {
     "merge": Command(merge, ("output", "index", "task", "slot", "slots", "json"), (MergeConfig,)),
     "search": Command(search, ("index", "text", "image", "embedding", "json"), (SearchConfig,)),
     "serve": Command(serve, ("index",), (ServeConfig,)),
-    "doctor": Command(doctor, ("output", "json")),
+    "doctor": Command(doctor, ("output", "on_node", "json"), (SlurmConfig,)),
 }
 
 
@@ -385,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    if name == "submit":
+        raise ConfigError("name the scheduler: clip-batch submit slurm, or clip-batch submit spark; both have --help")
     if name not in COMMANDS:
         raise ConfigError(f"no such command; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import secrets
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,14 +57,17 @@ class Check:
     message: str
 
 
-def doctor(output: str | None, storage: StorageConfig = StorageConfig()) -> list[Check]:
-    """All checks of this machine and, where `output` is given, of its storage, plan and weights."""
+def doctor(output: str | None, storage: StorageConfig = StorageConfig(), works: bool = False) -> list[Check]:
+    """All checks of this machine and, where `output` is given, of its storage, plan and weights.
+
+    `works` tells that this machine is to embed: the planned model is loaded and tried.
+    """
     found: list[Check] = []
-    for check in (_python, _packages, _machine, _gpu, _tools):
+    for check in (_python, _packages, _machine, _gpu, _scratch, _tools, _slurm):
         found += _run(check.__name__.strip("_"), check)
     if output is not None:
         found += _run("storage", lambda: _storage(Store(output, storage.storage_options)))
-        found += _run("plan", lambda: _plan(Store(output, storage.storage_options)))
+        found += _run("plan", lambda: _plan(Store(output, storage.storage_options), works))
     return found
 
 
@@ -121,8 +127,36 @@ def _gpu() -> Iterator[Check]:
         yield Check("gpu", True, f"{len(names)} visible: {', '.join(sorted(set(names)))}")
     elif os.path.exists("/dev/nvidiactl"):
         yield Check("gpu", False, f"the machine has one but torch {torch.__version__} sees none: install a CUDA build")
+    elif given := os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS"):
+        mend = f"SLURM gave this job GPU {given}, but torch {torch.__version__} sees none: look at nvidia-smi here"
+        yield Check("gpu", False, mend)
     else:
         yield Check("gpu", None, "none visible: --device auto takes the CPU")
+
+
+def _scratch() -> Iterator[Check]:
+    """What is written to a remote OUT is spooled here first."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    enough = free >= LEAST_DISK
+    mend = "" if enough else ": a worker spools a partition's files there; set TMPDIR to a larger disk"
+    yield Check("scratch", True if enough else None, f"{free / 2**30:.0f} GiB free in {folder}{mend}")
+
+
+def _slurm() -> Iterator[Check]:
+    """The scheduler's limits, where there is one."""
+    if shutil.which("scontrol") is None:
+        return
+    asked = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    if asked.returncode:
+        yield Check("slurm", False, f"the controller does not answer: {' '.join(asked.stderr.split())[:200]}")
+        return
+    told = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", asked.stdout, re.MULTILINE))
+    limits = ", ".join(f"{name} {told[name]}" for name in ("MaxArraySize", "MaxJobCount") if name in told)
+    yield Check("slurm", True, f"{told.get('ClusterName', '?')} answers: {limits}")
+    nodes = subprocess.run(["sinfo", "--noheader", "--format=%R|%a, %D nodes, %G"], capture_output=True, text=True)
+    for partition, lines in itertools.groupby(sorted(nodes.stdout.splitlines()), lambda line: line.partition("|")[0]):
+        yield Check(f"slurm {partition}", None, "; ".join(line.partition("|")[2] for line in lines))
 
 
 def _tools() -> Iterator[Check]:
@@ -208,7 +242,7 @@ def _clean(store: Store, name: str, made: list[str]) -> None:
                 os.rmdir(path)
 
 
-def _plan(store: Store) -> Iterator[Check]:
+def _plan(store: Store, works: bool) -> Iterator[Check]:
     from clip_batch import encoders
     from clip_batch.plan import load_plan
 
@@ -231,6 +265,13 @@ def _plan(store: Store) -> Iterator[Check]:
     fits = found.weights == spec.weights
     mend = f"{spec.model} has {found.weights[:12]} here, planned were {spec.weights[:12]}: put the planned weights back"
     yield Check("weights", fits, f"{spec.model} is what was planned ({spec.weights[:12]})" if fits else mend)
+    if works and fits:
+        started = time.monotonic()
+        with _offline():
+            encoder = encoders.load(spec)
+            encoder.encode_texts(["a test"])
+        seconds = time.monotonic() - started
+        yield Check("model", True, f"loads and encodes on {encoders.pick_device('auto')} in {seconds:.1f} s")
 
 
 @contextlib.contextmanager

@@ -18,12 +18,12 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("s*/READ
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_flags_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text().replace("\\\n", " ")
-    for command, rest in re.findall(r"clip-batch +([a-z0-9]+)((?: +[^\n`]*)?)", text):
+    for command, rest in re.findall(r"clip-batch +((?:submit +)?[a-z0-9]+)((?: +[^\n`]*)?)", text):
         if command not in COMMANDS:
             assert not rest.strip().startswith("--"), f"no command {command}"
             continue
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([*command.split(), "--help"])
         known = capsys.readouterr().out
         for flag in re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)", rest.split("#")[0]):
             assert flag in known, f"{page.name}: {command} has no {flag}"

@@ -114,16 +114,16 @@ def test_slots_may_change_between_launches(
     out = str(home / "out")
     frozen = plan(tars, out, partition_samples=5)
     for slot in range(min(cut, first)):
-        embed(out, SMALL, slot_partitions(frozen, slot, first))
+        embed(out, SMALL, slot_partitions(len(frozen.partitions), slot, first))
     for slot in range(second):
-        embed(out, SMALL, slot_partitions(frozen, slot, second))
+        embed(out, SMALL, slot_partitions(len(frozen.partitions), slot, second))
     assert sorted(key for key, _, _ in rows(out)) == sorted(key for tar in tars for key in corpus.tar_keys(tar))
 
 
 def test_slots_are_checked(tars: list[str], out: str) -> None:
     frozen = plan(tars, out)
     with pytest.raises(PlanError, match="slot 3 of 3"):
-        slot_partitions(frozen, 3, 3)
+        slot_partitions(len(frozen.partitions), 3, 3)
     with pytest.raises(PlanError, match="partition 6 does not exist"):
         embed(out, SMALL, [6])
 
@@ -167,7 +167,7 @@ def test_kill_and_resume_is_the_undisturbed_run(tmp_path: Path) -> None:
             break
     assert kills >= 2
     for slot in range(3):
-        embed(rough, EmbedConfig(batch_size=4), slot_partitions(frozen, slot, 3))
+        embed(rough, EmbedConfig(batch_size=4), slot_partitions(len(frozen.partitions), slot, 3))
     assert rows(rough) == rows(calm)
     gc(Store(rough))
     assert verify_output(Store(rough), deep=True).ok

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from clip_batch.demo import data
 from clip_batch.stages.status import status
 from clip_batch.store import Store
 from tests import corpus
-from tests.slurm_cluster import MAX_ARRAY_SIZE, Slurm
+from tests.slurm_cluster import MAX_ARRAY_SIZE, NODES, Slurm, mine
 
 pytestmark = pytest.mark.slow
 
@@ -143,6 +144,33 @@ def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster)
     cluster.check(16 * 60)
 
 
+def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
+    cluster.plan(48, 8, side=1500)
+    submitted = ["--tasks", "4", "--gpus-per-task", "1", "--batch-size", "2"]
+    (job,) = jobs(cluster.submit(*submitted)[1], "embed")
+    cluster.until(lambda: {number % 4 for number in cluster.committed()} == set(range(4)))
+    urgent = cluster.slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=:")
+    assert cluster.slurm.wait(urgent) == {0: ("COMPLETED", 0)}
+    before = cluster.committed()
+    cluster.until(lambda: {number % 4 for number in cluster.committed() - before} == set(range(4)))
+    (worker,) = cluster.slurm.job(f"{job}_1")
+    (other,) = set(NODES) - {worker["NodeList"]}
+    step = f"SLURM_ARRAY_JOB_ID={job}", "SLURM_ARRAY_TASK_ID=1", "SLURM_STEP_ID=0"
+    for pid in mine(cluster.slurm.folder, *step):
+        os.kill(pid, signal.SIGKILL)
+    cluster.slurm.kill_slurmd(other)
+    try:
+        ended = cluster.slurm.wait(job, 200)
+        assert len(cluster.committed()) < 48
+        restarts = {int(fields["ArrayTaskId"]): int(fields["Restarts"]) for fields in cluster.slurm.job(job)}
+    finally:
+        cluster.slurm.start_slurmd(other)
+    assert ended == {0: ("COMPLETED", 0), 1: ("FAILED", 137), 2: ("COMPLETED", 0), 3: ("COMPLETED", 0)}
+    assert sorted(restarts.values()) == [1, 1, 2, 2], restarts
+    cluster.submit("--wait", "--tasks", "2")
+    cluster.check(48 * 8)
+
+
 def test_cancelled_tasks_stay_cancelled(cluster: Cluster) -> None:
     cluster.plan(8, 60, side=96)
     (job,) = jobs(cluster.submit("--tasks", "1", "--batch-size", "2")[1], "embed")
@@ -190,6 +218,23 @@ def test_what_sbatch_refuses_is_one_line(cluster: Cluster) -> None:
     assert "invalid partition" in said.lower()
     assert len(said.strip().splitlines()) == 1
     assert main(["worker", "--output", cluster.out, "--submission", "20200101-000000-000000", "--slot", "0"]) == 2
+
+
+def test_the_doctor_looks_at_a_compute_node(cluster: Cluster) -> None:
+    cluster.plan(1, 2)
+    command = [sys.executable, "-m", "clip_batch", "doctor", "--output", cluster.out, "--json"]
+    found = {}
+    for where in ([], ["--on-node", "--gpus-per-task", "1"]):
+        done = subprocess.run([*command, *where], env=cluster.slurm.env, capture_output=True, text=True)
+        found[bool(where)] = {check["name"]: check for check in json.loads(done.stdout)}
+    assert f"MaxArraySize {MAX_ARRAY_SIZE}" in found[False]["slurm"]["message"]
+    assert "2 nodes, gpu:2" in found[False]["slurm debug"]["message"]
+    assert "model" not in found[False]
+    on_node = found[True]
+    assert all(on_node[name]["ok"] for name in ("put-if-absent", "plan", "weights", "model", "clock", "slurm"))
+    assert on_node["gpu"]["ok"] is False  # these GPUs are pretended
+    assert "SLURM gave this job GPU 0" in on_node["gpu"]["message"]
+    assert done.returncode == 1
 
 
 def test_without_slurm_it_says_so(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

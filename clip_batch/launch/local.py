@@ -30,7 +30,7 @@ def run_worker(output: str, partitions: list[int] | None, config: EmbedConfig, s
     def read() -> Counts:
         return run.total, run.partitions, run.samples, run.failed
 
-    config = dataclasses.replace(config, threads=config.threads or cores())
+    config = dataclasses.replace(config, threads=config.threads or cores(), device=_device(config.device))
     with _stopping(run.stop), shown(read) if config.progress else contextlib.nullcontext():
         return embed(output, config, partitions, storage, run)
 
@@ -48,6 +48,13 @@ def cores() -> int:
     """Cores that this process may use: those of its SLURM task where it has one."""
     allowed = len(os.sched_getaffinity(0))
     return min(allowed, int(os.environ.get("SLURM_CPUS_PER_TASK", allowed)))
+
+
+def _device(device: str) -> str:
+    """`auto` made this SLURM task's own GPU, where tasks of a node see all of the node's."""
+    if device != "auto" or "SLURM_LOCALID" not in os.environ or (visible := gpus()) < 2:
+        return device
+    return f"cuda:{int(os.environ['SLURM_LOCALID']) % visible}"
 
 
 def run_workers(output: str, workers: int, config: EmbedConfig, storage: StorageConfig) -> int:

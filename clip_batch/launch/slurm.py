@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -211,10 +212,31 @@ def _parameters(work: Work, config: SlurmConfig, before: list[str]) -> dict[str,
     more: dict[str, Any] = {"requeue" if config.requeue else "no-requeue": True}
     if before:
         more["kill-on-invalid-dep"] = "yes"  # or a merge behind a failed task would pend for ever
-    arguments = ["--kill-on-bad-exit=0"]
-    if config.container == "pyxis":
-        arguments.append(f"--container-image={config.container_image}")
-        arguments += [f"--container-mounts={config.container_mounts}"] if config.container_mounts else []
+    named = {
+        "mail_user": config.mail_user,
+        "mail_type": config.mail_type,
+        "dependency": f"{work.after}:{':'.join(before)}" if before else "",
+    }
+    return {
+        **_resources(config),
+        "job_name": work.name,
+        "time": config.time,
+        "nodes": config.nodes,
+        "ntasks_per_node": config.tasks_per_node,
+        "cpus_per_task": config.cpus_per_task,
+        "signal_delay_s": config.grace,
+        "array_parallelism": config.concurrency,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "setup": ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *config.setup],
+        "srun_args": ["--kill-on-bad-exit=0", f"--cpus-per-task={config.cpus_per_task}", *_pyxis(config)],
+        "additional_parameters": {**more, **config.sbatch},
+        **{name: value for name, value in named.items() if value},
+    }
+
+
+def _resources(config: SlurmConfig) -> dict[str, Any]:
+    """Where and with what a task runs, by sbatch's and srun's names; what is empty is left out."""
     named = {
         "partition": config.slurm_partition,
         "account": config.account,
@@ -227,25 +249,15 @@ def _parameters(work: Work, config: SlurmConfig, before: list[str]) -> dict[str,
         "nodelist": config.nodelist,
         "exclude": config.exclude,
         "comment": config.comment,
-        "mail_user": config.mail_user,
-        "mail_type": config.mail_type,
-        "dependency": f"{work.after}:{':'.join(before)}" if before else "",
     }
-    return {
-        "job_name": work.name,
-        "time": config.time,
-        "nodes": config.nodes,
-        "ntasks_per_node": config.tasks_per_node,
-        "cpus_per_task": config.cpus_per_task,
-        "signal_delay_s": config.grace,
-        "array_parallelism": config.concurrency,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        "setup": ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *config.setup],
-        "srun_args": arguments,
-        "additional_parameters": {**more, **config.sbatch},
-        **{name: value for name, value in named.items() if value},
-    }
+    return {name: value for name, value in named.items() if value}
+
+
+def _pyxis(config: SlurmConfig) -> list[str]:
+    if config.container != "pyxis":
+        return []
+    mounts = [f"--container-mounts={config.container_mounts}"] if config.container_mounts else []
+    return [f"--container-image={config.container_image}", *mounts]
 
 
 def _python(config: SlurmConfig) -> str | None:
@@ -255,6 +267,17 @@ def _python(config: SlurmConfig) -> str | None:
         gpu = ["--nv"] if config.gpus_per_task or config.gres else []
         return " ".join(["apptainer exec", *gpu, *mounts, config.container_image, config.container_python])
     return config.container_python if config.container else None
+
+
+def on_node(config: SlurmConfig, command: list[str]) -> list[str]:
+    """The words that run a clip-batch command on one node, with the resources of a worker."""
+    flags = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in _resources(config).items()
+    ]
+    size = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={config.cpus_per_task}", "--job-name=clip-batch-doctor"]
+    python = _python(config) or shlex.quote(sys.executable)
+    return ["srun", *size, *flags, *_pyxis(config), *shlex.split(python), "-m", "clip_batch", *command]
 
 
 def wait(works: Sequence[Work], look: Callable[[], str], say: Say) -> None:

@@ -66,11 +66,11 @@ class _Batch:
     error: Exception | None = None
 
 
-def slot_partitions(plan: Plan, slot: int, slots: int) -> list[int]:
-    """The partitions of a slot: every `slots`-th, from `slot`. PlanError if slot is out of range."""
+def slot_partitions(partitions: int, slot: int, slots: int) -> list[int]:
+    """The partitions of a slot of a plan of so many: every `slots`-th, from `slot`. PlanError if slot is out of range."""
     if not 0 <= slot < slots:
         raise PlanError(f"slot {slot} of {slots} does not exist: slots count from 0 to {slots - 1}")
-    return list(range(slot, len(plan.partitions), slots))
+    return list(range(slot, partitions, slots))
 
 
 def embed(
