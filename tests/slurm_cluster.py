@@ -167,14 +167,20 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         pytest.skip("SLURM is not installed: make services")
     if os.geteuid() != 0:
         pytest.skip("the test SLURM's daemons need root")
-    folder = tmp_path_factory.mktemp("slurm")
-    for name in ("state", *(f"spool-{node}" for node in NODES)):
-        (folder / name).mkdir()
     try:
-        for number in range(2):
-            os.mknod(folder / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        with cluster(tmp_path_factory.mktemp("slurm")) as running:
+            yield running
     except PermissionError:
         pytest.skip("the test SLURM needs leave to make device files")
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[Slurm]:
+    """A SLURM of two nodes that lives in a folder, while the block runs; PermissionError where it may not."""
+    for name in ("state", *(f"spool-{node}" for node in NODES)):
+        (folder / name).mkdir()
+    for number in range(2):
+        os.mknod(folder / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     host = socket.gethostname().partition(".")[0]
     conf = _CONF.format(host=host, folder=folder, ports=_free_ports(3), array=MAX_ARRAY_SIZE)
     (folder / "slurm.conf").write_text(conf)

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from clip_batch import encoders, part
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from clip_batch.encoders import Array, Encoder
 
     Encoded = tuple["_Batch", Array | None, Array | None]
+
+_MOST_TROUBLE = 3
+"""Partitions in a row that fail for the machine's or the store's sake before a worker gives up."""
 
 _BATCHES_AHEAD = 3
 """Batches read and decoded ahead of the one being encoded."""
@@ -67,7 +70,7 @@ class _Batch:
 
 
 def slot_partitions(partitions: int, slot: int, slots: int) -> list[int]:
-    """The partitions of a slot of a plan of so many: every `slots`-th, from `slot`. PlanError if slot is out of range."""
+    """The partitions of a slot, of so many: every `slots`-th, from `slot`. PlanError if the slot is out of range."""
     if not 0 <= slot < slots:
         raise PlanError(f"slot {slot} of {slots} does not exist: slots count from 0 to {slots - 1}")
     return list(range(slot, partitions, slots))
@@ -84,7 +87,8 @@ def embed(
     """Embed and commit the given partitions (all, if None) that are not committed yet.
 
     A partition that fails is reported in its `Outcome`, and beside the commits, and the others go
-    on. `encoder` is the plan's, where the process has loaded it already. Raises PlanError,
+    on; but after three in a row for which the data is not to blame, the rest is left to others and
+    has no outcome. `encoder` is the plan's, where the process has loaded it already. Raises PlanError,
     EncoderError or ConfigError before any work, and Preempted once `run.stop` is set, with
     everything committed so far kept and nothing half done.
     """
@@ -134,6 +138,11 @@ class _Worker:
                     outcomes.append(self._write(number, batches))
                     self.run.running.discard(number)
                     self.run.partitions += 1
+                    if len(outcomes) >= _MOST_TROUBLE and all(one.again for one in outcomes[-_MOST_TROUBLE:]):
+                        # A broken GPU or a full disk: what is left stays missing, for a sound worker.
+                        error = f"{outcomes[-1].error}; {_MOST_TROUBLE} in a row like this: this worker gives up"
+                        outcomes[-1] = replace(outcomes[-1], error=error)
+                        break
             finally:
                 decoders.shutdown(wait=False, cancel_futures=True)
                 device.shutdown(wait=False, cancel_futures=True)
