@@ -19,12 +19,15 @@ demo: $(STAMP)          ## the whole line on embedded pictures, then the web pag
 test: $(STAMP) check services   ## everything
 	$(BIN)/python -m pytest
 
-services:               ## Chromium, SLURM, Java: where apt cannot install what is missing, its tests are skipped
-	@PATH="$$PATH:/usr/sbin"; for need in chromium:chromium slurmctld:slurm-wlm java:default-jre-headless; do \
-	  name=$${need%:*} package=$${need#*:}; \
-	  { command -v $$name || command -v $$name-browser; } >/dev/null || \
+services:               ## Chromium, SLURM, Java, HDFS's libraries: where apt cannot install what is missing, its tests are skipped
+	@PATH="$$PATH:/usr/sbin"; for need in chromium:chromium slurmctld:slurm-wlm java:default-jre-headless \
+	  jersey1-server.jar:libjersey1-core-java,libjersey1-server-java,libjersey1-servlet-java,libjersey1-json-java,libjsr311-api-java \
+	  jetty9-server.jar:libjetty9-java servlet-api.jar:libservlet-api-java commons-daemon.jar:libcommons-daemon-java commons-codec.jar:libcommons-codec-java \
+	  jackson-databind.jar:libjackson2-databind-java,libjackson2-annotations-java,libjackson2-core-java; do \
+	  name=$${need%:*} packages=$$(echo $${need#*:} | tr , ' '); \
+	  { command -v $$name || command -v $$name-browser || ls /usr/share/java/$$name; } >/dev/null 2>&1 || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$package >/dev/null; } || \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages >/dev/null; } || \
 	  echo "no $$name: its tests will be skipped"; \
 	done
 

@@ -56,6 +56,8 @@ class StorageConfig:
 
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Options for fsspec, as JSON: applied to every remote URL. Never written to plan or logs."""
+    index_cache: str = "100GB"
+    """Disk (in $XDG_CACHE_HOME/clip_batch) for copies of remote indices; versions not in use go first."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class EmbedConfig:
     """Images a forward pass; 0: 256 on a GPU, 32 on a CPU."""
     threads: int = 0
     """Decoding threads of a worker; 0: the cores it may use, shared among local workers."""
+    prefetch: str = "4GB"
+    """Disk (in TMPDIR) for remote tars that a worker fetches ahead; one slice ahead is always fetched."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     max_pixels: int = 178_956_970

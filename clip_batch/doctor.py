@@ -24,7 +24,7 @@ from typing import Any
 
 from clip_batch.config import StorageConfig
 from clip_batch.errors import ClipBatchError, PlanError
-from clip_batch.store import Store, filesystem
+from clip_batch.store import Store
 
 TESTED = {
     "numpy": ("1.26", "2"),
@@ -177,11 +177,11 @@ def _storage(store: Store) -> Iterator[Check]:
     try:
         started = time.time()
         with ThreadPoolExecutor(RACERS) as pool:
-            won = list(pool.map(lambda racer: store.create(race, b"%d" % racer), range(RACERS)))
+            won = list(pool.map(lambda racer: store.create(race, b"%d" % racer, look=False), range(RACERS)))
         finished = time.time()
         yield _race(store, sum(won))
         yield _read_back(store, race, won)
-        if (changed := _modified(store, race)) is not None:
+        if (changed := store.modified(race)) is not None:
             yield _clock(changed, started, finished)
         store.remove(race)
         gone = not store.exists(race)
@@ -193,10 +193,14 @@ def _storage(store: Store) -> Iterator[Check]:
 
 
 def _race(store: Store, winners: int) -> Check:
+    """Creators that do not look first: a store that cannot refuse lets all of them win."""
     if winners == 1:
-        return Check("put-if-absent", True, f"1 of {RACERS} racing creators won")
-    mend = "two workers could commit one partition; use a store that honours create-if-absent"
-    return Check("put-if-absent", False, f"{winners} of {RACERS} racing creators won at {store.url}: {mend}")
+        return Check("put-if-absent", True, f"1 of {RACERS} racing creators won: a name that is taken is refused")
+    if store.local or store.url.startswith("hdfs://"):
+        mend = "two workers could commit one partition; use a file system whose create and link are exclusive"
+        return Check("put-if-absent", False, f"{winners} of {RACERS} racing creators won at {store.url}: {mend}")
+    kind = "the last pointer wins here: each partition has one commit still, but run one merge at a time"
+    return Check("put-if-absent", None, f"{winners} of {RACERS} racing creators won at {store.url}: {kind}")
 
 
 def _read_back(store: Store, name: str, won: list[bool]) -> Check:
@@ -204,16 +208,6 @@ def _read_back(store: Store, name: str, won: list[bool]) -> Check:
     fine = found in [b"%d" % racer for racer, winner in enumerate(won) if winner] and store.list(folder) == ["race"]
     mend = "another file came back than was written; switch caches in front of the store off"
     return Check("read-after-write", fine, "works" if fine else f"{store.display(name)}: {mend}")
-
-
-def _modified(store: Store, name: str) -> float | None:
-    """The store's own time of a file's last change, in Unix seconds; None where it does not tell."""
-    if store.local:
-        return os.path.getmtime(store.path(name))
-    fs, path = filesystem(store.display(name), store.options)
-    with contextlib.suppress(Exception):  # an optional part of fsspec
-        return float(fs.modified(path).timestamp())
-    return None
 
 
 def _clock(changed: float, started: float, finished: float) -> Check:
@@ -225,17 +219,21 @@ def _clock(changed: float, started: float, finished: float) -> Check:
 
 def _missing_folders(store: Store) -> list[str]:
     """Local folders of OUT that are not there yet, innermost first."""
+    if not store.local:
+        return []
     missing, path = [], store.path("_clip_batch")
-    while store.local and not os.path.isdir(path):
+    while not os.path.isdir(path):
         missing.append(path)
         path = os.path.dirname(path)
     return missing
 
 
 def _clean(store: Store, name: str, made: list[str]) -> None:
-    """Remove the file, and the local folders that were made for it and are empty."""
+    """Remove the file and its folder, and the local folders that were made for it and are empty."""
     with contextlib.suppress(Exception):
         store.remove(name)
+        if not store.local:
+            store.remove_folder(name.rpartition("/")[0])
     if store.local:
         for path in [os.path.dirname(store.path(name)), *made]:
             with contextlib.suppress(OSError):

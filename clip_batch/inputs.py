@@ -1,8 +1,9 @@
 """SPECs to shards: what `--input` names, with sizes, versions and counts, in a fixed order.
 
 A SPEC is a path or URL of a tar, a folder, a glob (`*`, `?`, `[..]`, `**`), a brace pattern
-(`{000..999}`, `{a,b}`, nested), or a list of SPECs (`@FILE`, `FILE.txt`, `FILE.list`). Shards come in
-the order of the SPECs, a brace pattern's in its own, a glob's and a folder's sorted.
+(`{000..999}`, `{a,b}`, nested), or a list of SPECs (`@FILE`, `FILE.txt`, `FILE.list`). Of `pipe:`
+commands those that only copy a URL to standard output stand for it. Shards come in the order of the
+SPECs, a brace pattern's in its own, a glob's and a folder's sorted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,9 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from clip_batch.errors import ConfigError, InputError
-from clip_batch.store import Store, absolute, filesystem, is_local
+from clip_batch.remote import ask, filesystem
+from clip_batch.store import Store, absolute, is_local
+from clip_batch.transfer import etag_of
 from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Plan, Sample, Shard, Slice
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -44,7 +48,6 @@ _SCHEMA_BYTES = 8 * 2**20
 _MOST_FIELDS = 256
 _TAKEN = {*KEY_COLUMNS, EXTRA_COLUMN, "partition", "row"}
 _LONGEST_RANGE = 10_000_000
-_ETAGS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "modification_time", "created")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -150,9 +153,7 @@ def _read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
 
 
 def _expand_spec(spec: str, folders: bool, options: Options) -> list[Shard]:
-    if spec.startswith("pipe:"):
-        raise InputError(f"{spec}: pipes have no size or version to freeze in a plan; name files or URLs")
-    names = [absolute(name) for name in expand_braces(spec)]
+    names = [absolute(name) for name in expand_braces(unpiped(spec))]
     if not any(map(_is_glob, names)):
         return _shards(_look(names, options), folders, options)
     shards = []
@@ -160,6 +161,34 @@ def _expand_spec(spec: str, folders: bool, options: Options) -> list[Shard]:
         entries = _glob(name, folders, options) if _is_glob(name) else _look([name], options)
         shards += _shards(entries, folders, options)
     return shards
+
+
+def unpiped(spec: str) -> str:
+    """The URL that a `pipe:` command copies to its standard output; any other SPEC as it is.
+
+    Understood are `aws s3 cp URL -`, `hdfs dfs -cat URL` and `hadoop fs -cat URL`, with the switches
+    that only make them quiet. InputError on all other commands: what they give cannot be frozen in a plan.
+    """
+    if not spec.startswith("pipe:"):
+        return spec
+    why = "no other command has a size and version to freeze in a plan"
+    try:
+        words = [word for word in shlex.split(spec.removeprefix("pipe:")) if word not in _QUIET]
+    except ValueError as error:
+        raise InputError(f"{spec}: {error}; name files or URLs") from None
+    match words:
+        case ["aws", "s3", "cp", url, "-"] if url.startswith("s3://"):
+            return url
+        case ["hdfs" | "hadoop", "dfs" | "fs", "-cat", url] if url.startswith(("hdfs://", "viewfs://")):
+            return url
+        case ["aws", "s3", "cp", *_]:
+            why = "of aws only `s3 cp [--quiet] s3://... -` is understood; the rest belongs in --storage_options"
+        case ["hdfs" | "hadoop", "dfs" | "fs", "-cat", *_]:
+            why = "of hdfs only `dfs -cat hdfs://...`, with one URL, is understood"
+    raise InputError(f"{spec} is not run: {why}; name files or URLs")
+
+
+_QUIET = {"--quiet", "--no-progress", "--only-show-errors"}
 
 
 def _is_glob(name: str) -> bool:
@@ -209,18 +238,17 @@ def _info(example: str, options: Options) -> Callable[[str], Entry | None]:
 
     def info(url: str) -> Entry | None:
         try:
-            return _entry(url, fs.info(fs._strip_protocol(url)))
+            return _entry(url, ask(lambda: fs.info(fs._strip_protocol(url)), f"asking for {url}", options))
         except FileNotFoundError:
             return None
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:
             raise InputError(f"{url} cannot be read: {error}; mend the URL or --storage_options") from None
 
     return info
 
 
 def _entry(url: str, info: dict[str, Any]) -> Entry:
-    etag = next((str(info[name]).strip('"') for name in _ETAGS if info.get(name)), None)
-    return Entry(url, info.get("size"), etag, info.get("type") == "directory")
+    return Entry(url, info.get("size"), etag_of(info), info.get("type") == "directory")
 
 
 def _glob(pattern: str, folders: bool, options: Options) -> list[Entry]:
@@ -262,8 +290,8 @@ def _listing(url: str, call: str, options: Options) -> list[Entry]:
     fs, path = filesystem(url, options)
     prefix = url.removesuffix("/").removesuffix(path)
     try:
-        found = getattr(fs, call)(path, detail=True)
-    except Exception as error:  # each store has errors of its own
+        found = ask(lambda: getattr(fs, call)(path, detail=True), f"listing {url}", options)
+    except Exception as error:
         raise InputError(f"{url} cannot be listed: {error}; mend the URL or --storage_options") from None
     # Popped, so that a million listed dictionaries go as the entries come.
     return sorted(_entry(prefix + name, found.pop(name)) for name in list(found))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_batch.errors import CorruptError
-
-if TYPE_CHECKING:
-    from clip_batch.store import Store
+from clip_batch.store import Store, Unavailable
 
 LINEAGE = ("partition", "row")
 """int32 columns that say where an index row came from: the partition, and the row in its files."""
@@ -34,6 +32,8 @@ def _open(store: Store, path: str) -> Iterator[Any]:
     try:
         with store.open(path) as file:
             yield pq.ParquetFile(file, pre_buffer=True)
+    except (Unavailable, PermissionError):  # that is not the file's fault
+        raise
     except (OSError, pa.ArrowInvalid) as error:
         raise CorruptError(f"{store.display(path)} is not readable ({error}): run clip-batch verify") from None
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from clip_batch import inputs
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
-from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError
+from clip_batch.errors import ConfigError, CorruptError, PlanError
 from clip_batch.store import Store, is_local
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
@@ -160,8 +160,10 @@ def _split_folder(folder: Shard, places: Sequence[float]) -> list[Cut]:
 
 
 def _tar_splitter(target: dict[str, int], options: dict[str, Any]) -> Split:
+    from clip_batch.read.scan import scan_tar
+
     def split(tar: Shard, places: Sequence[float]) -> list[Cut]:
-        cuts = [cut for cut in _scan(tar, options)[0] if 0 < cut[0] < (tar.size or 0)]
+        cuts = [cut for cut in scan_tar(tar, options)[0] if 0 < cut[0] < (tar.size or 0)]
         axis = [samples if "samples" in target else byte for byte, samples in cuts]
         return [cuts[_nearest(axis, place)] for place in places] if cuts else []
 
@@ -173,33 +175,12 @@ def _nearest(axis: Sequence[int], place: float) -> int:
     return after - (after > 0 and place - axis[after - 1] < axis[after] - place)
 
 
-def _scan(tar: Shard, options: dict[str, Any]) -> tuple[list[Cut], int | None]:
-    """A tar's cuts and number of samples by its headers; ([], None) if it is a gz, or no tar.
-
-    A remote tar is copied to this machine for that.
-    """
-    from clip_batch.read.tar import cuts
-
-    if tar.url.endswith("gz"):
-        return [], None
-    folder, _, name = tar.url.rpartition("/")
-    with Store(folder or "/", options).fetch(name) as path:
-        try:
-            found = cuts(path)
-        except (ValueError, InputError):  # `embed` reports what is wrong with it
-            return [], None
-        last, before = found[-1] if found else (0, 0)
-        with open(path, "rb") as file:
-            file.seek(last)
-            # A tar may only be cut where no sample is open: behind the last cut is one sample, or the closing zeros.
-            more = file.read(1) not in (b"", b"\0")
-    return found, before + more
-
-
 def _count(tars: list[Shard], needed: bool, options: dict[str, Any]) -> list[Shard]:
     """Counts, if they are needed to pack, or cheap."""
+    from clip_batch.read.scan import scan_tar
+
     if needed:
-        return inputs.count_tars(tars, options, lambda tar: _scan(tar, options)[1])
+        return inputs.count_tars(tars, options, lambda tar: scan_tar(tar, options)[1])
     cheap = len(tars) <= inputs.CHEAP_COUNTS and all(is_local(tar.url) for tar in tars)
     return inputs.count_tars(tars, options, lambda tar: None) if cheap else tars
 

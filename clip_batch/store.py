@@ -2,7 +2,8 @@
 
 A `Store` is one root folder (OUT, INDEX, or an input) with names relative to it. Files appear whole
 or not at all: `create` publishes bytes only if the name is absent (the commit), `replace` swaps
-bytes atomically, and `writer` spools to a local file and publishes when its block ends well.
+bytes atomically, and `writer` spools to a local file and publishes when its block ends well. What a
+remote store refuses for the moment is tried again, and its errors are OSErrors of one line.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from clip_batch.errors import InputError
+from clip_batch.ranged import open_ranged
+from clip_batch.remote import TEMPORARY as TEMPORARY
+from clip_batch.remote import Unavailable as Unavailable
+from clip_batch.remote import ask, filesystem, move, put_if_absent
+from clip_batch.transfer import Source, download
 
-TEMPORARY = ".tmp-"
-"""Marks a local file that is being written; nothing but `gc` looks at such names."""
+T = TypeVar("T")
+
+_ONE_REQUEST = 64 * 2**20
+"""Bytes up to which a file is published by one request."""
 
 
 def is_local(url: str) -> bool:
@@ -37,17 +45,6 @@ def local_path(url: str) -> str:
 def absolute(url: str) -> str:
     """A local path made absolute, so that a plan means the same wherever it is read; URLs as is."""
     return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url
-
-
-def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
-    """fsspec's filesystem for a URL, and the path within it. Listings are never cached."""
-    import fsspec
-
-    try:
-        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **(options or {}))
-    except (ValueError, ImportError) as error:
-        raise InputError(f"cannot open {url}: {error}; install the package it names, or mend the URL") from None
-    return fs, path
 
 
 def read_url(url: str, options: dict[str, Any] | None = None) -> bytes:
@@ -84,49 +81,70 @@ class Store:
             self._root = str(root).rstrip("/")
 
     def path(self, name: str) -> str:
+        """The local path of a name; TypeError if the store is remote, where there is none (see `fetch`)."""
+        if not self.local:
+            raise TypeError(f"{self.display(name)} has no local path")
+        return self._at(name)
+
+    def _at(self, name: str) -> str:
         """Where a name lies: a local path, or the path within the remote filesystem."""
         return f"{self._root}/{name}" if name else self._root
+
+    def _ask(self, what: str, name: str, call: Callable[[], T]) -> T:
+        """An operation of the remote filesystem, tried again while its trouble may pass; OSErrors of one line."""
+        return ask(call, f"{what} {self.display(name)}", self.options)
 
     def display(self, name: str) -> str:
         """A name as messages show it."""
         return f"{self.url}/{name}" if name else self.url
 
     def exists(self, name: str) -> bool:
-        return os.path.exists(self.path(name)) if self.local else bool(self._fs.exists(self.path(name)))
+        if self.local:
+            return os.path.exists(self.path(name))
+        return self._ask("looking for", name, lambda: bool(self._fs.exists(self._at(name))))
 
     def size(self, name: str) -> int:
         """Bytes of a file; FileNotFoundError if absent."""
-        return os.path.getsize(self.path(name)) if self.local else int(self._fs.size(self.path(name)))
+        if self.local:
+            return os.path.getsize(self.path(name))
+        return self._ask("looking at", name, lambda: int(self._fs.size(self._at(name))))
 
     def list(self, folder: str) -> list[str]:
         """Sorted names of the files and folders in a folder, relative to it; [] if there is none."""
-        path = self.path(folder)
         try:
             if self.local:
-                return sorted(os.listdir(path))
-            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(path, detail=False))
+                return sorted(os.listdir(self.path(folder)))
+            found = self._ask("listing", folder, lambda: self._fs.ls(self._at(folder), detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found)
 
     def walk(self) -> Sequence[str]:
         """Sorted names of all files below the root; InputError if there is no such folder."""
         if not self.local:
-            prefix = self._root.rstrip("/") + "/"
-            names = sorted(str(path).removeprefix(prefix) for path in self._fs.find(self._root))
-            if not names:
+            found = self._ask("listing", "", lambda: self._fs.find(self._root))
+            if not found:
                 raise InputError(f"no files in {self.url}: mend the URL")
-            return names
+            return sorted(str(path).removeprefix(f"{self._root}/") for path in found)
         if not os.path.isdir(self._root):
             raise InputError(f"no folder {self._root}: mend the path")
         paths = (os.path.join(folder, name) for folder, _, names in os.walk(self._root) for name in names)
         return sorted(os.path.relpath(path, self._root) for path in paths)
+
+    def modified(self, name: str) -> float | None:
+        """The store's own time of a file's last change, in Unix seconds; None where it does not tell."""
+        if self.local:
+            return os.path.getmtime(self.path(name))
+        with contextlib.suppress(NotImplementedError, OSError):  # an optional part of fsspec
+            return self._ask("looking at", name, lambda: float(self._fs.modified(self._at(name)).timestamp()))
+        return None
 
     def read(self, name: str) -> bytes:
         """A whole file; FileNotFoundError if absent."""
         if self.local:
             with open(self.path(name), "rb") as file:
                 return file.read()
-        return bytes(self._fs.cat_file(self.path(name)))
+        return self._ask("reading", name, lambda: bytes(self._fs.cat_file(self._at(name))))
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
@@ -143,11 +161,16 @@ class Store:
         """A seekable file to read."""
         if self.local:
             return open(self.path(name), "rb")
-        file: IO[bytes] = self._fs.open(self.path(name), "rb")
-        return file
+        return open_ranged(self.remote(name))
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Publish a file only if its name is absent: True if this call made it. The commit."""
+    def create(self, name: str, data: bytes, look: bool = True) -> bool:
+        """Publish a file only if its name is absent: True if this call made it. The commit.
+
+        One atomic step where the store refuses a name that is taken: local disks, S3, HDFS, GCS. On
+        others two calls at once may both be told True, and the last one's bytes stand. After a lost
+        answer False may mean our own bytes: read back what matters. `look` asks first whether the
+        name is there, so that only calls at the same time can meet.
+        """
         if self.local:
             with self._spool(name) as spool:
                 spool.write(data)
@@ -158,11 +181,9 @@ class Store:
                     return False
             _sync_folder(self.path(name))
             return True
-        try:
-            self._fs.pipe_file(self.path(name), data, mode="create")
-        except FileExistsError:
+        if look and self.exists(name):
             return False
-        return True
+        return self._ask("creating", name, lambda: put_if_absent(self._fs, self._at(name), data))
 
     def replace(self, name: str, data: bytes) -> None:
         """Publish a file in the place of any older one, atomically."""
@@ -174,15 +195,17 @@ class Store:
         """A local file to write; published as `name` when the block ends, dropped if it raises."""
         with self._spool(name) as spool:
             yield spool
-            _sync(spool)
             if self.local:
+                _sync(spool)
                 os.replace(spool.name, self.path(name))
                 _sync_folder(self.path(name))
-            elif os.path.getsize(spool.name) < 64 * 2**20:
+            elif spool.seek(0, os.SEEK_END) < _ONE_REQUEST:
                 spool.seek(0)
-                self._fs.pipe_file(self.path(name), spool.read())
-            else:
-                self._fs.put_file(spool.name, self.path(name))
+                data = spool.read()
+                self._ask("writing", name, lambda: self._fs.pipe_file(self._at(name), data))
+            else:  # s3fs and gcsfs abort the upload if a part of it fails
+                spool.flush()
+                self._ask("writing", name, lambda: self._fs.put_file(spool.name, self._at(name)))
 
     @contextlib.contextmanager
     def _spool(self, name: str) -> Iterator[IO[bytes]]:
@@ -206,10 +229,10 @@ class Store:
             if self.local:
                 os.unlink(self.path(name))
             else:
-                self._fs.rm_file(self.path(name))
+                self._ask("removing", name, lambda: self._fs.rm_file(self._at(name)))
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file the name `new`, in the place of any older one (HDFS refuses to replace).
+        """Give a file the name `new`, in the place of any older one.
 
         Atomic on file systems; object stores copy and then delete. Any number of callers may do the
         same at once, or again: where `old` is gone and `new` is there, it is done.
@@ -220,20 +243,10 @@ class Store:
                 os.replace(self.path(old), self.path(new))
                 _sync_folder(self.path(new))
             else:
-                self._move(self.path(old), self.path(new))
+                self._ask("renaming", old, lambda: move(self._fs, self._at(old), self._at(new)))
         except Exception:
             if self.exists(old) or not self.exists(new):
                 raise
-
-    def _move(self, old: str, new: str) -> None:
-        from fsspec import AbstractFileSystem
-
-        if type(self._fs).mv is AbstractFileSystem.mv:  # which would take a name with brackets for a pattern
-            self._fs.cp_file(old, new)
-            self._fs.rm_file(old)
-        else:
-            self._fs.makedirs(new.rpartition("/")[0], exist_ok=True)
-            self._fs.mv(old, new)
 
     def remove_folder(self, folder: str) -> None:
         """Delete a folder and all in it, as far as it can be deleted; no error if absent."""
@@ -241,12 +254,16 @@ class Store:
             shutil.rmtree(self.path(folder), ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                self._fs.rm(self.path(folder), recursive=True)
+                self._ask("removing", folder, lambda: self._fs.rm(self._at(folder), recursive=True))
 
     def digest(self, name: str) -> str:
         """sha256 (hex) of a file."""
         with self.open(name) as file:
             return stream_digest(file)
+
+    def remote(self, name: str) -> Source:
+        """A file of a remote store, as `clip_batch.transfer` reads it."""
+        return Source(self._fs, self._at(name), self.display(name), self.options)
 
     @contextlib.contextmanager
     def fetch(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
@@ -255,16 +272,7 @@ class Store:
             yield self.path(name)
             return
         with tempfile.NamedTemporaryFile(prefix="clip-batch-") as copy:
-            if start == 0 and stop is None:
-                self._fs.get_file(self.path(name), copy.name)
-            else:
-                with self._fs.open(self.path(name), "rb") as remote:
-                    remote.seek(start)
-                    left = (stop if stop is not None else self.size(name)) - start
-                    while left > 0 and (piece := remote.read(min(left, 16 * 2**20))):
-                        copy.write(piece)
-                        left -= len(piece)
-                copy.flush()
+            download(self.remote(name), copy.name, start, stop)
             yield copy.name
 
     def free_space(self) -> int | None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from clip_batch import metadata
 from clip_batch.errors import CorruptError, IncompleteError
 from clip_batch.part import read_commits
-from clip_batch.store import Store
+from clip_batch.store import Store, Unavailable
 from clip_batch.types import Commit, Plan, format_numbers
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def _data_start(store: Store, commit: Commit, kind: str) -> int:
             shape, fortran, dtype = npy_header(file)
             start = file.tell()
         size = store.size(path)
+    except (Unavailable, PermissionError):  # that is not the file's fault
+        raise
     except (OSError, ValueError) as error:
         raise CorruptError(f"{store.display(path)} is not a readable npy file ({error}): {_MEND}") from None
     wanted = (commit.rows, commit.dim)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hdfs_cluster import hdfs as hdfs
 from tests.slurm_cluster import slurm as slurm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

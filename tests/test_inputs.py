@@ -18,7 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_batch.errors import ConfigError, InputError
-from clip_batch.inputs import count_folder, count_tars, expand_braces, expand_inputs, infer_fields, sample_fields
+from clip_batch.inputs import (
+    count_folder,
+    count_tars,
+    expand_braces,
+    expand_inputs,
+    infer_fields,
+    sample_fields,
+    unpiped,
+)
 from clip_batch.types import EncoderSpec, Plan, Shard
 
 ENCODER = EncoderSpec("fake:8", "", "0" * 64)
@@ -170,7 +178,13 @@ def test_missing_members_of_a_pattern_are_all_named(folder: Path) -> None:
         (["{}/none"], "none; mend"),
         (["{}/empty"], "empty holds no tar"),
         (["{}/00.tar", "{}/*.tar"], "more than once: .*00.tar;"),
-        (["pipe:cat x"], "pipes have no size"),
+        (["pipe:cat x"], "pipe:cat x is not run: no other command has a size"),
+        (["pipe:aws s3 cp --region eu-1 s3://b/x.tar -"], "belongs in --storage_options"),
+        (["pipe:aws s3 cp s3://b/x.tar y.tar"], "of aws only"),
+        (["pipe:aws s3 cp s3://b/x.tar - | gunzip"], "of aws only"),
+        (["pipe:hdfs dfs -cat /a.tar"], "with one URL"),
+        (["pipe:hadoop fs -cat hdfs://a/1.tar hdfs://a/2.tar"], "with one URL"),
+        (["pipe:aws s3 cp 's3://b/x.tar -"], "No closing quotation; name files"),
         (["@{}/none.txt"], "none.txt cannot be read"),
         (["{}/empty.list"], "names no input"),
         (["nosuchscheme://x/y.tar"], "nosuchscheme"),
@@ -183,6 +197,21 @@ def test_what_matches_nothing_is_refused_by_name(folder: Path, specs: list[str],
     with pytest.raises(InputError, match=says) as caught:
         expand_inputs([spec.format(folder) for spec in specs])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "url"),
+    [
+        ("pipe:aws s3 cp --quiet s3://b/{000..999}.tar -", "s3://b/{000..999}.tar"),
+        ("pipe:aws s3 cp 's3://b/a b.tar' -", "s3://b/a b.tar"),
+        ("pipe: aws s3 cp s3://b/x.tar - --only-show-errors", "s3://b/x.tar"),
+        ("pipe:hdfs dfs -cat hdfs://node:9000/{a,b}.tar", "hdfs://node:9000/{a,b}.tar"),
+        ("pipe:hadoop fs -cat hdfs://node/x.tar", "hdfs://node/x.tar"),
+        ("s3://b/x.tar", "s3://b/x.tar"),
+    ],
+)
+def test_commands_that_copy_a_url_stand_for_it(spec: str, url: str) -> None:
+    assert unpiped(spec) == url
 
 
 def test_no_spec_is_a_configuration_error() -> None:

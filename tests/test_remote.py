@@ -1,93 +1,259 @@
-"""The whole line with input, OUT and INDEX on a real S3 server, as separate processes see it."""
+"""The whole line with input, OUT and INDEX on a real S3 server and on a real HDFS, with faults, races and kills."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from clip_batch import part, retry
+from clip_batch.config import MergeConfig, PlanConfig, StorageConfig
+from clip_batch.doctor import doctor
+from clip_batch.errors import ConfigError
+from clip_batch.plan import make_plan
+from clip_batch.stages.embed import embed
+from clip_batch.stages.merge import merge
+from clip_batch.stages.repair import gc
+from clip_batch.stages.verify import verify_index, verify_output
+from clip_batch.store import TEMPORARY, Store
 from tests import corpus
+from tests.hdfs_cluster import Hdfs
+from tests.s3_server import BUCKET, S3, SECRET
+from tests.s3_server import s3 as s3
+from tests.s3_server import s3_server as s3_server
 
 pytestmark = pytest.mark.slow
 
-PRINT = """
-import sys, s3fs
-store = s3fs.S3FileSystem(endpoint_url=sys.argv[1])
-print([store.cat(path) for path in store.find("bucket/out")])
+RACERS = """
+import os, sys
+import numpy, pyarrow.parquet, torch  # once for all, so that they race
+from clip_batch.cli import main
+children = []
+for number in range(8):
+    child = os.fork()
+    if not child:
+        sys.stdout = open(f"{sys.argv[1]}/{number}", "w")
+        code = main(sys.argv[2:])
+        sys.stdout.flush()
+        os._exit(code)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
 
-UPLOAD = """
-import sys, s3fs
-store = s3fs.S3FileSystem(endpoint_url=sys.argv[1])
-store.mkdir("bucket")
-store.put(sys.argv[2], "bucket/tars", recursive=True)
-"""
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test works: a folder of some store, and what commands need to reach it."""
+
+    url: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def storage(self) -> StorageConfig:
+        return StorageConfig(self.options)
+
+    def store(self, name: str) -> Store:
+        return Store(f"{self.url}/{name}", self.options)
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**os.environ, "CLIP_BATCH_STORAGE_OPTIONS": json.dumps(self.options)}
+
+    def put_tars(self, folder: Path, count: int, samples: int) -> None:
+        """`count` tars of `samples` samples in `tars`."""
+        for number in range(count):
+            path = corpus.good_tar(str(folder / f"{number:05d}.tar"), samples, seed=number)
+            self.store("tars").replace(f"{number:05d}.tar", Path(path).read_bytes())
+
+    def plan(self, samples: int) -> None:
+        """Plan the tars into partitions of so many samples."""
+        config = PlanConfig([f"{self.url}/tars/*.tar"], model="fake:8", partition_samples=samples)
+        make_plan(config, f"{self.url}/out", self.storage)
+
+    def run(self, *arguments: str, code: int = 0, before: tuple[str, ...] = ()) -> str:
+        """Standard output of a command that must end with `code`."""
+        command = [*before, sys.executable, "-m", "clip_batch", *arguments]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(params=["local", "s3", "hdfs"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    if request.param == "local":
+        return Place(str(tmp_path / "place"))
+    if request.param == "s3":
+        return Place(f"s3://{BUCKET}/{uuid.uuid4().hex}", request.getfixturevalue("s3").options)
+    # What S3 is told in the same configuration is not for HDFS.
+    options = {"s3": {"secret": SECRET}, "dfs.replication": 1}
+    return Place(f"{request.getfixturevalue('hdfs').url}/{uuid.uuid4().hex}", options)
 
 
 @pytest.fixture
-def environ(tmp_path: Path) -> Iterator[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(200):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        endpoint = f"http://127.0.0.1:{port}"
-        environ = {**os.environ, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "topsecret"}
-        environ["AWS_DEFAULT_REGION"] = "us-east-1"
-        environ["CLIP_BATCH_STORAGE_OPTIONS"] = json.dumps(
-            {"endpoint_url": endpoint, "key": "key", "secret": "topsecret"}
-        )
-        environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-        (tmp_path / "tars").mkdir()
-        for number in range(4):
-            corpus.good_tar(str(tmp_path / "tars" / f"{number:05d}.tar"), 25, seed=number)
-        subprocess.run([sys.executable, "-c", UPLOAD, endpoint, str(tmp_path / "tars")], env=environ, check=True)
-        yield environ
-    finally:
-        server.kill()
-        server.wait()
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.05)
 
 
-def test_everything_on_s3(environ: dict[str, str]) -> None:
-    def run(*arguments: str) -> str:
-        command = [sys.executable, "-m", "clip_batch", *arguments]
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+@pytest.mark.parametrize("place", ["s3", "hdfs"], indirect=True)
+def test_the_whole_line(place: Place, tmp_path: Path) -> None:
+    place.put_tars(tmp_path, 4, 25)
+    out, index = f"{place.url}/out", f"{place.url}/index"
+    pattern = f"{place.url}/tars/*.tar"
+    place.run("plan", "--input", pattern, "--model", "fake:16", "--partition-samples", "20", "--output", out)
+    place.run("embed", "--output", out)
+    assert json.loads(place.run("verify", "--output", out, "--deep", "--json"))["rows"] == 100
+    assert gc(place.store("out")) == []
+    place.run("merge", "--output", out, "--index", index, "--shard-rows", "40")
+    assert verify_index(place.store("index"), deep=True).ok
+    search = ("search", "--index", index, "--text", "caption 7 of tar 2", "--modality", "text", "--json")
+    assert json.loads(place.run(*search))[0]["metadata"]["key"] == "002000007"
+    checks = {check.name: check.ok for check in doctor(out, place.storage)}
+    assert all(checks[name] for name in ("put-if-absent", "read-after-write", "removal", "clock", "plan"))
+    store = place.store("")
+    stored = {name: store.read(name) for name in store.walk() if not name.startswith("tars/")}
+    assert not [name for name in stored if TEMPORARY in name]
+    assert any(name.endswith("plan.parquet") for name in stored)
+    assert not [name for name, data in stored.items() if SECRET.encode() in data], "credentials are written nowhere"
 
-    out, index = "s3://bucket/out", "s3://bucket/index"
-    run("plan", "--input", "s3://bucket/tars/*.tar", "--model", "fake:16", "--partition-samples", "20", "--output", out)
-    with ThreadPoolExecutor(3) as pool:
-        racing = list(
-            pool.map(lambda _: json.loads(run("worker", "--output", out, "--partitions", "0", "--json")), range(3))
-        )
-    states = [outcome["state"] for outcomes in racing for outcome in outcomes]
+
+def test_of_eight_racing_workers_one_commits(place: Place, tmp_path: Path) -> None:
+    place.put_tars(tmp_path, 1, 20)
+    place.plan(20)
+    said = tmp_path / "said"
+    said.mkdir()
+    command = [sys.executable, "-c", RACERS, str(said), "worker", "--output", f"{place.url}/out", "--partitions", "0"]
+    race = subprocess.run([*command, "--json"], env=place.env, capture_output=True, text=True, timeout=240)
+    assert race.stdout == f"{[0] * 8}\n", race.stderr
+    states = [one["state"] for file in said.iterdir() for one in json.loads(file.read_text())]
     assert states.count("committed") == 1
     assert set(states) <= {"committed", "lost"}
-    run("embed", "--output", out)
-    assert json.loads(run("verify", "--output", out, "--deep", "--json"))["rows"] == 100
-    assert json.loads(run("gc", "--output", out, "--json")) == []
-    run("merge", "--output", out, "--index", index, "--shard-rows", "40")
-    assert json.loads(run("verify", "--index", index, "--deep", "--json"))["ok"]
-    hits = json.loads(run("search", "--index", index, "--text", "caption 7 of tar 2", "--modality", "text", "--json"))
-    assert hits[0]["metadata"]["key"] == "002000007"
-    assert "ok   put-if-absent" in run("doctor", "--output", out)
-    endpoint = json.loads(environ["CLIP_BATCH_STORAGE_OPTIONS"])["endpoint_url"]
-    stored = subprocess.run([sys.executable, "-c", PRINT, endpoint], env=environ, capture_output=True, text=True)
-    assert "plan_parquet" in stored.stdout
-    assert "topsecret" not in stored.stdout, "credentials are written nowhere"
+    store = place.store("out")
+    [commit] = part.read_commits(store).values()
+    named = set(commit.files)
+    assert {name for name in store.walk() if not name.startswith(part.HOME)} == {
+        name for name in named if not name.startswith(part.HOME)
+    }, "losers removed their files"
+    assert verify_output(store, deep=True, options=place.options).ok
+
+
+@contextlib.contextmanager
+def reading(place: Place) -> Iterator[list[str]]:
+    """Reads OUT and INDEX all the while; the list is what was wrong."""
+    wrong: list[str] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        out, index = place.store("out"), place.store("index")
+        while not stop.is_set():
+            with contextlib.suppress(OSError, RuntimeError):  # the faults are for readers too
+                for commit in part.read_commits(out).values():
+                    for name, file in commit.files.items():
+                        data = out.read(name)
+                        if (len(data), hashlib.sha256(data).hexdigest()) != (file["bytes"], file["sha256"]):
+                            wrong.append(name)
+                with contextlib.suppress(ConfigError):  # no index yet
+                    if not (found := verify_index(index)).ok:
+                        wrong.append(str(found.problems))
+            stop.wait(0.05)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield wrong
+    finally:
+        stop.set()
+        thread.join()
+
+
+def again(work: Callable[[], bool], times: int = 8) -> None:
+    """Relaunch until it has done all, as a person would; AssertionError after so many."""
+    for _ in range(times):
+        with contextlib.suppress(OSError):
+            if work():
+                return
+    raise AssertionError("not done")
+
+
+def embedded(place: Place) -> bool:
+    """One launch of embed; whether all is committed after it."""
+    return all(outcome.state != "failed" for outcome in embed(f"{place.url}/out", storage=place.storage))
+
+
+@pytest.mark.usefixtures("_hurry")
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_s3_with_faults_at_random(place: Place, s3: S3, tmp_path: Path) -> None:
+    place.put_tars(tmp_path, 4, 10)
+    place.plan(10)
+    out, index = f"{place.url}/out", f"{place.url}/index"
+    with reading(place) as wrong:
+        with s3.fault("expired", lambda method, path: method in ("PUT", "POST")):
+            outcomes = embed(out, storage=place.storage)
+        assert [outcome.state for outcome in outcomes] == ["failed"] * 3, "the third in a row ends the worker"
+        assert all("renew the credentials" in outcome.error for outcome in outcomes)
+        assert not any(SECRET in outcome.error for outcome in outcomes)
+        assert part.committed(place.store("out")) == set()
+        with contextlib.ExitStack() as faults:
+            on = [
+                faults.enter_context(s3.fault(kind, share=0.06, seconds=0.05))
+                for kind in ("slow down", "internal", "reset", "lost", "delay")
+            ]
+            again(lambda: embedded(place))
+            again(lambda: bool(merge(out, index, MergeConfig(shard_rows=20), place.storage)))
+            assert all(fault.hits for fault in on)
+        assert not wrong
+    assert verify_output(place.store("out"), deep=True, options=place.options).ok
+    assert verify_index(place.store("index"), deep=True).ok
+
+
+@pytest.mark.usefixtures("_hurry")
+@pytest.mark.parametrize("place", ["hdfs"], indirect=True)
+def test_hdfs_whose_nodes_die_meanwhile(place: Place, hdfs: Hdfs, tmp_path: Path) -> None:
+    place.put_tars(tmp_path, 4, 10)
+    place.plan(10)
+    out, index = f"{place.url}/out", f"{place.url}/index"
+    with reading(place) as wrong:
+        launch = threading.Thread(target=again, args=(lambda: embedded(place),))
+        launch.start()
+        while not any(TEMPORARY in name for name in place.store("out").list("img_emb")) and launch.is_alive():
+            time.sleep(0.005)
+        hdfs.kill_datanode()
+        hdfs.start_datanode()
+        launch.join()
+        hdfs.kill_namenode()
+        launch = threading.Thread(
+            target=again, args=(lambda: bool(merge(out, index, MergeConfig(shard_rows=20), place.storage)),)
+        )
+        launch.start()
+        hdfs.start_namenode()
+        launch.join()
+        assert not wrong
+    assert verify_output(place.store("out"), deep=True, options=place.options).ok
+    assert verify_index(place.store("index"), deep=True).ok
+
+
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_a_full_disk_fails_partitions_and_nothing_else(place: Place, tmp_path: Path) -> None:
+    place.put_tars(tmp_path, 2, 20)
+    place.plan(20)
+    store = place.store("out")
+    limited = ("bash", "-c", 'ulimit -f 1; exec "$@"', "bash")
+    told = place.run("embed", "--output", store.url, "--no-progress", code=1, before=limited)
+    assert "File too large" in told
+    assert store.list("img_emb") == []
+    assert part.committed(store) == set()
+    place.run("embed", "--output", store.url)
+    assert verify_output(store, deep=True, options=place.options).ok

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import fcntl
+import functools
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_batch.config import MergeConfig
+from clip_batch import retry, transfer
+from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from tests.fabricated import clustered, make_out
+from tests.flaky import Flaky, put
 
 IMAGES, TEXTS = clustered(400, 16, 20)
 CONFIG = MergeConfig(queries=20, shard_rows=150, index_key="IVF8,Flat")
@@ -129,3 +135,96 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CorruptError, match=r"text/0001\.index is missing"):
         Searcher(str(tmp_path / "index"))
+
+
+@pytest.fixture
+def remote(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same index in a remote store, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(transfer, "pieces", functools.partial(transfer.pieces, size=5_000))
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
+    for path in Path(folder, "index").rglob("*"):
+        if path.is_file():
+            put(f"index/{path.relative_to(Path(folder, 'index'))}", path.read_bytes())
+    yield "flaky://index"
+    Flaky.reset()
+
+
+def fetched() -> list[tuple[str, int]]:
+    """(file, first byte) of each piece of an index or metadata file that was read."""
+    return [(path, at) for what, path, at, _ in Flaky.calls if what == "read" and path.endswith((".index", ".arrow"))]
+
+
+def copies(tmp_path: Path) -> list[Path]:
+    return sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+
+def test_a_remote_index_is_copied_once_and_searched_there(searcher: Searcher, remote: str, tmp_path: Path) -> None:
+    with Searcher(remote) as copied:
+        assert copied.search(IMAGES[:3]) == searcher.search(IMAGES[:3])
+    reads = len(fetched())
+    assert reads > 9, "9 files, some in several pieces"
+    with Searcher(remote) as copied, ThreadPoolExecutor(2) as pool:
+        list(pool.map(copied.search, IMAGES[:4]))
+    assert len(fetched()) == reads
+    assert not [path for path in copies(tmp_path) if path.suffix in (".part", ".pieces")]
+
+
+def test_a_copy_that_was_killed_goes_on(remote: str, tmp_path: Path) -> None:
+    def kill(what: str, path: str, at: int) -> None:
+        if what == "read" and len(fetched()) > 8:
+            raise KeyboardInterrupt
+
+    Flaky.before = kill
+    with pytest.raises(KeyboardInterrupt):
+        Searcher(remote)
+    Flaky.before = None
+    first = fetched()[:8]
+    Flaky.calls.clear()
+    with Searcher(remote) as copied:
+        assert len(copied.search(IMAGES[0])[0]) == 10
+    assert not set(first[:7]) & set(fetched()), "what had arrived is not read again"
+
+
+def test_a_wrong_copy_is_refused_and_a_wrong_remnant_is_mended(remote: str, tmp_path: Path) -> None:
+    with Searcher(remote) as opened:
+        name = f"{opened.manifest.version}/text/0002.index"
+    (path,) = (path for path in copies(tmp_path) if str(path).endswith("text/0002.index"))
+    size = path.stat().st_size
+    path.unlink()
+    Path(f"{path}.part").write_bytes(bytes(size))
+    Path(f"{path}.pieces").write_text("0-5000\n")
+    Searcher(remote).close()
+    assert path.stat().st_size == size
+    path.unlink()
+    put(f"index/{name}", bytes(size))
+    with pytest.raises(CorruptError, match=r"text/0002\.index has not its recorded sha256"):
+        Searcher(remote)
+    assert not path.exists()
+
+
+def test_two_at_once_copy_each_piece_once(remote: str) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        for opened in pool.map(lambda _: Searcher(remote), range(3)):
+            opened.close()
+    assert len(fetched()) == len(set(fetched()))
+
+
+def test_old_versions_make_room_unless_they_are_in_use(remote: str, tmp_path: Path) -> None:
+    with Searcher(remote) as opened:
+        size = sum(wanted["bytes"] for shard in opened.manifest.shards for wanted in shard.files.values())
+        home = next((tmp_path / "cache").rglob(opened.manifest.version)).parent
+        for number, name in enumerate(("older", "newer", "used")):
+            (home / name).mkdir()
+            (home / name / "x").write_bytes(bytes(1000))
+            os.utime(home / name, (number, number))
+    used = os.open(home / "used.used", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(used, fcntl.LOCK_SH)
+    try:
+        Searcher(remote, StorageConfig(index_cache=str(size + 2000))).close()
+        assert sorted(path.name for path in home.iterdir() if path.is_dir() and len(path.name) < 6) == ["newer", "used"]
+        with pytest.raises(ConfigError, match=r"raise --index-cache"):
+            Searcher(remote, StorageConfig(index_cache=str(size + 999)))
+        assert (home / "used").is_dir() and not (home / "newer").exists()
+    finally:
+        os.close(used)

@@ -14,9 +14,10 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
-from clip_batch.errors import InputError
+from clip_batch.errors import ClipBatchError, InputError
+from clip_batch.read.ahead import Ahead
 from clip_batch.read.headers import BLOCK, Damage, Member, members
-from clip_batch.store import Store, absolute
+from clip_batch.store import is_local
 from clip_batch.types import Failure, Plan, Sample, Slice
 
 __all__ = ["Damage", "Found", "Member", "cuts", "group", "members", "read_tar"]
@@ -114,14 +115,16 @@ def group(
         )
 
 
-def read_tar(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Sample | Failure]:
+def read_tar(
+    piece: Slice, plan: Plan, options: dict[str, Any] | None = None, files: Ahead | None = None
+) -> Iterator[Sample | Failure]:
     """The samples of a tar's bytes [piece.start, piece.stop), then its damage; see `read_slice`.
 
     A gzipped tar (by its first bytes, whatever its name) is decompressed to a temporary file and read
     whole; its samples have no offset.
     """
     url = piece.shard.url
-    data, base, trouble = _open(piece, options)
+    data, base, trouble = _open(piece, options, files)
     gzipped, end = trouble is not None, len(data)
     inside = (0, None) if gzipped or base else (piece.start, piece.stop)
     damage: list[Damage] = []
@@ -155,25 +158,21 @@ def read_tar(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) ->
         yield Failure(None, url, None, "empty_shard", "a tar without a single sample; look at what wrote it")
 
 
-def _open(piece: Slice, options: dict[str, Any] | None) -> tuple[memoryview, int, str | None]:
+def _open(piece: Slice, options: dict[str, Any] | None, files: Ahead | None) -> tuple[memoryview, int, str | None]:
     """A map of the tar; the byte of the tar at which it starts; of a gzipped one what is wrong with it, or ""."""
-    shard = piece.shard
-    folder, _, name = absolute(shard.url).rpartition("/")
+    url = piece.shard.url
     try:
-        store = Store(folder or "/", options)
-        size = store.size(name) if shard.size is not None else None
-        if size != shard.size:
-            raise InputError(f"{shard.url} was planned with {shard.size} bytes and has {size} now; plan again")
-        with store.fetch(name, piece.start, piece.stop) as path, open(path, "rb") as file:
-            base = 0 if store.local else piece.start
+        with Ahead(options=options) as alone, (files or alone).take(piece) as (path, base), open(path, "rb") as file:
             data, trouble = _map(file, gzipped=piece.start == 0)
         if piece.stop is not None and trouble is None and base + len(data) < piece.stop:
-            raise InputError(f"{shard.url} was planned up to byte {piece.stop} and has {base + len(data)}; plan again")
+            raise InputError(f"{url} was planned up to byte {piece.stop} and has {base + len(data)}; plan again")
         return data, base, trouble
-    except InputError:
+    except ClipBatchError:
         raise
     except Exception as error:  # each remote store has exceptions of its own
-        raise InputError(f"cannot read {shard.url}: {error}; check that it exists and can be read") from None
+        if isinstance(error, OSError) and not is_local(url) and not isinstance(error, FileNotFoundError):
+            raise
+        raise InputError(f"cannot read {url}: {error}; check that it exists and can be read") from None
 
 
 def _map(file: IO[bytes], gzipped: bool = True) -> tuple[memoryview, str | None]:
@@ -218,19 +217,26 @@ def cuts(source: str | memoryview | mmap.mmap | bytes, extensions: Sequence[str]
     that the slices between cuts hold whole samples. A gzipped tar cannot be cut: its first and last
     entries are all. `extensions` are those that make a repeated key a new sample.
     """
-    if isinstance(source, str):
-        with open(source, "rb") as file:
-            data, trouble = _map(file)
-            size = os.fstat(file.fileno()).st_size
-    else:
-        data, trouble, size = memoryview(source), None, 0
+    if not isinstance(source, str):
+        return cuts_among(members(source), len(source), extensions)
+    with open(source, "rb") as file:
+        data, trouble = _map(file)
+        size = os.fstat(file.fileno()).st_size
+    found = cuts_among(members(data), len(data), extensions)
+    return found if trouble is None else [(0, 0), (size, found[-1][1])]
+
+
+def cuts_among(
+    items: Iterable[Member | Damage], size: int, extensions: Sequence[str] = EXTENSIONS
+) -> list[tuple[int, int]]:
+    """`cuts` of a tar of so many bytes by what its headers say."""
     found = [(0, 0)]
     total = end = 0
     damage: list[Damage] = []
 
     def watched() -> Iterator[Member | Damage]:
         nonlocal end
-        for item in members(data):
+        for item in items:
             end = item.offset + (-(-item.size // BLOCK) * BLOCK if isinstance(item, Member) else item.length)
             yield item
 
@@ -243,6 +249,4 @@ def cuts(source: str | memoryview | mmap.mmap | bytes, extensions: Sequence[str]
                 found.pop()
         elif number:
             found.append((member.header, number))
-    if trouble is not None:
-        return [(0, 0), (size, total)]
-    return [*found, (min(end, len(data)), total)]
+    return [*found, (min(end, size), total)]

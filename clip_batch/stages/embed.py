@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from clip_batch import encoders, part
-from clip_batch.config import EmbedConfig, StorageConfig
+from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.decode import DecodeError, decode_caption, decode_json, open_image
 from clip_batch.errors import ClipBatchError, EncoderError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
+from clip_batch.read.ahead import Ahead
 from clip_batch.store import Store
-from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample
+from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample, Slice
 from clip_batch.workers import Run, recorded
 
 if TYPE_CHECKING:
@@ -127,13 +128,15 @@ class _Worker:
         self.run, self.encoder = run, encoder
         self.abandoned: set[int] = set()
         self.batch_size = config.batch_size or (256 if gpus else 32)
+        self.prefetch = parse_bytes(config.prefetch)
 
     def embed(self, todo: list[Partition]) -> list[Outcome]:
         threads = self.config.threads or len(os.sched_getaffinity(0))
         outcomes: list[Outcome] = []
-        with ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "encode") as device:
+        files = Ahead(self._slices(todo), self.storage.storage_options, self.prefetch, self.run.stop)
+        with ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "encode") as device, files:
             try:
-                encoded = self._encode(self._decode(todo, decoders), device)
+                encoded = self._encode(self._decode(todo, files, decoders), device)
                 for number, batches in _by_partition(encoded):
                     outcomes.append(self._write(number, batches))
                     self.run.running.discard(number)
@@ -148,10 +151,10 @@ class _Worker:
                 device.shutdown(wait=False, cancel_futures=True)
         return outcomes
 
-    def _decode(self, todo: list[Partition], pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+    def _decode(self, todo: list[Partition], files: Ahead, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
         """Batches in order; the pool works up to `_BATCHES_AHEAD` batches before the consumer."""
         window: deque[tuple[_Batch, list[Future[_Decoded | Failure] | Failure]]] = deque()
-        for batch, samples in self._read(todo):
+        for batch, samples in self._read(todo, files):
             futures = [item if isinstance(item, Failure) else pool.submit(self._decode_one, item) for item in samples]
             window.append((batch, futures))
             if len(window) > _BATCHES_AHEAD:
@@ -159,21 +162,32 @@ class _Worker:
         while window:
             yield _finish(*window.popleft())
 
-    def _read(self, todo: list[Partition]) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
+    def _slices(self, todo: list[Partition]) -> Iterator[Slice]:
+        """What is to be read, in order; passing over partitions that someone committed before we come to them."""
+        for partition in todo:
+            if not self._committed(partition):
+                yield from partition.slices
+
+    def _committed(self, partition: Partition) -> bool:
+        return self.store.exists(f"{part.COMMITS}/{self.plan.name(partition.id)}.json")
+
+    def _read(self, todo: list[Partition], files: Ahead) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
         """Each partition's samples in batches; an infrastructure error ends only its own partition."""
         for partition in todo:
-            if self.store.exists(f"{part.COMMITS}/{self.plan.name(partition.id)}.json"):
+            if self._committed(partition):
                 continue
             self.run.running.add(partition.id)
             batch: list[Sample | Failure] = []
             error: Exception | None = None
             try:
                 for piece in partition.slices:
-                    for item in read_slice(piece, self.plan, self.storage.storage_options):
+                    for item in read_slice(piece, self.plan, self.storage.storage_options, files):
                         batch.append(item)
                         if len(batch) == self.batch_size:
                             yield _Batch(partition.id, []), batch
                             batch = []
+            except Preempted:
+                raise
             except (ClipBatchError, OSError) as caught:
                 error = caught
             yield _Batch(partition.id, [], last=True, error=error), batch

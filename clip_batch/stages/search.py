@@ -5,9 +5,7 @@ A Searcher holds no state that a request changes, so any number of threads may s
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,12 +17,13 @@ import numpy.typing as npt
 
 from clip_batch import encoders
 from clip_batch import index as faiss_index
-from clip_batch.config import SearchConfig, StorageConfig
+from clip_batch.cache import IndexCache
+from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.decode import DecodeError, open_image
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import MetadataFile, open_table
-from clip_batch.store import Store, file_digest
+from clip_batch.store import Store
 from clip_batch.types import Hit
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ Ids = npt.NDArray[np.int64]
 class Searcher:
     """The live version of INDEX, open for search until `close`; a context manager.
 
-    A remote INDEX is first copied to a local cache ($XDG_CACHE_HOME/clip_batch, ~/.cache/clip_batch).
+    A remote INDEX is first copied to a local cache (see `clip_batch.cache`).
     Errors: as `load_manifest`; CorruptError where a file is absent or not of its recorded size (or, as
     it is copied, sha256); ConfigError where the encoder's dimension is not the index's.
     """
@@ -62,12 +61,14 @@ class Searcher:
         self._indices: dict[str, list[Any]] = {modality: [] for modality in self.manifest.key}
         self._metadata: list[MetadataFile] = []
         self._reconstruct, self._loading = Lock(), Lock()
-        for shard in self.manifest.shards:
-            for modality, opened in self._indices.items():
-                opened.append(faiss_index.read(self._file(store, shard, f"{modality}/{shard.name}.index"), mapped=True))
-            self._metadata.append(open_table(self._file(store, shard, f"metadata/{shard.name}.arrow")))
-            if self._metadata[-1].rows != shard.rows:
-                raise CorruptError(f"{index}: metadata of shard {shard.name} is not of {shard.rows} rows: merge again")
+        size = sum(wanted["bytes"] for shard in self.manifest.shards for wanted in shard.files.values())
+        limit = parse_bytes(storage.index_cache)
+        self._cache = None if store.local else IndexCache(store, self.manifest.version, size, limit)
+        try:
+            self._open(store)
+        except BaseException:
+            self._release()
+            raise
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(len(self.manifest.shards), cores)
         # Shards in parallel leave each worker its share of the cores.
@@ -80,8 +81,23 @@ class Searcher:
         self.close()
 
     def close(self) -> None:
-        """End the search threads."""
+        """End the search threads, and let go of the local cache."""
         self._pool.shutdown()
+        self._release()
+
+    def _release(self) -> None:
+        if self._cache:
+            self._cache.close()
+            self._cache = None
+
+    def _open(self, store: Store) -> None:
+        for shard in self.manifest.shards:
+            for modality, opened in self._indices.items():
+                opened.append(faiss_index.read(self._file(store, shard, f"{modality}/{shard.name}.index"), mapped=True))
+            self._metadata.append(open_table(self._file(store, shard, f"metadata/{shard.name}.arrow")))
+            if self._metadata[-1].rows != shard.rows:
+                name = f"metadata of shard {shard.name}"
+                raise CorruptError(f"{store.url}: {name} is not of {shard.rows} rows: merge again")
 
     def _file(self, store: Store, shard: IndexShard, name: str) -> str:
         """A local path of one of a shard's files, of the recorded size."""
@@ -91,7 +107,7 @@ class Searcher:
                 raise CorruptError(f"{store.display(whole)} is not of {wanted['bytes']} bytes as recorded: merge again")
         except FileNotFoundError:
             raise CorruptError(f"{store.display(whole)} is missing: merge again") from None
-        return store.path(whole) if store.local else _cached(store, whole, wanted)
+        return self._cache.file(name, wanted) if self._cache else store.path(whole)
 
     @property
     def encoder(self) -> Encoder:
@@ -228,16 +244,3 @@ def describe_hits(hits: Sequence[Hit]) -> str:
         caption = " ".join(str(hit.metadata.get("caption") or "").split())[:100]
         lines.append(f"{rank:3d}  {hit.score:.3f}  {hit.metadata.get('key')}  {caption}".rstrip())
     return "\n".join(lines) or "no hits"
-
-
-def _cached(store: Store, name: str, wanted: dict[str, Any]) -> str:
-    """A local copy of a remote file, made once and checked against its sha256."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = Store(os.path.join(home, "clip_batch", hashlib.sha256(store.url.encode()).hexdigest()[:16]))
-    if not cache.exists(name) or cache.size(name) != wanted["bytes"]:
-        with cache.writer(name) as copy, store.open(name) as remote:
-            shutil.copyfileobj(remote, copy, 16 * 2**20)
-            copy.flush()
-            if file_digest(copy.name) != wanted["sha256"]:
-                raise CorruptError(f"{store.display(name)} has not its recorded sha256: copy it again, or merge again")
-    return cache.path(name)

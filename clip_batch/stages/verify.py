@@ -13,7 +13,7 @@ from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import open_table
 from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
-from clip_batch.store import Store
+from clip_batch.store import Store, Unavailable
 from clip_batch.types import Commit, Plan, Sample
 from clip_batch.vectors import npy_header
 
@@ -132,6 +132,8 @@ def _check_rows(store: Store, commit: Commit) -> str | None:
             rows = pq.ParquetFile(file).metadata.num_rows
         if rows != commit.rows:
             return f"{commit.file('metadata')} holds {rows} rows, committed were {commit.rows}"
+    except (Unavailable, PermissionError):  # nothing that a repair would mend
+        raise
     except (OSError, ValueError) as error:
         return f"cannot be read: {error}"
     return None

@@ -1,0 +1,87 @@
+"""HDFS without a JVM: hdfs-native's filesystem, with what stores need and it lacks.
+
+A file is written under a name of its own and then renamed, which HDFS does at once and, unless it is
+asked to replace, refuses where the name is taken. Creating the name itself would not do: it stands
+there empty, for all to read, until its writer has filled it or has died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from hdfs_native import WriteOptions
+from hdfs_native.fsspec import HdfsFileSystem, ViewfsFileSystem
+
+from clip_batch.remote import TEMPORARY
+
+_PIECE = 16 * 2**20
+
+
+def open_hdfs(url: str, properties: dict[str, str]) -> tuple[Any, str]:
+    """The filesystem of an hdfs:// or viewfs:// URL, and the path within it.
+
+    `properties` are Hadoop's; without a host in the URL, HADOOP_CONF_DIR's core-site.xml names one.
+    """
+    kind: Any = Viewfs if url.startswith("viewfs://") else Hdfs
+    fs = kind(**kind._get_kwargs_from_urls(url), **properties)
+    return fs, kind._strip_protocol(url)
+
+
+class _Whole:
+    """Files appear whole or not at all, and names may hold any character."""
+
+    client: Any
+    exists: Callable[[str], bool]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        """The part after the host; unlike a URL parser's path, "?" and "#" are characters like others."""
+        return ("/" + path.partition("://")[2].partition("/")[2] if "://" in path else path).rstrip("/") or "/"
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
+        """The bytes [start, end) of a file; negative ones count from its end."""
+        reader = self.client.read(self._strip_protocol(path))
+        first, last, _step = slice(start, end).indices(len(reader))
+        return bytes(reader.read_range(first, max(last - first, 0)))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: object) -> None:
+        """Publish bytes; with mode "create", FileExistsError where the name is taken."""
+        self._publish(path, lambda file: file.write(value), mode != "create")
+
+    def put_file(self, lpath: str, rpath: str, callback: object = None, mode: str = "overwrite", **_: object) -> None:
+        """Publish a local file, likewise."""
+        with open(lpath, "rb") as source:
+            self._publish(rpath, lambda file: shutil.copyfileobj(source, file, _PIECE), mode != "create")
+
+    def _publish(self, path: str, write: Callable[[Any], object], overwrite: bool) -> None:
+        path = self._strip_protocol(path)
+        folder, _, base = path.rpartition("/")
+        spool = f"{folder}/.{base}{TEMPORARY}{secrets.token_hex(4)}"
+        try:
+            with self.client.create(spool, WriteOptions(create_parent=True)) as file:
+                write(file)
+            try:
+                self.client.rename(spool, path, overwrite)
+            except Exception:
+                if self.exists(spool):  # else it was moved, though the answer was lost: nobody else knows its name
+                    raise
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.client.delete(spool, False)
+            raise
+
+    def mv(self, path1: str, path2: str, **_: object) -> None:
+        """Rename, in the place of any older file."""
+        self.client.rename(self._strip_protocol(path1), self._strip_protocol(path2), True)
+
+
+class Hdfs(_Whole, HdfsFileSystem):  # type: ignore[misc]
+    """hdfs:// through hdfs-native."""
+
+
+class Viewfs(_Whole, ViewfsFileSystem):  # type: ignore[misc]
+    """viewfs:// through hdfs-native."""

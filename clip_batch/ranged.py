@@ -1,0 +1,48 @@
+"""Remote files opened to read and seek: every read is a ranged one, whole, and tried again while trouble passes."""
+
+from __future__ import annotations
+
+import io
+from typing import IO, TYPE_CHECKING
+
+from clip_batch.transfer import Source, has_ranges, read_range, version
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+BLOCK = 4 * 2**20
+"""Bytes of a read, where less is asked for."""
+
+
+def open_ranged(source: Source) -> IO[bytes]:
+    """A buffered file; fsspec's own where the store gives no ranges or no size. Errors as `version`."""
+    size = version(source).size
+    if size is None or not has_ranges(source):
+        whole: IO[bytes] = source.ask("opening", lambda: source.fs.open(source.path, "rb"))
+        return whole
+    return io.BufferedReader(_Ranged(source, size), BLOCK)
+
+
+class _Ranged(io.RawIOBase):
+    def __init__(self, source: Source, size: int) -> None:
+        self._source, self._size, self._at = source, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer)
+        data = read_range(self._source, self._at, min(self._at + len(view), max(self._size, self._at)))
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -1,0 +1,79 @@
+"""The headers of a tar where it lies: what planning wants to know of it, without a copy of it.
+
+A remote tar is read in blocks, one at a time in memory; what is large is jumped over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from clip_batch.errors import InputError
+from clip_batch.read.ahead import Ahead
+from clip_batch.read.headers import BLOCK, Damage, Member, members
+from clip_batch.read.tar import GZIP_MAGIC, cuts, cuts_among
+from clip_batch.store import is_local
+from clip_batch.transfer import has_ranges, read_range, source
+from clip_batch.types import Shard, Slice
+
+SHORT, LONG = 64 * 2**10, 8 * 2**20
+"""Bytes of a read where members are large, and where they are small: a request costs about as much as 2 MB."""
+
+JUMP = 2**20
+"""From this many bytes between a block and the next header on, reading short blocks is cheaper."""
+
+Read = Callable[[int, int], bytes]
+
+
+def scan_tar(tar: Shard, options: dict[str, Any] | None = None) -> tuple[list[tuple[int, int]], int | None]:
+    """The cuts of a tar (see `cuts`) and its number of samples; ([], None) if it is gzipped, or cannot be read.
+
+    OSError: the store does not answer.
+    """
+    if tar.url.endswith("gz"):
+        return [], None
+    try:
+        if is_local(tar.url) or tar.size is None or not has_ranges(remote := source(tar.url, options)):
+            with Ahead(options=options) as files, files.take(Slice(tar)) as (path, _):
+                found = cuts(path)
+        elif tar.size and read_range(remote, 0, 2) == GZIP_MAGIC:
+            return [], None
+        else:
+            found = cuts_among(jump(lambda start, stop: read_range(remote, start, stop), tar.size), tar.size)
+    except (ValueError, InputError):  # `embed` reports what is wrong with it
+        return [], None
+    return found, found[-1][1]
+
+
+def jump(read: Read, size: int, short: int = SHORT, long: int = LONG, far: int = JUMP) -> Iterator[Member | Damage]:
+    """`members` of a tar of so many bytes, of which `read` gives a range; one damage may come in parts.
+
+    Each block begins where the last member ends, so that no header is torn; a block without any is
+    read again, longer. `short` and `long` are multiples of BLOCK.
+    """
+    position, length = 0, max(long // 8, short)
+    while position < size:
+        stop = min(position + length, size)
+        data = read(position, stop)
+        after = position
+        for item in members(data):
+            item = item._replace(offset=position + item.offset)
+            if isinstance(item, Member):
+                after = item.offset + -(-item.size // BLOCK) * BLOCK
+                yield item._replace(header=position + item.header)
+            elif stop < size and item.offset + item.length == stop:
+                if item.reason != "truncated_tar":  # else it is the block that ends here, not the tar
+                    after = max(item.offset, stop - BLOCK + 1)  # no header begins before that
+                    yield item._replace(length=after - item.offset)
+            else:
+                after = item.offset + item.length
+                yield item
+        if stop == size:
+            return
+        if after > position:
+            length = short if after > stop + far else min(2 * length, long)
+            position = after
+        elif data.count(0) == len(data):
+            position = stop
+        else:
+            length *= 2

@@ -1,0 +1,189 @@
+"""Remote filesystems: fsspec's, opened with their options, asked with patience, their errors told in one line.
+
+Which ones refuse to create a name that is there, so that a commit can rest on it: `REFUSING`. On all
+others the last to write wins, and each writer goes on believing that it won (see docs/storage.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from clip_batch.errors import ClipBatchError, InputError
+from clip_batch.retry import retried
+
+T = TypeVar("T")
+
+TEMPORARY = ".tmp-"
+"""Marks a file that is being written; nothing but `gc` looks at such names."""
+
+REFUSING = ("s3", "s3a", "gs", "gcs", "hdfs", "viewfs")
+"""Protocols whose `pipe_file(mode="create")` is one atomic request; an S3 server may ignore it all the same."""
+
+_SECRET = re.compile(r"key|secret|token|password|credential|signature|sas", re.IGNORECASE)
+_IN_URLS = re.compile(
+    r"(?i)((?:x-amz-|x-goog-)[a-z-]+|sig|signature|token|awsaccesskeyid)=[^&\s'\"]+|(?<=://)[^/\s@]+@"
+)
+
+
+def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
+    """fsspec's filesystem for a URL, and the path within it. Listings are never cached.
+
+    `options` apply to every URL, but those under the name of a protocol ({"s3": {...}, "hdfs": {...}}) to
+    that one's alone. HDFS is hdfs-native's where that is installed, else fsspec's own (pyarrow's libhdfs,
+    which needs Hadoop); of options for all, it takes Hadoop's properties, which have dots in their names.
+    InputError where the protocol has no package, or the options are not its own.
+    """
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    wanted = _own_options(protocol, options or {})
+    try:
+        if protocol in ("hdfs", "viewfs") and importlib.util.find_spec("hdfs_native"):
+            from clip_batch.hdfs import open_hdfs
+
+            return open_hdfs(url, {name: str(value) for name, value in wanted.items() if "." in name})
+        if protocol in ("s3", "s3a"):  # `ask` repeats; botocore's own five tries at each request would multiply
+            config = {"retries": {"total_max_attempts": 1}, **wanted.get("config_kwargs", {})}
+            wanted = {**wanted, "config_kwargs": config}
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **wanted)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        said = redact(_first_line(error), options)
+        mend = "install the package it names, or mend the URL or --storage-options"
+        raise InputError(f"cannot open {redact(url)}: {said}; {mend}") from None
+    return fs, path
+
+
+def _own_options(protocol: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a protocol: those for all, but for other protocols' sections, then its own section."""
+    from fsspec.registry import known_implementations
+
+    protocols = (*known_implementations, *REFUSING)
+    sections = {name for name, value in options.items() if name in protocols and isinstance(value, dict)}
+    general = {name: value for name, value in options.items() if name not in sections}
+    return {**general, **(options[protocol] if protocol in sections else {})}
+
+
+class Unavailable(OSError):
+    """The store did not do it, for now: that says nothing of what it holds."""
+
+
+def ask(
+    call: Callable[[], T],
+    what: str,
+    options: dict[str, Any] | None = None,
+    wait: Callable[[float], object] = time.sleep,
+) -> T:
+    """What an operation of a remote filesystem gives, tried again while its trouble may pass.
+
+    Every error of the store comes out as an OSError (FileNotFoundError, FileExistsError, PermissionError
+    where it is one, else Unavailable) of one line that says `what` was done where, without credentials.
+    InputError where the URL or an option is wrong, which some find out at the first request only.
+    """
+    try:
+        return retried(call, what, wait)
+    except (ClipBatchError, AssertionError, AttributeError, LookupError, NotImplementedError):  # no word of a store's
+        raise
+    except (TypeError, ValueError) as error:
+        said = redact(f"{what}: {_first_line(error)}", options)
+        raise InputError(f"{said}; mend the URL or --storage-options") from None
+    except Exception as error:
+        raise _told(error, what, options) from None
+
+
+def _told(error: Exception, what: str, options: dict[str, Any] | None) -> OSError:
+    said = re.sub(r"\[Errno \d+\] ", "", redact(_first_line(error).removeprefix(f"{what}: "), options))
+    what = redact(what)
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{what}: there is no such file")
+    if isinstance(error, FileExistsError):
+        return FileExistsError(f"{what}: it is there already")
+    if isinstance(error, PermissionError) or _about_credentials(error):
+        mend = "renew the credentials (environment or --storage-options) or get the right, then run it again"
+        return PermissionError(f"{what}: refused: {said}; {mend}")
+    told = Unavailable(f"{what}: {said}")
+    told.errno = getattr(error, "errno", None)
+    return told
+
+
+def _about_credentials(error: Exception) -> bool:
+    names = " ".join([type(error).__name__, *codes(error)])
+    return bool(re.search(r"Credential|Token|401|403", names)) or "AccessControlException" in str(error)  # HDFS's word
+
+
+def codes(error: BaseException) -> Iterator[str]:
+    """What an error and its causes carry as codes: the store's word for it, the HTTP status, both or none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            yield str(response.get("Error", {}).get("Code", ""))
+            yield str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+        yield from (str(value) for name in ("status", "code") if isinstance(value := getattr(cause, name, None), int))
+        cause = cause.__cause__
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without Java's stack."""
+    said = re.sub(r"(\\n\\t|\s+)at [\w.$<>/]+\([^)]*\)", "", str(error))
+    return " ".join(said.split()) or type(error).__name__
+
+
+def redact(text: str, options: dict[str, Any] | None = None) -> str:
+    """A text without the secret values of options, and without credentials within URLs."""
+    for value in _secrets(options or {}):
+        text = text.replace(value, "...")
+    return _IN_URLS.sub(lambda found: f"{found[1]}=..." if found[1] else "...@", text)
+
+
+def _secrets(options: dict[str, Any], secret: bool = False) -> Iterator[str]:
+    for name, value in options.items():
+        hidden = secret or bool(_SECRET.search(name))
+        if isinstance(value, dict):
+            yield from _secrets(value, hidden)
+        elif hidden and isinstance(value, str) and len(value) > 3:
+            yield value
+
+
+def put_if_absent(fs: Any, path: str, data: bytes) -> bool:
+    """Write a small file unless the store refuses because its name is there; True where it was written.
+
+    A store that cannot refuse takes it in any case: the last one to write wins. An answer may be lost
+    and the request repeated, so False does not prove that another's file is there: read it back.
+    """
+    try:
+        if refuses(fs):
+            fs.pipe_file(path, data, mode="create")
+        else:
+            fs.pipe_file(path, data)
+    except FileExistsError:
+        return False
+    except Exception as error:
+        if {"412", "PreconditionFailed"} & set(codes(error)):
+            return False
+        if getattr(error, "errno", None) != errno.ENOSYS:  # S3 servers that do not know If-None-Match
+            raise
+        fs.pipe_file(path, data)
+    return True
+
+
+def move(fs: Any, old: str, new: str) -> None:
+    """Give a file another name, in the place of any older one: at once if the store can, else copy and delete."""
+    from fsspec import AbstractFileSystem
+
+    if type(fs).mv is AbstractFileSystem.mv:  # which would take a name with brackets for a pattern
+        fs.cp_file(old, new)
+        fs.rm_file(old)
+    else:
+        fs.makedirs(new.rpartition("/")[0], exist_ok=True)
+        fs.mv(old, new)
+
+
+def refuses(fs: Any) -> bool:
+    """Whether a filesystem has the request that `put_if_absent` rests on (libhdfs, for one, has not)."""
+    names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    return not names.isdisjoint(REFUSING) and "arrow" not in type(fs).__module__
