@@ -212,6 +212,27 @@ def test_two_submissions_and_a_worker_by_hand_drain_one_plan(cluster: Cluster) -
     assert len(os.listdir(f"{cluster.out}/img_emb")) == 12
 
 
+def test_every_option_reaches_the_script_and_sbatch_takes_it(cluster: Cluster) -> None:
+    cluster.plan(3, 2)
+    plain = ["--account", "lab", "--qos", "low", "--nodelist", "n1", "--exclude", "n2", "--comment", "a b"]
+    mail = ["--mail-user", "me@example.org", "--mail-type", "END", "--sbatch", '{"nice": 5}', "--no-requeue"]
+    node = ["--gres", "gpu:1", "--exclusive", "--cpus-per-task", "3", "--tasks-per-node", "2", "--setup", "true a", "b"]
+    shown, _ = cluster.submit(*plain, *mail, *node, "--tasks", "2", "--concurrency", "1", "--dry-run")
+    wanted = ["account=lab", "qos=low", "nodelist=n1", "exclude=n2", "comment='a b'", "mail-user=me@example.org"]
+    wanted += ["mail-type=END", "nice=5", "no-requeue", "gres=gpu:1", "exclusive", "cpus-per-task=3", "time=5"]
+    wanted += ["ntasks-per-node=2", "array=0-1%1", "signal=USR2@30", "mem=500M", "open-mode=append"]
+    assert {f"#SBATCH --{flag}" for flag in wanted} <= set(shown.splitlines())
+    assert "\ntrue a\nb\n" in shown
+    script = cluster.folder / "script.sh"
+    script.write_text(shown)
+    cluster.slurm.run("sbatch", "--test-only", str(script))
+    image = ["--container-image", "/x.sif", "--container-mounts", "/data,/shared:/s", "--gpus-per-task", "1"]
+    shown, _ = cluster.submit("--container", "apptainer", *image, "--dry-run")
+    assert "apptainer exec --nv --bind /data --bind /shared:/s /x.sif python3 -u -m submitit" in shown
+    shown, _ = cluster.submit("--container", "pyxis", *image, "--container-python", "py", "--dry-run")
+    assert "--container-image=/x.sif --container-mounts=/data,/shared:/s py -u -m submitit" in shown
+
+
 def test_what_sbatch_refuses_is_one_line(cluster: Cluster) -> None:
     cluster.plan(1, 2)
     _, said = cluster.submit("--slurm-partition", "nowhere", code=2)
