@@ -134,7 +134,7 @@ def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster)
     running = status(Store(cluster.out))
     assert {worker["job"] for worker in running["workers"]} == {f"slurm {job}_0", f"slurm {job}_1"}
     assert running["images_per_second"] > 0
-    assert running["relaunch"].startswith(f"clip-batch submit slurm --output {cluster.out} --tasks 2")
+    assert running["relaunch"].startswith(f"clip-batch submit slurm --output {cluster.out} --tasks=2")
     cluster.slurm.run("scancel", "--signal=USR2", f"{job}_1")
     cluster.until(lambda: "Requeued job" in cluster.logs())
     assert {int(fields["Restarts"]) for fields in cluster.slurm.job(f"{job}_0")} == {0}
