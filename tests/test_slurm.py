@@ -20,8 +20,10 @@ from clip_batch.cli import main
 from clip_batch.demo import data
 from clip_batch.stages.status import status
 from clip_batch.store import Store
+from clip_batch.workers import read_records
 from tests import corpus
 from tests.slurm_cluster import MAX_ARRAY_SIZE, NODES, Slurm, mine
+from tests.spark_cluster import finish, installed, local_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -210,6 +212,25 @@ def test_two_submissions_and_a_worker_by_hand_drain_one_plan(cluster: Cluster) -
     cluster.check(12 * 30)
     assert main(["gc", "--output", cluster.out]) == 0
     assert len(os.listdir(f"{cluster.out}/img_emb")) == 12
+
+
+def test_slurm_spark_and_a_worker_by_hand_drain_one_plan(cluster: Cluster) -> None:
+    cluster.plan(60, 8, side=1500)
+    spark = local_cluster(cluster.folder / "spark", installed())
+    driver = spark.submit("--output", cluster.out, "--tasks", "60", "--device", "cpu", "--batch-size", "2")
+    cluster.until(lambda: any(job.startswith("spark ") for job in jobs_at_work(cluster)), 120)
+    (job,) = jobs(cluster.submit("--tasks", "1", "--batch-size", "2")[1], "embed")
+    by_hand = ["worker", "--output", cluster.out, "--slot", "0", "--slots", "1", "--batch-size", "2"]
+    assert main(by_hand) == 0
+    finish(driver)
+    assert cluster.slurm.wait(job) == {0: ("COMPLETED", 0)}
+    cluster.check(60 * 8)
+    launchers = {record.job.partition(" ")[0] for record in read_records(Store(cluster.out)) if record.committed}
+    assert launchers == {"spark", "slurm", ""}
+
+
+def jobs_at_work(cluster: Cluster) -> set[str]:
+    return {record.job for record in read_records(Store(cluster.out))}
 
 
 def test_every_option_reaches_the_script_and_sbatch_takes_it(cluster: Cluster) -> None:

@@ -8,6 +8,7 @@ At most `_BATCHES_AHEAD` batches are in flight, whatever the size of a partition
 from __future__ import annotations
 
 import os
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -126,6 +127,7 @@ class _Worker:
         self.store, self.plan, self.config, self.storage = store, plan, config, storage
         self.run, self.encoder = run, encoder
         self.abandoned: set[int] = set()
+        self.met = False
         self.batch_size = config.batch_size or (256 if gpus else 32)
 
     def embed(self, todo: list[Partition]) -> list[Outcome]:
@@ -161,9 +163,7 @@ class _Worker:
 
     def _read(self, todo: list[Partition]) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
         """Each partition's samples in batches; an infrastructure error ends only its own partition."""
-        for partition in todo:
-            if self.store.exists(f"{part.COMMITS}/{self.plan.name(partition.id)}.json"):
-                continue
+        for partition in self._in_turn(todo):
             self.run.running.add(partition.id)
             batch: list[Sample | Failure] = []
             error: Exception | None = None
@@ -177,6 +177,23 @@ class _Worker:
             except (ClipBatchError, OSError) as caught:
                 error = caught
             yield _Batch(partition.id, [], last=True, error=error), batch
+
+    def _in_turn(self, todo: list[Partition]) -> Iterator[Partition]:
+        """What is not committed meanwhile; from somewhere else on once another worker was met.
+
+        Workers that drain one plan in one order would else compute the same partitions side by side
+        to its end, and the slower one lose each.
+        """
+        left = deque(todo)
+        while left:
+            if self.met:
+                left.rotate(-random.randrange(len(left)))
+                self.met = False
+            partition = left.popleft()
+            if self.store.exists(f"{part.COMMITS}/{self.plan.name(partition.id)}.json"):
+                self.met = True
+            else:
+                yield partition
 
     def _decode_one(self, sample: Sample) -> _Decoded | Failure:
         try:
@@ -240,6 +257,7 @@ class _Worker:
                 commit = writer.commit(self.plan.encoder.fingerprint)
                 if commit:
                     self.run.committed.append(commit)
+                self.met = self.met or not commit
                 return Outcome(number, "committed" if commit else "lost", writer.rows, failed)
         except Preempted:
             raise
