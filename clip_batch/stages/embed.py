@@ -111,6 +111,29 @@ def embed(
         return _Worker(store, plan, config, storage, run, encoder, gpus).embed(todo)
 
 
+class _Order:
+    """Partitions in the order in which they are read; those that nobody has come to yet may change it."""
+
+    def __init__(self, todo: list[Partition]) -> None:
+        self._todo, self._reached = list(todo), 0
+
+    def __iter__(self) -> Iterator[Partition]:
+        for place in range(len(self._todo)):
+            self._reached = max(self._reached, place + 1)
+            yield self._todo[place]
+
+    def elsewhere(self) -> None:
+        """Go on from a random place, because another worker was met here.
+
+        Workers that drain one plan in one order would else compute the same partitions side by side
+        to its end, and the slower one lose each.
+        """
+        rest = self._todo[self._reached :]
+        if rest:
+            place = random.randrange(len(rest))
+            self._todo[self._reached :] = rest[place:] + rest[:place]
+
+
 class _Worker:
     """One process's encoder and threads, for as many partitions as it is given."""
 
@@ -127,19 +150,21 @@ class _Worker:
         self.store, self.plan, self.config, self.storage = store, plan, config, storage
         self.run, self.encoder = run, encoder
         self.abandoned: set[int] = set()
-        self.met = False
         self.batch_size = config.batch_size or (256 if gpus else 32)
 
     def embed(self, todo: list[Partition]) -> list[Outcome]:
         threads = self.config.threads or len(os.sched_getaffinity(0))
         outcomes: list[Outcome] = []
+        order = _Order(todo)
         with ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "encode") as device:
             try:
-                encoded = self._encode(self._decode(todo, decoders), device)
+                encoded = self._encode(self._decode(order, decoders), device)
                 for number, batches in _by_partition(encoded):
                     outcomes.append(self._write(number, batches))
                     self.run.running.discard(number)
                     self.run.partitions += 1
+                    if outcomes[-1].state == "lost":
+                        order.elsewhere()
                     if len(outcomes) >= _MOST_TROUBLE and all(one.again for one in outcomes[-_MOST_TROUBLE:]):
                         # A broken GPU or a full disk: what is left stays missing, for a sound worker.
                         error = f"{outcomes[-1].error}; {_MOST_TROUBLE} in a row like this: this worker gives up"
@@ -150,10 +175,10 @@ class _Worker:
                 device.shutdown(wait=False, cancel_futures=True)
         return outcomes
 
-    def _decode(self, todo: list[Partition], pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+    def _decode(self, order: _Order, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
         """Batches in order; the pool works up to `_BATCHES_AHEAD` batches before the consumer."""
         window: deque[tuple[_Batch, list[Future[_Decoded | Failure] | Failure]]] = deque()
-        for batch, samples in self._read(todo):
+        for batch, samples in self._read(order):
             futures = [item if isinstance(item, Failure) else pool.submit(self._decode_one, item) for item in samples]
             window.append((batch, futures))
             if len(window) > _BATCHES_AHEAD:
@@ -161,9 +186,15 @@ class _Worker:
         while window:
             yield _finish(*window.popleft())
 
-    def _read(self, todo: list[Partition]) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
+    def _committed(self, partition: Partition) -> bool:
+        return self.store.exists(f"{part.COMMITS}/{self.plan.name(partition.id)}.json")
+
+    def _read(self, order: _Order) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
         """Each partition's samples in batches; an infrastructure error ends only its own partition."""
-        for partition in self._in_turn(todo):
+        for partition in order:
+            if self._committed(partition):
+                order.elsewhere()
+                continue
             self.run.running.add(partition.id)
             batch: list[Sample | Failure] = []
             error: Exception | None = None
@@ -177,23 +208,6 @@ class _Worker:
             except (ClipBatchError, OSError) as caught:
                 error = caught
             yield _Batch(partition.id, [], last=True, error=error), batch
-
-    def _in_turn(self, todo: list[Partition]) -> Iterator[Partition]:
-        """What is not committed meanwhile; from somewhere else on once another worker was met.
-
-        Workers that drain one plan in one order would else compute the same partitions side by side
-        to its end, and the slower one lose each.
-        """
-        left = deque(todo)
-        while left:
-            if self.met:
-                left.rotate(-random.randrange(len(left)))
-                self.met = False
-            partition = left.popleft()
-            if self.store.exists(f"{part.COMMITS}/{self.plan.name(partition.id)}.json"):
-                self.met = True
-            else:
-                yield partition
 
     def _decode_one(self, sample: Sample) -> _Decoded | Failure:
         try:
@@ -257,7 +271,6 @@ class _Worker:
                 commit = writer.commit(self.plan.encoder.fingerprint)
                 if commit:
                     self.run.committed.append(commit)
-                self.met = self.met or not commit
                 return Outcome(number, "committed" if commit else "lost", writer.rows, failed)
         except Preempted:
             raise
