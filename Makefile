@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= clip-batch-demo
 
-.PHONY: demo test test-fast check docs bench services clean
+.PHONY: demo test test-fast check docs bench services spark35 clean
 .DELETE_ON_ERROR:
 
 $(STAMP): setup.cfg constraints.txt
@@ -16,7 +16,7 @@ $(STAMP): setup.cfg constraints.txt
 demo: $(STAMP)          ## the whole line on embedded pictures, then the web page
 	$(BIN)/clip-batch demo $(DEMO)
 
-test: $(STAMP) check services   ## everything
+test: $(STAMP) check services spark35   ## everything
 	$(BIN)/python -m pytest
 
 services:               ## Chromium, SLURM, Java, HDFS's libraries: where apt cannot install what is missing, its tests are skipped
@@ -30,6 +30,10 @@ services:               ## Chromium, SLURM, Java, HDFS's libraries: where apt ca
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages >/dev/null; } || \
 	  echo "no $$name: its tests will be skipped"; \
 	done
+
+spark35: .spark35/pyspark ## Spark 3.5 beside Spark 4, for its test
+.spark35/pyspark: $(STAMP)
+	$(BIN)/python -m pip install --quiet --target .spark35 'pyspark>=3.5,<4'
 
 test-fast: $(STAMP)     ## without torch and long runs
 	$(BIN)/python -m pytest -m "not slow"
@@ -47,4 +51,4 @@ bench: $(STAMP)         ## every benchmark; each prints JSON
 	for script in tests/bench/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) .spark35 $(DEMO)

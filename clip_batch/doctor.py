@@ -149,11 +149,12 @@ def _slurm() -> Iterator[Check]:
         return
     asked = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
     if asked.returncode:
-        yield Check("slurm", False, f"the controller does not answer: {' '.join(asked.stderr.split())[:200]}")
+        told = " ".join(asked.stderr.split())[:200]
+        yield Check("slurm", None, f"the controller does not answer ({told}): only `submit slurm` needs it")
         return
-    told = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", asked.stdout, re.MULTILINE))
-    limits = ", ".join(f"{name} {told[name]}" for name in ("MaxArraySize", "MaxJobCount") if name in told)
-    yield Check("slurm", True, f"{told.get('ClusterName', '?')} answers: {limits}")
+    found = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", asked.stdout, re.MULTILINE))
+    limits = ", ".join(f"{name} {found[name]}" for name in ("MaxArraySize", "MaxJobCount") if name in found)
+    yield Check("slurm", True, f"{found.get('ClusterName', '?')} answers: {limits}")
     nodes = subprocess.run(["sinfo", "--noheader", "--format=%R|%a, %D nodes, %G"], capture_output=True, text=True)
     for partition, lines in itertools.groupby(sorted(nodes.stdout.splitlines()), lambda line: line.partition("|")[0]):
         yield Check(f"slurm {partition}", None, "; ".join(line.partition("|")[2] for line in lines))

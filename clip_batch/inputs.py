@@ -182,7 +182,7 @@ def unpiped(spec: str) -> str:
         case ["hdfs" | "hadoop", "dfs" | "fs", "-cat", url] if url.startswith(("hdfs://", "viewfs://")):
             return url
         case ["aws", "s3", "cp", *_]:
-            why = "of aws only `s3 cp [--quiet] s3://... -` is understood; the rest belongs in --storage_options"
+            why = "of aws only `s3 cp [--quiet] s3://... -` is understood; the rest belongs in --storage-options"
         case ["hdfs" | "hadoop", "dfs" | "fs", "-cat", *_]:
             why = "of hdfs only `dfs -cat hdfs://...`, with one URL, is understood"
     raise InputError(f"{spec} is not run: {why}; name files or URLs")
@@ -242,7 +242,7 @@ def _info(example: str, options: Options) -> Callable[[str], Entry | None]:
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise InputError(f"{url} cannot be read: {error}; mend the URL or --storage_options") from None
+            raise InputError(f"{url} cannot be read: {error}; mend the URL or --storage-options") from None
 
     return info
 
@@ -292,7 +292,7 @@ def _listing(url: str, call: str, options: Options) -> list[Entry]:
     try:
         found = ask(lambda: getattr(fs, call)(path, detail=True), f"listing {url}", options)
     except Exception as error:
-        raise InputError(f"{url} cannot be listed: {error}; mend the URL or --storage_options") from None
+        raise InputError(f"{url} cannot be listed: {error}; mend the URL or --storage-options") from None
     # Popped, so that a million listed dictionaries go as the entries come.
     return sorted(_entry(prefix + name, found.pop(name)) for name in list(found))
 

@@ -81,10 +81,9 @@ def to_flags(section: Any) -> list[str]:
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            words += [f"--{flag}", *map(str, value)]
         else:
-            words += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+            items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{flag}={item}" for item in items]  # one word each, whatever an item begins with
     return words
 
 

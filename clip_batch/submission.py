@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 from clip_batch import part
 from clip_batch.errors import PlanError
+from clip_batch.plan import count_partitions
 from clip_batch.store import Store
 from clip_batch.types import format_numbers, parse_numbers
 
@@ -38,6 +39,11 @@ class Submission:
         if not 0 <= slot < self.slots:
             raise PlanError(f"submission {self.id} has the slots 0 to {self.slots - 1}, not {slot}")
         return parse_numbers(self.partitions)[slot :: self.slots]
+
+
+def missing(store: Store) -> list[int]:
+    """The partitions of OUT that are planned and not committed; PlanError if there is no plan."""
+    return sorted(set(range(count_partitions(store))) - part.committed(store))
 
 
 def draft(missing: list[int], scheduler: str, tasks: int, workers: int, command: str) -> Submission:

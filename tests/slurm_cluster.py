@@ -214,11 +214,12 @@ def mine(folder: Path, *variables: str) -> set[int]:
 
 
 def _kill(folder: Path, *variables: str) -> None:
-    """kill -9 all that `mine` names, and what those start meanwhile."""
+    """kill -9 all that `mine` names, and what those start meanwhile; stopped first, so that none tells of another."""
     while pids := mine(folder, *variables):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
         time.sleep(0.05)
 
 

@@ -8,8 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from clip_batch import part
 from clip_batch.cli import main
+from clip_batch.launch import local
 from clip_batch.store import Store
 from tests import corpus
 
@@ -48,3 +51,19 @@ def test_sigterm_stops_all_workers_and_exits_75(tmp_path: Path, out: str) -> Non
     assert len(os.listdir(f"{out}/img_emb")) == len(part.committed(Store(out)))
     assert subprocess.run([*command[:-2], "--no-progress"], capture_output=True).stderr == b""
     assert main(["verify", "--output", out, "--deep"]) == 0
+
+
+def test_a_slurm_task_takes_its_own_cores_gpu_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(local, "gpus", lambda: 4)
+    assert (local.cores(), local.job(), local._device("auto")) == (64, "", "auto")
+    job = {"SLURM_JOB_ID": "9", "SLURM_CPUS_PER_TASK": "8", "SLURM_LOCALID": "5"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    assert (local.cores(), local.job(), local._device("auto")) == (8, "slurm 9", "cuda:1")
+    assert local._device("cpu") == "cpu"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert local.job() == "slurm 7_3"
+    monkeypatch.setattr(local, "gpus", lambda: 1)  # --gpus-per-task=1 hides the siblings
+    assert local._device("auto") == "auto"

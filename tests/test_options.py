@@ -2,13 +2,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_batch import options
 from clip_batch.cli import COMMANDS, main
-from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig, TargetConfig, parse_bytes
+from clip_batch.config import (
+    EmbedConfig,
+    MergeConfig,
+    PlanConfig,
+    SlurmConfig,
+    SparkConfig,
+    StorageConfig,
+    TargetConfig,
+    parse_bytes,
+)
 from clip_batch.documents import GENERATED, ROOT
 from clip_batch.errors import ConfigError
 
@@ -139,3 +152,21 @@ def test_usage_errors_are_one_line_and_exit_2(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@given(st.data())
+def test_flags_made_of_a_section_give_it_back(data: st.DataObject) -> None:
+    section = data.draw(st.sampled_from([EmbedConfig, MergeConfig, SlurmConfig, SparkConfig]))
+    words = st.text(st.characters(codec="utf-8"), min_size=1)
+    drawn: dict[Any, Any] = {str: words, int: st.integers(-9, 99), bool: st.booleans(), float: st.floats(0, 1)}
+    drawn |= {list[str]: st.lists(words, min_size=1), dict[str, Any]: st.dictionaries(words, words)}
+    values = {}
+    for name, kind in typing.get_type_hints(section).items():
+        if typing.get_origin(kind) is typing.Literal:
+            drawn[kind] = st.sampled_from(typing.get_args(kind))
+        if kind in drawn and data.draw(st.booleans()):
+            values[name] = data.draw(drawn[kind])
+    made = section(**values)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    options.add_flags(parser, section)
+    assert options.gather(section, vars(parser.parse_args(options.to_flags(made))), {}, {}) == made

@@ -20,8 +20,10 @@ from clip_batch.cli import main
 from clip_batch.demo import data
 from clip_batch.stages.status import status
 from clip_batch.store import Store
+from clip_batch.workers import read_records
 from tests import corpus
 from tests.slurm_cluster import MAX_ARRAY_SIZE, NODES, Slurm, mine
+from tests.spark_cluster import finish, installed, local_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -134,7 +136,7 @@ def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster)
     running = status(Store(cluster.out))
     assert {worker["job"] for worker in running["workers"]} == {f"slurm {job}_0", f"slurm {job}_1"}
     assert running["images_per_second"] > 0
-    assert running["relaunch"].startswith(f"clip-batch submit slurm --output {cluster.out} --tasks 2")
+    assert running["relaunch"].startswith(f"clip-batch submit slurm --output {cluster.out} --tasks=2")
     cluster.slurm.run("scancel", "--signal=USR2", f"{job}_1")
     cluster.until(lambda: "Requeued job" in cluster.logs())
     assert {int(fields["Restarts"]) for fields in cluster.slurm.job(f"{job}_0")} == {0}
@@ -210,6 +212,46 @@ def test_two_submissions_and_a_worker_by_hand_drain_one_plan(cluster: Cluster) -
     cluster.check(12 * 30)
     assert main(["gc", "--output", cluster.out]) == 0
     assert len(os.listdir(f"{cluster.out}/img_emb")) == 12
+
+
+def test_slurm_spark_and_a_worker_by_hand_drain_one_plan(cluster: Cluster) -> None:
+    cluster.plan(60, 8, side=1500)
+    spark = local_cluster(cluster.folder / "spark", installed())
+    driver = spark.submit("--output", cluster.out, "--tasks", "60", "--device", "cpu", "--batch-size", "2")
+    cluster.until(lambda: any(job.startswith("spark ") for job in jobs_at_work(cluster)), 120)
+    (job,) = jobs(cluster.submit("--tasks", "1", "--batch-size", "2")[1], "embed")
+    by_hand = ["worker", "--output", cluster.out, "--slot", "0", "--slots", "1", "--batch-size", "2"]
+    assert main(by_hand) == 0
+    finish(driver)
+    assert cluster.slurm.wait(job) == {0: ("COMPLETED", 0)}
+    cluster.check(60 * 8)
+    launchers = {record.job.partition(" ")[0] for record in read_records(Store(cluster.out)) if record.committed}
+    assert launchers == {"spark", "slurm", ""}
+
+
+def jobs_at_work(cluster: Cluster) -> set[str]:
+    return {record.job for record in read_records(Store(cluster.out))}
+
+
+def test_every_option_reaches_the_script_and_sbatch_takes_it(cluster: Cluster) -> None:
+    cluster.plan(3, 2)
+    plain = ["--account", "lab", "--qos", "low", "--nodelist", "n1", "--exclude", "n2", "--comment", "a b"]
+    mail = ["--mail-user", "me@example.org", "--mail-type", "END", "--sbatch", '{"nice": 5}', "--no-requeue"]
+    node = ["--gres", "gpu:1", "--exclusive", "--cpus-per-task", "3", "--tasks-per-node", "2", "--setup", "true a", "b"]
+    shown, _ = cluster.submit(*plain, *mail, *node, "--tasks", "2", "--concurrency", "1", "--dry-run")
+    wanted = ["account=lab", "qos=low", "nodelist=n1", "exclude=n2", "comment='a b'", "mail-user=me@example.org"]
+    wanted += ["mail-type=END", "nice=5", "no-requeue", "gres=gpu:1", "exclusive", "cpus-per-task=3", "time=5"]
+    wanted += ["ntasks-per-node=2", "array=0-1%1", "signal=USR2@30", "mem=500M", "open-mode=append"]
+    assert {f"#SBATCH --{flag}" for flag in wanted} <= set(shown.splitlines())
+    assert "\ntrue a\nb\n" in shown
+    script = cluster.folder / "script.sh"
+    script.write_text(shown)
+    cluster.slurm.run("sbatch", "--test-only", str(script))
+    image = ["--container-image", "/x.sif", "--container-mounts", "/data,/shared:/s", "--gpus-per-task", "1"]
+    shown, _ = cluster.submit("--container", "apptainer", *image, "--dry-run")
+    assert "apptainer exec --nv --bind /data --bind /shared:/s /x.sif python3 -u -m submitit" in shown
+    shown, _ = cluster.submit("--container", "pyxis", *image, "--container-python", "py", "--dry-run")
+    assert "--container-image=/x.sif --container-mounts=/data,/shared:/s py -u -m submitit" in shown
 
 
 def test_what_sbatch_refuses_is_one_line(cluster: Cluster) -> None:

@@ -94,6 +94,8 @@ def _requeue(checkpoint: Any, rank: int) -> None:
     """Requeue this task if it runs: the first process through submitit, which counts timeouts, others alone."""
     from submitit import JobEnvironment
 
+    for number in (signal.SIGUSR2, signal.SIGTERM):  # requeueing brings a SIGTERM of its own
+        signal.signal(number, signal.SIG_IGN)
     job = JobEnvironment().job_id
     try:
         state = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]

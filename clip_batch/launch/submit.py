@@ -43,12 +43,11 @@ class Request:
 
     def draft(self, name: str, scheduler: Any, workers: int = 1) -> submission.Submission:
         """A submission of what is missing now to tasks of `workers` processes each, not yet frozen."""
-        missing = sorted(set(range(count_partitions(self.store))) - part.committed(self.store))
         again = ["clip-batch", "submit", name, "--output", self.store.url]
         again += ["--index", absolute(self.index)] if self.index else []
         settings = (replace(self.submit, dry_run=False, wait=False), scheduler, self.embed, self.merge)
         command = shlex.join(again + [word for section in settings for word in to_flags(section)])
-        return submission.draft(missing, name, self.submit.tasks, workers, command)
+        return submission.draft(submission.missing(self.store), name, self.submit.tasks, workers, command)
 
     def freeze(self, made: submission.Submission) -> None:
         """Publish the submission, and lend its tasks the storage options.

@@ -8,6 +8,7 @@ At most `_BATCHES_AHEAD` batches are in flight, whatever the size of a partition
 from __future__ import annotations
 
 import os
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,6 +112,29 @@ def embed(
         return _Worker(store, plan, config, storage, run, encoder, gpus).embed(todo)
 
 
+class _Order:
+    """Partitions in the order in which they are read; those that nobody has come to yet may change it."""
+
+    def __init__(self, todo: list[Partition]) -> None:
+        self._todo, self._reached = list(todo), 0
+
+    def __iter__(self) -> Iterator[Partition]:
+        for place in range(len(self._todo)):
+            self._reached = max(self._reached, place + 1)
+            yield self._todo[place]
+
+    def elsewhere(self) -> None:
+        """Go on from a random place, because another worker was met here.
+
+        Workers that drain one plan in one order would else compute the same partitions side by side
+        to its end, and the slower one lose each.
+        """
+        rest = self._todo[self._reached :]
+        if rest:
+            place = random.randrange(len(rest))
+            self._todo[self._reached :] = rest[place:] + rest[:place]
+
+
 class _Worker:
     """One process's encoder and threads, for as many partitions as it is given."""
 
@@ -133,14 +157,17 @@ class _Worker:
     def embed(self, todo: list[Partition]) -> list[Outcome]:
         threads = self.config.threads or len(os.sched_getaffinity(0))
         outcomes: list[Outcome] = []
-        files = Ahead(self._slices(todo), self.storage.storage_options, self.prefetch, self.run.stop)
+        order = _Order(todo)
+        files = Ahead(self._slices(order), self.storage.storage_options, self.prefetch, self.run.stop)
         with ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "encode") as device, files:
             try:
-                encoded = self._encode(self._decode(todo, files, decoders), device)
+                encoded = self._encode(self._decode(order, files, decoders), device)
                 for number, batches in _by_partition(encoded):
                     outcomes.append(self._write(number, batches))
                     self.run.running.discard(number)
                     self.run.partitions += 1
+                    if outcomes[-1].state == "lost":
+                        order.elsewhere()
                     if len(outcomes) >= _MOST_TROUBLE and all(one.again for one in outcomes[-_MOST_TROUBLE:]):
                         # A broken GPU or a full disk: what is left stays missing, for a sound worker.
                         error = f"{outcomes[-1].error}; {_MOST_TROUBLE} in a row like this: this worker gives up"
@@ -151,10 +178,10 @@ class _Worker:
                 device.shutdown(wait=False, cancel_futures=True)
         return outcomes
 
-    def _decode(self, todo: list[Partition], files: Ahead, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+    def _decode(self, order: _Order, files: Ahead, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
         """Batches in order; the pool works up to `_BATCHES_AHEAD` batches before the consumer."""
         window: deque[tuple[_Batch, list[Future[_Decoded | Failure] | Failure]]] = deque()
-        for batch, samples in self._read(todo, files):
+        for batch, samples in self._read(order, files):
             futures = [item if isinstance(item, Failure) else pool.submit(self._decode_one, item) for item in samples]
             window.append((batch, futures))
             if len(window) > _BATCHES_AHEAD:
@@ -162,19 +189,20 @@ class _Worker:
         while window:
             yield _finish(*window.popleft())
 
-    def _slices(self, todo: list[Partition]) -> Iterator[Slice]:
+    def _slices(self, order: _Order) -> Iterator[Slice]:
         """What is to be read, in order; passing over partitions that someone committed before we come to them."""
-        for partition in todo:
+        for partition in order:
             if not self._committed(partition):
                 yield from partition.slices
 
     def _committed(self, partition: Partition) -> bool:
         return self.store.exists(f"{part.COMMITS}/{self.plan.name(partition.id)}.json")
 
-    def _read(self, todo: list[Partition], files: Ahead) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
+    def _read(self, order: _Order, files: Ahead) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
         """Each partition's samples in batches; an infrastructure error ends only its own partition."""
-        for partition in todo:
+        for partition in order:
             if self._committed(partition):
+                order.elsewhere()
                 continue
             self.run.running.add(partition.id)
             batch: list[Sample | Failure] = []

@@ -1,0 +1,227 @@
+"""Spark: executors run the same worker; Spark carries slot numbers to them and status rows back.
+
+    command, submit      here: the spark-submit line, and running it
+    main                 the driver: a submission, `drain`, `merge_on_spark`, the exit code
+    drain                one Spark task a slot of the submission; what is true stays in OUT's commits
+    merge_on_spark       train (one task) -> index shards (tasks) -> manifest (one task)
+
+Spark aborts a whole job once one of its tasks has failed spark.task.maxFailures times. A slot never
+lets it come to that: see `executor.embed_slot`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_batch import errors, options, submission
+from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConfig, SubmitConfig, TargetConfig
+from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError
+from clip_batch.launch.executor import Status, Work, embed_slot, merge_task
+from clip_batch.manifest import Manifest, load_manifest
+from clip_batch.store import Store, absolute
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STORAGE = "CLIP_BATCH_STORAGE_OPTIONS"
+"""How storage options reach the driver; executors get them in the pickled task."""
+
+DRIVER = str(Path(__file__).parent / "driver.py")
+
+
+def drain(
+    spark: Any, output: str, submission_id: str, config: EmbedConfig, storage: StorageConfig = StorageConfig()
+) -> list[Status]:
+    """Embed a submission's partitions on the executors; the status of each partition, in order.
+
+    Slots with partitions that failed for want of a sound machine or store are run again, all
+    together, as long as that commits anything. PlanError: no such submission.
+    """
+    context = spark.sparkContext
+    frozen = submission.load(Store(output, storage.storage_options), submission_id)
+    work = Work(absolute(output), frozen, config, storage, context.applicationId, _tries(context))
+    statuses: dict[int, Status] = {}
+    slots = list(range(frozen.slots))
+    while slots:
+        before = _committed(statuses)
+        context.setJobDescription(f"clip-batch embed: {len(slots)} slots of submission {submission_id}")
+        for row in _map(spark, functools.partial(embed_slot, work, slots), len(slots)):
+            statuses[row["partition"]] = Status(**row)
+        if _committed(statuses) == before:
+            break
+        slots = [slot for slot in slots if any(statuses[number].again for number in frozen.slot(slot))]
+    return [statuses[number] for number in sorted(statuses)]
+
+
+def _committed(statuses: dict[int, Status]) -> int:
+    return sum(status.state == "committed" for status in statuses.values())
+
+
+def _tries(context: Any) -> int:
+    """How often Spark lets a task fail before it aborts the job, which in local mode the master says."""
+    if local := re.fullmatch(r"local(\[[^,\]]*(,\s*(\d+))?\])?", context.master):
+        return int(local[3] or 1)
+    return int(context.getConf().get("spark.task.maxFailures", "4"))
+
+
+def _map(spark: Any, task: Callable[[int], Iterable[Any]], count: int) -> list[Any]:
+    """What `task(i)` gives for each i of range(count), each in a Spark task of its own; values travel as JSON.
+
+    IncompleteError where Spark aborts the job.
+    """
+    from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+    from pyspark.errors import PySparkException
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        import pyarrow as pa
+
+        for batch in batches:
+            for number in batch.column(0).to_pylist():
+                answers = pa.array([json.dumps(answer) for answer in task(number)], pa.string())
+                yield pa.RecordBatch.from_arrays([answers], names=["answer"])
+
+    try:
+        rows = spark.range(0, count, 1, count).mapInArrow(run, "answer string").collect()
+    except (Py4JError, PySparkException) as error:
+        told = " ".join(str(error).split())[:400]
+        raise IncompleteError(f"Spark aborted the job: {told} ... what is committed stays, run it again") from None
+    return [json.loads(row.answer) for row in rows]
+
+
+def merge_on_spark(
+    spark: Any, output: str, index: str, config: MergeConfig, storage: StorageConfig = StorageConfig(), tasks: int = 4
+) -> Manifest:
+    """Train, build the index shards in `tasks` tasks at the most, publish: all of it on executors.
+
+    Each task finds what stands already and does the rest. Raises what `clip_batch.merge` raises.
+    """
+    merge = functools.partial(merge_task, absolute(output), absolute(index), config, storage)
+
+    def run(task: str, count: int) -> dict[str, Any]:
+        spark.sparkContext.setJobDescription(f"clip-batch merge: {task} of {index}")
+        answers = _map(spark, functools.partial(merge, task, count), count)
+        for answer in answers:
+            if "error" in answer:
+                raise getattr(errors, answer["error"])(answer["message"])
+        return dict(answers[0])
+
+    job = run("train", 1)
+    run("shards", max(1, min(tasks, job["shards"])))
+    run("manifest", 1)
+    return load_manifest(Store(index, storage.storage_options), job["version"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The driver, run by spark-submit: exit code 0 all committed (and merged), 1 not all, 2 usage.
+
+    Storage options come from `STORAGE` or --config alone: Spark's pages show arguments.
+    """
+    sections = {TargetConfig: ("output", "index", "submission"), SubmitConfig: ("tasks", "merge_tasks")}
+    parser = argparse.ArgumentParser("driver.py", "driver.py --output OUT [--index INDEX] [flags]", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; see configs/reference.yaml")
+    for section in (TargetConfig, SubmitConfig, EmbedConfig, MergeConfig):
+        options.add_flags(parser, section, sections.get(section))
+    flags = vars(parser.parse_args(arguments))
+    try:
+        return _drive(flags, options.read_file(flags["config"]) if flags["config"] else {})
+    except ClipBatchError as error:
+        print(f"clip-batch driver: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _drive(flags: dict[str, Any], file: dict[str, Any]) -> int:
+    from pyspark.sql import SparkSession
+
+    target: TargetConfig = options.gather(TargetConfig, flags, file)
+    storage: StorageConfig = options.gather(StorageConfig, flags, file)
+    config: EmbedConfig = options.gather(EmbedConfig, flags, file)
+    merge: MergeConfig = options.gather(MergeConfig, flags, file)
+    tasks: SubmitConfig = options.gather(SubmitConfig, flags, file)
+    if not target.output or len(target.index) > 1:
+        raise ConfigError("--output OUT is needed: the embeddings folder; and --index INDEX once at the most")
+    id = target.submission or _freeze(Store(target.output, storage.storage_options), config, tasks.tasks)
+    spark = SparkSession.builder.getOrCreate()
+    try:
+        statuses = drain(spark, target.output, id, config, storage) if id else []
+        failed = [status for status in statuses if status.state == "failed"]
+        for status in failed:
+            print(f"partition {status.partition} failed: {status.error}", file=sys.stderr)
+        rows, bad = sum(status.rows for status in statuses), sum(status.failed for status in statuses)
+        done = f"{len(statuses) - len(failed)} of {len(statuses)} partitions committed"
+        print(f"{done}, {rows:,} samples embedded, {bad:,} listed as failed", flush=True)
+        for index in target.index:
+            made = merge_on_spark(spark, target.output, index, merge, storage, tasks.merge_tasks)
+            print(f"merged {made.rows:,} rows into {len(made.shards)} index shards: {index}", flush=True)
+        return 1 if failed else 0
+    finally:
+        spark.stop()
+
+
+def _freeze(store: Store, config: EmbedConfig, tasks: int) -> str:
+    """A submission of all that is missing, for a driver that was given none; "" where nothing is."""
+    if not (missing := submission.missing(store)):
+        return ""
+    line = ["spark-submit", sys.argv[0], "--output", store.url, *options.to_flags(config)]
+    made = submission.draft(missing, "spark", tasks, 1, shlex.join(line))
+    submission.publish(store, made)
+    return made.id
+
+
+def command(config: SparkConfig, arguments: Sequence[str]) -> list[str]:
+    """The exact spark-submit command line of a driver with these arguments."""
+    named = {
+        "--master": config.master,
+        "--deploy-mode": config.deploy_mode,
+        "--name": config.app_name,
+        "--properties-file": config.properties_file,
+        "--archives": config.archives,
+    }
+    words = [_spark_submit(config.spark_submit)]
+    words += [word for flag, value in named.items() if value for word in (flag, value)]
+    for key, value in {**_pythons(config), **config.spark_conf}.items():
+        words += ["--conf", f"{key}={str(value).lower() if isinstance(value, bool) else value}"]
+    return [*words, DRIVER, *arguments]
+
+
+def _pythons(config: SparkConfig) -> dict[str, str]:
+    """Which Python runs the driver and the executors, as far as it is ours to say."""
+    found = {} if config.deploy_mode == "cluster" else {"spark.pyspark.driver.python": sys.executable}
+    if config.archives:
+        path, _, name = config.archives.split(",")[0].partition("#")
+        found["spark.pyspark.python"] = f"./{name or os.path.basename(path)}/bin/python"
+    elif not config.master or config.master.startswith(("local", "spark:")):
+        found["spark.pyspark.python"] = sys.executable
+    return found
+
+
+def _spark_submit(name: str) -> str:
+    """As named if it is on PATH; else the one of the pyspark that is installed here, if there is one."""
+    if shutil.which(name) or not (spec := importlib.util.find_spec("pyspark")) or not spec.origin:
+        return name
+    return str(Path(spec.origin).parent / "bin" / name)
+
+
+def submit(command: Sequence[str]) -> int:
+    """Run such a command line, its output passing through; its exit code. ConfigError: no spark-submit.
+
+    Of our own variables the driver gets the storage options alone: the rest is in its arguments.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CLIP_BATCH_")}
+    if STORAGE in os.environ:
+        kept[STORAGE] = os.environ[STORAGE]
+    try:
+        return subprocess.run(command, env=kept, check=False).returncode
+    except FileNotFoundError:
+        raise ConfigError(f"no {command[0]}: pip install 'clip-batch[spark]', or name it by --spark-submit") from None
