@@ -1,6 +1,7 @@
 """Local copies of a remote index, so that it can be memory-mapped: checked, bounded, resumed, shared.
 
     $XDG_CACHE_HOME/clip_batch/index/<digest of INDEX>/<version>/<file>
+    $XDG_CACHE_HOME/clip_batch/files/<digest of URL and version>-<name>     weights at a URL
 
 A file gets its name when its sha256 is right. Until then it is `<file>.part`, with the pieces that are there in
 `<file>.pieces`, so that a copy that was killed goes on where it was. Locks end with their process.
@@ -18,7 +19,7 @@ from typing import Any
 
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.store import Store, file_digest
-from clip_batch.transfer import fetch_pieces
+from clip_batch.transfer import fetch_pieces, source, version
 
 _LOCKS = (".used", ".copied")
 
@@ -31,8 +32,7 @@ class IndexCache:
     """
 
     def __init__(self, store: Store, version: str, size: int, limit: int) -> None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        root = os.path.join(home, "clip_batch", "index")
+        root = os.path.join(_home(), "index")
         self.store, self.version = store, version
         self.folder = os.path.join(root, hashlib.sha256(store.url.encode()).hexdigest()[:16], version)
         os.makedirs(os.path.dirname(self.folder), exist_ok=True)
@@ -92,6 +92,33 @@ class IndexCache:
         raise CorruptError(f"{self.store.display(name)} has not its recorded sha256: copy it again, or merge again")
 
 
+def local_copy(url: str, options: dict[str, Any] | None = None) -> str:
+    """The path of a local copy of a remote file, made once for each version that the store tells of.
+
+    FileNotFoundError: it is absent. OSError: the store, or the local disk, does not do it.
+    """
+    found = source(url, options)
+    size, etag = version(found)
+    if size is None:
+        raise OSError(f"{url} has no size: copy it to a local file")
+    name = hashlib.sha256(f"{url} {size} {etag}".encode()).hexdigest()[:16]
+    path = os.path.join(_home(), "files", f"{name}-{url.rpartition('/')[2]}")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    lock = _lock(f"{path}.lock", fcntl.LOCK_EX)
+    try:
+        if not os.path.exists(path):
+            fetch_pieces(found, f"{path}.part", f"{path}.pieces", size)
+            os.replace(f"{path}.part", path)
+            os.unlink(f"{path}.pieces")
+    finally:
+        os.close(lock)
+    return path
+
+
+def _home() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clip_batch")
+
+
 def _lock(path: str, kind: int) -> int:
     """An open file that is locked until it is closed; BlockingIOError with LOCK_NB where another holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -106,10 +133,10 @@ def _lock(path: str, kind: int) -> int:
 def _versions(root: str) -> Iterator[tuple[float, str]]:
     """Every version's folder, and when it was opened."""
     for index in os.scandir(root):
-        for version in os.scandir(index.path):
+        for entry in os.scandir(index.path):
             with contextlib.suppress(FileNotFoundError):  # another process is removing it
-                if version.is_dir():
-                    yield version.stat().st_mtime, version.path
+                if entry.is_dir():
+                    yield entry.stat().st_mtime, entry.path
 
 
 def _size(folder: str) -> int:

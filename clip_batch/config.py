@@ -71,7 +71,7 @@ class PlanConfig:
     model: str = "ViT-B-32"
     """Any open_clip model name, `hf-hub:...` or `local-dir:...`; `demo`; `fake:DIM` for tests."""
     pretrained: str = ""
-    """open_clip's tag of pretrained weights, or the path of a checkpoint."""
+    """open_clip's tag of pretrained weights, or the path or URL of a checkpoint."""
     preprocess: Literal["exact"] = "exact"
     """exact: the model's own transform, bit for bit."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"

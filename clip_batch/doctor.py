@@ -257,7 +257,7 @@ def _plan(store: Store, works: bool) -> Iterator[Check]:
     spec = plan.encoder
     try:
         with _offline():
-            found: Any = encoders.resolve(spec.model, spec.pretrained, spec.preprocess, spec.precision)
+            found: Any = encoders.resolve(spec.model, spec.pretrained, spec.preprocess, spec.precision, store.options)
     except ClipBatchError as error:
         yield Check("weights", False, f"not on this machine: {error}")
         return
@@ -267,7 +267,7 @@ def _plan(store: Store, works: bool) -> Iterator[Check]:
     if works and fits:
         started = time.monotonic()
         with _offline():
-            encoder = encoders.load(spec)
+            encoder = encoders.load(spec, options=store.options)
             encoder.encode_texts(["a test"])
         seconds = time.monotonic() - started
         yield Check("model", True, f"loads and encodes on {encoders.pick_device('auto')} in {seconds:.1f} s")

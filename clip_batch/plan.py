@@ -62,7 +62,7 @@ def make_plan(
     if config.format == "files":
         shards = [inputs.count_folder(shard, images, captions, options) for shard in shards]
     say(f"{len(shards):,} inputs found")
-    encoder = encoders.resolve(config.model, config.pretrained, config.preprocess, config.precision)
+    encoder = encoders.resolve(config.model, config.pretrained, config.preprocess, config.precision, options)
     draft = Plan((), encoder, config.format, {}, images, captions)
     if not store.exists(PLAN):
         if config.format == "tar":

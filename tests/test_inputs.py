@@ -179,7 +179,7 @@ def test_missing_members_of_a_pattern_are_all_named(folder: Path) -> None:
         (["{}/empty"], "empty holds no tar"),
         (["{}/00.tar", "{}/*.tar"], "more than once: .*00.tar;"),
         (["pipe:cat x"], "pipe:cat x is not run: no other command has a size"),
-        (["pipe:aws s3 cp --region eu-1 s3://b/x.tar -"], "belongs in --storage_options"),
+        (["pipe:aws s3 cp --region eu-1 s3://b/x.tar -"], "belongs in --storage-options"),
         (["pipe:aws s3 cp s3://b/x.tar y.tar"], "of aws only"),
         (["pipe:aws s3 cp s3://b/x.tar - | gunzip"], "of aws only"),
         (["pipe:hdfs dfs -cat /a.tar"], "with one URL"),

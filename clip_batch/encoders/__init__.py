@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clip_batch.errors import EncoderError
+from clip_batch.cache import local_copy
+from clip_batch.errors import EncoderError, InputError
+from clip_batch.store import is_local, local_path
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:
@@ -47,23 +49,32 @@ def _family(model: str) -> Any:
     return open_clip
 
 
-def resolve(model: str, pretrained: str = "", preprocess: str = "exact", precision: str = "fp32") -> EncoderSpec:
-    """The identity of an encoder; EncoderError if its weights cannot be found."""
+def resolve(
+    model: str,
+    pretrained: str = "",
+    preprocess: str = "exact",
+    precision: str = "fp32",
+    options: dict[str, Any] | None = None,
+) -> EncoderSpec:
+    """The identity of an encoder; EncoderError if its weights cannot be found.
+
+    `pretrained` may be a URL, opened with storage `options`.
+    """
     if model.startswith("local-dir:"):
         model = "local-dir:" + os.path.abspath(model.removeprefix("local-dir:"))
     if os.path.isfile(pretrained):  # paths in a plan hold wherever it is read
         pretrained = os.path.abspath(pretrained)
-    weights = _family(model).weights_digest(_located(model), pretrained)
+    weights = _family(model).weights_digest(_located(model), _copied(pretrained, options))
     return EncoderSpec(model, pretrained, weights, preprocess, precision)
 
 
-def load(spec: EncoderSpec, device: str = "auto") -> Encoder:
+def load(spec: EncoderSpec, device: str = "auto", options: dict[str, Any] | None = None) -> Encoder:
     """Load an encoder; EncoderError if its weights are not those of the spec.
 
-    `device` is auto (cuda where there is one), cpu, cuda or cuda:N.
+    `device` is auto (cuda where there is one), cpu, cuda or cuda:N; storage `options` are for weights at a URL.
     """
-    located = replace(spec, model=_located(spec.model))
-    found = _family(spec.model).weights_digest(located.model, spec.pretrained)
+    located = replace(spec, model=_located(spec.model), pretrained=_copied(spec.pretrained, options))
+    found = _family(spec.model).weights_digest(located.model, located.pretrained)
     if found != spec.weights:
         raise EncoderError(
             f"the weights of {spec.model} {spec.pretrained} are {found[:12]}, planned were {spec.weights[:12]}: "
@@ -80,6 +91,16 @@ def _located(model: str) -> str:
     from clip_batch.demo.data import model_path
 
     return f"local-dir:{model_path()}"
+
+
+def _copied(pretrained: str, options: dict[str, Any] | None) -> str:
+    """A checkpoint at a URL copied to this machine's cache, once; anything else as it is."""
+    if "://" not in pretrained or is_local(pretrained):
+        return local_path(pretrained)
+    try:
+        return local_copy(pretrained, options)
+    except (InputError, OSError) as error:
+        raise EncoderError(f"the weights cannot be had: {error}") from None
 
 
 def pick_device(device: str) -> str:

@@ -7,6 +7,7 @@ what is raised (Spark tries again) or answered (it does not).
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -117,7 +118,8 @@ def _embed(work: Work, plan: Plan, todo: list[int], run: Run, context: Any) -> l
     if gpu := context.resources().get("gpu"):
         pin(gpu.addresses)
         config = replace(config, device="cuda:0" if config.device == "auto" else config.device)
-    return embed(work.output, config, todo, work.storage, run, encoder(plan.encoder, config.device))
+    loaded = encoder(plan.encoder, config.device, json.dumps(work.storage.storage_options))
+    return embed(work.output, config, todo, work.storage, run, loaded)
 
 
 def pin(addresses: Sequence[str]) -> None:
@@ -135,12 +137,12 @@ def pin(addresses: Sequence[str]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def encoder(spec: EncoderSpec, device: str) -> Encoder:
+def encoder(spec: EncoderSpec, device: str, options: str) -> Encoder:
     """The encoder of this process: Spark reuses its Python workers, so each loads it once."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
     line = f"process {os.getpid()} loads {spec.model} on {device}, CUDA_VISIBLE_DEVICES={shown}"
     print(f"clip-batch: {line}", file=sys.stderr, flush=True)
-    return encoders.load(spec, device)
+    return encoders.load(spec, device, json.loads(options))
 
 
 def merge_task(

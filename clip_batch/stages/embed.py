@@ -106,7 +106,7 @@ def embed(
         return []
     run = run or Run()
     run.total = len(todo)
-    encoder = encoder or encoders.load(plan.encoder, config.device)
+    encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options)
     gpus = 0 if encoders.pick_device(config.device) == "cpu" else 1
     with recorded(store, run, gpus):
         return _Worker(store, plan, config, storage, run, encoder, gpus).embed(todo)

@@ -117,9 +117,9 @@ class Searcher:
                 spec = self.manifest.encoder
                 if self.config.model or self.config.pretrained:
                     names = self.config.model or spec.model, self.config.pretrained or spec.pretrained
-                    found = encoders.resolve(*names, spec.preprocess, spec.precision)
+                    found = encoders.resolve(*names, spec.preprocess, spec.precision, self.storage.storage_options)
                     spec = replace(found, weights=spec.weights)
-                self._encoder = encoders.load(spec, self.config.device)
+                self._encoder = encoders.load(spec, self.config.device, self.storage.storage_options)
             return self._encoder
 
     def encode_text(self, texts: Sequence[str]) -> Vectors:
