@@ -16,6 +16,9 @@ T = TypeVar("T")
 TRIES = 6
 """Calls in all, before an error that may pass counts as one that does not."""
 
+LONGEST = 240.0
+"""Seconds after which no other try begins: hdfs-native alone waits for three minutes for a dead NameNode."""
+
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
 """Seconds: a pause is drawn from between half of 0.5, 1, 2, 4, ... and all of it, 20 at the most."""
 
@@ -66,14 +69,15 @@ def retried(call: Callable[[], T], what: str, wait: Callable[[float], object] = 
     ("reading s3://bucket/a.tar") and what the store said, caused by the store's own error. `wait`
     takes the seconds of a pause, and may raise to end the waiting.
     """
-    for number in count():
+    started = time.monotonic()
+    for number in count(1):
         try:
             return call()
         except Exception as error:
             if not transient(error):
                 raise
-            if number == TRIES - 1:
+            if number == TRIES or time.monotonic() - started > LONGEST:
                 said = " ".join(str(error).split()) or type(error).__name__
-                raise OSError(f"{what}: {said} ({TRIES} tries); run again once the store answers") from error
-        wait(min(FIRST_PAUSE * 2**number, LONGEST_PAUSE) * random.uniform(0.5, 1))
+                raise OSError(f"{what}: {said} ({number} tries); run again once the store answers") from error
+        wait(min(FIRST_PAUSE * 2 ** (number - 1), LONGEST_PAUSE) * random.uniform(0.5, 1))
     raise AssertionError  # count() does not end
