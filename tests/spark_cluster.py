@@ -8,11 +8,9 @@ process dies with the one that started it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +27,9 @@ from clip_batch.launch.spark import command
 
 GPUS = {"127.0.0.2": "3", "127.0.0.3": "5"}
 """The address of each worker's GPU, as its discovery script tells it."""
+
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
+"""util-linux's word for it: Python's own (preexec_fn) can hang where the test process has threads."""
 
 SMALL = {
     "spark.driver.memory": "512m",
@@ -66,7 +67,7 @@ class Spark:
         if self.pythonpath:
             whole["PYTHONPATH"] = self.pythonpath
         return subprocess.Popen(
-            words, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_die_with_parent
+            [*DIE_WITH_PARENT, *words], env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def run(self, *arguments: str, code: int = 0, env: dict[str, str] | None = None, **conf: Any) -> str:
@@ -85,10 +86,6 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     printed = process.communicate(timeout=500)[0]
     assert process.returncode == code, printed[-6000:]
     return printed
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _environment(home: Path) -> dict[str, str]:
@@ -158,7 +155,7 @@ def _start(home: Path, folder: Path, name: str, host: str, *arguments: str) -> s
             "SPARK_LOCAL_IP": host,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
-        return subprocess.Popen(words, env=env, stdout=log, stderr=log, preexec_fn=_die_with_parent)
+        return subprocess.Popen([*DIE_WITH_PARENT, *words], env=env, stdout=log, stderr=log)
 
 
 def until(happened: Callable[[], Any], seconds: float) -> Any:

@@ -128,7 +128,7 @@ def test_arrays_are_split_under_the_limit_and_slots_keep_their_meaning(cluster: 
 
 
 def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster) -> None:
-    cluster.plan(16, 60, side=96)
+    cluster.plan(32, 8, side=1500)
     _, said = cluster.submit("--tasks", "2", "--batch-size", "2")
     (job,) = jobs(said, "embed")
     cluster.until(lambda: {number % 2 for number in cluster.committed()} == {0, 1})
@@ -143,7 +143,7 @@ def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster)
     cluster.slurm.hurry(f"{job}_1")
     assert set(cluster.slurm.wait(job).values()) == {("COMPLETED", 0)}
     assert [int(fields["Restarts"]) for fields in cluster.slurm.job(f"{job}_1")] == [1]
-    cluster.check(16 * 60)
+    cluster.check(32 * 8)
 
 
 def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
