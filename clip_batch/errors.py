@@ -58,3 +58,6 @@ class Preempted(ClipBatchError):
     """A signal asked the worker to stop; nothing is half done, run it again."""
 
     exit_code = 75
+
+    def __init__(self) -> None:
+        super().__init__("stopped by a signal; what is committed stays, run the same command again")

@@ -26,8 +26,6 @@ _ETAGS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modifi
 _STREAM = 2**20
 _POLL = 0.25  # seconds until a request to stop is noticed
 
-STOPPED = "stopped by a signal; what is committed stays, run the same command again"
-
 T = TypeVar("T")
 Wait = Callable[[float], object]
 
@@ -158,7 +156,7 @@ class Download:
         while unfinished:
             done, unfinished = wait(unfinished, _POLL, FIRST_EXCEPTION)
             if self.stopped():
-                raise Preempted(STOPPED)
+                raise Preempted()
             for task in done:
                 task.result()
 
@@ -174,7 +172,7 @@ class Download:
             if (left := until - time.monotonic()) <= 0:
                 return
             time.sleep(min(left, _POLL))
-        raise Preempted(STOPPED)
+        raise Preempted()
 
     def _run(self, work: Callable[[int, Any], None], start: int, stop: int | None) -> None:
         self.pause(0)

@@ -87,7 +87,7 @@ class Task:
 
 
 def _on_term(*_: Any) -> None:
-    raise Preempted("stopped by a signal; what is committed stays, run the same command again")
+    raise Preempted()
 
 
 def _requeue(checkpoint: Any, rank: int) -> None:

@@ -236,7 +236,7 @@ class _Worker:
         waiting: Future[Encoded] | None = None
         for batch in batches:
             if self.run.stop.is_set():
-                raise Preempted("stopped by a signal; what is committed stays, run the same command again")
+                raise Preempted()
             future = device.submit(self._forward, batch)
             if waiting:
                 yield waiting.result()
