@@ -7,6 +7,7 @@ norm by up to 5e-4, enough to put a near duplicate before the row itself).
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -139,10 +140,21 @@ def _data_start(store: Store, commit: Commit, kind: str) -> int:
     return start
 
 
+_parsing = threading.Lock()
+
+
 def npy_header(file: IO[bytes]) -> Any:
     """(shape, Fortran order, dtype) of an npy file; ValueError if it is none."""
     npy: Any = np.lib.format
-    return npy.read_array_header_1_0(file) if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0(file)
+    with _parsing:  # numpy parses it as Python, and threads that do so at once can break Python 3.11 (gh-106905)
+        return npy.read_array_header_1_0(file) if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0(file)
+
+
+def open_matrix(path: str) -> Half:
+    """A local npy file of float16 rows (n, d), memory-mapped, read only. ValueError if it is none."""
+    with open(path, "rb") as file:
+        shape, _, dtype = npy_header(file)
+        return np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
 
 
 def read_vectors(source: Embeddings, kind: str, start: int, stop: int) -> Half:

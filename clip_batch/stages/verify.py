@@ -15,7 +15,7 @@ from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
 from clip_batch.store import Store, Unavailable
 from clip_batch.types import Commit, Plan, Sample
-from clip_batch.vectors import npy_header
+from clip_batch.vectors import npy_header, open_matrix
 
 
 @dataclass
@@ -147,7 +147,7 @@ def _check_vectors(store: Store, commit: Commit) -> str | None:
     for folder in ("img_emb", "text_emb"):
         name = commit.file(folder) or ""
         with store.fetch(name) as path:
-            vectors = np.load(path, mmap_mode="r")
+            vectors = open_matrix(path)
             for start in range(0, commit.rows, 65_536):
                 norms = np.linalg.norm(vectors[start : start + 65_536].astype(np.float32), axis=1)
                 fine = np.abs(norms - 1) < 5e-3
