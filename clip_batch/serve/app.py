@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from importlib.resources import files
 from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clip_batch import __version__
 from clip_batch.config import SearchConfig, ServeConfig, StorageConfig, parse_bytes
 from clip_batch.errors import ClipBatchError, ConfigError
+from clip_batch.serve.assets import add_page
 from clip_batch.stages.search import Searcher
 from clip_batch.store import Store
 
@@ -65,7 +65,6 @@ def create_app(searchers: dict[str, Searcher], config: ServeConfig = ServeConfig
     """The service over named, opened indices."""
     app = FastAPI(title="clip-batch", version=__version__, docs_url=None, redoc_url=None)
     limit = parse_bytes(config.max_body)
-    page = (files(__package__) / "page.html").read_text()
 
     @app.middleware("http")
     async def bounded(request: Request, call_next: Any) -> Any:
@@ -86,9 +85,7 @@ def create_app(searchers: dict[str, Searcher], config: ServeConfig = ServeConfig
             raise HTTPException(404, f"no index {chosen!r}; there is {', '.join(searchers)}")
         return chosen, searchers[chosen]
 
-    @app.get("/", response_class=HTMLResponse)
-    def home() -> str:
-        return page
+    add_page(app)
 
     @app.get("/healthz")
     def alive() -> dict[str, str]:
