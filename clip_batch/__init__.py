@@ -12,6 +12,7 @@ from clip_batch import errors
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, SearchConfig, ServeConfig, StorageConfig
 
 if TYPE_CHECKING:
+    from clip_batch.client import Client
     from clip_batch.plan import make_plan
     from clip_batch.stages.embed import embed
     from clip_batch.stages.merge import merge
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Client",
     "EmbedConfig",
     "MergeConfig",
     "PlanConfig",
@@ -33,7 +35,13 @@ __all__ = [
     "merge",
 ]
 
-_HOME = {"make_plan": "plan", "embed": "stages.embed", "merge": "stages.merge", "Searcher": "stages.search"}
+_HOME = {
+    "Client": "client",
+    "Searcher": "stages.search",
+    "embed": "stages.embed",
+    "make_plan": "plan",
+    "merge": "stages.merge",
+}
 
 
 def __getattr__(name: str) -> Any:

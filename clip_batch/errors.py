@@ -8,6 +8,8 @@ ClipBatchError
 |-- PartitionFailed  a policy says that too much of a partition is bad        exit 1
 |-- IncompleteError  what is asked needs partitions that are not committed    exit 1
 |-- CorruptError     stored bytes are not the bytes that were committed       exit 1
+|-- ServiceError     a search service refuses a request of our client         exit 1
+|   `-- ServiceUnavailable  it cannot be reached, or has no time now          exit 1
 `-- Preempted        a signal asked the worker to stop; run it again          exit 75
 """
 
@@ -52,6 +54,18 @@ class IncompleteError(ClipBatchError):
 
 class CorruptError(ClipBatchError):
     """Stored bytes are not the bytes that were committed."""
+
+
+class ServiceError(ClipBatchError):
+    """A search service refuses a request of `Client`; `status` is HTTP's, None where there was no answer."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServiceUnavailable(ServiceError):
+    """A search service cannot be reached, or has no time now: ask again later."""
 
 
 class Preempted(ClipBatchError):

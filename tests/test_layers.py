@@ -41,6 +41,7 @@ LAYERS = {
     "workers": 2,
     "stages": 3,
     "doctor": 3,
+    "client": 4,
     "launch": 4,
     "serve": 4,
     "demo": 5,
@@ -56,6 +57,7 @@ HEAVY = {
     "autofaiss": {"index"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
+    "httpx2": {"client"},
     "pyspark": {"launch"},
     "submitit": {"launch"},
 }
@@ -125,6 +127,7 @@ def test_public_surface() -> None:
     assert callable(clip_batch.embed)
     assert callable(clip_batch.make_plan)
     assert callable(clip_batch.merge)
+    assert callable(clip_batch.Client)
     assert callable(clip_batch.Searcher)
     with pytest.raises(AttributeError, match="public names"):
         _ = clip_batch.nonsense

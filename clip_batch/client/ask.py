@@ -1,0 +1,138 @@
+"""What is asked of the service, and what its answers mean: plain data and functions, no connection."""
+
+from __future__ import annotations
+
+import base64
+import math
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
+from urllib.parse import quote
+
+from clip_batch.errors import ConfigError
+from clip_batch.types import Hit
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Vectors = npt.NDArray[np.float32]
+
+Image = str | os.PathLike[str] | bytes
+"""An image file's path, or its bytes."""
+
+
+class Item(TypedDict, total=False):
+    """What to search by: exactly one of these."""
+
+    text: str
+    image: Image
+    image_url: str
+    embedding: npt.ArrayLike
+    id: int
+
+
+class Term(Item, total=False):
+    """One item of a mixture; a negative weight subtracts it."""
+
+    weight: float
+
+
+class Query(Item, total=False):
+    """A search: one item, or `queries` (a weighted mixture), and its options; see /openapi.json."""
+
+    queries: Sequence[Term]
+    index: str
+    modality: str
+    k: int
+    threshold: float
+    effort: int
+    deduplicate: bool
+    safety: bool
+    violence: bool
+    aesthetic: float
+    filters: Sequence[Mapping[str, Any]]
+    columns: Sequence[str]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ask(Generic[T]):
+    """One request, and how its answer is read (from JSON, or from the bytes where `raw`)."""
+
+    method: str
+    path: str
+    body: Any
+    read: Callable[[Any], T]
+    raw: bool = False
+
+
+def search(query: Query) -> Ask[list[Hit]]:
+    return Ask("POST", "v1/search", _plain(query), lambda answer: [_hit(hit) for hit in answer["hits"]])
+
+
+def embed(kind: str, items: Any, index: str | None) -> Ask[Vectors]:
+    items = [items] if isinstance(items, (str, bytes, os.PathLike)) else items
+    body = {kind: [_base64(item) if kind == "image" else item for item in items], "index": index}
+    return Ask("POST", "v1/embed", body, lambda answer: _vectors(answer["embeddings"]))
+
+
+def image(index: str, id: int) -> Ask[bytes]:
+    return Ask("GET", f"v1/image/{quote(index, safe='')}/{operator.index(id)}", None, bytes, raw=True)
+
+
+def metadata(index: str, ids: Sequence[int]) -> Ask[list[dict[str, Any]]]:
+    wanted = [operator.index(id) for id in ids]
+
+    def read(answer: Any) -> list[dict[str, Any]]:
+        found = {row["id"]: row["metadata"] for row in answer}
+        return [found[id] for id in wanted]
+
+    return Ask("POST", "metadata", {"ids": wanted, "indice_name": index}, read)
+
+
+INDICES: Ask[list[dict[str, Any]]] = Ask("GET", "v1/indices", None, lambda answer: list(answer["indices"]))
+
+
+def merge(query: str | Query, common: Query) -> Query:
+    return {**common, "text": query} if isinstance(query, str) else {**common, **query}
+
+
+def _plain(query: Mapping[str, Any]) -> dict[str, Any]:
+    """A query or term as JSON can hold it."""
+    plain = {name: value for name, value in query.items() if value is not None}
+    if "image" in plain:
+        plain["image"] = _base64(plain["image"])
+    if "id" in plain:
+        plain["id"] = operator.index(plain["id"])
+    if "embedding" in plain:
+        plain["embedding"] = _vectors(plain["embedding"]).reshape(-1).tolist()
+        if not all(map(math.isfinite, plain["embedding"])):
+            raise ConfigError("the query embedding holds NaN or infinity")
+    if "queries" in plain:
+        plain["queries"] = [_plain(term) for term in plain["queries"]]
+    return plain
+
+
+def _base64(image: Image) -> str:
+    if not isinstance(image, bytes):
+        try:
+            with open(image, "rb") as file:
+                image = file.read()
+        except OSError as error:
+            raise ConfigError(f"query image {os.fspath(image)!r} cannot be read: {error.strerror}") from None
+    return base64.b64encode(image).decode()
+
+
+def _vectors(rows: Any) -> Vectors:
+    import numpy as np
+
+    return np.asarray(rows, dtype=np.float32)
+
+
+def _hit(hit: Mapping[str, Any]) -> Hit:
+    return Hit(int(hit["id"]), float(hit["score"]), dict(hit["metadata"]))
