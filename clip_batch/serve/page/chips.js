@@ -1,0 +1,30 @@
+// The parts of the query in the search box: a picture or a name, a weight, and a cross.
+
+import { $, el, iconButton } from "./dom.js";
+
+// Pictures of embeddings that were made from a file of this session, by the packed vector.
+export const thumbs = new Map();
+
+function thumb(term, index) {
+  const src = term.kind === "id" ? `v1/image/${encodeURIComponent(index)}/${term.value}` : thumbs.get(term.value);
+  if (!src) return [];
+  const image = el("img", { src, alt: "" });
+  image.onerror = () => image.remove();
+  return [image];
+}
+
+// `change` is called with the new list of terms.
+export function showChips(terms, index, change) {
+  const replace = (place, ...others) => change(terms.toSpliced(place, 1, ...others));
+  $("chips").replaceChildren(...terms.map((term, place) => {
+    const weight = el("input", { type: "number", step: 0.25, min: -100, max: 100, value: String(term.weight), label: `Weight of ${term.label}` });
+    weight.onchange = () => {
+      const wanted = Number(weight.value);
+      if (wanted && Math.abs(wanted) <= 100) replace(place, { ...term, weight: wanted });
+      else weight.value = String(term.weight);
+    };
+    return el("li", { className: term.weight < 0 ? "chip less" : "chip", title: term.label }, ...thumb(term, index),
+      el("span", { className: "name", textContent: term.label }), weight,
+      iconButton("close", `Remove ${term.label}`, () => replace(place)));
+  }));
+}

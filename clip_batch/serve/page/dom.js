@@ -1,0 +1,39 @@
+// Elements from data: text only ever becomes text, and a link only ever leads to http or https.
+
+export const $ = id => document.getElementById(id);
+
+export function el(tag, properties = {}, ...children) {
+  const { data, label, ...rest } = properties;
+  const made = Object.assign(document.createElement(tag), rest);
+  Object.assign(made.dataset, data);
+  if (label) made.setAttribute("aria-label", label);
+  made.append(...children);
+  return made;
+}
+
+export function icon(name) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+  use.setAttribute("href", `#${name}`);
+  svg.setAttribute("aria-hidden", "true");
+  svg.append(use);
+  return svg;
+}
+
+export function iconButton(name, label, onclick) {
+  return el("button", { type: "button", className: "icon", label, title: label, onclick }, icon(name));
+}
+
+// The address if it is one that a person may follow, else null.
+export function safeUrl(value) {
+  if (typeof value !== "string" || !/^https?:\/\//i.test(value)) return null;
+  try {
+    return new URL(value).href;
+  } catch {
+    return null;
+  }
+}
+
+export function link(url, ...children) {
+  return el("a", { href: url, target: "_blank", rel: "noopener noreferrer" }, ...children);
+}

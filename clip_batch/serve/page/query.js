@@ -1,0 +1,91 @@
+// A query: text, weighted terms, options; as the page's address carries it, and as the service is asked.
+
+export const FLAGS = ["deduplicate", "safety", "violence"];
+const KINDS = ["text", "image_url", "embedding", "id"];
+
+export const empty = () => ({
+  text: "", terms: [], index: "", modality: "image", deduplicate: false, safety: false, violence: false, aesthetic: 0,
+});
+
+// Vectors travel as base64url of little-endian float32: 4 bytes a number, exact.
+export function packVector(values) {
+  const bytes = new Uint8Array(values.length * 4);
+  const view = new DataView(bytes.buffer);
+  values.forEach((value, place) => view.setFloat32(place * 4, value, true));
+  return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), ""))
+    .replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+}
+
+export function unpackVector(text) {
+  const bytes = Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), char => char.charCodeAt(0));
+  if (!bytes.length || bytes.length % 4) throw new RangeError("not a vector");
+  const view = new DataView(bytes.buffer);
+  return Array.from({ length: bytes.length / 4 }, (_, place) => view.getFloat32(place * 4, true));
+}
+
+export function toAddress(query) {
+  const parts = new URLSearchParams();
+  if (query.text) parts.set("q", query.text);
+  for (const { weight, kind, value, label } of query.terms) parts.append("t", [weight, kind, value, label].map(escape).join("~"));
+  if (query.index) parts.set("index", query.index);
+  if (query.modality !== "image") parts.set("in", query.modality);
+  for (const flag of FLAGS) if (query[flag]) parts.set(flag, "1");
+  if (query.aesthetic) parts.set("aesthetic", query.aesthetic);
+  return parts.toString();
+}
+
+export function fromAddress(text) {
+  const parts = new URLSearchParams(text);
+  const query = { ...empty(), text: parts.get("q") ?? "", index: parts.get("index") ?? "" };
+  query.terms = parts.getAll("t").map(toTerm).filter(Boolean);
+  query.modality = parts.get("in") === "text" ? "text" : "image";
+  for (const flag of FLAGS) query[flag] = parts.get(flag) === "1";
+  query.aesthetic = Math.min(Math.max(Number(parts.get("aesthetic")) || 0, 0), 1);
+  return query;
+}
+
+// A term is weight~kind~value~label.
+const escape = part => String(part).replaceAll("%", "%25").replaceAll("~", "%7E");
+
+// Addresses come from anywhere: a term that is none is left out.
+function toTerm(text) {
+  const [weight, kind, value, label] = text.split("~").map(part => part.replaceAll("%7E", "~").replaceAll("%25", "%"));
+  const term = { weight: Number(weight), kind, value, label: label || value };
+  if (!KINDS.includes(kind) || !value || !weight || !(Math.abs(term.weight) <= 100)) return null;
+  if (kind === "id") {
+    term.value = Number(value);
+    if (!Number.isSafeInteger(term.value) || term.value < 0) return null;
+  }
+  if (kind === "embedding") {
+    try {
+      unpackVector(value);
+    } catch {
+      return null;
+    }
+  }
+  return term;
+}
+
+export const isEmpty = query => !query.text && !query.terms.length;
+
+export function toRequest(query, k) {
+  const terms = query.terms.map(({ kind, value, weight }) => ({ [kind]: kind === "embedding" ? unpackVector(value) : value, weight }));
+  if (query.text) terms.push({ text: query.text, weight: 1 });
+  const request = { modality: query.modality, k };
+  if (terms.length === 1 && terms[0].weight === 1) {
+    delete terms[0].weight;
+    Object.assign(request, terms[0]);
+  } else request.queries = terms;
+  if (query.index) request.index = query.index;
+  for (const flag of FLAGS) if (query[flag]) request[flag] = true;
+  if (query.aesthetic) request.aesthetic = query.aesthetic;
+  return request;
+}
+
+// In words, for the status line, the title and file names.
+export function describe(query) {
+  const names = query.terms.map(({ kind, label, weight }) =>
+    `${weight < 0 ? "− " : "+ "}${kind === "text" ? `“${label}”` : kind === "id" ? `images like “${label}”` : label}`);
+  if (query.text) names.push(`+ “${query.text}”`);
+  return names.join(" ").replace(/^\+ /, "");
+}
