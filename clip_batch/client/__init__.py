@@ -123,11 +123,11 @@ class Client(_Calls):
 
     def embed_text(self, texts: str | Sequence[str], index: str | None = None) -> Vectors:
         """Vectors float32 (n, d), unit norm, of texts; by the encoder of `index`."""
-        return self._ask(ask.embed("text", texts, index))
+        return ask.stack([self._ask(part) for part in ask.embed("texts", texts, index)])
 
     def embed_image(self, images: Image | Sequence[Image], index: str | None = None) -> Vectors:
         """Vectors float32 (n, d), unit norm, of images."""
-        return self._ask(ask.embed("image", images, index))
+        return ask.stack([self._ask(part) for part in ask.embed("images", images, index)])
 
     def image(self, index: str, id: int) -> bytes:
         """A row's original image file."""
@@ -196,11 +196,11 @@ class AsyncClient(_Calls):
 
     async def embed_text(self, texts: str | Sequence[str], index: str | None = None) -> Vectors:
         """As `Client.embed_text`."""
-        return await self._ask(ask.embed("text", texts, index))
+        return ask.stack([await self._ask(part) for part in ask.embed("texts", texts, index)])
 
     async def embed_image(self, images: Image | Sequence[Image], index: str | None = None) -> Vectors:
         """As `Client.embed_image`."""
-        return await self._ask(ask.embed("image", images, index))
+        return ask.stack([await self._ask(part) for part in ask.embed("images", images, index)])
 
     async def image(self, index: str, id: int) -> bytes:
         """As `Client.image`."""

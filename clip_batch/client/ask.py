@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Image = str | os.PathLike[str] | bytes
 """An image file's path, or its bytes."""
 
+BATCH = 16
+"""Texts or images in one request to embed: what a service takes unless it is told otherwise (`max_queries`)."""
+
 
 class Item(TypedDict, total=False):
     """What to search by: exactly one of these."""
@@ -72,20 +75,27 @@ class Ask(Generic[T]):
 
 
 def search(query: Query) -> Ask[list[Hit]]:
+    """POST /v1/search. ConfigError: an image that cannot be read, a vector with NaN."""
     return Ask("POST", "v1/search", _plain(query), lambda answer: [_hit(hit) for hit in answer["hits"]])
 
 
-def embed(kind: str, items: Any, index: str | None) -> Ask[Vectors]:
-    items = [items] if isinstance(items, (str, bytes, os.PathLike)) else items
-    body = {kind: [_base64(item) if kind == "image" else item for item in items], "index": index}
-    return Ask("POST", "v1/embed", body, lambda answer: _vectors(answer["embeddings"]))
+def embed(kind: str, items: Any, index: str | None) -> list[Ask[Vectors]]:
+    """POST /v1/embed of `kind` "texts" or "images", as many requests as BATCH makes of them."""
+    items = [items] if isinstance(items, (str, bytes, os.PathLike)) else list(items)
+    plain = [_base64(item) if kind == "images" else item for item in items]
+    return [
+        Ask("POST", "v1/embed", {kind: plain[at : at + BATCH], "index": index}, lambda answer: _vectors(answer[kind]))
+        for at in range(0, len(plain), BATCH)
+    ]
 
 
 def image(index: str, id: int) -> Ask[bytes]:
+    """GET /v1/image/{index}/{id}."""
     return Ask("GET", f"v1/image/{quote(index, safe='')}/{operator.index(id)}", None, bytes, raw=True)
 
 
 def metadata(index: str, ids: Sequence[int]) -> Ask[list[dict[str, Any]]]:
+    """POST /metadata, whose answer may be in another order."""
     wanted = [operator.index(id) for id in ids]
 
     def read(answer: Any) -> list[dict[str, Any]]:
@@ -96,9 +106,11 @@ def metadata(index: str, ids: Sequence[int]) -> Ask[list[dict[str, Any]]]:
 
 
 INDICES: Ask[list[dict[str, Any]]] = Ask("GET", "v1/indices", None, lambda answer: list(answer["indices"]))
+"""GET /v1/indices."""
 
 
 def merge(query: str | Query, common: Query) -> Query:
+    """A query of many with what is common to all; its own words count."""
     return {**common, "text": query} if isinstance(query, str) else {**common, **query}
 
 
@@ -126,6 +138,13 @@ def _base64(image: Image) -> str:
         except OSError as error:
             raise ConfigError(f"query image {os.fspath(image)!r} cannot be read: {error.strerror}") from None
     return base64.b64encode(image).decode()
+
+
+def stack(parts: Sequence[Vectors]) -> Vectors:
+    """Rows of several answers, float32 (n, d)."""
+    import numpy as np
+
+    return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
 
 
 def _vectors(rows: Any) -> Vectors:

@@ -113,8 +113,10 @@ async function more() {
     say(`${grid.hits.length} hits for ${describe(mine.query)}`);
     watch();
   } catch (error) {
-    if (mine === answered) mine.done = true;
-    trouble(error);
+    if (mine === answered && error.name !== "AbortError") {   // such as: the service goes no deeper
+      mine.done = true;
+      $("end").textContent = error.message;
+    }
   } finally {
     if (mine === answered) growing = false;
   }
@@ -175,7 +177,7 @@ async function searchFile(file) {
 }
 
 function searchDropped(text) {
-  const own = new RegExp(`^${location.origin}${location.pathname}v1/image/([^/]+)/(\\d+)$`).exec(text);
+  const own = new RegExp(`^${location.origin}${location.pathname}v1/image/([^/]+)/(\\d+)(\\?|$)`).exec(text);
   if (own && decodeURIComponent(own[1]) === indexName()) return go({ text: "", terms: [term("id", Number(own[2]), `row ${own[2]}`)] });
   $("text").value = text;
   submit();

@@ -1,0 +1,50 @@
+"""Hits as a Parquet file, for whoever asks for one: `Accept: application/vnd.apache.parquet`."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Response
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+PARQUET = "application/vnd.apache.parquet"
+"""Parquet's media type, as IANA has it."""
+
+
+def wants_parquet(request: Request) -> bool:
+    """Whether the Accept header names Parquet."""
+    kinds = (kind.partition(";")[0].strip().lower() for kind in request.headers.get("accept", "").split(","))
+    return PARQUET in kinds
+
+
+def parquet(hits: Sequence[Mapping[str, Any]]) -> Response:
+    """One row a hit, best first: id int64, score float32, then the metadata, a column each."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = dict.fromkeys(name for hit in hits for name in hit["metadata"])
+    columns = {
+        name: _column([hit["metadata"].get(name) for hit in hits]) for name in names if name not in ("id", "score")
+    }
+    ids = pa.array([hit["id"] for hit in hits], pa.int64())
+    scores = pa.array([hit["score"] for hit in hits], pa.float32())
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": ids, "score": scores, **columns}), sink)
+    return Response(
+        sink.getvalue(), media_type=PARQUET, headers={"content-disposition": 'attachment; filename="hits.parquet"'}
+    )
+
+
+def _column(values: list[Any]) -> Any:
+    """Values as one Arrow array; what has no common type is kept as JSON text."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([None if value is None else json.dumps(value, ensure_ascii=False) for value in values])
