@@ -270,10 +270,54 @@ class ServeConfig:
     """Port to listen on (clip-retrieval's default)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    model: str = ""
+    """Where the encoder lies on this machine, if not where it was planned; its weights must match."""
+    pretrained: str = ""
+    """Likewise."""
+    poll: float = 5.0
+    """Seconds between looks at CURRENT; a new version is opened beside the old one, then takes its place; 0: never."""
+    token: str = ""
+    """What clients must send as `Authorization: Bearer TOKEN`; best given as CLIP_BATCH_TOKEN."""
+    cors: list[str] = field(default_factory=list)
+    """Origins whose pages may ask, such as https://example.org; * for any."""
+    columns: list[str] = field(default_factory=list)
+    """Metadata columns that answers carry; default: all. `image` adds the image itself to /knn-service, in base64."""
     max_k: int = 10_000
     """Hits a request may ask for."""
+    max_scan: int = 100_000
+    """Candidates that a request with filters may look through."""
+    max_queries: int = 16
+    """Queries that a request may mix, or embed."""
     max_body: str = "20MB"
-    """Size of a request."""
+    """Size of a request, and of an image that is fetched."""
+    max_pixels: int = 50_000_000
+    """Width times height of an image that searches."""
+    max_pending: int = 256
+    """Requests at work or waiting; more are told to come again (503)."""
+    rate: float = 0.0
+    """Requests a second that each client's address may make; 0: any number."""
+    rate_burst: int = 50
+    """Requests that a client may make at once before `rate` holds."""
+    image_url: bool = False
+    """Let requests name an image by its URL, which this machine then fetches; never from private addresses."""
+    image_url_private: bool = False
+    """Fetch from private and loopback addresses too: whoever may ask then reaches them. For tests."""
+    fetch_timeout: float = 10.0
+    """Seconds for an image's fetch, redirects and all."""
+    query_batch: int = 32
+    """Queries that are encoded together."""
+    query_wait: float = 2.0
+    """Milliseconds that the first of them waits for more."""
+    text_cache: str = "64MB"
+    """Memory for the vectors of texts asked before."""
+    serve_threads: int = 0
+    """Threads that search, read metadata and images; 0: two a core."""
+    aesthetic_head: str = ""
+    """FILE or URL of weights that judge beauty, with #sha256=...&activation=relu&output=sigmoid as they need."""
+    safety_head: str = ""
+    """Likewise, for hits that are not safe to show."""
+    violence_head: str = ""
+    """Likewise, for hits that show violence."""
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

@@ -1,190 +1,121 @@
-"""The HTTP service: JSON search, original images read from their tars by byte range, one page."""
+"""The HTTP service: its routes put together, its limits around them, and the server that runs it."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import math
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import PlainTextResponse
+from starlette.exceptions import HTTPException
 
 from clip_batch import __version__
-from clip_batch.config import SearchConfig, ServeConfig, StorageConfig, parse_bytes
+from clip_batch.config import ServeConfig, StorageConfig
 from clip_batch.errors import ClipBatchError, ConfigError
+from clip_batch.serve import v1, wire
 from clip_batch.serve.assets import add_page
-from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
-
-_MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PN": "image/png", b"RIF": "image/webp", b"GIF": "image/gif"}
-
-
-class SearchRequest(BaseModel):
-    """One query: exactly one of `text`, `image` (base64 of a file), `embedding` and `id`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: str | None = Field(None, max_length=10_000)
-    image: str | None = Field(None, description="base64 of an image file")
-    embedding: list[float] | None = None
-    id: int | None = Field(None, ge=0, lt=2**63, description="a row of the index, to find others like it")
-    index: str | None = Field(None, description="an index's name; the first one where it is absent")
-    modality: Literal["image", "text"] = "image"
-    k: int = Field(10, ge=1)
-    effort: int | None = Field(None, ge=1, le=1_000_000, description="nprobe or efSearch; what merge tuned if absent")
-
-    @model_validator(mode="after")
-    def _one_query(self) -> SearchRequest:
-        given = [self.text, self.image, self.embedding, self.id]
-        if sum(value is not None for value in given) != 1:
-            raise ValueError("give exactly one of text, image, embedding and id")
-        if self.embedding is not None and not all(math.isfinite(value) for value in self.embedding):
-            raise ValueError("embedding holds NaN or infinity")
-        return self
+from clip_batch.serve.errors import Refused
+from clip_batch.serve.limits import Guard, answer, refusal
+from clip_batch.serve.openapi import describe
+from clip_batch.serve.schema import EmbedRequest, SearchRequest
+from clip_batch.serve.service import Service
 
 
-class HitModel(BaseModel):
-    """One hit; `image` is the path of its picture on this server, null where there is none."""
+def create_app(
+    indices: Mapping[str, str], config: ServeConfig = ServeConfig(), storage: StorageConfig = StorageConfig()
+) -> FastAPI:
+    """The service over named indices (name -> INDEX). ConfigError: there is no index, or an option does not fit."""
+    service = Service(indices, config, storage)
 
-    id: int
-    score: float
-    image: str | None
-    metadata: dict[str, Any]
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.indices.start()
+        yield
+        await service.close()
 
-
-class SearchResponse(BaseModel):
-    """Hits, best first."""
-
-    index: str
-    hits: list[HitModel]
-
-
-def create_app(searchers: dict[str, Searcher], config: ServeConfig = ServeConfig()) -> FastAPI:
-    """The service over named, opened indices."""
-    app = FastAPI(title="clip-batch", version=__version__, docs_url=None, redoc_url=None)
-    limit = parse_bytes(config.max_body)
-
-    @app.middleware("http")
-    async def bounded(request: Request, call_next: Any) -> Any:
-        length = request.headers.get("content-length", "0")
-        if request.method == "POST" and "content-length" not in request.headers:
-            return JSONResponse({"detail": "a request needs a Content-Length"}, 411)
-        if not length.isdigit() or int(length) > limit:
-            return JSONResponse({"detail": f"a request may have {limit} bytes at most"}, 413)
-        return await call_next(request)
-
-    @app.exception_handler(ClipBatchError)
-    async def refused(_: Request, error: ClipBatchError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 400 if isinstance(error, ConfigError) else 503)
-
-    def find(name: str | None) -> tuple[str, Searcher]:
-        chosen = name or next(iter(searchers))
-        if chosen not in searchers:
-            raise HTTPException(404, f"no index {chosen!r}; there is {', '.join(searchers)}")
-        return chosen, searchers[chosen]
-
+    app = FastAPI(title="clip-batch", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service = service
+    _health(app, service)
     add_page(app)
-
-    @app.get("/healthz")
-    def alive() -> dict[str, str]:
-        return {"status": "ok", "version": __version__}
-
-    @app.get("/readyz")
-    def ready() -> dict[str, Any]:
-        return {"indices": {name: searcher.manifest.rows for name, searcher in searchers.items()}}
-
-    @app.get("/indices-list")
-    def names() -> list[str]:
-        return list(searchers)
-
-    @app.post("/v1/search")
-    def search(request: SearchRequest) -> SearchResponse:
-        name, searcher = find(request.index)
-        if request.k > config.max_k:
-            raise HTTPException(422, f"k may be {config.max_k} at most")
-        hits = searcher.search(_vector(searcher, request), request.k, request.modality, request.effort)[0]
-        return SearchResponse(index=name, hits=[_hit(name, hit) for hit in hits])
-
-    @app.get("/v1/image/{index}/{row}")
-    def image(index: str, row: int) -> Response:
-        _, searcher = find(index)
-        if not 0 <= row < searcher.manifest.rows:
-            raise HTTPException(404, f"index {index} has rows 0 to {searcher.manifest.rows - 1}")
-        data = read_image(searcher.metadata([row])[0], searcher.storage)
-        if data is None:
-            raise HTTPException(404, "this row's image has no byte range in a tar")
-        kind = next((kind for magic, kind in _MEDIA.items() if data.startswith(magic)), "application/octet-stream")
-        headers = {"cache-control": "max-age=3600", "x-content-type-options": "nosniff"}
-        return Response(data, media_type=kind, headers=headers)
-
+    app.include_router(wire.router(service))
+    app.include_router(v1.router(service))
+    describe(app, [SearchRequest, EmbedRequest, wire.KnnRequest, wire.MetadataRequest])
+    _errors(app)
+    app.add_middleware(Guard, config=config, metrics=service.metrics)
+    if config.cors:  # outermost: a browser must be able to read refusals too
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors, allow_methods=["*"], allow_headers=["*"])
     return app
 
 
-def _vector(searcher: Searcher, request: SearchRequest) -> Any:
-    if request.text is not None:
-        return searcher.encode_text([request.text])
-    if request.image is not None:
-        try:
-            data = base64.b64decode(request.image.rpartition(",")[2], validate=True)
-        except binascii.Error as error:
-            raise HTTPException(422, f"image is not base64: {error}") from None
-        return searcher.encode_image(data)
-    if request.embedding is not None:
-        import numpy as np
+def _health(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz")
+    async def alive() -> dict[str, str]:
+        """That the server runs."""
+        return {"status": "ok", "version": __version__}
 
-        return np.asarray(request.embedding, np.float32)
-    assert request.id is not None
-    if request.id >= searcher.manifest.rows:
-        raise HTTPException(404, f"the index has rows 0 to {searcher.manifest.rows - 1}")
-    return searcher.reconstruct([request.id], "image")
+    @app.get("/readyz", responses={503: {"description": "An index, its metadata or its encoder is not ready."}})
+    async def ready() -> Response:
+        """That every index is open with the encoder that made it, or why not."""
+        problems, indices = service.indices.problems(), service.indices.rows()
+        data = {"indices": indices, "problems": problems, "warnings": service.indices.warnings()}
+        return answer(data, 503 if problems else 200)
 
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """What is measured, for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-def _hit(index: str, hit: Any) -> HitModel:
-    has_image = hit.metadata.get("offset") is not None
-    metadata = {name: value for name, value in hit.metadata.items() if value is not None}
-    path = f"/v1/image/{index}/{hit.id}" if has_image else None
-    return HitModel(id=hit.id, score=hit.score, image=path, metadata=_finite(metadata))
+    @app.get("/metrics-summary", response_class=PlainTextResponse)
+    async def summary() -> str:
+        """The steps of a search with their share, for people."""
+        return service.metrics.summary()
 
 
-def _finite(metadata: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in metadata.items()
-    }
+def _errors(app: FastAPI) -> None:
+    """Every error as {"detail": one line, "field": where}."""
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return refusal(error)
+
+    @app.exception_handler(ClipBatchError)
+    async def failed(_: Request, error: ClipBatchError) -> Response:
+        return refusal(Refused(400 if isinstance(error, ConfigError) else 503, str(error)))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> Response:
+        found = refusal(Refused(error.status_code, str(error.detail)))
+        found.headers.update(error.headers or {})
+        return found
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first: dict[str, Any] = error.errors()[0]
+        field = ".".join(map(str, first["loc"][1:]))
+        return refusal(Refused(422, f"{field}: {first['msg']}", field))
 
 
-def read_image(row: dict[str, Any], storage: StorageConfig) -> bytes | None:
-    """A row's image bytes, by the byte range in its tar; None where it has none.
-
-    `shard` is the planner's own URL (a side-car field of that name never gets there), so data
-    cannot name a file of this machine.
-    """
-    if row.get("offset") is None or row.get("length") is None:
-        return None
-    folder, _, name = row["shard"].rpartition("/")
-    try:
-        with Store(folder, storage.storage_options).open(name) as file:
-            file.seek(row["offset"])
-            return file.read(row["length"])
-    except OSError:
-        return None
+def parse_indices(specs: list[str]) -> dict[str, str]:
+    """name -> INDEX of specs, each INDEX or NAME=INDEX; ConfigError where a name comes twice."""
+    named: dict[str, str] = {}
+    for number, spec in enumerate(specs):
+        name, given, url = spec.partition("=")
+        if not given or "/" in name:  # a URL may hold = itself
+            name, url = "index" if len(specs) == 1 else f"index{number}", spec
+        if name in named:
+            raise ConfigError(f"two indices are named {name!r}: give NAME=INDEX")
+        named[name] = url
+    return named
 
 
 def run(indices: list[str], config: ServeConfig, storage: StorageConfig) -> None:
     """Open the indices (each INDEX or NAME=INDEX) and serve until a signal."""
     import uvicorn
 
-    search = SearchConfig(device=config.device)
-    searchers = {}
-    for number, spec in enumerate(indices):
-        name, given, url = spec.rpartition("=")
-        name = name if given else ("index" if len(indices) == 1 else f"index{number}")
-        if name in searchers:
-            raise ConfigError(f"two indices are named {name!r}: give NAME=INDEX")
-        searchers[name] = Searcher(url, storage, config=search)
-        searchers[name].encode_text(["warm up"])
-    print(f"serving {', '.join(searchers)} at http://{config.host}:{config.port}/", flush=True)
-    uvicorn.run(create_app(searchers, config), host=config.host, port=config.port, log_level="warning")
+    named = parse_indices(indices)
+    app = create_app(named, config, storage)
+    print(f"serving {', '.join(named)} at http://{config.host}:{config.port}/", flush=True)
+    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)

@@ -1,0 +1,225 @@
+"""The indices that are served, each in its live version; a new version takes the place of the old one unnoticed.
+
+A request holds the version it began with until it ends; a version that was replaced is closed when nobody
+holds it. All bookkeeping is on the event loop; opening, warming and closing are in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clip_batch.config import SearchConfig
+from clip_batch.errors import ClipBatchError, ConfigError, EncoderError
+from clip_batch.manifest import current_version
+from clip_batch.serve.batching import Encoding
+from clip_batch.serve.errors import Refused
+from clip_batch.stages.search import Searcher
+from clip_batch.store import Store
+
+if TYPE_CHECKING:
+    from clip_batch.config import ServeConfig, StorageConfig
+    from clip_batch.serve.metrics import Metrics
+
+log = logging.getLogger("clip_batch.serve")
+
+
+class Version:
+    """One opened version of an index, and how many requests hold it."""
+
+    def __init__(self, searcher: Searcher) -> None:
+        self.searcher, self.manifest = searcher, searcher.manifest
+        self.columns = list(searcher.metadata([0])[0]) if self.manifest.rows else []
+        self.modalities = list(self.manifest.key)
+        self.users, self.retired = 0, False
+
+    def warm(self) -> None:
+        """Touch what the first request would touch."""
+        if self.manifest.rows:
+            vector = np.full(self.manifest.dim, self.manifest.dim**-0.5, np.float32)
+            for modality in self.modalities:
+                self.searcher.search(vector, 10, modality)
+
+
+class _Index:
+    def __init__(self, name: str, url: str) -> None:
+        self.name, self.url = name, url
+        self.version: Version | None = None
+        self.problem: str | None = None
+
+
+class Indices:
+    """Named indices. Errors of the constructor: ConfigError, where there is no index; others are retried."""
+
+    def __init__(self, urls: Mapping[str, str], config: ServeConfig, storage: StorageConfig, metrics: Metrics) -> None:
+        self._config, self._storage, self._metrics = config, storage, metrics
+        self._indices = {name: _Index(name, url) for name, url in urls.items()}
+        self._encodings: dict[str, asyncio.Task[Encoding]] = {}
+        self._open: set[Version] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        for index in self._indices.values():
+            try:
+                self._install(index, self._opened(index))
+            except ConfigError:
+                raise
+            except (ClipBatchError, OSError) as error:
+                self._fail(index, error)
+
+    @property
+    def names(self) -> list[str]:
+        """In the order they were given; the first is what a request means that names none."""
+        return list(self._indices)
+
+    @contextlib.contextmanager
+    def use(self, name: str | None, field: str = "index") -> Iterator[tuple[str, Version]]:
+        """An index's name and live version, which stays open within the block. Refused: 404 unknown, 503 not open."""
+        index = self._indices.get(name or self.names[0])
+        if index is None:
+            raise Refused(404, f"{field}: no index {name!r}; there is {', '.join(self.names)}", field)
+        version = index.version
+        if version is None:
+            raise Refused(503, f"index {index.name} cannot be served: {index.problem}")
+        version.users += 1
+        try:
+            yield index.name, version
+        finally:
+            version.users -= 1
+            self._close_if_done(version)
+
+    async def encoding(self, version: Version) -> Encoding:
+        """The encoder that made a version; EncoderError if it is not here or not the one."""
+        key = version.manifest.encoder.fingerprint
+        if key not in self._encodings:
+            self._encodings[key] = asyncio.create_task(asyncio.to_thread(self._load, version.searcher))
+        return await asyncio.shield(self._encodings[key])
+
+    def _load(self, searcher: Searcher) -> Encoding:
+        encoder, manifest = searcher.encoder, searcher.manifest
+        if encoder.dim != manifest.dim:
+            raise EncoderError(f"the encoder has {encoder.dim} dimensions, index {manifest.version} {manifest.dim}")
+        encoder.encode_texts(["warm up"])
+        return Encoding(encoder, self._config, self._metrics)
+
+    def problems(self) -> dict[str, str]:
+        """Why each index that cannot be searched by text cannot; {} when all is ready."""
+        found = {}
+        for index in self._indices.values():
+            if index.version is None:
+                found[index.name] = index.problem or "not open"
+                continue
+            task = self._encodings.get(index.version.manifest.encoder.fingerprint)
+            if task is None or not task.done():
+                found[index.name] = "its encoder is being loaded"
+            elif error := task.exception():
+                found[index.name] = str(error)
+        return found
+
+    def closed(self) -> list[str]:
+        """Names of indices of which no version is open."""
+        return [index.name for index in self._indices.values() if index.version is None]
+
+    def rows(self) -> dict[str, int]:
+        """Rows of each open index."""
+        return {i.name: i.version.manifest.rows for i in self._indices.values() if i.version is not None}
+
+    def warnings(self) -> dict[str, str]:
+        """Why the version that CURRENT names does not serve yet, where an older one does."""
+        return {i.name: i.problem for i in self._indices.values() if i.version is not None and i.problem is not None}
+
+    def start(self) -> None:
+        """Load the encoders, and begin to look for new versions. On the event loop."""
+        self._spawn(self._run())
+
+    async def _run(self) -> None:
+        for index in self._indices.values():
+            await self._prepare(index)
+        while self._config.poll > 0:
+            await asyncio.sleep(self._config.poll)
+            for index in self._indices.values():
+                await self.refresh(index.name)
+
+    async def _prepare(self, index: _Index) -> None:
+        if index.version is not None:
+            with contextlib.suppress(ClipBatchError, OSError):  # readyz tells of it
+                await self.encoding(index.version)
+
+    async def refresh(self, name: str) -> None:
+        """Let the version that CURRENT names serve, once it is open, warm and has its encoder."""
+        index = self._indices[name]
+        try:
+            named = await asyncio.to_thread(current_version, Store(index.url, self._storage.storage_options))
+            self._forget_failed()
+            if index.version is not None and named in (None, index.version.manifest.version):
+                index.problem = None
+                await self._prepare(index)
+                return
+            version = await asyncio.to_thread(self._opened, index)
+            try:
+                await asyncio.to_thread(version.warm)
+                if name not in self.problems():  # the old one serves until the new one can do all it does
+                    await self.encoding(version)
+            except BaseException:
+                await asyncio.to_thread(version.searcher.close)
+                raise
+            self._install(index, version)
+            await self._prepare(index)
+        except (ClipBatchError, OSError) as error:
+            self._fail(index, error)
+
+    def _opened(self, index: _Index) -> Version:
+        config = self._config
+        search = SearchConfig(device=config.device, model=config.model, pretrained=config.pretrained)
+        return Version(Searcher(index.url, self._storage, config=search))
+
+    def _install(self, index: _Index, version: Version) -> None:
+        old, index.version, index.problem = index.version, version, None
+        self._open.add(version)
+        self._metrics.rows.labels(index.name, version.manifest.version).set(version.manifest.rows)
+        if old is not None:
+            self._metrics.rows.remove(index.name, old.manifest.version)
+            self._metrics.swaps.labels(index.name).inc()
+            log.warning("index %s: version %s serves now", index.name, version.manifest.version)
+            old.retired = True
+            self._close_if_done(old)
+
+    def _fail(self, index: _Index, error: Exception) -> None:
+        if index.problem != str(error):
+            log.error("index %s: %s", index.name, error)
+        index.problem = str(error)
+
+    def _close_if_done(self, version: Version) -> None:
+        if version.retired and not version.users and version in self._open:
+            self._open.remove(version)
+            self._spawn(asyncio.to_thread(version.searcher.close))
+            used = {other.manifest.encoder.fingerprint for other in self._open}
+            for key in set(self._encodings) - used:
+                task = self._encodings.pop(key)
+                if task.done() and not task.exception():
+                    task.result().close()
+
+    def _forget_failed(self) -> None:
+        """So that an encoder that was not there is looked for again."""
+        for key, task in list(self._encodings.items()):
+            if task.done() and task.exception():
+                del self._encodings[key]
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Close all, at the end of the service."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for encoding in self._encodings.values():
+            if encoding.done() and not encoding.exception():
+                encoding.result().close()
+        for version in self._open:
+            await asyncio.to_thread(version.searcher.close)

@@ -1,0 +1,196 @@
+"""clip-retrieval's endpoints: its Python client and its web page ask here what they ask its own service.
+
+Its service answers 500 to requests it does not expect; here those are 4xx. What this server has no head for
+(the client asks for safety, violence and beauty by default) is left out, as there.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from clip_batch.serve.errors import Refused
+from clip_batch.serve.find import Vectors, Wanted, check, find, metadata
+from clip_batch.serve.images import read_image
+from clip_batch.serve.limits import answer, read
+from clip_batch.serve.live import Version
+from clip_batch.serve.metrics import REQUEST
+from clip_batch.serve.openapi import REFUSALS, takes
+from clip_batch.serve.schema import MOST
+from clip_batch.serve.service import Service, checked, decode_base64, unit
+from clip_batch.serve.v1 import image_path, shown
+
+DUPLICATES = 0.94
+"""The cosine from which clip-retrieval takes two hits for one."""
+
+_BEST, _MIDDLE = 9, 4.5
+"""Of its ratings, which begin at 0."""
+
+_NoneIfEmpty = BeforeValidator(lambda value: None if value == "" else value)
+"""Its page sends "" for what is not chosen."""
+
+
+class KnnRequest(BaseModel):
+    """A search as clip-retrieval takes it: the first of text, image, image_url and embedding_input that is given."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    text: str | None = Field(None, max_length=10_000)
+    image: str | None = Field(None, description="base64 of an image file")
+    image_url: str | None = Field(None, max_length=2048)
+    embedding_input: list[float] | None = Field(None, max_length=MOST)
+    modality: Literal["image", "text"] = "image"
+    num_images: int = Field(100, ge=0, lt=2**31, description="hits that carry metadata")
+    num_result_ids: int | None = Field(None, ge=1, lt=2**31, description="hits; as num_images if absent")
+    indice_name: str | None = Field(None, max_length=1000)
+    use_mclip: bool | None = Field(False, description="taken, and ignored: an index has one encoder")
+    deduplicate: bool | None = False
+    use_safety_model: bool | None = False
+    use_violence_detector: bool | None = False
+    aesthetic_score: Annotated[int | None, _NoneIfEmpty] = Field(None, ge=0, le=_BEST)
+    aesthetic_weight: Annotated[float | None, _NoneIfEmpty] = Field(None, ge=-100, le=100)
+
+
+class MetadataRequest(BaseModel):
+    """Rows whose metadata is wanted."""
+
+    ids: list[int] = Field(max_length=2**20)
+    indice_name: str | None = Field(None, max_length=1000)
+
+
+class KnnHit(BaseModel):
+    """A hit; its metadata stands beside these two."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: int
+    similarity: float
+
+
+class RowMetadata(BaseModel):
+    """A row's metadata."""
+
+    id: int
+    metadata: dict[str, Any]
+
+
+def router(service: Service) -> APIRouter:
+    """The routes over a service."""
+    routes = APIRouter(responses=REFUSALS)
+
+    @routes.get("/indices-list", response_model=list[str])
+    async def names() -> Response:
+        """The names of the indices."""
+        return answer(service.indices.names)
+
+    @routes.post("/knn-service", response_model=list[KnnHit], openapi_extra=takes(KnnRequest))
+    async def knn(request: Request) -> Response:
+        """The best hits; the first num_images of them with their metadata."""
+        with service.metrics.steps[REQUEST].time():
+            asked = await read(request, KnnRequest, service.max_body)
+            k = asked.num_images if asked.num_result_ids is None else asked.num_result_ids
+            if not 1 <= k <= service.config.max_k:
+                field = "num_images" if asked.num_result_ids is None else "num_result_ids"
+                raise Refused(422, f"{field}: from 1 to {service.config.max_k} on this server", field)
+            with service.indices.use(asked.indice_name, "indice_name") as (name, version):
+                wanted = _wanted(service, asked, k)
+                check(service, version, wanted)
+                vector = _beautified(service, version, asked, await _vector(service, version, asked))
+                base = _base(request)
+
+                def respond() -> Response:
+                    found = find(service, version, vector, wanted)
+                    hits = _rows(service, name, version, found.ids[: asked.num_images].tolist(), base)
+                    hits += [{} for _ in found.ids[asked.num_images :]]
+                    for hit, id, score in zip(hits, found.ids.tolist(), found.scores.tolist(), strict=True):
+                        hit.update(id=id, similarity=score)
+                    return answer(hits)
+
+                return await service.threads.run(respond)
+
+    @routes.post("/metadata", response_model=list[RowMetadata], openapi_extra=takes(MetadataRequest))
+    async def rows(request: Request) -> Response:
+        """The metadata of rows, in the order asked."""
+        asked = await read(request, MetadataRequest, service.max_body)
+        if len(asked.ids) > service.config.max_k:
+            raise Refused(422, f"ids: {service.config.max_k} at most on this server", "ids")
+        with service.indices.use(asked.indice_name, "indice_name") as (name, version):
+            last = version.manifest.rows - 1
+            if any(not 0 <= id <= last for id in asked.ids):
+                raise Refused(404, f"ids: the index has rows 0 to {last}", "ids")
+            base = _base(request)
+
+            def respond() -> Response:
+                found = _rows(service, name, version, asked.ids, base)
+                return answer([{"id": id, "metadata": row} for id, row in zip(asked.ids, found, strict=True)])
+
+            return await service.threads.run(respond)
+
+    return routes
+
+
+def _wanted(service: Service, asked: KnnRequest, k: int) -> Wanted:
+    heads = service.heads
+    aesthetic = None
+    if heads.aesthetic is not None and asked.aesthetic_score is not None:
+        aesthetic = (asked.aesthetic_weight or 0.0) * (asked.aesthetic_score - _MIDDLE) / _MIDDLE
+    return Wanted(
+        k=k,
+        scan=k,  # what is left out is not made up for, as there
+        modality=asked.modality,
+        duplicates=DUPLICATES if asked.deduplicate else None,
+        safety=bool(asked.use_safety_model) and heads.safety is not None,
+        violence=bool(asked.use_violence_detector) and heads.violence is not None,
+        aesthetic=aesthetic,
+    )
+
+
+async def _vector(service: Service, version: Version, asked: KnnRequest) -> Vectors:
+    if asked.text:
+        return await service.text(version, asked.text)
+    if asked.image:
+        return await service.image(version, decode_base64(asked.image, "image"))
+    if asked.image_url:
+        return await service.image(version, await service.download(asked.image_url), "image_url")
+    if asked.embedding_input:
+        return checked(asked.embedding_input, version, "embedding_input")
+    raise Refused(422, "give one of text, image, image_url and embedding_input", "text")
+
+
+def _beautified(service: Service, version: Version, asked: KnnRequest, vector: Vectors) -> Vectors:
+    """The query moved towards the vector of a rating, where the aesthetic head is such vectors."""
+    ratings = service.heads.ratings
+    if ratings is None or asked.aesthetic_score is None or ratings.shape[1] != version.manifest.dim:
+        return vector
+    rating = ratings[round(asked.aesthetic_score * (len(ratings) - 1) / _BEST)]
+    return unit(vector + (asked.aesthetic_weight or 0.0) * rating, "aesthetic_weight")
+
+
+def _rows(service: Service, name: str, version: Version, ids: list[int], base: str) -> list[dict[str, Any]]:
+    """Metadata as clip-retrieval's page and client show it: `url` leads to the image, `image` is it in base64."""
+    rows, readable = metadata(service, version, np.asarray(ids, np.int64), shown(service, version))
+    within = "image" in service.config.columns
+    for id, row, can in zip(ids, rows, readable, strict=True):
+        if can and "url" not in version.columns:
+            row["url"] = base + image_path(name, version, id)
+        if can and within:
+            data = read_image(version.searcher.metadata([id])[0], version.searcher.storage)
+            if data is not None:
+                row["image"] = base64.b64encode(data).decode()
+    return rows
+
+
+def _base(request: Request) -> str:
+    """Where the client reached this server; "" if it does not say so plainly."""
+    host = request.headers.get("host", "")
+    root = request.scope.get("root_path", "")
+    return (
+        f"{request.url.scheme}://{host}{root}"
+        if re.fullmatch(r"[\w.\-]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?", host)
+        else ""
+    )

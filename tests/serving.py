@@ -1,0 +1,44 @@
+"""An index to serve in tests: tars of JPEGs, planned, embedded and merged with the fake encoder; and asking it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastapi.testclient import TestClient
+
+from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, ServeConfig, StorageConfig
+from clip_batch.launch.local import run_worker
+from clip_batch.plan import make_plan
+from clip_batch.serve.app import create_app
+from clip_batch.stages.merge import merge
+from tests.corpus import good_tar
+
+MODEL = "fake:8"
+ROWS = 60
+
+
+def make_index(folder: Path, rows: int = ROWS, seed: int = 0, model: str = MODEL, key: str = "auto") -> str:
+    """INDEX of two tars of `rows` samples in all, in two index shards; every fifth has no caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = [i % 5 != 4 for i in range(rows // 2)]
+    tars = [good_tar(str(folder / f"{i}.tar"), rows // 2, seed + i, captions=captions) for i in range(2)]
+    output = str(folder / "out")
+    make_plan(PlanConfig(input=tars, model=model), output, StorageConfig())
+    assert all(
+        outcome.state == "committed"
+        for outcome in run_worker(output, None, EmbedConfig(progress=False), StorageConfig())
+    )
+    index = str(folder / "index")
+    merge(output, index, MergeConfig(shard_rows=rows // 2 + 1, queries=5, index_key=key), StorageConfig())
+    return index
+
+
+@contextlib.contextmanager
+def served(index: str, storage: StorageConfig = StorageConfig(), **options: Any) -> Iterator[TestClient]:
+    """A client of an app over an index, within its own event loop."""
+    app = create_app({"index": index}, ServeConfig(**options), storage)
+    with TestClient(app, base_url="http://localhost:1234", raise_server_exceptions=True) as client:
+        yield client
