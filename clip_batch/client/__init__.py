@@ -42,12 +42,13 @@ class _Calls:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"service URL {url!r} does not start with http:// or https://")
         try:
-            self.url = str(httpx2.URL(url)).rstrip("/")
+            parsed = httpx2.URL(url)
         except httpx2.InvalidURL as error:
             raise ConfigError(f"service URL {url!r}: {error}") from None
+        self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/")  # messages carry it, so without a password
         self.retries = retries
         self._options: dict[str, Any] = {
-            "base_url": self.url + "/",
+            "base_url": str(parsed).rstrip("/") + "/",
             "timeout": timeout,
             "headers": {"authorization": f"Bearer {token}"} if token else {},
         }
@@ -68,7 +69,8 @@ class _Calls:
         if isinstance(result, httpx2.HTTPError):
             # After a read timeout the service is still at it: asking again would only load it more.
             if last or not isinstance(result, (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ConnectTimeout)):
-                raise ServiceUnavailable(f"{self.url}: {_one_line(str(result) or type(result).__name__)}") from result
+                why = _one_line(str(result) or type(result).__name__)
+                raise ServiceUnavailable(f"{self.url} does not answer: {why}") from result
             return back_off(attempt)
         if result.is_success:
             return result

@@ -86,6 +86,6 @@ export function toRequest(query, k) {
 export function describe(query) {
   const names = query.terms.map(({ kind, label, weight }) =>
     `${weight < 0 ? "− " : "+ "}${kind === "text" ? `“${label}”` : kind === "id" ? `images like “${label}”` : label}`);
-  if (query.text) names.push(`+ “${query.text}”`);
+  if (query.text) names.unshift(`+ “${query.text}”`);
   return names.join(" ").replace(/^\+ /, "");
 }
