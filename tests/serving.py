@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from clip_batch.plan import make_plan
 from clip_batch.serve.app import create_app
 from clip_batch.stages.merge import merge
 from tests.corpus import good_tar
+from tests.processes import free_ports
 
 MODEL = "fake:8"
 ROWS = 60
@@ -42,3 +47,25 @@ def served(index: str, storage: StorageConfig = StorageConfig(), **options: Any)
     app = create_app({"index": index}, ServeConfig(**options), storage)
     with TestClient(app, base_url="http://localhost:1234", raise_server_exceptions=True) as client:
         yield client
+
+
+@contextlib.contextmanager
+def running(index: str, *flags: str) -> Iterator[str]:
+    """The address of `clip-batch serve` over an index, in a process of its own."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "clip_batch", "serve", "--index", f"index={index}", "--port", str(port), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        assert "serving" in process.stdout.readline()
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{url}/readyz", timeout=5).close()
+                break
+            except OSError:  # not listening yet, or 503
+                time.sleep(0.05)
+        yield url
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
