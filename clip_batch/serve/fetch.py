@@ -83,7 +83,10 @@ def _once(url: str, limit: int, deadline: float, private: bool) -> bytes | str:
                 return urljoin(url, location)
             if response.status != 200:
                 raise Refused(400, f"image_url answers {response.status}", "image_url")
-            return _body(response, limit)
+            body = _body(response, limit)
+            if time.monotonic() >= deadline or response.length:
+                raise ConnectionError("the answer breaks off")
+            return body
     finally:
         watchdog.cancel()
         for open_socket in (connection, connected, line):
