@@ -292,34 +292,9 @@ def test_no_request_of_the_schema_makes_a_500(index: str) -> None:
 words = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.lists(st.floats(), max_size=8)
 )
-names = st.sampled_from(
-    [
-        "text",
-        "image",
-        "image_url",
-        "embedding",
-        "id",
-        "queries",
-        "index",
-        "modality",
-        "k",
-        "threshold",
-        "effort",
-        "filters",
-        "columns",
-        "deduplicate",
-        "safety",
-        "aesthetic",
-        "texts",
-        "images",
-        "embedding_input",
-        "num_images",
-        "num_result_ids",
-        "indice_name",
-        "ids",
-        "aesthetic_score",
-    ]
-)
+NAMES = """text image image_url embedding id queries index modality k threshold effort filters columns deduplicate
+safety aesthetic texts images embedding_input num_images num_result_ids indice_name ids aesthetic_score"""
+names = st.sampled_from(NAMES.split())
 bodies = st.dictionaries(
     names,
     st.recursive(words, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3)),
