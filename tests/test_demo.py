@@ -210,10 +210,10 @@ def test_the_page_in_a_browser(service: str, tmp_path: Path) -> None:
         page.wait_for_selector(".hit img")
         assert "watermelon" in page.locator(".hit").first.inner_text()
         page.locator(".hit").nth(3).click()
-        page.wait_for_function("document.querySelector('#note').textContent.includes('images like')")
+        page.wait_for_function("() => document.querySelector('#note').textContent.includes('images like')")
         page.set_input_files("#file", str(next(iter(_pictures(tmp_path)))))
-        page.wait_for_function("document.querySelector('#note').textContent.includes('picture.jpg')")
-        assert page.locator(".hit").count() == 60
+        page.wait_for_function("() => document.querySelector('#note').textContent.includes('picture.jpg')")
+        assert page.locator(".hit").count() >= 60
         browser.close()
     assert problems == []
     assert all(re.match(r"(http://127\.0\.0\.1:|data:)", url) for url in requests), requests

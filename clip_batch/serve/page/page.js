@@ -69,8 +69,10 @@ async function search() {
     const took = Math.round(performance.now() - start);
     answered = { query: asked, index: found.index, version: found.version, k, done: found.hits.length === 0 || k >= server.max_k };
     $("welcome").hidden = true;
+    const within = $("hits").contains(document.activeElement);   // who is among the hits stays there
     grid.clear();
     grid.add(found.hits);
+    if (within) grid.focusCurrent();
     scrollTo({ top: 0 });
     $("save").hidden = !found.hits.length;
     $("end").textContent = "";
