@@ -51,12 +51,13 @@ LAYERS = {
 }
 
 HEAVY = {
-    "torch": {"encoders", "launch", "demo", "doctor"},
+    "torch": {"encoders", "launch", "demo", "doctor", "serve"},
     "open_clip": {"encoders", "demo"},
     "faiss": {"index"},
     "autofaiss": {"index"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
+    "prometheus_client": {"serve"},
     "httpx2": {"client"},
     "pyspark": {"launch"},
     "submitit": {"launch"},
