@@ -50,6 +50,7 @@ class _Index:
     def __init__(self, name: str, url: str) -> None:
         self.name, self.url = name, url
         self.version: Version | None = None
+        self.state: str | None = None
         self.problem: str | None = None
 
 
@@ -64,7 +65,8 @@ class Indices:
         self._tasks: set[asyncio.Task[None]] = set()
         for index in self._indices.values():
             try:
-                self._install(index, self._opened(index))
+                state = self._state(index)
+                self._install(index, self._opened(index), state)
             except ConfigError:
                 raise
             except (ClipBatchError, OSError) as error:
@@ -149,12 +151,12 @@ class Indices:
                 await self.encoding(index.version)
 
     async def refresh(self, name: str) -> None:
-        """Let the version that CURRENT names serve, once it is open, warm and has its encoder."""
+        """Let what lies at an index now serve, once it is open, warm and has its encoder."""
         index = self._indices[name]
         try:
-            named = await asyncio.to_thread(current_version, Store(index.url, self._storage.storage_options))
+            state = await asyncio.to_thread(self._state, index)
             self._forget_failed()
-            if index.version is not None and named in (None, index.version.manifest.version):
+            if index.version is not None and state == index.state:
                 index.problem = None
                 await self._prepare(index)
                 return
@@ -166,26 +168,30 @@ class Indices:
             except BaseException:
                 await asyncio.to_thread(version.searcher.close)
                 raise
-            self._install(index, version)
+            self._install(index, version, state)
             await self._prepare(index)
         except (ClipBatchError, OSError) as error:
             self._fail(index, error)
+
+    def _state(self, index: _Index) -> str | None:
+        """What changes when the index must be opened anew; read before it is opened."""
+        return current_version(Store(index.url, self._storage.storage_options))
 
     def _opened(self, index: _Index) -> Version:
         config = self._config
         search = SearchConfig(device=config.device, model=config.model, pretrained=config.pretrained)
         return Version(Searcher(index.url, self._storage, config=search))
 
-    def _install(self, index: _Index, version: Version) -> None:
-        old, index.version, index.problem = index.version, version, None
+    def _install(self, index: _Index, version: Version, state: str | None) -> None:
+        old, index.version, index.state, index.problem = index.version, version, state, None
         self._open.add(version)
-        self._metrics.rows.labels(index.name, version.manifest.version).set(version.manifest.rows)
         if old is not None:
             self._metrics.rows.remove(index.name, old.manifest.version)
             self._metrics.swaps.labels(index.name).inc()
             log.warning("index %s: version %s serves now", index.name, version.manifest.version)
             old.retired = True
             self._close_if_done(old)
+        self._metrics.rows.labels(index.name, version.manifest.version).set(version.manifest.rows)
 
     def _fail(self, index: _Index, error: Exception) -> None:
         if index.problem != str(error):
