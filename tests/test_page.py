@@ -749,7 +749,8 @@ TIMED = """() => {
         window.pictured = 0;
         return new Response(text, answer);
     };
-    document.addEventListener("load", ({target}) => target.closest?.(".hit") && (window.pictured ||= performance.now()), true);
+    const look = ({target}) => target.closest?.(".hit") && (window.pictured ||= performance.now());
+    document.addEventListener("load", look, true);
 }"""
 
 

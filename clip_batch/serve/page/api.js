@@ -51,7 +51,7 @@ function enter() {
   entering ??= new Promise(done => {
     const door = $("door");
     door.addEventListener("close", () => {
-      document.cookie = `clip_batch_token=${$("token").value.trim()}; path=/; samesite=strict`;
+      document.cookie = `clip_batch_token=${$("token").value.trim()}; path=/; samesite=strict${location.protocol === "https:" ? "; secure" : ""}`;
       $("token").value = "";
       entering = null;
       done();

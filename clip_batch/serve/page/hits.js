@@ -2,7 +2,7 @@
 
 import { $, el, icon, iconButton, link, safeUrl } from "./dom.js";
 
-const EAGER = 12;   // cards whose pictures are fetched at once, before they are looked at
+export const EAGER = 12;   // cards that come first, their pictures asked for at once; the others when they are near
 const NARROW = 0.5, WIDE = 2.4;
 
 export const nameOf = hit => String(hit.metadata.caption || hit.metadata.key || `row ${hit.id}`);

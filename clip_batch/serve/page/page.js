@@ -4,7 +4,7 @@ import { ask, Refused } from "./api.js";
 import { showChips, thumbs } from "./chips.js";
 import { $, safeUrl } from "./dom.js";
 import { fromJson, readFile, Unreadable } from "./files.js";
-import { createGrid, nameOf, showDetails } from "./hits.js";
+import { createGrid, EAGER, nameOf, showDetails } from "./hits.js";
 import { describe, empty, FLAGS, fromAddress, isEmpty, packVector, toAddress, toRequest } from "./query.js";
 import { fileName, save, toCsv } from "./save.js";
 
@@ -27,6 +27,8 @@ const trouble = error => {
 };
 const indexName = () => query.index || server.indices[0]?.name || "";
 const term = (kind, value, label, weight = 1) => ({ kind, value, label, weight });
+
+const painted = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
 
 const grid = createGrid({
   similar: hit => go({ text: "", terms: [term("id", hit.id, nameOf(hit).slice(0, 60))] }),
@@ -66,17 +68,21 @@ async function search() {
   try {
     const k = Math.min(FIRST, server.max_k);
     const found = await (await ask("v1/search", toRequest(asked, k), { signal })).json();
+    clearTimeout(late);
     const took = Math.round(performance.now() - start);
     answered = { query: asked, index: found.index, version: found.version, k, done: found.hits.length === 0 || k >= server.max_k };
     $("welcome").hidden = true;
     const within = $("hits").contains(document.activeElement);   // who is among the hits stays there
     grid.clear();
-    grid.add(found.hits);
+    grid.add(found.hits.slice(0, EAGER));
     if (within) grid.focusCurrent();
     scrollTo({ top: 0 });
     $("save").hidden = !found.hits.length;
     $("end").textContent = "";
     say(found.hits.length ? `${found.hits.length} hits for ${describe(asked)} · ${took} ms` : `No hits for ${describe(asked)}`);
+    await painted();
+    if (signal.aborted) return;
+    grid.add(found.hits.slice(EAGER));
     watch();
   } catch (error) {
     trouble(error);
