@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -317,3 +318,17 @@ def test_a_filter_in_json() -> None:
     assert not Filter(column="a", among=[1]).holds(True)
     assert not Filter(column="a", min=1).holds("2")
     assert not Filter(column="a", contains="x").holds(None)
+
+
+def test_only_what_our_planner_recorded_is_read(client: TestClient) -> None:
+    """The shard that a foreign index's metadata names is data, and could name any file of this machine."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    with service.indices.use(None) as (_, version):
+        ours = version.manifest
+        try:
+            version.manifest = dataclasses.replace(ours, plan="")
+            assert client.get("/v1/image/index/0").status_code == 404
+            assert search(client, text="a", k=1)["hits"][0]["image"] is None
+        finally:
+            version.manifest = ours
+    assert client.get("/v1/image/index/0").status_code == 200

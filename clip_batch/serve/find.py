@@ -154,5 +154,6 @@ def metadata(
     located = [name for name in COLUMNS if name in version.columns]
     with service.metrics.steps["metadata_get_time"].time():
         rows = version.searcher.metadata(ids, list(dict.fromkeys([*columns, *located])))
-    readable = [len(located) == len(COLUMNS) and has_image(row) for row in rows]
+    whole = len(located) == len(COLUMNS)
+    readable = [whole and has_image(row) and version.planned(int(id)) for id, row in zip(ids, rows, strict=True)]
     return [finite({name: row[name] for name in columns}) for row in rows], readable

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from clip_batch.config import StorageConfig
 from clip_batch.store import Store
+
+if TYPE_CHECKING:
+    from clip_batch.serve.live import Version
 
 _MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
@@ -18,22 +20,21 @@ def has_image(row: dict[str, Any]) -> bool:
     return all(row.get(name) is not None for name in COLUMNS)
 
 
-def read_image(row: dict[str, Any], storage: StorageConfig) -> bytes | None:
-    """A row's image bytes; None where it has none, or its tar is not there any more.
-
-    `shard` is the planner's own URL (a side-car field of that name never gets there), so data
-    cannot name a file of this machine.
-    """
-    if not has_image(row):
+def original(version: Version, row: int) -> bytes | None:
+    """The image bytes of a row; None where its metadata names none, or its tar is not there any more. Blocks."""
+    if not version.planned(row) or not set(COLUMNS) <= set(version.columns):
         return None
-    folder, _, name = row["shard"].rpartition("/")
+    (where,) = version.searcher.metadata([row], list(COLUMNS))
+    if not has_image(where):
+        return None
+    folder, _, name = where["shard"].rpartition("/")
     try:
-        with Store(folder, storage.storage_options).open(name) as file:
-            file.seek(row["offset"])
-            data = file.read(row["length"])
+        with Store(folder, version.searcher.storage.storage_options).open(name) as file:
+            file.seek(where["offset"])
+            data = file.read(where["length"])
     except OSError:
         return None
-    return data if len(data) == row["length"] else None
+    return data if len(data) == where["length"] else None
 
 
 def media_type(data: bytes) -> str:

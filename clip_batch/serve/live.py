@@ -38,6 +38,14 @@ class Version:
         self.modalities = list(self.manifest.key)
         self.users, self.retired = 0, False
 
+    def planned(self, row: int) -> bool:
+        """Whether a row's shard and byte range are what our planner recorded.
+
+        Where they are only what data says of itself (an index that clip-retrieval made), they could name any
+        file of this machine.
+        """
+        return bool(self.manifest.plan)
+
     def warm(self) -> None:
         """Touch what the first request would touch."""
         if self.manifest.rows:

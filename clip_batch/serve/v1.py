@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from clip_batch.serve.download import parquet, wants_parquet
 from clip_batch.serve.errors import Refused
 from clip_batch.serve.find import Wanted, check, find, metadata
-from clip_batch.serve.images import media_type, read_image
+from clip_batch.serve.images import media_type, original
 from clip_batch.serve.limits import answer, read
 from clip_batch.serve.live import Version
 from clip_batch.serve.metrics import REQUEST
@@ -113,10 +113,7 @@ def router(service: Service) -> APIRouter:
             if request.headers.get("if-none-match") == tag:
                 return Response(status_code=304, headers=headers)
 
-            def load() -> bytes | None:
-                return read_image(opened.searcher.metadata([row])[0], opened.searcher.storage)
-
-            data = await service.threads.run(load)
+            data = await service.threads.run(original, opened, row)
         if data is None:
             raise Refused(404, "this row's image cannot be read from a tar", "row")
         return Response(data, media_type=media_type(data), headers=headers)

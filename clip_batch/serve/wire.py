@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from clip_batch.serve.errors import Refused
 from clip_batch.serve.find import Vectors, Wanted, check, find, metadata
-from clip_batch.serve.images import read_image
+from clip_batch.serve.images import original
 from clip_batch.serve.limits import answer, read
 from clip_batch.serve.live import Version
 from clip_batch.serve.metrics import REQUEST
@@ -178,10 +178,8 @@ def _rows(service: Service, name: str, version: Version, ids: list[int], base: s
     for id, row, can in zip(ids, rows, readable, strict=True):
         if can and "url" not in version.columns:
             row["url"] = base + image_path(name, version, id)
-        if can and within:
-            data = read_image(version.searcher.metadata([id])[0], version.searcher.storage)
-            if data is not None:
-                row["image"] = base64.b64encode(data).decode()
+        if can and within and (data := original(version, id)) is not None:
+            row["image"] = base64.b64encode(data).decode()
     return rows
 
 
