@@ -30,12 +30,14 @@ log = logging.getLogger("clip_batch.serve")
 
 
 class Version:
-    """One opened version of an index, and how many requests hold it."""
+    """One opened version of an index, and how many requests hold it. `encoder` is what those of one encoder share."""
 
     def __init__(self, searcher: Searcher) -> None:
         self.searcher, self.manifest = searcher, searcher.manifest
         self.columns = list(searcher.metadata([0])[0]) if self.manifest.rows else []
         self.modalities = list(self.manifest.key)
+        spec = self.manifest.encoder  # what clip-retrieval made knows no weights, only a name
+        self.encoder = spec.fingerprint if spec.weights else f"{spec.model} {spec.pretrained}"
         self.users, self.retired = 0, False
 
     def planned(self, row: int) -> bool:
@@ -103,7 +105,7 @@ class Indices:
 
     async def encoding(self, version: Version) -> Encoding:
         """The encoder that made a version; EncoderError if it is not here or not the one."""
-        key = version.manifest.encoder.fingerprint
+        key = version.encoder
         if key not in self._encodings:
             self._encodings[key] = asyncio.create_task(asyncio.to_thread(self._load, version.searcher))
         return await asyncio.shield(self._encodings[key])
@@ -122,7 +124,7 @@ class Indices:
             if index.version is None:
                 found[index.name] = index.problem or "not open"
                 continue
-            task = self._encodings.get(index.version.manifest.encoder.fingerprint)
+            task = self._encodings.get(index.version.encoder)
             if task is None or not task.done():
                 found[index.name] = "its encoder is being loaded"
             elif error := task.exception():
@@ -210,7 +212,7 @@ class Indices:
         if version.retired and not version.users and version in self._open:
             self._open.remove(version)
             self._spawn(asyncio.to_thread(version.searcher.close))
-            used = {other.manifest.encoder.fingerprint for other in self._open}
+            used = {other.encoder for other in self._open}
             for key in set(self._encodings) - used:
                 task = self._encodings.pop(key)
                 if task.done() and not task.exception():
