@@ -216,7 +216,7 @@ def test_the_page_in_a_browser(service: str, tmp_path: Path) -> None:
         assert page.locator(".hit").count() >= 60
         browser.close()
     assert problems == []
-    assert all(re.match(r"(http://127\.0\.0\.1:|data:)", url) for url in requests), requests
+    assert all(re.match(r"(http://127\.0\.0\.1:|data:|blob:)", url) for url in requests), requests
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -351,14 +351,14 @@ def test_hits_and_words_are_added_and_taken_away(page: Page, service: str) -> No
     third = shown(page)[2]
     hits(page).nth(2).hover()
     asked, found = search(page, hits(page).nth(2).get_by_label("Subtract from the query").click)
-    terms = [{"id": first[1], "weight": 1}, {"id": third, "weight": -1}, {"text": "picture number 5", "weight": 1}]
+    terms = [{"id": first[1], "weight": 1}, {"id": third, "weight": -0.5}, {"text": "picture number 5", "weight": 1}]
     assert asked["queries"] == terms
     with Client(service) as client:
         assert [hit.id for hit in client.search(queries=terms, k=60)] == found
 
     page.get_by_label("Search text").fill("a shadow")
     asked, _ = search(page, page.get_by_label("Subtract the text from the query").click)
-    assert asked["queries"][2] == {"text": "a shadow", "weight": -1}
+    assert asked["queries"][2] == {"text": "a shadow", "weight": -0.5}
     assert page.get_by_label("Search text").input_value() == ""
     expect(page.locator(".chip")).to_have_count(3)
     expect(page.locator(".chip.less")).to_have_count(2)
@@ -599,7 +599,7 @@ def test_it_is_used_without_a_mouse(page: Page) -> None:
     assert page.evaluate(focused) == str(ids[0])
     page.keyboard.press("ArrowRight")
     asked, _ = search(page, lambda: page.keyboard.press("-"))
-    assert asked["queries"][0] == {"id": ids[1], "weight": -1}
+    assert asked["queries"][0] == {"id": ids[1], "weight": -0.5}
     page.get_by_label("Search text").focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("i")

@@ -3,6 +3,7 @@
 import { $, el, icon, iconButton, link, safeUrl } from "./dom.js";
 
 export const EAGER = 12;   // cards that come first, their pictures asked for at once; the others when they are near
+export const LESS = -0.5;   // a whole vector taken away leaves little of what was asked for
 const NARROW = 0.5, WIDE = 2.4;
 
 export const nameOf = hit => String(hit.metadata.caption || hit.metadata.key || `row ${hit.id}`);
@@ -32,7 +33,7 @@ function card(hit, place, act) {
   const box = el("li", { className: "hit", data: { id: hit.id } }, look,
     el("div", { className: "acts" },
       iconButton("plus", `Add to the query: ${name}`, () => act.add(hit, 1)),
-      iconButton("minus", `Subtract from the query: ${name}`, () => act.add(hit, -1)),
+      iconButton("minus", `Subtract from the query: ${name}`, () => act.add(hit, LESS)),
       iconButton("info", `Details: ${name}`, () => act.details(hit))),
     el("div", { className: "about" },
       el("span", { className: "caption", textContent: name }),
@@ -95,7 +96,7 @@ export function createGrid(act) {
       ArrowRight: () => focus(current.nextElementSibling), ArrowLeft: () => focus(current.previousElementSibling),
       ArrowDown: () => focus(across(true)), ArrowUp: () => focus(across(false)),
       Home: () => focus(grid.firstElementChild), End: () => focus(grid.lastElementChild),
-      "+": () => act.add(hit, 1), "-": () => act.add(hit, -1), i: () => act.details(hit),
+      "+": () => act.add(hit, 1), "-": () => act.add(hit, LESS), i: () => act.details(hit),
     };
     if (!(event.key in keys)) return;
     event.preventDefault();

@@ -4,7 +4,7 @@ import { ask, Refused } from "./api.js";
 import { showChips, thumbs } from "./chips.js";
 import { $, safeUrl } from "./dom.js";
 import { fromJson, readFile, Unreadable } from "./files.js";
-import { createGrid, EAGER, nameOf, showDetails } from "./hits.js";
+import { createGrid, EAGER, LESS, nameOf, showDetails } from "./hits.js";
 import { describe, empty, FLAGS, fromAddress, isEmpty, packVector, toAddress, toRequest } from "./query.js";
 import { fileName, save, toCsv } from "./save.js";
 
@@ -218,7 +218,7 @@ function listen() {
     submit();
   };
   $("add").onclick = () => submit(1);
-  $("subtract").onclick = () => submit(-1);
+  $("subtract").onclick = () => submit(LESS);
   $("file").onchange = event => {
     const [file] = event.target.files;
     if (file) searchFile(file);
