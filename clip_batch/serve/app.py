@@ -12,11 +12,10 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from clip_batch import __version__
+from clip_batch import __version__, lineage
 from clip_batch.config import SearchConfig, ServeConfig, StorageConfig, parse_bytes
 from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
 
 _MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PN": "image/png", b"RIF": "image/webp", b"GIF": "image/gif"}
 
@@ -115,7 +114,7 @@ def create_app(searchers: dict[str, Searcher], config: ServeConfig = ServeConfig
         _, searcher = find(index)
         if not 0 <= row < searcher.manifest.rows:
             raise HTTPException(404, f"index {index} has rows 0 to {searcher.manifest.rows - 1}")
-        data = read_image(searcher.metadata([row])[0], searcher.storage)
+        data = lineage.image(searcher.metadata([row])[0], searcher.storage)
         if data is None:
             raise HTTPException(404, "this row's image has no byte range in a tar")
         kind = next((kind for magic, kind in _MEDIA.items() if data.startswith(magic)), "application/octet-stream")
@@ -157,23 +156,6 @@ def _finite(metadata: dict[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in metadata.items()
     }
-
-
-def read_image(row: dict[str, Any], storage: StorageConfig) -> bytes | None:
-    """A row's image bytes, by the byte range in its tar; None where it has none.
-
-    `shard` is the planner's own URL (a side-car field of that name never gets there), so data
-    cannot name a file of this machine.
-    """
-    if row.get("offset") is None or row.get("length") is None:
-        return None
-    folder, _, name = row["shard"].rpartition("/")
-    try:
-        with Store(folder, storage.storage_options).open(name) as file:
-            file.seek(row["offset"])
-            return file.read(row["length"])
-    except OSError:
-        return None
 
 
 def run(indices: list[str], config: ServeConfig, storage: StorageConfig) -> None:
