@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= clip-batch-demo
 
-.PHONY: demo test test-fast check docs bench services spark35 clean
+.PHONY: demo test test-fast check docs bench services spark35 clip-retrieval clean
 .DELETE_ON_ERROR:
 
 $(STAMP): setup.cfg constraints.txt
@@ -16,7 +16,7 @@ $(STAMP): setup.cfg constraints.txt
 demo: $(STAMP)          ## the whole line on embedded pictures, then the web page
 	$(BIN)/clip-batch demo $(DEMO)
 
-test: $(STAMP) check services spark35   ## everything
+test: $(STAMP) check services spark35 clip-retrieval ## everything
 	$(BIN)/python -m pytest
 
 services:               ## Chromium, SLURM, Java, HDFS's libraries: where apt cannot install what is missing, its tests are skipped
@@ -35,6 +35,12 @@ spark35: .spark35/pyspark ## Spark 3.5 beside Spark 4, for its test
 .spark35/pyspark: $(STAMP)
 	$(BIN)/python -m pip install --quiet --target .spark35 'pyspark>=3.5,<4'
 
+clip-retrieval: .clip-retrieval/.installed ## clip-retrieval in an environment of its own, for the tests of moving over
+.clip-retrieval/.installed:
+	$(PYTHON) -m venv .clip-retrieval
+	.clip-retrieval/bin/python -m pip install --quiet 'setuptools<81' 'clip-retrieval==2.45.0' 'numpy<2' 'pyarrow<26' torch==2.15.0 torchvision==0.29.2
+	touch $@
+
 test-fast: $(STAMP)     ## without torch and long runs
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -51,4 +57,4 @@ bench: $(STAMP)         ## every benchmark; each prints JSON
 	for script in tests/bench/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) .spark35 $(DEMO)
+	rm -rf $(VENV) .spark35 .clip-retrieval $(DEMO)

@@ -1,6 +1,6 @@
 """Local copies of a remote index, so that it can be memory-mapped: checked, bounded, resumed, shared.
 
-    $XDG_CACHE_HOME/clip_batch/index/<digest of INDEX>/<version>/<file>
+    $XDG_CACHE_HOME/clip_batch/index/<digest of INDEX>/<version>/<path in INDEX>
     $XDG_CACHE_HOME/clip_batch/files/<digest of URL and version>-<name>     weights at a URL
 
 A file gets its name when its sha256 is right. Until then it is `<file>.part`, with the pieces that are there in
@@ -32,7 +32,7 @@ class IndexCache:
     """
 
     def __init__(self, store: Store, version: str, size: int, limit: int) -> None:
-        root = os.path.join(_home(), "index")
+        root = os.path.join(home(), "index")
         self.store, self.version = store, version
         self.folder = os.path.join(root, hashlib.sha256(store.url.encode()).hexdigest()[:16], version)
         os.makedirs(os.path.dirname(self.folder), exist_ok=True)
@@ -68,13 +68,13 @@ class IndexCache:
             )
 
     def file(self, name: str, wanted: dict[str, Any]) -> str:
-        """A local copy of a file of the version; `wanted` has its "bytes" and "sha256". CorruptError: it is another."""
+        """A local copy of a file of INDEX; `wanted` has its "bytes" and "sha256". CorruptError: it is another."""
         path = os.path.join(self.folder, name)
         lock = _lock(self.folder + _LOCKS[1], fcntl.LOCK_EX)
         try:
             if not os.path.exists(path) or os.path.getsize(path) != wanted["bytes"]:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                self._copy(f"{self.version}/{name}", path, wanted)
+                self._copy(name, path, wanted)
         finally:
             os.close(lock)
         return path
@@ -102,7 +102,7 @@ def local_copy(url: str, options: dict[str, Any] | None = None) -> str:
     if size is None:
         raise OSError(f"{url} has no size: copy it to a local file")
     name = hashlib.sha256(f"{url} {size} {etag}".encode()).hexdigest()[:16]
-    path = os.path.join(_home(), "files", f"{name}-{url.rpartition('/')[2]}")
+    path = os.path.join(home(), "files", f"{name}-{url.rpartition('/')[2]}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     lock = _lock(f"{path}.lock", fcntl.LOCK_EX)
     try:
@@ -115,7 +115,8 @@ def local_copy(url: str, options: dict[str, Any] | None = None) -> str:
     return path
 
 
-def _home() -> str:
+def home() -> str:
+    """The folder of all that is kept on this machine."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clip_batch")
 
 

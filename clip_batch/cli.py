@@ -20,6 +20,7 @@ from clip_batch.config import (
     SparkConfig,
     StorageConfig,
     SubmitConfig,
+    SweepConfig,
     TargetConfig,
 )
 from clip_batch.errors import ClipBatchError, ConfigError
@@ -34,6 +35,7 @@ class Options:
     plan: PlanConfig
     embed: EmbedConfig
     merge: MergeConfig
+    sweep: SweepConfig
     submit: SubmitConfig
     slurm: SlurmConfig
     spark: SparkConfig
@@ -219,16 +221,38 @@ def search(options: Options) -> int:
     """Search an index with a text, an image or a vector."""
     from clip_batch.stages.search import Searcher, describe_hits
 
-    target = options.target
-    given = [value for value in (target.text, target.image, target.embedding) if value]
-    if len(given) != 1:
-        raise ConfigError("search needs one of --text, --image and --embedding")
-    with Searcher(_index(options), options.storage, config=options.search) as searcher:
-        hits = searcher.search(
-            _query(searcher, target), options.search.k, options.search.modality, options.search.effort
-        )[0]
+    how = _one_query(options)
+    with Searcher(_index(options), options.storage, config=how) as searcher:
+        hits = searcher.search(_query(searcher, options.target), how.k, how.modality, how.effort)[0]
+    hits = [hit for hit in hits if how.threshold is None or hit.score >= how.threshold]
     _answer(options, [asdict(hit) for hit in hits], describe_hits(hits))
     return 0
+
+
+def filter(options: Options) -> int:
+    """Every row over a --threshold, or the k best, as Parquet in OUTPUT; their images too, if asked."""
+    from clip_batch.filter import filter_rows
+    from clip_batch.stages.search import Searcher
+    from clip_batch.store import Store
+
+    how = _one_query(options)
+    with Searcher(_index(options), options.storage, config=how) as searcher:
+        store, query = Store(_output(options), options.storage.storage_options), _query(searcher, options.target)
+        done = filter_rows(
+            searcher, query, store, how.k, how.threshold, how.modality, how.effort, options.target.images
+        )
+    text = f"{done.rows:,} rows, {done.images:,} images: {options.target.output}"
+    text += f"; {done.missing:,} images are not in a tar that can be read" if done.missing else ""
+    _answer(options, asdict(done), text)
+    return 0
+
+
+def _one_query(options: Options) -> SearchConfig:
+    """How to search, once there is one thing to search for."""
+    target = options.target
+    if sum(bool(value) for value in (target.text, target.image, target.embedding)) != 1:
+        raise ConfigError("a search needs one of --text, --image and --embedding")
+    return options.search
 
 
 def _query(searcher: Any, target: TargetConfig) -> Any:
@@ -244,6 +268,55 @@ def _query(searcher: Any, target: TargetConfig) -> Any:
         return np.load(target.embedding)
     except ValueError as error:
         raise ConfigError(f"--embedding {target.embedding} is no .npy file of numbers: {error}") from None
+
+
+def versions(options: Options) -> int:
+    """The versions of an index, and which one is live; --use makes another one live."""
+    from clip_batch.stages import versions as stage
+    from clip_batch.store import Store
+
+    store = Store(_index(options), options.storage.storage_options)
+    if options.target.use:
+        stage.use(store, options.target.use)
+    if options.target.drop:
+        stage.drop(store, options.target.drop)
+    found = stage.versions(store)
+    _answer(options, [asdict(one) for one in found], stage.describe(found))
+    return 0
+
+
+def remove(options: Options) -> int:
+    """Remove rows from every search, now and in later versions, by a list of keys."""
+    from clip_batch.stages import versions as stage
+
+    if not options.target.keys:
+        raise ConfigError("remove needs --keys FILE: one value of --column a line")
+    target = options.target
+    report = stage.remove(_index(options), target.keys, target.column, options.storage, _say)
+    text = f"{report.rows:,} rows of the live version removed by {report.values:,} values of {target.column}"
+    if report.missing:
+        text += f"; {report.missing:,} values have no row in it, such as {', '.join(report.examples)}"
+    _answer(options, asdict(report), text)
+    return 0
+
+
+def sweep(options: Options) -> int:
+    """Try index keys on a sample of OUT: recall, ms a query, bytes a vector, and which one to take."""
+    from clip_batch.stages import sweep as stage
+
+    found = stage.sweep(_output(options), options.merge, options.storage, options.sweep, _say)
+    _answer(options, asdict(found), stage.describe(found))
+    return 0
+
+
+def export_clip_retrieval(options: Options) -> int:
+    """Write an index folder that clip-retrieval's own service serves."""
+    from clip_batch.export.clip_retrieval import export_clip_retrieval
+
+    if not options.target.to:
+        raise ConfigError("export needs --to FOLDER")
+    export_clip_retrieval(_index(options), options.target.to, options.storage, _say)
+    return 0
 
 
 def serve(options: Options) -> int:
@@ -316,7 +389,12 @@ COMMANDS: dict[str, Command] = {
     "repair": Command(repair, ("output", "deep", "json"), (EmbedConfig,)),
     "gc": Command(gc, ("output", "everything", "json")),
     "merge": Command(merge, ("output", "index", "task", "slot", "slots", "json"), (MergeConfig,)),
+    "sweep": Command(sweep, ("output", "json"), (SweepConfig, MergeConfig)),
+    "versions": Command(versions, ("index", "use", "drop", "json")),
+    "remove": Command(remove, ("index", "keys", "column", "json")),
+    "export clip-retrieval": Command(export_clip_retrieval, ("index", "to")),
     "search": Command(search, ("index", "text", "image", "embedding", "json"), (SearchConfig,)),
+    "filter": Command(filter, ("index", "text", "image", "embedding", "output", "images", "json"), (SearchConfig,)),
     "serve": Command(serve, ("index",), (ServeConfig,)),
     "doctor": Command(doctor, ("output", "on_node", "json"), (SlurmConfig,)),
 }
@@ -358,14 +436,14 @@ def _parser(name: str, command: Command) -> _Parser:
     options.add_flags(parser, TargetConfig, command.fields)
     for section in (*command.sections, StorageConfig):
         options.add_flags(parser, section)
-    if name == "search":
+    if name in ("search", "filter"):
         parser.add_argument("-k", dest="k", default=argparse.SUPPRESS, help="short for --k")
     return parser
 
 
 def _usage() -> str:
     lines = ["usage: clip-batch COMMAND [--help] ...", "", (__doc__ or "").split("\n")[0], ""]
-    lines += [f"  {name:<14}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<23}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     lines += ["", "Exit codes: 0 all committed; 1 something failed; 2 usage or configuration; 75 run again."]
     return "\n".join(lines)
 
@@ -383,8 +461,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     debug = "--debug" in arguments
     name, *rest = arguments
-    if name == "submit" and rest and f"submit {rest[0]}" in COMMANDS:
-        name = f"submit {rest.pop(0)}"
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name = f"{name} {rest.pop(0)}"
     try:
         return _run(name, rest)
     except ClipBatchError as error:
@@ -405,8 +483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    if name == "submit":
-        raise ConfigError("name the scheduler: clip-batch submit slurm, or clip-batch submit spark; both have --help")
+    if kinds := [command for command in COMMANDS if command.startswith(f"{name} ")]:
+        raise ConfigError(f"say which: clip-batch {', or clip-batch '.join(kinds)}; see --help of each")
     if name not in COMMANDS:
         raise ConfigError(f"no such command; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
@@ -425,6 +503,7 @@ def _run(name: str, arguments: list[str]) -> int:
         plan=fill(PlanConfig),
         embed=fill(EmbedConfig),
         merge=fill(MergeConfig),
+        sweep=fill(SweepConfig),
         submit=fill(SubmitConfig),
         slurm=fill(SlurmConfig),
         spark=fill(SparkConfig),

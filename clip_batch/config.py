@@ -42,6 +42,18 @@ class TargetConfig:
     """A .npy file of one vector to search for."""
     deep: bool = False
     """Read every byte, and the input again."""
+    keys: str = ""
+    """Of `remove`: a file of values, one a line, or a Parquet or CSV file with that column."""
+    images: bool = False
+    """Of `filter`: copy the rows' images too, into tars."""
+    to: str = ""
+    """Of `export`: the folder to write."""
+    column: str = "key"
+    """Of `remove`: the metadata column that the values are of, such as key or url."""
+    use: str = ""
+    """Of `versions`: make this version the live one."""
+    drop: str = ""
+    """Of `versions`: delete this version, unless it is live or another one needs it."""
     everything: bool = False
     """Of `gc`: remove uncommitted files of unfinished partitions too; no worker may be running."""
     serve: bool = True
@@ -118,12 +130,24 @@ class MergeConfig:
 
     modalities: list[Literal["image", "text"]] = field(default_factory=lambda: ["image", "text"])
     """Which indices to build; both share rows and metadata."""
-    shard_rows: int = 5_000_000
-    """Rows of an index shard at the most: it sets the memory of a merge task."""
-    index_key: str = "auto"
-    """faiss factory string; auto: Flat for small sets, else autofaiss's choice for max_memory."""
+    shard_rows: int = 0
+    """Rows of an index shard at the most; 0: as many as max_memory allows, up to 5,000,000."""
     max_memory: str = "8GB"
+    """Memory that a merge task may take; see docs/merge.md for what it needs."""
+    index_key: str = "auto"
+    """faiss factory string; auto: Flat for small sets, else autofaiss's choice for index_memory."""
+    index_memory: str = "8GB"
     """Memory that the whole index may take when served: what autofaiss chooses by."""
+    rerank: int = 0
+    """Keep float16 vectors beside the index, and score this many times k candidates exactly; 0: no."""
+    layout: Literal["shards", "single"] = "shards"
+    """single: join the shards of an IVF index in one file that is searched from disk."""
+    made_by: list[str] = field(default_factory=lambda: ["ViT-B-32-quickgelu", "openai"])
+    """Of a folder that clip-retrieval wrote, which does not tell: open_clip's names of model and weights."""
+    add: bool = False
+    """Add OUT to the live version, in new shards of its trained template, instead of building anew."""
+    dedup: float = 0.0
+    """Leave out rows whose vector has this cosine or more with an earlier row's; 1: equal vectors; 0: keep all."""
     flat_rows: int = 50_000
     """Up to this many rows, auto means Flat (exact)."""
     train_rows: int = 0
@@ -136,6 +160,16 @@ class MergeConfig:
     """Merge though partitions are missing; the manifest records which."""
     seed: int = 0
     """Of every random draw."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Try index keys on a sample of OUT, before a merge."""
+
+    keys_to_try: list[str] = field(default_factory=list)
+    """faiss factory strings; default: one of each kind that may fit. {} stands for the number of lists."""
+    sample: int = 200_000
+    """Rows of OUT to try them on."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +282,8 @@ class SearchConfig:
 
     k: int = 10
     """Hits."""
+    threshold: float | None = None
+    """Least score of a hit; for `filter`, every row that has it, however many."""
     modality: Literal["image", "text"] = "image"
     """Which index is searched."""
     effort: int | None = None

@@ -1,32 +1,33 @@
-"""The vector index: the only module that knows faiss and autofaiss.
+"""The vector index: trained, filled, saved, searched. faiss lies behind this module and the three it rests on.
 
 An index is trained once, empty (the template); each index shard is a copy of the template, filled.
 Metric: inner product, which for unit vectors is the cosine. Nothing here changes an index while it
-is searched: nprobe and efSearch travel with the request as faiss SearchParameters.
+is searched: nprobe, efSearch and removed rows travel with the request as faiss SearchParameters.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import platform
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from clip_batch import ondisk
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.footprint import code_bytes as code_bytes
+from clip_batch.footprint import template_bytes as template_bytes
+from clip_batch.libfaiss import Index as Index
+from clip_batch.libfaiss import inner, innermost, key_errors, load, make
+from clip_batch.libfaiss import openblas_core as openblas_core
+from clip_batch.ondisk import join as join
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
-    Vectors = npt.NDArray[np.float32]
-    Ids = npt.NDArray[np.int64]
-
-Index = Any
-"""A faiss index (faiss has no type stubs)."""
+    from clip_batch.libfaiss import Ids, Vectors
 
 REFINE_FACTOR = 10
 """A key that re-ranks (`...,RFlat`) re-ranks this many times k candidates."""
@@ -34,41 +35,8 @@ REFINE_FACTOR = 10
 MOST_PROBES = 4096
 MOST_EF_SEARCH = 1024
 
-
-def openblas_core(cpuinfo: str) -> str | None:
-    """OpenBLAS's name for the CPU that /proc/cpuinfo describes; None to leave it to OpenBLAS.
-
-    The OpenBLAS inside faiss's wheel may take a new CPU for a very old one (5 times slower). The
-    value comes from the CPU's own flags: forcing a kernel that it lacks would be an illegal instruction.
-    """
-    flags = set(re.findall(r"\S+", (re.findall(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE) or [""])[0]))
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags:
-        return "SkylakeX"
-    if {"avx2", "fma"} <= flags:
-        return "Zen" if "AuthenticAMD" in cpuinfo else "Haswell"
-    return None
-
-
-@functools.cache
-def _faiss() -> Any:
-    if platform.system() == "Linux" and platform.machine() == "x86_64" and "OPENBLAS_CORETYPE" not in os.environ:
-        with open("/proc/cpuinfo") as file:
-            if core := openblas_core(file.read()):
-                os.environ["OPENBLAS_CORETYPE"] = core  # read once, when the library is loaded
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SWIG's types and numpy's moved names: not ours to mend
-        import faiss
-    return faiss
-
-
-@contextmanager
-def _one_line(what: str, mend: str) -> Iterator[None]:
-    """faiss's exceptions, with their C++ signatures, as one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = re.sub(r"^.*? at \S+?:\d+: (Error: )?", "", " ".join(str(error).split()))
-        raise ConfigError(f"{what}: {reason}; {mend}") from None
+FIRST_DEPTH = 4096
+"""Of a search for all rows over a threshold."""
 
 
 def choose_key(rows: int, dim: int, max_memory: int, flat_rows: int) -> str:
@@ -80,7 +48,7 @@ def choose_key(rows: int, dim: int, max_memory: int, flat_rows: int) -> str:
         return "Flat"
     import logging
 
-    _faiss()
+    load()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from autofaiss.external.optimize import get_optimal_index_keys_v2
@@ -99,20 +67,22 @@ def lists(key: str) -> int:
 
 def train(key: str, vectors: Vectors, seed: int = 0) -> Index:
     """An empty index of a key, trained on vectors (n, d). ConfigError: faiss refuses the key or the sample."""
-    faiss = _faiss()
-    mend = "mend --index-key (or leave it auto)"
-    with _one_line(f"index key {key!r} on {len(vectors):,} training vectors of {vectors.shape[1]}", mend):
-        index = faiss.index_factory(vectors.shape[1], key, faiss.METRIC_INNER_PRODUCT)
-        if (ivf := faiss.try_extract_index_ivf(index)) is not None:
-            ivf.cp.seed = seed
-            ivf.cp.min_points_per_centroid = 1  # or faiss writes a warning on stderr by itself
+    faiss = load()
+    index = make(key, vectors.shape[1])
+    # Without these limits of 1 faiss writes warnings on stderr by itself.
+    if (ivf := faiss.try_extract_index_ivf(index)) is not None:
+        ivf.cp.seed = seed
+        ivf.cp.min_points_per_centroid = 1
+    if hasattr(codes := innermost(index), "pq"):
+        codes.pq.cp.min_points_per_centroid = 1
+    with key_errors(f"index key {key!r} on {len(vectors):,} training vectors of {vectors.shape[1]}"):
         index.train(vectors)
     return index
 
 
 def cluster(vectors: Vectors, count: int, seed: int = 0) -> Vectors:
     """Centroids (count, d) of a small spherical k-means, to order the rows of an index without lists."""
-    faiss = _faiss()
+    faiss = load()
     kmeans = faiss.Kmeans(vectors.shape[1], count, niter=10, spherical=True, seed=seed, min_points_per_centroid=1)
     kmeans.train(vectors)
     centroids: Vectors = kmeans.centroids
@@ -121,16 +91,14 @@ def cluster(vectors: Vectors, count: int, seed: int = 0) -> Vectors:
 
 def assign(index: Index, vectors: Vectors) -> Ids:
     """The inverted list (n,) of each vector (n, d), by the index's coarse quantizer after its transforms."""
-    faiss = _faiss()
+    faiss = load()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
         for i in range(index.chain.size()):
             vectors = index.chain.at(i).apply(vectors)
         return assign(index.index, vectors)
-    if isinstance(index, faiss.IndexRefine):
-        return assign(index.base_index, vectors)
-    if isinstance(index, faiss.IndexIDMap):
-        return assign(index.index, vectors)
+    if (within := inner(index)) is not None:
+        return assign(within, vectors)
     found: Ids = index.quantizer.search(vectors, 1)[1][:, 0]
     return found
 
@@ -142,16 +110,16 @@ def assign_nearest(centroids: Vectors, vectors: Vectors) -> Ids:
 
 def has_lists(index: Index) -> bool:
     """True for an index with inverted lists."""
-    return _faiss().try_extract_index_ivf(index) is not None
+    return load().try_extract_index_ivf(index) is not None
 
 
 def with_ids(index: Index) -> Index:
     """An index that takes explicit ids: itself where its kind stores ids, else wrapped in an id map."""
-    return index if _stores_ids(index) else _faiss().IndexIDMap2(index)
+    return index if _stores_ids(index) else load().IndexIDMap2(index)
 
 
 def _stores_ids(index: Index) -> bool:
-    faiss = _faiss()
+    faiss = load()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
         return _stores_ids(index.index)
@@ -168,60 +136,134 @@ def add(index: Index, vectors: Vectors, ids: Ids) -> None:
 
 def efforts(index: Index) -> list[int]:
     """The efforts worth trying, ascending: nprobe, or efSearch; [] where there is nothing to tune."""
-    faiss = _faiss()
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        most = min(ivf.nlist, MOST_PROBES)
+    faiss = load()
+    codes = innermost(index)
+    if isinstance(codes, faiss.IndexIVF):
+        most = min(codes.nlist, MOST_PROBES)
         return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
-    wrappers = (faiss.IndexPreTransform, faiss.IndexRefine, faiss.IndexIDMap)
-    while isinstance(index := faiss.downcast_index(index), wrappers):
-        index = index.base_index if isinstance(index, faiss.IndexRefine) else index.index
-    if isinstance(index, faiss.IndexHNSW):
+    if isinstance(codes, faiss.IndexHNSW):
         return [2**i for i in range(4, MOST_EF_SEARCH.bit_length())]
     return []
 
 
-def _parameters(index: Index, effort: int) -> Any:
-    """faiss's SearchParameters, wrapped as the index is; None where nothing can be set."""
-    faiss = _faiss()
+@dataclass(frozen=True)
+class Removed:
+    """Rows that a search must not find: local ids (n,), sorted. Worth keeping: it makes its bitmap once."""
+
+    ids: Ids
+
+    @cached_property
+    def selector(self) -> Any:
+        """faiss's test of an id: true where the row is still there."""
+        bits = np.zeros(int(self.ids[-1]) // 8 + 1 if len(self.ids) else 1, dtype=np.uint8)
+        np.bitwise_or.at(bits, self.ids >> 3, (1 << (self.ids & 7)).astype(np.uint8))
+        return load().IDSelectorNot(load().IDSelectorBitmap(bits))  # each keeps what it is made of
+
+    def has(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which of some ids are removed."""
+        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        found: npt.NDArray[np.bool_] = self.ids[places] == ids
+        return found
+
+
+def _parameters(index: Index, effort: int | None, selector: Any = None) -> Any:
+    """faiss's SearchParameters, wrapped as the index is; None where nothing can be set. No effort: the index's own."""
+    faiss = load()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        inner = _parameters(index.index, effort)
-        return inner and faiss.SearchParametersPreTransform(index_params=inner)
-    if isinstance(index, faiss.IndexIDMap):
-        return _parameters(index.index, effort)
+        within = _parameters(index.index, effort, selector)
+        return within and faiss.SearchParametersPreTransform(index_params=within)
+    if isinstance(index, faiss.IndexIDMap):  # which would translate the outermost parameters' selector only
+        return _parameters(index.index, effort, selector and faiss.IDSelectorTranslated(index.id_map, selector))
     if isinstance(index, faiss.IndexRefine):
-        inner = _parameters(index.base_index, effort)
-        return faiss.IndexRefineSearchParameters(k_factor=REFINE_FACTOR, base_index_params=inner)
+        within = _parameters(index.base_index, effort, selector)
+        return faiss.IndexRefineSearchParameters(k_factor=REFINE_FACTOR, base_index_params=within)
+    some = {} if selector is None else {"sel": selector}
     if isinstance(index, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(nprobe=min(effort, index.nlist))
+        return faiss.SearchParametersIVF(nprobe=min(effort or index.nprobe, index.nlist), **some)
     if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=effort)
-    return None
+        return faiss.SearchParametersHNSW(efSearch=effort or index.hnsw.efSearch, **some)
+    return faiss.SearchParameters(**some) if some else None
 
 
-def search(index: Index, queries: Vectors, k: int, effort: int | None = None) -> tuple[Vectors, Ids]:
-    """The k best of each query (n, d): scores (n, k) descending and ids (n, k), -1 where there are fewer."""
-    scores, ids = index.search(queries, k, params=None if effort is None else _parameters(index, effort))
+def _selects(index: Index) -> bool:
+    """Whether this kind of index can leave rows out while it searches."""
+    faiss = load()
+    kinds = faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexRaBitQ
+    return isinstance(innermost(index), kinds)
+
+
+def search(
+    index: Index, queries: Vectors, k: int, effort: int | None = None, removed: Ids | Removed | None = None
+) -> tuple[Vectors, Ids]:
+    """The k best of each query (n, d): scores (n, k) descending and ids (n, k), -1 where there are fewer.
+
+    Rows of `removed` (sorted ids) are not found. Where many are, HNSW finds less at the same effort.
+    """
+    gone = Removed(removed) if isinstance(removed, np.ndarray) else removed
+    if gone is None or not len(gone.ids):
+        scores, ids = index.search(queries, k, params=_parameters(index, effort))
+    elif _selects(index):
+        scores, ids = index.search(queries, k, params=_parameters(index, effort, gone.selector))
+    else:
+        scores, ids = _search_past(gone, index, queries, k, k + min(k, len(gone.ids)), effort)
     return scores, ids
+
+
+def _search_past(
+    gone: Removed, index: Index, queries: Vectors, k: int, depth: int, effort: int | None
+) -> tuple[Vectors, Ids]:
+    """Search so deep that k rows are left of what is found, or no more are to be found."""
+    scores, ids = search(index, queries, depth, effort)
+    alive = (ids >= 0) & ~gone.has(ids)
+    first = np.argsort(~alive, axis=1, kind="stable")[:, :k]
+    alive = np.take_along_axis(alive, first, 1)
+    scores = np.where(alive, np.take_along_axis(scores, first, 1), np.float32(-np.inf))
+    ids = np.where(alive, np.take_along_axis(ids, first, 1), -1)
+    most = min(k + len(gone.ids), index.ntotal)
+    short = np.flatnonzero(~alive.all(axis=1))
+    if len(short) and depth < most:
+        scores[short], ids[short] = _search_past(gone, index, queries[short], k, min(4 * depth, most), effort)
+    return scores, ids
+
+
+def search_over(
+    index: Index, query: Vectors, threshold: float, effort: int | None = None, removed: Removed | None = None
+) -> tuple[Vectors, Ids]:
+    """The rows of a query (1, d) that score `threshold` or more: scores (n,) descending and ids (n,).
+
+    By ever deeper searches, which every kind of index can do, and with rows removed.
+    """
+    depth = min(FIRST_DEPTH, index.ntotal)
+    while True:
+        scores, ids = search(index, query, max(depth, 1), effort, removed)
+        found = int(np.count_nonzero((ids[0] >= 0) & (scores[0] >= threshold)))
+        if found < depth or depth >= index.ntotal:
+            return scores[0, :found], ids[0, :found]
+        depth = min(8 * depth, index.ntotal)
 
 
 def nearest(queries: Vectors, vectors: Vectors, k: int) -> tuple[Vectors, Ids]:
     """Exact search of vectors (m, d): scores and row numbers (n, min(k, m)), descending."""
-    faiss = _faiss()
+    faiss = load()
     scores, ids = faiss.knn(queries, vectors, min(k, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
     return scores, ids
 
 
 def write(index: Index, path: str) -> None:
     """Save an index as a plain faiss file."""
-    _faiss().write_index(index, path)
+    load().write_index(index, path)
 
 
 def read(path: str, mapped: bool = False) -> Index:
-    """Load an index; `mapped` leaves its codes on disk, in the page cache. CorruptError if faiss cannot read it."""
-    faiss = _faiss()
+    """Load an index; `mapped` leaves its codes on disk, in the page cache, and so does one that `join` wrote.
+
+    CorruptError if faiss cannot read it.
+    """
+    faiss = load()
     try:
+        if ondisk.is_joined(path):
+            return ondisk.open_joined(path)
         return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-120:]
@@ -230,15 +272,17 @@ def read(path: str, mapped: bool = False) -> Index:
 
 def use_threads(count: int) -> None:
     """Threads that faiss may use for what the calling thread asks of it."""
-    _faiss().omp_set_num_threads(count)
+    load().omp_set_num_threads(count)
 
 
 def prepare_reconstruct(index: Index) -> None:
     """Make ids addressable in an index with lists (8 bytes or more a vector, once)."""
-    faiss = _faiss()
+    faiss = load()
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None and ivf.direct_map.type == faiss.DirectMap.NoMap:
         ivf.set_direct_map_type(faiss.DirectMap.Hashtable)
+    if isinstance(codes := innermost(index), faiss.IndexIVFPQFastScan):
+        codes.fine_quantizer = codes.pq  # which faiss 1.15 forgets when it reads one, and then crashes
 
 
 def reconstruct(index: Index, row: int) -> Vectors | None:

@@ -15,13 +15,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import IO, Any
 
-from clip_batch import vectors
+from clip_batch import footprint, foreign, index, vectors
 from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
 from clip_batch.errors import ConfigError
+from clip_batch.manifest import Manifest, current_version, load_manifest
 from clip_batch.plan import load_plan
 from clip_batch.store import Store, file_digest
+from clip_batch.types import EncoderSpec
 
-FORMAT = 2
+FORMAT = 3
 """Of what the tasks leave for each other; a part of the version's name."""
 
 TEMPLATE = "template"
@@ -31,27 +33,45 @@ QUERIES = "queries.npz"
 CENTROIDS = "centroids.npy"
 TRUTH = "truth"
 
+DROPPED = "dropped.npy"
+DUPLICATES = "duplicates.parquet"
+"""Rows of OUT that are left out, as numbers for the shards' tasks, and as a report for people."""
+
+MOST_ROWS = 5_000_000
+"""Of an index shard, unless `shard_rows` says more: a lost task loses little, and a server opens few files."""
+
+ROW_BYTES = 64
+"""A row's share of what a shard task holds besides vectors and codes: list, place, flags, an id map's entry."""
+
+BASE_BYTES = 700_000_000
+"""What a merge task holds whatever its shard: Python with faiss and pyarrow, and the blocks in work."""
+
 ATTEMPTS = "attempts"
 """Folder: `<shard>-<attempt>/` with an index shard's files until they have their final names."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One merge, as every task sees it: a pure function of OUT and the options."""
+    """One merge, as every task sees it: a pure function of OUT, the options and, to add to it, the live version."""
 
     source: vectors.Embeddings
     index: Store
     config: MergeConfig
+    base: Manifest | None = None
 
     @cached_property
-    def version(self) -> str:
-        """12 hex digits over the commits and the options."""
+    def digest(self) -> str:
+        """12 hex digits over the commits."""
         commits = [
             [commit.partition, commit.attempt, sorted(str(file["sha256"]) for file in commit.files.values())]
             for commit in self.source.commits
         ]
-        text = json.dumps([FORMAT, commits, self.source.missing, asdict(self.config)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _digest([commits, self.source.missing])
+
+    @cached_property
+    def version(self) -> str:
+        """12 hex digits over the commits, the options and the version that is added to."""
+        return _digest([FORMAT, self.digest, asdict(self.config), self.base and self.base.version])
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -60,16 +80,49 @@ class Job:
         return tuple(kind for kind, folder in vectors.FOLDER.items() if all(commit.file(folder) for commit in commits))
 
     @property
+    def rerank(self) -> int:
+        """How many times k candidates are scored exactly."""
+        return self.base.rerank if self.base else self.config.rerank
+
+    def key(self, rows: int) -> str:
+        """The factory string for an index of so many rows."""
+        if self.config.index_key != "auto":
+            return self.config.index_key
+        memory = parse_bytes(self.config.index_memory) // len(self.config.modalities)
+        return index.choose_key(rows, self.source.dim, memory, self.config.flat_rows)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of memory that a shard task takes for each row."""
+        keys = set(self.base.key.values()) if self.base else {self.key(self.source.rows)}
+        return 2 * self.source.dim + max(footprint.code_bytes(key, self.source.dim) for key in keys) + ROW_BYTES
+
+    def needs(self, rows: int) -> int:
+        """Bytes of memory that a shard task of so many rows takes at the most; see docs/merge.md."""
+        return BASE_BYTES + self.row_bytes * rows
+
+    @cached_property
     def shards(self) -> int:
-        """How many index shards: as few as `shard_rows` allows."""
-        return math.ceil(self.source.rows / self.config.shard_rows)
+        """How many index shards: as few as `shard_rows`, or else `max_memory`, allows. ConfigError: not both can be."""
+        room = parse_bytes(self.config.max_memory) - BASE_BYTES
+        most = max(0, room) // self.row_bytes
+        rows = min(self.config.shard_rows or min(MOST_ROWS, max(1, most)), self.source.rows)
+        if rows > most:
+            needed = self.needs(rows)
+            mend = "lower --shard-rows or raise --max-memory" if self.config.shard_rows else "raise --max-memory"
+            raise ConfigError(
+                f"an index shard takes {needed:,} bytes of memory, {self.row_bytes:,} a row, "
+                f"and --max-memory is {self.config.max_memory}: {mend}"
+            )
+        return math.ceil(self.source.rows / rows)
 
     def bounds(self, shard: int) -> tuple[int, int]:
-        """The contiguous rows [start, stop) of a shard; sizes differ by one at the most."""
+        """The contiguous rows [start, stop) of OUT that a shard has; sizes differ by one at the most."""
         return self.source.rows * shard // self.shards, self.source.rows * (shard + 1) // self.shards
 
     def shard_name(self, shard: int) -> str:
-        return f"{shard:0{max(4, len(str(self.shards - 1)))}d}"
+        number = shard + (len(self.base.shards) if self.base else 0)
+        return f"{number:0{max(4, len(str(self.shards - 1)))}d}"
 
     def path(self, name: str) -> str:
         """A name in the version folder, relative to INDEX."""
@@ -79,9 +132,13 @@ class Job:
         """What `train` recorded; None if it has not ended."""
         return self._record(f"{TEMPLATE}/record.json")
 
-    def template(self, trained: dict[str, Any], name: str) -> str:
+    def drawn(self, trained: dict[str, Any], name: str) -> str:
         """A file of the attempt that trained, relative to INDEX."""
         return self.path(f"{TEMPLATE}/{trained['attempt']}/{name}")
+
+    def template(self, trained: dict[str, Any], name: str) -> str:
+        """A file of the template, relative to INDEX: that of the base, if this OUT is added to one."""
+        return f"{trained['template']}/{name}"
 
     def built(self, shard: int) -> dict[str, Any] | None:
         """What `build_shard` recorded; None if it has not ended."""
@@ -131,10 +188,10 @@ class Attempt:
 
     def __init__(self, job: Job, record: str, prefix: str) -> None:
         self.id = secrets.token_hex(4)
+        self.folder = job.path(f"{prefix}{self.id}")
         self.files: dict[str, dict[str, Any]] = {}
         self.record: dict[str, Any] = {}
         self._index, self._name = job.index, job.path(record)
-        self._folder = job.path(f"{prefix}{self.id}")
 
     @property
     def won(self) -> bool:
@@ -152,7 +209,7 @@ class Attempt:
 
     def write(self, name: str, write: Callable[[IO[bytes]], object]) -> None:
         """Write a file of the attempt."""
-        with self._index.writer(f"{self._folder}/{name}") as file:
+        with self._index.writer(f"{self.folder}/{name}") as file:
             write(file)
             file.flush()
             with open(file.name, "rb") as written:
@@ -169,26 +226,54 @@ class Attempt:
         """Go by the record that stands, not by what `create` said: its answer may have been lost."""
         self.record = self._index.read_json(self._name)
         if not self.won:
-            self._index.remove_folder(self._folder)
+            self._index.remove_folder(self.folder)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageConfig = StorageConfig()) -> Job:
-    """Check the options and OUT, and give the job. Errors: see `merge`."""
+    """Check the options, OUT and, to add to it, the live version, and give the job. Errors: see `merge`."""
     _check(config)
-    out = Store(output, storage.storage_options)
-    source = vectors.open_embeddings(out, load_plan(out), config.allow_partial)
-    return Job(source, Store(index_url, storage.storage_options), config)
+    out, home = Store(output, storage.storage_options), Store(index_url, storage.storage_options)
+    if foreign.is_folder(out):
+        encoder = EncoderSpec(config.made_by[0], "".join(config.made_by[1:]), weights="")
+        source: vectors.Embeddings = foreign.open_folder(out, encoder)
+    else:
+        source = vectors.open_embeddings(out, load_plan(out), config.allow_partial)
+    base = load_manifest(home) if config.add and current_version(home) else None
+    if base:
+        _check_base(source, base)
+    job = Job(source, home, config, base)
+    _ = job.shards  # refuses now what would not fit, or what faiss does not know
+    return job
+
+
+def _check_base(source: vectors.Embeddings, base: Manifest) -> None:
+    for what, found, wanted in (
+        ("encoder", source.plan.encoder.fingerprint, base.encoder.fingerprint),
+        ("dimension", source.dim, base.dim),
+    ):
+        if found != wanted:
+            raise ConfigError(
+                f"{source.store.url} has {what} {found}, index version {base.version} has {wanted}: merge it into an "
+                "INDEX of its own"
+            )
 
 
 def _check(config: MergeConfig) -> None:
-    parse_bytes(config.max_memory)
+    parse_bytes(config.max_memory), parse_bytes(config.index_memory)
     wrong = [
         f"{name} is {getattr(config, name)!r}, not {wanted}"
         for name, good, wanted in (
             ("modalities", config.modalities and set(config.modalities) <= {"image", "text"}, "image, text or both"),
-            ("shard_rows", config.shard_rows >= 1, "1 or more"),
+            ("shard_rows", config.shard_rows >= 0, "0 or more"),
+            ("made_by", len(config.made_by) in (1, 2), "MODEL or MODEL PRETRAINED"),
             ("queries", config.queries >= 1, "1 or more"),
             ("train_rows", config.train_rows >= 0, "0 or more"),
+            ("rerank", config.rerank >= 0, "0 or more"),
+            ("dedup", 0 <= config.dedup <= 1, "between 0 and 1"),
             ("recall_target", 0 <= config.recall_target <= 1, "between 0 and 1"),
         )
         if not good

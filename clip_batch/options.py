@@ -26,6 +26,7 @@ SECTIONS: dict[str, type] = {
     "plan": config.PlanConfig,
     "embed": config.EmbedConfig,
     "merge": config.MergeConfig,
+    "sweep": config.SweepConfig,
     "submit": config.SubmitConfig,
     "slurm": config.SlurmConfig,
     "spark": config.SparkConfig,

@@ -123,7 +123,9 @@ def codes(error: BaseException) -> Iterator[str]:
         if isinstance(response, dict):
             yield str(response.get("Error", {}).get("Code", ""))
             yield str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-        yield from (str(value) for name in ("status", "code") if isinstance(value := getattr(cause, name, None), int))
+        status = getattr(cause, "status", None) or getattr(cause, "code", None)  # aiohttp's `code` warns
+        if isinstance(status, int):
+            yield str(status)
         cause = cause.__cause__
 
 

@@ -207,6 +207,15 @@ class Store:
                 spool.flush()
                 self._ask("writing", name, lambda: self._fs.put_file(spool.name, self._at(name)))
 
+    def adopt(self, path: str, name: str) -> None:
+        """Publish a finished local file as `name`: moved if the store is local (and on the same disk), else copied."""
+        if self.local:
+            os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+            os.replace(path, self.path(name))
+            _sync_folder(self.path(name))
+        else:
+            self._ask("writing", name, lambda: self._fs.put_file(path, self._at(name)))
+
     @contextlib.contextmanager
     def _spool(self, name: str) -> Iterator[IO[bytes]]:
         """A temporary file: beside its destination if that is local, so that it can be renamed."""

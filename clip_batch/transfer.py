@@ -96,6 +96,25 @@ def _read(source: Source, start: int, stop: int) -> bytes:
     return piece[: stop - start]
 
 
+def copy_range(source: Source, start: int, stop: int, target: str, at: int, wait: Wait = time.sleep) -> None:
+    """Put the bytes [start, stop) at byte `at` of an existing local file. Errors as `read_range`, or the disk's."""
+    _write(target, at, read_range(source, start, stop, wait))
+
+
+Copy = Callable[[Source, int, int, str, int, Wait], None]
+"""`copy_range`, or what stands in for it."""
+
+
+def _write(target: str, at: int, data: bytes) -> None:
+    try:
+        with open(target, "r+b") as file:
+            file.seek(at)
+            file.write(data)
+    except OSError as error:
+        message = f"writing {target}: {error.strerror}; make room, or set TMPDIR to a larger disk"
+        raise OSError(error.errno, message) from None
+
+
 def _is_http(source: Source) -> bool:
     return source.url.startswith(("http://", "https://"))
 
@@ -123,7 +142,7 @@ class Download:
 
     They arrive in any order, on the threads of `pool`. `stop` None means to the end. Once `stopped`
     says so, no piece begins and no pause goes on. `then` is called behind the last piece, on its thread.
-    `arrived` is told of each piece; `wanted` leaves out pieces that are there.
+    `arrived` is told of each piece; `wanted` leaves out pieces that are there; `copy` fetches one.
     """
 
     def __init__(
@@ -137,9 +156,10 @@ class Download:
         then: Callable[[], object] = lambda: None,
         arrived: Callable[[int, int], object] = lambda start, stop: None,
         wanted: Sequence[tuple[int, int]] | None = None,
+        copy: Copy = copy_range,
     ) -> None:
         self.source, self.start, self.target, self.stopped = source, start, target, stopped
-        self.then, self.arrived = then, arrived
+        self.then, self.arrived, self.copy = then, arrived, copy
         self._lock = threading.Lock()
         if stop is None or not has_ranges(source):
             self._left = 1
@@ -184,7 +204,7 @@ class Download:
             self.then()
 
     def _piece(self, start: int, stop: int) -> None:
-        self._write(start, read_range(self.source, start, stop, self.pause))
+        self.copy(self.source, start, stop, self.target, start - self.start, self.pause)
         self.arrived(start, stop)
 
     def _stream(self, start: int, stop: int | None) -> None:
@@ -196,21 +216,13 @@ class Download:
             with self.source.fs.open(self.source.path, "rb", **blocks) as file:
                 while (stop is None or at < stop) and (piece := file.read(_STREAM)):
                     self.pause(0)
-                    self._write(max(at, start), piece[max(0, start - at) : None if stop is None else stop - at])
+                    wanted = piece[max(0, start - at) : None if stop is None else stop - at]
+                    _write(self.target, max(at, start) - self.start, wanted)
                     at += len(piece)
             if stop is not None and at < stop:
                 raise OSError(f"it ended at byte {at} of {stop}")
 
         self.source.ask("reading", read, self.pause)
-
-    def _write(self, at: int, data: bytes) -> None:
-        try:
-            with open(self.target, "r+b") as file:
-                file.seek(at - self.start)
-                file.write(data)
-        except OSError as error:
-            message = f"writing {self.target}: {error.strerror}; make room, or set TMPDIR to a larger disk"
-            raise OSError(error.errno, message) from None
 
 
 def download(source: Source, target: str, start: int, stop: int | None) -> None:

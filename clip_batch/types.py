@@ -80,6 +80,11 @@ class EncoderSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def partition_name(partition: int, count: int) -> str:
+    """The zero-padded number of one of `count` partitions, as file names carry it."""
+    return f"{partition:0{max(4, len(str(max(count - 1, 0))))}d}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """Frozen partitions, and all a worker needs to know besides its slot.
@@ -96,14 +101,9 @@ class Plan:
     caption_extensions: tuple[str, ...] = ("txt",)
     digest: str = ""
 
-    @property
-    def width(self) -> int:
-        """Digits of a zero-padded partition number."""
-        return max(4, len(str(max(len(self.partitions) - 1, 0))))
-
     def name(self, partition: int) -> str:
         """The zero-padded partition number, as file names carry it."""
-        return f"{partition:0{self.width}d}"
+        return partition_name(partition, len(self.partitions))
 
 
 @dataclass(frozen=True)

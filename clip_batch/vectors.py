@@ -7,11 +7,12 @@ norm by up to 5e-4, enough to put a near duplicate before the row itself).
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
 FOLDER = {"image": "img_emb", "text": "text_emb"}
-BLOCK = 65_536
+BLOCK = 16_384
 """Rows converted to float32 at a time."""
 
 NORM_TOLERANCE = 5e-3
@@ -39,13 +40,22 @@ NORM_TOLERANCE = 5e-3
 
 @dataclass(frozen=True)
 class Embeddings:
-    """All committed rows of OUT; part i has the rows [starts[i], starts[i + 1])."""
+    """All committed rows of OUT; part i has the rows [starts[i], starts[i + 1]).
+
+    A folder without commits is read by a subclass of this (see `clip_batch.foreign`).
+    """
+
+    dtypes: ClassVar[tuple[str, ...]] = ("<f2",)
+    """Of the npy files."""
+
+    mend: ClassVar[str] = "run clip-batch verify, then repair"
 
     store: Store
     plan: Plan
     commits: tuple[Commit, ...]
     starts: tuple[int, ...]
     missing: tuple[int, ...]
+    verified: bool = True
 
     @property
     def rows(self) -> int:
@@ -61,6 +71,18 @@ class Embeddings:
             low, high = max(start - first, 0), min(stop - first, commit.rows)
             if low < high:
                 yield commit, low, high
+
+    def count(self, commit: Commit) -> tuple[int, int]:
+        """(rows, rows with a caption) of a part's metadata."""
+        return metadata.count(self.store, _path(self, commit, "metadata"))
+
+    def without_caption(self, commit: Commit) -> npt.NDArray[np.bool_]:
+        """Which rows (n,) of a part have no caption."""
+        return metadata.without_caption(self.store, _path(self, commit, "metadata"))
+
+    def table(self, commit: Commit, start: int, stop: int) -> pa.Table:
+        """Metadata rows [start, stop) of a part, with their lineage."""
+        return metadata.read_rows(self.store, _path(self, commit, "metadata"), commit.partition, start, stop)
 
 
 def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Embeddings:
@@ -100,28 +122,27 @@ def check_files(source: Embeddings, kinds: tuple[str, ...]) -> list[int]:
 
     def check(commit: Commit) -> int:
         for kind in kinds:
-            _data_start(source.store, commit, kind)
-        rows, captioned = metadata.count(source.store, path := _path(source.store, commit, "metadata"))
+            _layout(source, commit, kind)
+        rows, captioned = source.count(commit)
         if rows != commit.rows:
-            raise CorruptError(f"{source.store.display(path)} has {rows} rows, its commit says {commit.rows}: {_MEND}")
+            path = source.store.display(_path(source, commit, "metadata"))
+            raise CorruptError(f"{path} has {rows} rows, its commit says {commit.rows}: {source.mend}")
         return captioned
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(check, source.commits))
 
 
-_MEND = "run clip-batch verify, then repair"
-
-
-def _path(store: Store, commit: Commit, folder: str) -> str:
+def _path(source: Embeddings, commit: Commit, folder: str) -> str:
     if (path := commit.file(folder)) is None:
-        raise CorruptError(f"{store.url}: the commit of partition {commit.partition} names no {folder} file: {_MEND}")
+        where = f"{source.store.url}: the commit of partition {commit.partition}"
+        raise CorruptError(f"{where} names no {folder} file: {source.mend}")
     return path
 
 
-def _data_start(store: Store, commit: Commit, kind: str) -> int:
-    """Where the matrix starts in a part's npy file, whose header and size are checked."""
-    path = _path(store, commit, FOLDER[kind])
+def _layout(source: Embeddings, commit: Commit, kind: str) -> tuple[int, np.dtype[Any]]:
+    """Where the matrix starts in a part's npy file, and its dtype; its header and size are checked."""
+    store, path = source.store, _path(source, commit, FOLDER[kind])
     try:
         with store.open(path) as file:
             shape, fortran, dtype = npy_header(file)
@@ -130,14 +151,14 @@ def _data_start(store: Store, commit: Commit, kind: str) -> int:
     except (Unavailable, PermissionError):  # that is not the file's fault
         raise
     except (OSError, ValueError) as error:
-        raise CorruptError(f"{store.display(path)} is not a readable npy file ({error}): {_MEND}") from None
+        raise CorruptError(f"{store.display(path)} is not a readable npy file ({error}): {source.mend}") from None
     wanted = (commit.rows, commit.dim)
-    if shape != wanted or dtype != np.dtype("<f2") or fortran:
+    if shape != wanted or dtype not in map(np.dtype, source.dtypes) or fortran:
         found = f"{dtype} {shape}{' in Fortran order' if fortran else ''}"
-        raise CorruptError(f"{store.display(path)} is {found}, the commit says float16 {wanted}: {_MEND}")
-    if size != start + 2 * commit.rows * commit.dim:
-        raise CorruptError(f"{store.display(path)} is cut: it has {size} bytes for {dtype} {shape}: {_MEND}")
-    return start
+        raise CorruptError(f"{store.display(path)} is {found}, the commit says float16 {wanted}: {source.mend}")
+    if size != start + dtype.itemsize * commit.rows * commit.dim:
+        raise CorruptError(f"{store.display(path)} is cut: it has {size} bytes for {dtype} {shape}: {source.mend}")
+    return start, dtype
 
 
 _parsing = threading.Lock()
@@ -162,24 +183,44 @@ def read_vectors(source: Embeddings, kind: str, start: int, stop: int) -> Half:
     out = np.empty((stop - start, source.dim), dtype=np.float16)
     done = 0
     for commit, low, high in source.pieces(start, stop):
-        path, width = _path(source.store, commit, FOLDER[kind]), 2 * commit.dim
+        path, (begin, dtype) = _path(source, commit, FOLDER[kind]), _layout(source, commit, kind)
+        width = dtype.itemsize * commit.dim
         with source.store.open(path) as file:
-            file.seek(_data_start(source.store, commit, kind) + low * width)
+            file.seek(begin + low * width)
             data = file.read((high - low) * width)
         if len(data) != (high - low) * width:
-            raise CorruptError(f"{source.store.display(path)} ended early: {_MEND}")
-        out[done : done + high - low] = np.frombuffer(data, dtype="<f2").reshape(-1, commit.dim)
+            raise CorruptError(f"{source.store.display(path)} ended early: {source.mend}")
+        with np.errstate(over="ignore"):  # what is too large for float16 is found when rows are checked
+            out[done : done + high - low] = np.frombuffer(data, dtype=dtype).reshape(-1, commit.dim)
         done += high - low
     return out
 
 
-def read_metadata(source: Embeddings, start: int, stop: int) -> pa.Table:
-    """Metadata rows [start, stop), with their lineage: columns `partition` and `row` (int32)."""
-    tables = [
-        metadata.read_rows(source.store, _path(source.store, commit, "metadata"), commit.partition, low, high)
-        for commit, low, high in source.pieces(start, stop)
-    ]
-    return metadata.concat(tables, source.store.url)
+def read_metadata(source: Embeddings, start: int, stop: int) -> Iterator[pa.Table]:
+    """Metadata rows [start, stop), part by part, with their lineage: columns `partition` and `row` (int32)."""
+    for commit, low, high in source.pieces(start, stop):
+        yield source.table(commit, low, high)
+
+
+def read_empty(source: Embeddings, start: int, stop: int) -> npt.NDArray[np.bool_]:
+    """Which of the rows [start, stop) have no caption, so that their text vector may be all zero: (n,)."""
+    found = [source.without_caption(commit)[low:high] for commit, low, high in source.pieces(start, stop)]
+    return np.concatenate([np.empty(0, dtype=bool), *found])
+
+
+def check_all(source: Embeddings, kinds: Sequence[str]) -> None:
+    """Every row of every part, some parts at once; errors as `check_rows`."""
+
+    def check(commit: Commit, start: int) -> None:
+        empty = read_empty(source, start, start + commit.rows)
+        for kind in kinds:
+            for low in range(0, commit.rows, 4 * BLOCK):
+                high = min(low + 4 * BLOCK, commit.rows)
+                rows = read_vectors(source, kind, start + low, start + high)
+                check_rows(source, kind, start + low, rows, empty[low:high] if kind == "text" else None)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(check, source.commits, source.starts))
 
 
 def check_rows(
@@ -197,9 +238,9 @@ def check_rows(
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
             commit, row, _ = next(source.pieces(start + low + at, start + low + at + 1))
-            path = source.store.display(_path(source.store, commit, FOLDER[kind]))
+            path = source.store.display(_path(source, commit, FOLDER[kind]))
             hint = " though it has a caption" if kind == "text" and norms[at] == 0 else ""
-            raise CorruptError(f"{path}: row {row} has norm {norms[at]:.4g}{hint}, not 1: {_MEND}")
+            raise CorruptError(f"{path}: row {row} has norm {norms[at]:.4g}{hint}, not 1: {source.mend}")
 
 
 def _norms(vectors: Half) -> npt.NDArray[np.float32]:
@@ -222,11 +263,12 @@ def _gather(source: Embeddings, kind: str, part: int, order: Rows, captioned: in
     Memory-mapped and read in file order. CorruptError where a drawn row is not finite and unit.
     """
     commit = source.commits[part]
-    path, start = _path(source.store, commit, FOLDER[kind]), _data_start(source.store, commit, kind)
+    path, (start, dtype) = _path(source, commit, FOLDER[kind]), _layout(source, commit, kind)
     in_file_order = np.sort(order)
     with source.store.fetch(path) as local:
-        mapped = np.memmap(local, dtype="<f2", mode="r", offset=start, shape=(commit.rows, commit.dim))
-        vectors = np.asarray(mapped[in_file_order])
+        mapped = np.memmap(local, dtype=dtype, mode="r", offset=start, shape=(commit.rows, commit.dim))
+        with np.errstate(over="ignore"):
+            vectors = np.asarray(mapped[in_file_order], dtype=np.float16)
         del mapped
     filled = np.any(vectors != 0, axis=1)
     if kind == "image" or captioned == commit.rows:
@@ -238,6 +280,22 @@ def _gather(source: Embeddings, kind: str, part: int, order: Rows, captioned: in
     back = np.searchsorted(in_file_order, order)
     keep = back[filled[back]]
     return in_file_order[keep], vectors[keep]
+
+
+def gather(source: Embeddings, kind: str, rows: Rows) -> Half:
+    """Rows (n,), ascending, as float16 (n, dim), not checked; memory-mapped and read in file order."""
+    out = np.empty((len(rows), source.dim), dtype=np.float16)
+    cuts = np.searchsorted(rows, source.starts)
+    for commit, first, low, high in zip(source.commits, source.starts, cuts, cuts[1:], strict=False):
+        if low == high:
+            continue
+        start, dtype = _layout(source, commit, kind)
+        with source.store.fetch(_path(source, commit, FOLDER[kind])) as local:
+            mapped = np.memmap(local, dtype=dtype, mode="r", offset=start, shape=(commit.rows, commit.dim))
+            with np.errstate(over="ignore"):
+                out[low:high] = mapped[rows[low:high] - first]
+            del mapped
+    return out
 
 
 def draw(
@@ -266,3 +324,49 @@ def draw(
         rows.append(found[:share] + start)
         vectors.append(their[:share])
     return np.concatenate(rows), np.concatenate(vectors)
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A shard's rows in index order, taken when they are asked for: a copy would double the memory."""
+
+    vectors: Half
+    order: Rows
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, at: slice | Rows) -> Half:
+        rows: Half = self.vectors[self.order[at]]
+        return rows
+
+    def save(self, file: IO[bytes]) -> None:
+        """Write the rows as an npy file of float16 (n, d)."""
+        described = {"descr": "<f2", "fortran_order": False, "shape": (len(self), self.vectors.shape[1])}
+        np.lib.format.write_array_header_1_0(file, described)  # type: ignore[no-untyped-call]
+        for block in blocks(len(self)):
+            file.write(self[block].tobytes())
+
+
+class Stacked:
+    """Matrices (n, d), one below the other, as one to take rows from."""
+
+    def __init__(self, matrices: Sequence[Half]) -> None:
+        self._matrices = matrices
+        self._starts = np.cumsum([0, *map(len, matrices)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, rows: Rows) -> Half:
+        out = np.empty((len(rows), self._matrices[0].shape[1]), dtype=np.float16)
+        owner = np.searchsorted(self._starts, rows, "right") - 1
+        for one in np.unique(owner):
+            places = np.flatnonzero(owner == one)
+            out[places] = self._matrices[one][rows[places] - self._starts[one]]
+        return out
+
+
+def blocks(count: int) -> list[slice]:
+    """[0, count) in slices of BLOCK rows."""
+    return [slice(low, min(low + BLOCK, count)) for low in range(0, count, BLOCK)]

@@ -409,7 +409,7 @@ def test_held_out_rows_are_not_trained_on_and_every_part_gives_its_share(tmp_pat
     [
         ({"index_key": "IVF16,Flat"}, r"IVF16,Flat.*training points \(2\)"),
         ({"index_key": "Nonsense"}, "index key 'Nonsense'"),
-        ({"shard_rows": 0}, "shard_rows is 0, not 1 or more"),
+        ({"shard_rows": -1, "dedup": 2, "rerank": -1}, r"shard_rows is -1, .* rerank is -1, .* dedup is 2"),
         ({"modalities": ["sound"]}, "modalities"),
         ({"recall_target": 95}, "recall_target"),
         ({"max_memory": "much"}, "size 'much'"),
@@ -482,7 +482,7 @@ class Race:
         self.index = ""
         make_out(self.out, self.images, texts, SIZES)
         rng = np.random.default_rng()
-        monkeypatch.setattr(stage, "_order", lambda job, trained, data: rng.permutation(len(data)))
+        monkeypatch.setattr(stage, "_order", lambda job, trained, shard, data: rng.permutation(len(data)))
         for name in ("create", "replace", "rename", "remove_folder"):
             monkeypatch.setattr(Store, name, self._around(getattr(Store, name)))
         monkeypatch.setattr(Store, "writer", self._inside(Store.writer))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -26,7 +28,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> metadata.MetadataFile:
     path = str(tmp_path_factory.mktemp("metadata") / "a.arrow")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metadata, "BATCH_ROWS", 64)
-        metadata.write_ordered(table_of(1000), np.arange(999, -1, -1), path)
+        metadata.write_ordered([table_of(1000)], np.arange(999, -1, -1), path)
     return metadata.open_table(path)
 
 
@@ -76,14 +78,165 @@ def test_a_side_car_field_gives_way_to_the_lineage(tmp_path: Path) -> None:
     assert found.to_pylist() == [{"key": "a", "json_row": "their own", "caption": "x", "partition": 2, "row": 0}]
 
 
-def test_columns_beyond_32_bit_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the limit, strings move with 64-bit offsets, and lie in the file with 32-bit ones."""
-    monkeypatch.setattr(metadata, "_OFFSETS_LIMIT", 10)
-    order = np.random.default_rng(0).permutation(100)
-    metadata.write_ordered(pa.concat_tables([table_of(60), table_of(40, 60)]), order, str(tmp_path / "a.arrow"))
+TEXT = st.one_of(st.none(), st.sampled_from(["", "a", "\u00e4\U0001f600", "long " * 20]), st.text(max_size=5))
+COLUMNS = st.integers(0, 60).flatmap(
+    lambda rows: st.fixed_dictionaries(
+        {
+            "caption": st.lists(TEXT, min_size=rows, max_size=rows).map(lambda values: pa.array(values, pa.string())),
+            "shard": st.lists(
+                st.sampled_from(["s3://bucket/0.tar", "s3://bucket/1.tar"]), min_size=rows, max_size=rows
+            ).map(lambda values: pa.array(values, pa.string())),
+            "gaps": st.lists(st.sampled_from([None, "the same long value"]), min_size=rows, max_size=rows).map(
+                lambda values: pa.array(values, pa.string())
+            ),
+            "ratio": st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=rows, max_size=rows).map(
+                lambda values: pa.array(values, pa.float64())
+            ),
+            "n": st.just(pa.array(range(rows), pa.int64())),
+        }
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(columns=COLUMNS, batch=st.integers(1, 30), run=st.sampled_from([0, 1, 8, 1024]), data=st.data())
+def test_write_and_take_are_the_naive_reorder_and_take(
+    tmp_path_factory: pytest.TempPathFactory,
+    columns: dict[str, pa.Array],
+    batch: int,
+    run: int,
+    data: st.DataObject,
+) -> None:
+    """For any split into tables, order (rows left out too), record batches; any rows asked, of any limit of bytes."""
+    table = pa.table(columns)
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, len(table)), max_size=5))), len(table)]
+    tables = [table.slice(low, high - low) for low, high in zip(cuts, cuts[1:], strict=False)]
+    order = np.array(data.draw(st.permutations(range(len(table)))), dtype=np.int64)
+    order = order[: data.draw(st.integers(0, len(table)))]
+    folder = tmp_path_factory.mktemp("ordered")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "BATCH_ROWS", batch)
+        patch.setattr(metadata, "RUN", run)
+        metadata.write_ordered(iter(tables), order, str(folder / "a.arrow"))
+        assert [path.name for path in folder.iterdir()] == ["a.arrow"]
+        opened = metadata.open_table(str(folder / "a.arrow"))
+        naive = table.take(pa.array(order))
+        assert opened.rows == len(order) and opened.schema == table.schema
+        assert opened.take(np.arange(len(order))).equals(naive)
+        rows = data.draw(st.lists(st.integers(0, len(order) - 1), max_size=100)) if len(order) else []
+        patch.setattr(metadata, "LONGEST", data.draw(st.sampled_from([1, 50, 2**31 - 1])))
+        taken = opened.take(rows)
+        taken.validate(full=True)
+        assert taken.equals(naive.take(pa.array(rows, pa.int64())))
+        names = data.draw(st.lists(st.sampled_from(table.column_names), min_size=1, unique=True))
+        assert opened.take(rows, names).equals(taken.select(names))
+
+
+def read_raw(path: Path) -> pa.Table:
+    return pa.ipc.open_file(path).read_all()
+
+
+def test_a_dictionary_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the bytes at the most, and not too many values; decided for each file, over all its tables."""
+    monkeypatch.setattr(metadata, "BATCH_ROWS", 100)
+    tables = [
+        pa.table(
+            {
+                "shard": pa.array([f"s3://bucket/laion/{number:06d}.tar"] * 100),
+                "key": pa.array([f"a key of its own {number} {i}" for i in range(100)]),
+                "short": pa.array([None, "ok"] * 50),
+                "none": pa.array([None] * 100, pa.string()),
+            }
+        )
+        for number in range(10)
+    ]
+    order = np.random.default_rng(0).permutation(1000)
+    wanted = pa.concat_tables(tables).take(pa.array(order))
+    metadata.write_ordered(tables, order, str(tmp_path / "a.arrow"))
+    raw = read_raw(tmp_path / "a.arrow")
+    assert [field.name for field in raw.schema if pa.types.is_dictionary(field.type)] == ["shard"]
+    assert raw.to_pylist() == wanted.to_pylist()
     opened = metadata.open_table(str(tmp_path / "a.arrow"))
-    assert opened.schema.field("key").type == pa.string()
-    assert opened.take(np.arange(100))["n"].to_pylist() == order.tolist()
+    assert opened.schema == tables[0].schema
+    assert opened.take(np.arange(1000)).equals(wanted)
+    monkeypatch.setattr(metadata, "DICTIONARY_VALUES", 9)
+    metadata.write_ordered(tables, order, str(tmp_path / "b.arrow"))
+    assert read_raw(tmp_path / "b.arrow").schema == tables[0].schema
+    monkeypatch.undo()
+    monkeypatch.setattr(metadata, "DICTIONARY_BYTES", 200)
+    metadata.write_ordered(tables, order, str(tmp_path / "c.arrow"))
+    assert read_raw(tmp_path / "c.arrow").schema == tables[0].schema
+
+
+def test_a_dictionary_that_grows_within_the_file(tmp_path: Path) -> None:
+    """Arrow files of others may add to a dictionary from record batch to record batch."""
+    path, options = tmp_path / "a.arrow", pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
+    schema = pa.schema({"shard": pa.dictionary(pa.int8(), pa.string())})
+    pieces = [pa.DictionaryArray.from_arrays(pa.array([0, n], pa.int8()), ["a", "b", "c"][: n + 1]) for n in range(3)]
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
+        for piece in pieces:
+            writer.write_batch(pa.record_batch([piece], schema=schema))
+    opened = metadata.open_table(str(path))
+    assert opened.schema == pa.schema({"shard": pa.string()})
+    assert opened.take([5, 1, 3, 3, 0]).to_pydict() == {"shard": ["c", "a", "b", "b", "a"]}
+
+
+def test_the_memory_of_writing_is_some_record_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow's peak is a small part of what is written."""
+    monkeypatch.setattr(metadata, "BATCH_BYTES", 2**20)
+    monkeypatch.setattr(metadata, "DICTIONARY_VALUES", 1000)
+    rows, parts = 10_000, 40
+
+    def tables() -> Iterator[pa.Table]:
+        for part in range(parts):
+            numbers = pa.array(np.arange(part * rows, (part + 1) * rows))
+            yield pa.table(
+                {"n": numbers, "caption": pc.binary_join_element_wise("x" * 90, numbers.cast("string"), " ")}
+            )
+
+    order = np.random.default_rng(0).permutation(rows * parts)
+    before = pa.default_memory_pool()
+    pool = pa.system_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        metadata.write_ordered(tables(), order, str(tmp_path / "a.arrow"))
+        written = (tmp_path / "a.arrow").stat().st_size
+        assert written > 40 * 2**20
+        assert pool.max_memory() < written / 4
+    finally:
+        pa.set_memory_pool(before)
+    opened = metadata.open_table(str(tmp_path / "a.arrow"))
+    assert opened.take([0, rows * parts - 1], ["n"])["n"].to_pylist() == [order[0], order[-1]]
+
+
+@pytest.mark.slow
+def test_more_bytes_than_32_bit_offsets_reach(tmp_path: Path) -> None:
+    """2.2 GB of one column, asked for by repeating rows: in order, and in an order to restore."""
+    path = str(tmp_path / "a.arrow")
+    metadata.write_ordered([pa.table({"caption": ["x" * 2**20, "y" * 2**20], "n": [0, 1]})], np.arange(2), path)
+    opened = metadata.open_table(path)
+    rows = np.zeros(2200, dtype=np.int64)
+    rows[-1] = 1
+    taken = opened.take(rows)
+    assert len(taken) == 2200 and taken["caption"].num_chunks > 1
+    assert set(pc.binary_length(taken["caption"]).to_pylist()) == {2**20}
+    assert taken["caption"][-1].as_py()[0] == "y" and taken["n"].to_pylist() == rows.tolist()
+
+
+def test_tables_of_different_schemas_are_refused(tmp_path: Path) -> None:
+    tables = [table_of(2), table_of(2, 2).drop_columns(["n"])]
+    with pytest.raises(CorruptError, match=r"^OUT: metadata schemas differ among partitions \(less, not n: int64\)"):
+        list(metadata.same_schema(tables, "OUT"))
+    with pytest.raises(CorruptError, match="schemas differ"):
+        metadata.write_ordered(tables, np.arange(4), str(tmp_path / "a.arrow"))
+    assert not list(tmp_path.iterdir())
+    other = table_of(2).set_column(2, "n", pa.array(["1", "2"]))
+    with pytest.raises(CorruptError, match="n: string, not n: int64"):
+        list(metadata.same_schema([table_of(2), other], "OUT"))
+    with pytest.raises(ValueError, match="no table"):
+        metadata.write_ordered([], np.arange(0), str(tmp_path / "a.arrow"))
+    with pytest.raises(IndexError):
+        metadata.write_ordered([table_of(2)], np.array([2]), str(tmp_path / "a.arrow"))
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
@@ -95,5 +248,6 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     pq.write_table(table_of(5), tmp_path / "c.parquet")
     with pytest.raises(CorruptError, match="has only 5 rows"):
         metadata.read_rows(Store(str(tmp_path)), "c.parquet", 0, 3, 6)
-    with pytest.raises(CorruptError, match="schemas differ"):
-        metadata.concat([table_of(2), table_of(2).drop_columns(["n"])], "OUT")
+    (tmp_path / "d.arrow").touch()
+    with pytest.raises(CorruptError, match=r"d\.arrow is not a readable Arrow file"):
+        metadata.open_table(str(tmp_path / "d.arrow"))

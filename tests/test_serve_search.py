@@ -326,7 +326,7 @@ def test_only_what_our_planner_recorded_is_read(client: TestClient) -> None:
     with service.indices.use(None) as (_, version):
         ours = version.manifest
         try:
-            version.manifest = dataclasses.replace(ours, plan="")
+            version.manifest = dataclasses.replace(ours, sources=())
             assert client.get("/v1/image/index/0").status_code == 404
             assert search(client, text="a", k=1)["hits"][0]["image"] is None
         finally:

@@ -17,9 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from clip_batch.errors import InputError
+from clip_batch.read.fetcher import Fetcher, apart
 from clip_batch.store import absolute, is_local
-from clip_batch.transfer import THREADS, Download, source, version
+from clip_batch.transfer import THREADS, Copy, Download, copy_range, source, version
 from clip_batch.types import Shard, Slice
+
+LARGE = 16 * 2**20
+"""Bytes of a slice that is worth a process to fetch it; most of a second goes by until that one reads."""
 
 
 class Ahead:
@@ -41,6 +45,7 @@ class Ahead:
         self._coming: deque[_Fetch] = deque()
         self._following: Slice | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._fetcher = Fetcher()
 
     def __enter__(self) -> Ahead:
         return self
@@ -49,6 +54,7 @@ class Ahead:
         self._closed = True
         while self._coming:
             self._coming.popleft().drop()
+        self._fetcher.close()
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -104,7 +110,9 @@ class Ahead:
 
     def _begin(self, piece: Slice) -> _Fetch:
         self._pool = self._pool or ThreadPoolExecutor(THREADS, "download")
-        return _Fetch(piece, self._options, _bytes(piece, self._budget), self._pool, self._stopped)
+        size = _bytes(piece, self._budget)
+        copy = self._fetcher.copy if size >= LARGE and apart(piece.shard.url) else copy_range
+        return _Fetch(piece, self._options, size, self._pool, self._stopped, copy)
 
     def _stopped(self) -> bool:
         return self._closed or (self._stop is not None and self._stop.is_set())
@@ -120,6 +128,7 @@ class _Fetch:
         size: int,
         pool: ThreadPoolExecutor,
         stopped: Callable[[], bool],
+        copy: Copy,
     ) -> None:
         self.piece, self.bytes, self.path = piece, size, ""
         self._download: Download | None = None
@@ -130,7 +139,7 @@ class _Fetch:
             self._source = source(url, options)
             descriptor, self.path = tempfile.mkstemp(prefix="clip-batch-")
             os.close(descriptor)
-            self._download = Download(self._source, piece.start, stop, self.path, pool, stopped, self._check)
+            self._download = Download(self._source, piece.start, stop, self.path, pool, stopped, self._check, copy=copy)
         except Exception as error:
             self._error = error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from clip_batch.store import Store
+from clip_batch import lineage
 
 if TYPE_CHECKING:
     from clip_batch.serve.live import Version
@@ -27,14 +27,7 @@ def original(version: Version, row: int) -> bytes | None:
     (where,) = version.searcher.metadata([row], list(COLUMNS))
     if not has_image(where):
         return None
-    folder, _, name = where["shard"].rpartition("/")
-    try:
-        with Store(folder, version.searcher.storage.storage_options).open(name) as file:
-            file.seek(where["offset"])
-            data = file.read(where["length"])
-    except OSError:
-        return None
-    return data if len(data) == where["length"] else None
+    return lineage.image(where, version.searcher.storage)
 
 
 def media_type(data: bytes) -> str:

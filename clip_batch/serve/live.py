@@ -7,6 +7,7 @@ holds it. All bookkeeping is on the event loop; opening, warming and closing are
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import logging
 from collections.abc import Coroutine, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clip_batch import tombstones
 from clip_batch.config import SearchConfig
 from clip_batch.errors import ClipBatchError, ConfigError, EncoderError
 from clip_batch.manifest import current_version
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from clip_batch.config import ServeConfig, StorageConfig
     from clip_batch.serve.metrics import Metrics
 
+State = tuple[str | None, ...]
+"""CURRENT, and the digests of the removal lists."""
+
 log = logging.getLogger("clip_batch.serve")
 
 
@@ -34,8 +39,9 @@ class Version:
 
     def __init__(self, searcher: Searcher) -> None:
         self.searcher, self.manifest = searcher, searcher.manifest
-        self.columns = list(searcher.metadata([0])[0]) if self.manifest.rows else []
+        self.columns = list(searcher.schema.names)
         self.modalities = list(self.manifest.key)
+        self._offsets = [shard.offset for shard in self.manifest.shards]
         spec = self.manifest.encoder  # what clip-retrieval made knows no weights, only a name
         self.encoder = spec.fingerprint if spec.weights else f"{spec.model} {spec.pretrained}"
         self.users, self.retired = 0, False
@@ -43,10 +49,12 @@ class Version:
     def planned(self, row: int) -> bool:
         """Whether a row's shard and byte range are what our planner recorded.
 
-        Where they are only what data says of itself (an index that clip-retrieval made), they could name any
-        file of this machine.
+        Where they are only what data says of itself (embeddings or an index that clip-retrieval made), they
+        could name any file of this machine.
         """
-        return bool(self.manifest.plan)
+        manifest = self.manifest
+        shard = manifest.shards[bisect.bisect_right(self._offsets, row) - 1]
+        return bool(manifest.sources) and manifest.sources[shard.source].verified
 
     def warm(self) -> None:
         """Touch what the first request would touch."""
@@ -60,7 +68,7 @@ class _Index:
     def __init__(self, name: str, url: str) -> None:
         self.name, self.url = name, url
         self.version: Version | None = None
-        self.state: str | None = None
+        self.state: State | None = None
         self.problem: str | None = None
 
 
@@ -183,16 +191,17 @@ class Indices:
         except (ClipBatchError, OSError) as error:
             self._fail(index, error)
 
-    def _state(self, index: _Index) -> str | None:
-        """What changes when the index must be opened anew; read before it is opened."""
-        return current_version(Store(index.url, self._storage.storage_options))
+    def _state(self, index: _Index) -> State:
+        """What changes when the index must be opened anew, by a merge or a `remove`; read before it is opened."""
+        store = Store(index.url, self._storage.storage_options)
+        return current_version(store), *tombstones.names(store)
 
     def _opened(self, index: _Index) -> Version:
         config = self._config
         search = SearchConfig(device=config.device, model=config.model, pretrained=config.pretrained)
         return Version(Searcher(index.url, self._storage, config=search))
 
-    def _install(self, index: _Index, version: Version, state: str | None) -> None:
+    def _install(self, index: _Index, version: Version, state: State) -> None:
         old, index.version, index.state, index.problem = index.version, version, state, None
         self._open.add(version)
         if old is not None:

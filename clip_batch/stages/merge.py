@@ -10,26 +10,26 @@ and CURRENT moves only when that one's manifest stands.
 
 from __future__ import annotations
 
-import math
+import os
+import secrets
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch import index, metadata, recall, vectors
-from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
+from clip_batch import index, metadata, ondisk, tombstones, trial, vectors
+from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, IncompleteError
-from clip_batch.job import CENTROIDS, QUERIES, TRUTH, Attempt, Job, open_job
-from clip_batch.manifest import MANIFEST, IndexShard, Manifest, load_manifest, make_current, publish_manifest
+from clip_batch.job import ATTEMPTS, DUPLICATES, TRUTH, Attempt, Job, open_job
+from clip_batch.manifest import MANIFEST, IndexShard, Manifest, Source, load_manifest, make_current, publish_manifest
+from clip_batch.store import file_digest
+from clip_batch.template import assigner, left_out, make_template, order_modality, read_queries, read_template
 from clip_batch.types import format_numbers
-
-MOST_ORDER_LISTS = 4096
-"""Of the k-means that orders the rows of an index without lists."""
-
-SATURATED = 0.99
-"""A doubled effort that leaves this share of the scores as they were is not doubled again for the trial."""
 
 Say = Callable[[str], None]
 Ids = npt.NDArray[np.int64]
@@ -45,14 +45,15 @@ def merge(
 ) -> Manifest:
     """Build a version of INDEX from OUT, or find it finished; all tasks in this process, one after another.
 
-    IncompleteError: partitions are not committed (and not `allow_partial`). CorruptError: a committed
-    file is not what its commit says, or a vector is not finite and of unit norm. ConfigError: an
-    option is wrong, or faiss refuses the key. PlanError: OUT has no plan.
+    Every row is checked before anything is built. IncompleteError: partitions are not committed (and
+    not `allow_partial`). CorruptError: a committed file is not what its commit says, or a vector is
+    not finite and of unit norm. ConfigError: an option is wrong, or faiss refuses the key. PlanError:
+    OUT has no plan.
     """
     job = open_job(output, index, config, storage)
     if manifest := finished(job, progress):
         return manifest
-    train(job, progress)
+    train(job, progress, every_row=True)
     for shard in range(job.shards):
         build_shard(job, shard, progress)
     return publish(job, progress)
@@ -60,6 +61,9 @@ def merge(
 
 def finished(job: Job, progress: Say = lambda line: None) -> Manifest | None:
     """The manifest of a version that stands, which is CURRENT then; None while it is being made."""
+    if job.base and any(source.digest == job.digest for source in job.base.sources):
+        progress(f"version {job.base.version} has it already")
+        return job.base
     if not job.index.exists(job.path(MANIFEST)):
         return None
     make_current(job.index, job.version)
@@ -67,71 +71,30 @@ def finished(job: Job, progress: Say = lambda line: None) -> Manifest | None:
     return load_manifest(job.index, job.version)
 
 
-def train(job: Job, progress: Say = lambda line: None) -> None:
-    """Check every part, hold queries out, train a template for each modality. Does nothing if it has ended."""
+def train(job: Job, progress: Say = lambda line: None, every_row: bool = False) -> None:
+    """Check every part, hold queries out, train a template for each modality. Does nothing if it has ended.
+
+    Headers, sizes and counts are always checked; every row here with `every_row`, else by the shards' tasks.
+    """
     if job.source.missing:
         progress(f"merging without partitions {format_numbers(job.source.missing)}")
     if job.trained():
         progress(f"version {job.version} is trained already")
         return
+    captioned = vectors.check_files(job.source, job.kinds)
+    if every_row:
+        vectors.check_all(job.source, job.kinds)
     with job.try_train() as attempt:
-        _train(job, attempt, progress)
+        make_template(job, captioned, attempt, progress)
     if not attempt.won:
         progress("another attempt has trained first: its template is taken")
-
-
-def _train(job: Job, attempt: Attempt, progress: Say) -> None:
-    started = time.monotonic()
-    modalities = [modality for modality in job.config.modalities if modality in job.kinds]
-    captioned = vectors.check_files(job.source, job.kinds)
-    filled = {"image": [commit.rows for commit in job.source.commits], "text": captioned}
-    kinds = [kind for kind in job.kinds if sum(filled[kind])]
-    keys: dict[str, str] = {name: _key(job, sum(filled[name])) for name in modalities if name in kinds}
-    if not keys:
-        raise ConfigError(f"{job.source.store.url} has no vectors of {', '.join(job.config.modalities)} to index")
-    seed = job.config.seed
-    queries = {}
-    for kind in kinds:
-        count = min(job.config.queries, max(1, sum(filled[kind]) // 10))
-        queries[kind] = vectors.draw(job.source, kind, filled[kind], count, seed)
-    held_out = np.unique(np.concatenate([rows for rows, _ in queries.values()]))
-    for modality, key in keys.items():
-        wanted = job.config.train_rows or max(10_000, 64 * index.lists(key))
-        _, sample = vectors.draw(job.source, modality, filled[modality], wanted, seed, held_out)
-        if not len(sample):  # so few rows that every one is a query
-            sample = queries[modality][1]
-        exact = vectors.unit(sample)
-        template = index.train(key, exact, seed)
-        if modality == _order_modality(keys) and not index.has_lists(template):
-            count = max(1, min(math.isqrt(job.source.rows), MOST_ORDER_LISTS, len(exact)))
-            centroids = index.cluster(exact, count, seed)
-            attempt.write(CENTROIDS, lambda file, centroids=centroids: np.save(file, centroids))  # type: ignore[misc]
-        attempt.write(f"{modality}.index", lambda file, made=template: index.write(made, file.name))  # type: ignore[misc]
-        progress(f"{modality}: key {key}, trained on {len(sample):,} rows")
-    arrays: dict[str, Any] = {}
-    for kind, (rows, drawn) in queries.items():
-        arrays.update({f"{kind}.rows": rows, f"{kind}.vectors": drawn})
-    attempt.write(QUERIES, lambda file: np.savez(file, **arrays))
-    attempt.commit(keys=keys, kinds=kinds, seconds=time.monotonic() - started)
-
-
-def _key(job: Job, rows: int) -> str:
-    if job.config.index_key != "auto":
-        return job.config.index_key
-    memory = parse_bytes(job.config.max_memory) // len(job.config.modalities)
-    return index.choose_key(rows, job.source.dim, memory, job.config.flat_rows)
-
-
-def _order_modality(keys: dict[str, str]) -> str:
-    """The modality by whose lists the rows are ordered."""
-    return "image" if "image" in keys else next(iter(keys))
 
 
 def build_shard(job: Job, shard: int, progress: Say = lambda line: None) -> None:
     """One index shard: assign, sort, add; metadata in the same order; its part of the recall trial.
 
     If its record stands, only gives the files their final names where that is left to do. Memory: the
-    shard's float16 vectors of both kinds, one index and the metadata. ConfigError: not trained yet.
+    shard's float16 vectors of one kind and one index (`Job.row_bytes` a row). ConfigError: not trained yet.
     """
     at = f"index shard {shard + 1} of {job.shards}"
     if record := job.built(shard):
@@ -147,98 +110,40 @@ def build_shard(job: Job, shard: int, progress: Say = lambda line: None) -> None
 
 
 def _build(job: Job, trained: dict[str, Any], shard: int, attempt: Attempt) -> None:
-    started, name = time.monotonic(), job.shard_name(shard)
-    keys, (start, stop) = trained["keys"], job.bounds(shard)
-    table = vectors.read_metadata(job.source, start, stop)
-    empty = np.asarray(table["caption"].is_null())
-    data: dict[str, Half] = {}
-    for kind in trained["kinds"]:
-        data[kind] = vectors.read_vectors(job.source, kind, start, stop)
-        vectors.check_rows(job.source, kind, start, data[kind], empty if kind == "text" else None)
-    order = _order(job, trained, data[_order_modality(keys)])
-    attempt.write(f"metadata/{name}.arrow", lambda file: metadata.write_ordered(table, order, file.name))
-    with job.index.fetch(job.template(trained, QUERIES)) as path, np.load(path) as saved:
-        queries = dict(saved)
-    trials = {}
-    for modality in keys:
-        rows = data[modality][order]
-        made = _fill(_template(job, trained, modality), rows)
+    started, name, (start, stop) = time.monotonic(), job.shard_name(shard), job.bounds(shard)
+    empty = vectors.read_empty(job.source, start, stop)
+    queries, trials = read_queries(job, trained), {}
+    order: Ids | None = None
+    for modality in sorted(trained["keys"], key=lambda name: name != order_modality(trained["keys"])):
+        data = vectors.read_vectors(job.source, modality, start, stop)
+        vectors.check_rows(job.source, modality, start, data, empty if modality == "text" else None)
+        order = _order(job, trained, shard, data) if order is None else order
+        rows = vectors.Ordered(data, order)
+        made = _fill(read_template(job, trained, modality), rows)
         attempt.write(f"{modality}/{name}.index", lambda file, made=made: index.write(made, file.name))  # type: ignore[misc]
-        for kind in trained["kinds"]:
-            own = np.full(len(queries[f"{kind}.rows"]), -1)
+        if job.rerank:
+            attempt.write(f"{modality}/{name}.npy", lambda file, rows=rows: rows.save(file))  # type: ignore[misc]
+        for kind, (own, vector) in queries.items():
+            places = np.full(len(own), -1)
             if kind == modality:
-                own = _places(queries[f"{kind}.rows"] - start, order)
-            trial = _try(made, rows, vectors.unit(queries[f"{kind}.vectors"]), own)
-            trials.update({f"{modality}.{kind}.{field}": array for field, array in vars(trial).items()})
-        del made, rows
+                places = _places(own - start, order, stop - start)
+            found = trial.run(made, rows, vectors.unit(vector), places, job.rerank)
+            trials.update({f"{modality}.{kind}.{field}": array for field, array in vars(found).items()})
+        del data, rows, made  # before the next one is read
+    assert order is not None
+    attempt.write(
+        f"metadata/{name}.arrow",
+        lambda file: metadata.write_ordered(vectors.read_metadata(job.source, start, stop), order, file.name),
+    )
     attempt.write(f"{TRUTH}/{name}.npz", lambda file: np.savez(file, **trials))
-    attempt.commit(rows=stop - start, seconds=time.monotonic() - started)
-
-
-def _template(job: Job, trained: dict[str, Any], modality: str) -> Any:
-    """The trained empty index."""
-    with job.index.fetch(job.template(trained, f"{modality}.index")) as path:
-        return index.read(path)
-
-
-def _blocks(count: int) -> list[slice]:
-    return [slice(low, min(low + vectors.BLOCK, count)) for low in range(0, count, vectors.BLOCK)]
-
-
-def _order(job: Job, trained: dict[str, Any], data: Half) -> Ids:
-    """The shard's rows (n,) sorted by inverted list, stable."""
-    template = _template(job, trained, _order_modality(trained["keys"]))
-    if index.has_lists(template):
-        found = [index.assign(template, vectors.unit(data[block])) for block in _blocks(len(data))]
-    else:
-        with job.index.fetch(job.template(trained, CENTROIDS)) as path:
-            centroids = np.load(path)
-        found = [index.assign_nearest(centroids, vectors.unit(data[block])) for block in _blocks(len(data))]
-    order: Ids = np.argsort(np.concatenate(found), kind="stable")
-    return order
-
-
-def _fill(template: Any, rows: Half) -> Any:
-    """The template filled with rows (n, d), ids 0 to n - 1; zero rows (no caption) are left out."""
-    filled = np.flatnonzero(np.any(rows != 0, axis=1))
-    made = template if len(filled) == len(rows) else index.with_ids(template)
-    for block in _blocks(len(filled)):
-        index.add(made, vectors.unit(rows[filled[block]]), filled[block])
-    return made
-
-
-def _places(rows: Ids, order: Ids) -> Ids:
-    """Where rows of the shard, numbered before sorting, are after it; -1 for rows of other shards."""
-    after = np.empty_like(order)
-    after[order] = np.arange(len(order))
-    inside = (rows >= 0) & (rows < len(order))
-    return np.where(inside, after[np.where(inside, rows, 0)], -1)
-
-
-def _try(made: Any, rows: Half, queries: npt.NDArray[np.float32], own: Ids) -> recall.Trial:
-    """Exact and, at every effort, found neighbours of the queries among the shard's rows."""
-    depth = recall.TOP + 1  # one of them may be the query itself
-    scores, ids = np.empty((len(queries), 0), dtype=np.float32), np.empty((len(queries), 0), dtype=np.int64)
-    filled = np.flatnonzero(np.any(rows != 0, axis=1))
-    for block in _blocks(len(filled)):
-        more, places = index.nearest(queries, vectors.unit(rows[filled[block]]), depth)
-        scores, ids = np.hstack([scores, more]), np.hstack([ids, filled[block][places]])
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
-        scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
-    found: list[tuple[npt.NDArray[np.float32], Ids]] = []
-    for effort in index.efforts(made) or [0]:
-        if len(found) > 1 and np.mean(found[-1][0] == found[-2][0]) > SATURATED:
-            found.append(found[-1])
-        else:
-            found.append(index.search(made, queries, depth, effort or None))
-    return recall.measure(queries, own, lambda wanted: vectors.unit(rows[wanted]), ids, found)
+    attempt.commit(rows=len(order), seconds=time.monotonic() - started)
 
 
 def publish(job: Job, progress: Say = lambda line: None) -> Manifest:
     """Fold the shards' trials, choose the effort, write the manifest, let the version serve.
 
-    First it gives files their final names where an attempt died before it had, and removes what other
-    attempts left. May run twice at once: the first manifest stands. IncompleteError: a shard is not built.
+    First it gives files their final names where an attempt died before it had; last it removes what
+    other attempts left. May run twice at once: the first manifest stands. IncompleteError: a shard is not built.
     """
     if manifest := finished(job, progress):
         return manifest
@@ -249,50 +154,123 @@ def publish(job: Job, progress: Say = lambda line: None) -> Manifest:
         raise IncompleteError(f"{job.index.url}/{job.version}: index shards {missing} are not built: merge again")
     for shard, record in records.items():
         job.settle(shard, record)
-    job.clean(trained)
-    effort: dict[str, int | None] = {}
-    measured: dict[str, dict[str, dict[str, float]]] = {}
-    for modality in trained["keys"]:
-        trials = {kind: _fold(job, f"{modality}.{kind}") for kind in trained["kinds"]}
-        candidates = index.efforts(_template(job, trained, modality))
-        at, reached = recall.least_effort(list(trials.values()), job.config.recall_target)
-        effort[modality] = candidates[at] if candidates else None
-        measured[modality] = {kind: line for kind, trial in trials.items() if (line := recall.summary(trial, at))}
-        shown = ", ".join(f"{kind} queries {line['10']:.3f}" for kind, line in measured[modality].items())
-        progress(f"{modality}: recall@10 {shown or 'not measurable'} at effort {effort[modality]}")
-        if not reached:
-            progress(f"{modality}: no effort reaches recall@10 of {job.config.recall_target}: the largest is recorded")
+    effort, measured, drift = trial.tune(job, trained, progress)
+    shards = _shards(job, records)
+    single = dict(job.base.single) if job.base else {}
+    if job.config.layout == "single" and not job.base:
+        single = {modality: _join(job, trained, modality, shards) for modality in trained["keys"]}
+        shards = [replace(shard, files=_without(shard.files, single)) for shard in shards]
+    old = job.base
+    duplicates = {**trained["duplicates"], "file": job.drawn(trained, DUPLICATES)} if trained["duplicates"] else {}
     made = Manifest(
         version=job.version,
         created=time.time(),
         dim=job.source.dim,
-        rows=job.source.rows,
+        rows=sum(shard.rows for shard in shards),
         encoder=job.source.plan.encoder,
-        plan=job.source.plan.digest,
+        plan=old.plan if old else job.source.plan.digest,
         key=trained["keys"],
         effort=effort,
         recall=measured,
         recall_target=job.config.recall_target,
-        missing=job.source.missing,
-        allow_partial=job.config.allow_partial,
-        shards=tuple(
-            IndexShard(job.shard_name(shard), record["rows"], job.bounds(shard)[0], _index_files(record))
-            for shard, record in records.items()
-        ),
+        missing=old.missing if old else job.source.missing,
+        allow_partial=job.config.allow_partial or bool(old and old.allow_partial),
+        shards=tuple(shards),
+        sources=(*(old.sources if old else ()), _source(job)),
+        rerank=job.rerank,
+        single=single,
+        base=old.version if old else "",
+        template=old.template if old else job.version,
+        drift=drift,
+        duplicates=duplicates,
     )
-    return publish_manifest(job.index, made)
+    _check_tombstones(job, made)
+    standing = publish_manifest(job.index, made)
+    job.clean(trained)
+    for shard in range(job.shards) if single and not old else ():
+        for modality in single:
+            job.index.remove(job.path(f"{modality}/{job.shard_name(shard)}.index"))
+    return standing
 
 
-def _index_files(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: file for name, file in record["files"].items() if not name.startswith(TRUTH)}
+def _check_tombstones(job: Job, made: Manifest) -> None:
+    """ConfigError where what was removed by a column could not be found in the new version: nobody could open it."""
+    if digests := tombstones.names(job.index):
+        last = made.shards[-1]
+        schema = tombstones.read_schema(job.index, job.path(f"metadata/{last.name}.arrow"))
+        for digest in digests:
+            tombstones.check(tombstones.load(job.index, digest), schema)
 
 
-def _fold(job: Job, prefix: str) -> recall.Trial:
-    """One trial over all shards, a shard at a time."""
-    whole: recall.Trial | None = None
-    for shard in range(job.shards):
-        with job.index.fetch(job.path(f"{TRUTH}/{job.shard_name(shard)}.npz")) as path, np.load(path) as saved:
-            trial = recall.Trial(*(saved[f"{prefix}.{field}"] for field in ("exact", "ranked", "true")))
-        whole = recall.fold(whole, trial) if whole else trial
-    assert whole is not None
-    return whole
+def _source(job: Job) -> Source:
+    plan = job.source.plan.digest
+    return Source(job.source.store.url, plan, job.digest, job.source.rows, job.source.missing, job.source.verified)
+
+
+def _shards(job: Job, records: dict[int, dict[str, Any]]) -> list[IndexShard]:
+    """The shards of the base, and those built now behind them; one whose rows were all left out is none."""
+    shards, source = [], 0
+    if job.base:
+        shards = [replace(shard, version=shard.version or job.base.version) for shard in job.base.shards]
+        source = len(job.base.sources)
+    offset = sum(shard.rows for shard in shards)
+    for number, record in records.items():
+        if record["rows"]:
+            files = _without(record["files"], (TRUTH,))
+            shards.append(IndexShard(job.shard_name(number), record["rows"], offset, files, source=source))
+            offset += record["rows"]
+    return shards
+
+
+def _without(files: dict[str, Any], folders: Iterable[str]) -> dict[str, Any]:
+    """Files of a shard less those of some folders; vectors (.npy) stay."""
+    gone = tuple(f"{folder}/" for folder in folders)
+    return {name: file for name, file in files.items() if not name.startswith(gone) or name.endswith(".npy")}
+
+
+def _join(job: Job, trained: dict[str, Any], modality: str, shards: list[IndexShard]) -> dict[str, Any]:
+    """One index of a modality, searched from disk, in the place of its shards': its files, below INDEX."""
+    files = {}
+    with ExitStack() as stack:
+        if job.index.local:
+            folder = job.index.path(job.path(f"{ATTEMPTS}/join-{secrets.token_hex(4)}"))
+            os.makedirs(folder)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clip-batch-"))
+        template = stack.enter_context(job.index.fetch(job.template(trained, f"{modality}.index")))
+        parts = [
+            (stack.enter_context(job.index.fetch(job.path(f"{modality}/{shard.name}.index"))), shard.offset)
+            for shard in shards
+        ]
+        ondisk.join(template, parts, os.path.join(folder, "all.index"))
+        for name in os.listdir(folder):
+            path, final = os.path.join(folder, name), job.path(f"{modality}/{name}")
+            files[final] = {"bytes": os.path.getsize(path), "sha256": file_digest(path)}
+            job.index.adopt(path, final)
+    return files
+
+
+def _order(job: Job, trained: dict[str, Any], shard: int, data: Half) -> Ids:
+    """The shard's rows (n,) sorted by inverted list, stable; without those that are left out as duplicates."""
+    assign = assigner(job, trained)
+    found = [assign(vectors.unit(data[block])) for block in vectors.blocks(len(data))]
+    order: Ids = np.argsort(np.concatenate(found), kind="stable")
+    gone = left_out(job, trained, *job.bounds(shard))
+    return order[~np.isin(order, gone)] if len(gone) else order
+
+
+def _fill(template: Any, rows: vectors.Ordered) -> Any:
+    """The template filled with rows (n, d), ids 0 to n - 1; zero rows (no caption) are left out."""
+    filled = [np.any(rows[block] != 0, axis=1) for block in vectors.blocks(len(rows))]
+    made = template if all(block.all() for block in filled) else index.with_ids(template)
+    for block, there in zip(vectors.blocks(len(rows)), filled, strict=True):
+        index.add(made, vectors.unit(rows[block][there]), block.start + np.flatnonzero(there))
+    return made
+
+
+def _places(rows: Ids, order: Ids, count: int) -> Ids:
+    """Where rows of the shard of so many rows, numbered before sorting, are after it; -1: elsewhere, or left out."""
+    after = np.full(count, -1)
+    after[order] = np.arange(len(order))
+    inside = (rows >= 0) & (rows < count)
+    return np.where(inside, after[np.where(inside, rows, 0)], -1)

@@ -6,25 +6,28 @@ A Searcher holds no state that a request changes, so any number of threads may s
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from clip_batch import encoders
+from clip_batch import encoders, foreign, tombstones
 from clip_batch import index as faiss_index
 from clip_batch.cache import IndexCache
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.decode import DecodeError, open_image
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.manifest import IndexShard, Manifest, load_manifest
-from clip_batch.metadata import MetadataFile, open_table
+from clip_batch.metadata import MetadataFile, common_schema, open_table, take_as
+from clip_batch.rerank import candidates, rerank
 from clip_batch.store import Store
 from clip_batch.types import Hit
+from clip_batch.vectors import Stacked, blocks, open_matrix, unit
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Encoder
@@ -36,10 +39,22 @@ Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A faiss index whose ids 0 to rows - 1 are the ids of INDEX from `offset` on."""
+
+    index: Any
+    offset: int
+    rows: int
+    removed: faiss_index.Removed | None = None
+
+
 class Searcher:
     """The live version of INDEX, open for search until `close`; a context manager.
 
-    A remote INDEX is first copied to a local cache (see `clip_batch.cache`).
+    INDEX may be a folder that clip-retrieval's own `index` made (see `clip_batch.foreign`).
+    A remote INDEX is first copied to a local cache (see `clip_batch.cache`). Rows that were removed (see
+    `clip_batch.tombstones`) are in no answer; their ids are refused.
     Errors: as `load_manifest`; CorruptError where a file is absent or not of its recorded size (or, as
     it is copied, sha256); ConfigError where the encoder's dimension is not the index's.
     """
@@ -52,25 +67,31 @@ class Searcher:
         config: SearchConfig = SearchConfig(),
     ) -> None:
         store = Store(index, storage.storage_options)
-        self.manifest: Manifest = load_manifest(store)
+        self._files: dict[str, str] = {}
+        if foreign.is_index(store):
+            found = foreign.open_index(store, config.model, config.pretrained)
+            self._files = found.files
+        self.manifest: Manifest = found.manifest if self._files else load_manifest(store)
         self.storage, self.config = storage, config
         self._encoder = encoder
         if encoder is not None and encoder.dim != self.manifest.dim:
             raise ConfigError(f"{index} has {self.manifest.dim} dimensions, this encoder {encoder.dim}: take its model")
         self._offsets = np.array([shard.offset for shard in self.manifest.shards])
-        self._indices: dict[str, list[Any]] = {modality: [] for modality in self.manifest.key}
+        self._indices: dict[str, list[_Opened]] = {modality: [] for modality in self.manifest.key}
+        self._stored: dict[str, Stacked] = {}
         self._metadata: list[MetadataFile] = []
         self._reconstruct, self._loading = Lock(), Lock()
-        size = sum(wanted["bytes"] for shard in self.manifest.shards for wanted in shard.files.values())
         limit = parse_bytes(storage.index_cache)
-        self._cache = None if store.local else IndexCache(store, self.manifest.version, size, limit)
+        self._cache = (
+            None if store.local or self._files else IndexCache(store, self.manifest.version, self.manifest.size, limit)
+        )
         try:
             self._open(store)
         except BaseException:
             self._release()
             raise
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(len(self.manifest.shards), cores)
+        workers = min(max(map(len, self._indices.values())), cores)
         # Shards in parallel leave each worker its share of the cores.
         self._pool = ThreadPoolExecutor(workers, "search", faiss_index.use_threads, (max(1, cores // workers),))
 
@@ -91,23 +112,44 @@ class Searcher:
             self._cache = None
 
     def _open(self, store: Store) -> None:
+        metadata: list[tuple[str, int]] = []
+        stored: dict[str, list[Any]] = {modality: [] for modality in self.manifest.key}
         for shard in self.manifest.shards:
+            folder = shard.version or self.manifest.version
+
+            def file(name: str, shard: IndexShard = shard, folder: str = folder) -> str:
+                return self._file(store, f"{folder}/{name}", shard.files[name])
+
             for modality, opened in self._indices.items():
-                opened.append(faiss_index.read(self._file(store, shard, f"{modality}/{shard.name}.index"), mapped=True))
-            self._metadata.append(open_table(self._file(store, shard, f"metadata/{shard.name}.arrow")))
+                if (name := f"{modality}/{shard.name}.index") in shard.files:
+                    opened.append(_Opened(faiss_index.read(file(name), mapped=True), shard.offset, shard.rows))
+                if self.manifest.rerank:
+                    stored[modality].append(open_matrix(file(f"{modality}/{shard.name}.npy")))
+            metadata.append((file(f"metadata/{shard.name}.arrow"), shard.offset))
+            self._metadata.append(open_table(metadata[-1][0]))
             if self._metadata[-1].rows != shard.rows:
                 name = f"metadata of shard {shard.name}"
                 raise CorruptError(f"{store.url}: {name} is not of {shard.rows} rows: merge again")
+        for modality, files in self.manifest.single.items():
+            paths = [self._file(store, name, wanted) for name, wanted in sorted(files.items())]
+            rows = self.manifest.rows - sum(one.rows for one in self._indices[modality])
+            self._indices[modality].insert(0, _Opened(faiss_index.read(paths[0], mapped=True), 0, rows))
+        self._stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
+        self.schema = common_schema([one.schema for one in self._metadata])
+        self.removed = tombstones.removed(store, self.manifest, metadata)
+        for modality, opened in self._indices.items():
+            self._indices[modality] = [replace(one, removed=self._removed(one.offset, one.rows)) for one in opened]
 
-    def _file(self, store: Store, shard: IndexShard, name: str) -> str:
-        """A local path of one of a shard's files, of the recorded size."""
-        whole, wanted = f"{self.manifest.version}/{name}", shard.files[name]
+    def _file(self, store: Store, name: str, wanted: dict[str, Any]) -> str:
+        """A local path of a file of INDEX, of the recorded size."""
+        if self._files:
+            return self._files[name]
         try:
-            if store.size(whole) != wanted["bytes"]:
-                raise CorruptError(f"{store.display(whole)} is not of {wanted['bytes']} bytes as recorded: merge again")
+            if store.size(name) != wanted["bytes"]:
+                raise CorruptError(f"{store.display(name)} is not of {wanted['bytes']} bytes as recorded: merge again")
         except FileNotFoundError:
-            raise CorruptError(f"{store.display(whole)} is missing: merge again") from None
-        return self._cache.file(name, wanted) if self._cache else store.path(whole)
+            raise CorruptError(f"{store.display(name)} is missing: merge again") from None
+        return self._cache.file(name, wanted) if self._cache else store.path(name)
 
     @property
     def encoder(self) -> Encoder:
@@ -115,7 +157,9 @@ class Searcher:
         with self._loading:
             if self._encoder is None:
                 spec = self.manifest.encoder
-                if self.config.model or self.config.pretrained:
+                if not spec.weights:  # what clip-retrieval made tells no more than a name
+                    spec = encoders.resolve(spec.model, spec.pretrained, options=self.storage.storage_options)
+                elif self.config.model or self.config.pretrained:
                     names = self.config.model or spec.model, self.config.pretrained or spec.pretrained
                     found = encoders.resolve(*names, spec.preprocess, spec.precision, self.storage.storage_options)
                     spec = replace(found, weights=spec.weights)
@@ -165,13 +209,18 @@ class Searcher:
         shards = self._modality(modality)
         effort = self.manifest.effort[modality] if effort is None else effort
 
-        def one(shard: int) -> tuple[Vectors, Ids]:
-            depth = min(int(k), self.manifest.shards[shard].rows)
-            scores, ids = faiss_index.search(shards[shard], wanted, depth, effort)
-            found = ids >= 0
-            return np.where(found, scores, -np.inf), np.where(found, ids + self._offsets[shard], -1)
+        stored, depth = self._stored.get(modality), int(k)
+        if stored is not None:
+            depth = candidates(depth, self.manifest.rerank)
 
-        parts = list(self._pool.map(one, range(len(shards))))
+        def one(shard: _Opened) -> tuple[Vectors, Ids]:
+            scores, ids = faiss_index.search(shard.index, wanted, min(depth, shard.rows), effort, shard.removed)
+            ids = np.where(ids >= 0, ids + shard.offset, -1)
+            if stored is not None:
+                return rerank(wanted, ids, stored, min(int(k), shard.rows))
+            return np.where(ids >= 0, scores, -np.inf), ids
+
+        parts = list(self._pool.map(one, shards))
         scores = np.hstack([part[0] for part in parts]).astype(np.float32)
         ids = np.hstack([part[1] for part in parts])
         best = np.lexsort((ids, -scores), axis=-1)[:, :k]
@@ -181,7 +230,34 @@ class Searcher:
             np.pad(np.take_along_axis(ids, best, 1), room, constant_values=-1),
         )
 
-    def _modality(self, modality: str) -> list[Any]:
+    def search_over(
+        self, query: npt.ArrayLike, threshold: float, modality: str = "image", effort: int | None = None
+    ) -> Iterator[tuple[Vectors, Ids]]:
+        """Scores (n,) and ids (n,) of the rows that score `threshold` or more, by ascending id, an index at a time.
+
+        As far as `effort` lets the index find them; all of them where exact vectors are stored. `query` is (d,).
+        """
+        wanted, shards = self._queries(query)[:1], self._modality(modality)
+        stored = self._stored.get(modality)
+        effort = self.manifest.effort[modality] if effort is None else effort
+        for shard in shards:
+            if stored is None:
+                scores, ids = faiss_index.search_over(shard.index, wanted, threshold, effort, shard.removed)
+                order = np.argsort(ids)
+                yield scores[order], ids[order] + shard.offset
+                continue
+            for block in blocks(shard.rows):
+                ids = np.arange(block.start, block.stop) + shard.offset
+                ids = ids[~tombstones.contains(self.removed, ids)]
+                scores = unit(stored[ids]) @ wanted[0]
+                yield scores[scores >= threshold], ids[scores >= threshold]
+
+    def _removed(self, offset: int, rows: int) -> faiss_index.Removed | None:
+        """Removed rows among [offset, offset + rows), counted from there; None where there are none."""
+        low, high = np.searchsorted(self.removed, [offset, offset + rows])
+        return faiss_index.Removed(self.removed[low:high] - offset) if low < high else None
+
+    def _modality(self, modality: str) -> list[_Opened]:
         if modality not in self._indices:
             raise ConfigError(f"modality {modality!r} is not in this index: it has {', '.join(self._indices)}")
         return self._indices[modality]
@@ -197,18 +273,29 @@ class Searcher:
             raise ConfigError("queries contain NaN or infinity")
         return wanted
 
+    def table(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
+        """The metadata of rows (n,) as an Arrow table, in the order asked; errors as `metadata`."""
+        wanted, schema = self._ids(ids), self.schema
+        if columns is not None:
+            if unknown := [name for name in columns if name not in schema.names]:
+                raise ConfigError(f"no metadata column {', '.join(unknown)}: there are {', '.join(schema.names)}")
+            schema = pa.schema([schema.field(name) for name in columns])
+        owner = np.searchsorted(self._offsets, wanted, "right") - 1
+        order = np.argsort(owner, kind="stable")
+        pieces = [schema.empty_table()]
+        for shard in np.unique(owner):
+            mine = wanted[order][owner[order] == shard] - self._offsets[shard]
+            pieces.append(take_as(self._metadata[shard], mine, schema))
+        found = pa.concat_tables(pieces)
+        if np.array_equal(order, np.arange(len(order))):
+            return found
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return found.take(pa.array(back))
+
     def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:
         """The metadata of rows (n,), in the order asked. ConfigError: an id or a column is not in the index."""
-        wanted, known = self._ids(ids), self._metadata[0].schema.names
-        if columns is not None and (unknown := [name for name in columns if name not in known]):
-            raise ConfigError(f"no metadata column {', '.join(unknown)}: there are {', '.join(known)}")
-        rows: list[dict[str, Any]] = [{} for _ in wanted]
-        owner = np.searchsorted(self._offsets, wanted, "right") - 1
-        for shard in np.unique(owner):
-            places = np.flatnonzero(owner == shard)
-            table = self._metadata[shard].take(wanted[places] - self._offsets[shard], columns)
-            for place, row in zip(places, table.to_pylist(), strict=True):
-                rows[place] = row
+        rows: list[dict[str, Any]] = self.table(ids, columns).to_pylist()
         return rows
 
     def reconstruct(self, ids: npt.ArrayLike, modality: str = "image") -> Vectors:
@@ -217,13 +304,15 @@ class Searcher:
         ConfigError: an id is not in the index, or its kind cannot give vectors back.
         """
         wanted, shards = self._ids(ids), self._modality(modality)
+        if modality in self._stored:
+            return unit(self._stored[modality][wanted])
         out = np.zeros((len(wanted), self.manifest.dim), dtype=np.float32)
-        owner = np.searchsorted(self._offsets, wanted, "right") - 1
+        owner = np.searchsorted([shard.offset for shard in shards], wanted, "right") - 1
         with self._reconstruct:  # the table of ids is made once; searches do not look at it
             for shard in np.unique(owner):
-                faiss_index.prepare_reconstruct(shards[shard])
+                faiss_index.prepare_reconstruct(shards[shard].index)
         for place, (id, shard) in enumerate(zip(wanted, owner, strict=True)):
-            vector = faiss_index.reconstruct(shards[shard], int(id - self._offsets[shard]))
+            vector = faiss_index.reconstruct(shards[shard].index, int(id - shards[shard].offset))
             if vector is not None:
                 out[place] = vector
         return out
@@ -234,6 +323,8 @@ class Searcher:
             return np.empty(0, dtype=np.int64)
         if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= self.manifest.rows:
             raise ConfigError(f"ids are whole numbers from 0 to {self.manifest.rows - 1}")
+        if (gone := tombstones.contains(self.removed, wanted)).any():
+            raise ConfigError(f"row {wanted[gone][0]} was removed from this index")
         return wanted.astype(np.int64)
 
 

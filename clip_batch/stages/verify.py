@@ -70,6 +70,10 @@ def verify_index(store: Store, deep: bool = False) -> Report:
         if problem:
             report.problems[f"index shard {shard.name}"] = problem
         offset += shard.rows
+    for modality, files in manifest.single.items():
+        for name, stored in files.items():
+            if problem := _check_file(store, name, stored, deep):
+                report.problems[f"{modality} index"] = problem
     if offset != manifest.rows:
         report.problems["manifest"] = f"{offset} rows in shards, {manifest.rows} in all"
     return report
@@ -77,15 +81,25 @@ def verify_index(store: Store, deep: bool = False) -> Report:
 
 def _check_index_shard(store: Store, manifest: Manifest, shard: IndexShard, deep: bool) -> str | None:
     for name, stored in shard.files.items():
-        whole = f"{manifest.version}/{name}"
+        whole = f"{shard.version or manifest.version}/{name}"
         if problem := _check_file(store, whole, stored, deep):
             return problem
-        if not deep or not name.startswith((*manifest.key, "metadata")):
-            continue
-        with store.fetch(whole) as path:
-            rows = open_table(path).rows if name.startswith("metadata") else faiss_index.read(path).ntotal
-        if rows != shard.rows and not (name.startswith("text") and rows < shard.rows):
-            return f"{whole} holds {rows} rows, the manifest says {shard.rows}"
+        if deep and (problem := _check_index_file(store, whole, name, shard.rows)):
+            return problem
+    return None
+
+
+def _check_index_file(store: Store, whole: str, name: str, rows: int) -> str | None:
+    """Opens a file of a shard, and compares its rows."""
+    with store.fetch(whole) as path:
+        if name.startswith("metadata/"):
+            found = open_table(path).rows
+        elif name.endswith(".npy"):
+            found = len(open_matrix(path))
+        else:
+            found = int(faiss_index.read(path, mapped=True).ntotal)
+    if found != rows and not (name.startswith("text") and found < rows):
+        return f"{whole} holds {found} rows, the manifest says {rows}"
     return None
 
 

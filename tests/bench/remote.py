@@ -1,11 +1,16 @@
 """Reading and splitting tars of 256 px JPEGs: local files against S3 and HDFS on loopback, in one run; as JSON.
 
-    python tests/bench/remote.py [--tars 6] [--samples 2000] [--rounds 3] [--hdfs]
+    python tests/bench/remote.py [--tars 6] [--samples 2000] [--repeats 3] [--rounds 5] [--moto] [--hdfs]
 
-`raw` is the store alone: the same ranged reads, the bytes thrown away. It bounds what any reader can
-do, and on loopback it is the server (moto is Python, HDFS's DataNode Java) on the same cores. `split`
-reads every sample; `decode` also decodes each image on one thread, which is nearer to what embed does.
-`share` is the remote rate over the local one. Best of the rounds, interleaved. `scan` is what planning reads.
+`s3` is a server of this benchmark's own (`s3_files.py`), which costs next to nothing; `moto` is a test's
+double of S3, in Python. `split` reads every sample; `decode` also decodes each image on one thread,
+which is nearer to what embed does. The clock starts when the first tar is there, as a worker reads for
+hours. `share` is the remote rate over the local one; best of the rounds, interleaved.
+
+`cpu_ms_mb` are CPU milliseconds a megabyte of the best round: of the reader, of the process that fetches for
+it, of the server. All have the same cores, so `bound` is the share that no arrangement of that work can
+pass; `others` are the cores that other programs had meanwhile. `raw` is the store alone: the same ranged
+reads, without a file, thrown away. `scan` is what planning reads.
 """
 
 from __future__ import annotations
@@ -20,17 +25,17 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clip_batch.decode import open_image
 from clip_batch.inputs import expand_inputs
 from clip_batch.read import read_slice
 from clip_batch.read.ahead import Ahead
 from clip_batch.read.scan import scan_tar
-from clip_batch.store import Store, is_local
+from clip_batch.store import Store
 from clip_batch.transfer import THREADS, pieces, read_range, source
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus
@@ -46,15 +51,54 @@ def write(folder: str, tars: int, samples: int) -> None:
         corpus.write_tar(f"{folder}/{number:05d}.tar", files)
 
 
-def split(shards: list[Shard], options: dict[str, Any], work: Callable[[Sample], object]) -> int:
-    slices, plan, total = [Slice(shard) for shard in shards], corpus.plan_of(), 0
-    with Ahead(slices, options, 10**9) as files:
-        for piece in slices:
-            for item in read_slice(piece, plan, options, files):
+class Place(NamedTuple):
+    """Where the tars lie: a folder's path or URL, the options that open it, the processes that serve it."""
+
+    url: str
+    options: dict[str, Any]
+    servers: list[int]
+
+
+class Pace(NamedTuple):
+    """What one pass came to: samples/s, MB/s; CPU ms a MB of reader, fetcher and server; cores of others."""
+
+    samples: float
+    megabytes: float
+    cpu: tuple[float, float, float]
+    others: float
+
+
+def split(shards: list[Shard], place: Place, work: Callable[[Sample], object]) -> Pace:
+    """Read all but the first tar, which is waited for."""
+    slices, plan, samples = [Slice(shard) for shard in shards], corpus.plan_of(), 0
+    with Ahead(slices, place.options, 10**9) as files:
+        next(iter(read_slice(slices[0], plan, place.options, files)))
+        began, before = time.perf_counter(), spent(place.servers)
+        for piece in slices[1:]:
+            for item in read_slice(piece, plan, place.options, files):
                 assert isinstance(item, Sample)
                 work(item)
-                total += 1
-    return total
+                samples += 1
+        seconds = time.perf_counter() - began
+        machine, *ours = (after - start for after, start in zip(spent(place.servers), before, strict=True))
+    megabytes = sum(piece.shard.size or 0 for piece in slices[1:]) / 1e6
+    reader, fetcher, server = (1e3 * one / megabytes for one in ours)
+    return Pace(samples / seconds, megabytes / seconds, (reader, fetcher, server), (machine - sum(ours)) / seconds)
+
+
+def spent(servers: list[int]) -> tuple[float, float, float, float]:
+    """CPU seconds until now of the machine, of this process, of those that fetch for it, of servers."""
+    tick = os.sysconf("SC_CLK_TCK")
+    with open("/proc/stat") as file:
+        user, nice, system, _idle, _wait, *rest = map(int, file.readline().split()[1:9])
+
+    def of(processes: Iterable[int]) -> float:
+        fields = [Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split() for number in processes]
+        return sum(int(one[11]) + int(one[12]) for one in fields) / tick
+
+    children = [int(one) for path in Path("/proc/self/task").glob("*/children") for one in path.read_text().split()]
+    fetchers = [one for one in children if b"clip_batch.read.fetcher" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    return (user + nice + system + sum(rest)) / tick, time.process_time(), of(fetchers), of(servers)
 
 
 def raw(shards: list[Shard], options: dict[str, Any]) -> int:
@@ -73,7 +117,20 @@ def decode(sample: Sample) -> object:
 
 
 @contextlib.contextmanager
-def moto() -> Iterator[tuple[str, dict[str, Any]]]:
+def s3_files(folder: str) -> Iterator[Place]:
+    """The folder itself, served as a bucket."""
+    command = [sys.executable, str(Path(__file__).with_name("s3_files.py")), folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout
+            options = {"endpoint_url": f"http://127.0.0.1:{int(server.stdout.readline())}", "key": "k", "secret": "s"}
+            yield Place("s3://bucket/tars", options, [server.pid])
+        finally:
+            server.kill()
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[Place]:
     """A new bucket on a server of its own, with the options that open it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -82,72 +139,83 @@ def moto() -> Iterator[tuple[str, dict[str, Any]]]:
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         options = {"endpoint_url": f"http://127.0.0.1:{port}", "key": "k", "secret": "s"}
-        os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
         for _ in range(300):
             with socket.socket() as client:
                 if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
         source("s3://bucket/x", options).fs.mkdir("bucket")
-        yield "s3://bucket/tars", options
+        yield Place("s3://bucket/tars", options, [server.pid])
     finally:
         server.kill()
         server.wait()
 
 
 @contextlib.contextmanager
-def hadoop() -> Iterator[tuple[str, dict[str, Any]]]:
+def hadoop() -> Iterator[Place]:
     from tests.hdfs_cluster import cluster, fetch_jars
 
     with tempfile.TemporaryDirectory() as folder, cluster(Path(folder), fetch_jars()) as running:
-        yield f"{running.url}/tars", {"dfs.replication": 1}
+        servers = [daemon.pid for daemon in running.daemons.values()]
+        yield Place(f"{running.url}/tars", {"dfs.replication": "1"}, servers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tars", type=int, default=6)
     parser.add_argument("--samples", type=int, default=2_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="how often a pass reads each tar")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--moto", action="store_true", help="S3 as moto serves it, too")
     parser.add_argument("--hdfs", action="store_true", help="HDFS too (needs Java: make services)")
     arguments = parser.parse_args()
+    os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory())
         write(home, arguments.tars, arguments.samples)
-        places: dict[str, tuple[str, dict[str, Any]]] = {"local": (home, {}), "s3": stack.enter_context(moto())}
+        places = {"local": Place(home, {}, []), "s3": stack.enter_context(s3_files(home))}
+        if arguments.moto:
+            places["moto"] = stack.enter_context(moto())
         if arguments.hdfs:
             places["hdfs"] = stack.enter_context(hadoop())
         shards: dict[str, list[Shard]] = {}
-        for name, (url, options) in places.items():
-            for path in sorted(Path(home).glob("*.tar")) if not is_local(url) else ():
-                Store(url, options).replace(path.name, path.read_bytes())
-            shards[name] = expand_inputs([f"{url}/*.tar"], "tar", options)
+        for name, place in places.items():
+            for path in sorted(Path(home).glob("*.tar")) if name in ("moto", "hdfs") else ():
+                Store(place.url, place.options).replace(path.name, path.read_bytes())
+            shards[name] = expand_inputs([f"{place.url}/*.tar"], "tar", place.options)
+        paces: dict[str, list[Pace]] = {name: [] for name in places}
         best: dict[str, dict[str, float]] = {name: {} for name in places}
         size = sum(shard.size or 0 for shard in shards["local"])
 
-        def keep(name: str, what: str, amount: float, started: float) -> None:
-            best[name][what] = max(best[name].get(what, 0.0), amount / (time.perf_counter() - started))
+        def keep(name: str, what: str, rate: float) -> None:
+            best[name][what] = max(best[name].get(what, 0.0), rate)
 
         for _ in range(arguments.rounds):
-            for name, (_, options) in places.items():
-                for what, work in (("split", touch), ("decode", decode)):
-                    part = shards[name] if what == "split" else shards[name][:2]
-                    started = time.perf_counter()
-                    keep(name, what, split(part, options, work), started)
+            for name, place in places.items():
+                paces[name].append(split(shards[name] * arguments.repeats, place, touch))
+                keep(name, "decode", split(shards[name][:2], place, decode).samples)
                 if name != "local":
                     started = time.perf_counter()
-                    assert raw(shards[name], options) == size
-                    keep(name, "raw_mb", size / 1e6, started)
+                    assert raw(shards[name], place.options) == size
+                    keep(name, "raw_mb", size / 1e6 / (time.perf_counter() - started))
                 started = time.perf_counter()
-                scan_tar(shards[name][0], options)
-                keep(name, "scan_mb", (shards[name][0].size or 0) / 1e6, started)
-        per_sample = size / 1e6 / (arguments.tars * arguments.samples)
+                scan_tar(shards[name][0], place.options)
+                keep(name, "scan_mb", (shards[name][0].size or 0) / 1e6 / (time.perf_counter() - started))
+        local = max(paces["local"])
+        report: dict[str, dict[str, object]] = {}
         for name, found in best.items():
-            found["split_mb"] = found["split"] * per_sample
-            if name != "local":
-                found |= {f"{what}_share": found[what] / best["local"][what] for what in ("split", "decode")}
-                found["split_share_of_raw"] = found["split_mb"] / found["raw_mb"]
-    rounded = {name: {what: round(rate, 2) for what, rate in found.items()} for name, found in best.items()}
-    print(json.dumps({"benchmark": "remote", "megabytes": round(size / 1e6), **rounded}))
+            pace = max(paces[name])
+            report[name] = {
+                "split": round(pace.samples),
+                "split_mb": round(pace.megabytes),
+                "split_share": round(pace.samples / local.samples, 2),
+                "cpu_ms_mb": [round(one, 2) for one in pace.cpu],
+                "bound": round(min(1.0, sum(local.cpu) * (os.cpu_count() or 1) / sum(pace.cpu)), 2),
+                "others": round(pace.others, 2),
+                "decode_share": round(found["decode"] / best["local"]["decode"], 2),
+                **{what: round(rate) for what, rate in found.items()},
+            }
+    print(json.dumps({"benchmark": "remote", "megabytes": round(size / 1e6), **report}))
 
 
 if __name__ == "__main__":

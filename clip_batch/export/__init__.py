@@ -1,0 +1,1 @@
+"""Handing an index to other systems: one module each."""

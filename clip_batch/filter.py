@@ -1,0 +1,133 @@
+"""filter: every row that scores over a threshold, or the k best, as Parquet, and their images in tars.
+
+    DIR/rows/00000.parquet      id, score and the metadata, in groups of 10,000 rows
+    DIR/images/00000.tar        <id>.<extension>, <id>.txt and <id>.json, as webdataset and `plan` read them
+    DIR/filter.json             written last: the query, rows, images
+
+The Parquet files have the columns url and caption where the metadata has, which is what img2dataset reads.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clip_batch import lineage
+from clip_batch.stages.search import Searcher
+from clip_batch.store import Store
+
+GROUP = 10_000
+"""Rows held in memory, of a Parquet row group, and of a tar."""
+
+FILE = 100 * GROUP
+"""Rows of a Parquet file."""
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """What `filter_rows` wrote; `missing` images have no byte range, or their tar has not got them now."""
+
+    rows: int
+    images: int
+    missing: int
+
+
+def filter_rows(
+    searcher: Searcher,
+    query: npt.ArrayLike,
+    store: Store,
+    k: int,
+    threshold: float | None = None,
+    modality: str = "image",
+    effort: int | None = None,
+    images: bool = False,
+) -> Filtered:
+    """Write the rows of `query` (d,) over `threshold`, or without one the k best, into the folder `store`.
+
+    Memory: one index shard's ids and scores, and 10,000 rows. With a threshold rows are in the order of the
+    index, else best first. Files of an earlier run are replaced. Errors: as `Searcher.search`.
+    """
+    if threshold is None:
+        found: Iterator[tuple[Floats, Ids]] = iter([_best(searcher, query, k, modality, effort)])
+    else:
+        found = searcher.search_over(query, threshold, modality, effort)
+    for name in ("filter.json", "rows", "images"):
+        store.remove(name) if name.endswith(".json") else store.remove_folder(name)
+    rows = copied = missing = 0
+    with ExitStack() as stack:
+        writer: Any = None
+        for number, table in enumerate(_groups(searcher, found)):
+            if rows % FILE == 0:
+                stack.close()
+                file = stack.enter_context(store.writer(f"rows/{rows // FILE:05d}.parquet"))
+                writer = stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
+            writer.write_table(table)
+            rows += len(table)
+            if images:
+                there = _copy_images(searcher, table, store, f"images/{number:05d}.tar")
+                copied, missing = copied + there, missing + len(table) - there
+    done = Filtered(rows, copied, missing)
+    about = {"index": searcher.manifest.version, "k": k, "threshold": threshold, "modality": modality}
+    store.replace("filter.json", json.dumps({**about, **asdict(done)}, indent=1).encode())
+    return done
+
+
+def _best(searcher: Searcher, query: npt.ArrayLike, k: int, modality: str, effort: int | None) -> tuple[Floats, Ids]:
+    scores, ids = searcher.search_ids(query, k, modality, effort)
+    return scores[0, ids[0] >= 0], ids[0, ids[0] >= 0]
+
+
+def _groups(searcher: Searcher, found: Iterator[tuple[Floats, Ids]]) -> Iterator[pa.Table]:
+    """Tables of GROUP rows, the last one shorter: id, score, metadata."""
+    scores, ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
+    for more_scores, more_ids in found:
+        scores, ids = np.concatenate([scores, more_scores]), np.concatenate([ids, more_ids])
+        while len(ids) >= GROUP:
+            yield _table(searcher, scores[:GROUP], ids[:GROUP])
+            scores, ids = scores[GROUP:], ids[GROUP:]
+    if len(ids):
+        yield _table(searcher, scores, ids)
+
+
+def _table(searcher: Searcher, scores: Floats, ids: Ids) -> pa.Table:
+    table = searcher.table(ids)
+    kept = [name for name in table.column_names if name not in ("id", "score")]  # ours take those names
+    return table.select(kept).add_column(0, "score", pa.array(scores)).add_column(0, "id", pa.array(ids))
+
+
+def _copy_images(searcher: Searcher, table: pa.Table, store: Store, name: str) -> int:
+    """Write the rows' images, captions and metadata as a tar; how many images there were."""
+    copied = 0
+    with store.writer(name) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row in table.to_pylist():
+            if (image := lineage.image(row, searcher.storage)) is None:
+                continue
+            copied += 1
+            members = {_extension(image): image, "json": json.dumps(row, ensure_ascii=False, default=str).encode()}
+            if row.get("caption") is not None:
+                members["txt"] = str(row["caption"]).encode()
+            for extension, data in members.items():
+                member = tarfile.TarInfo(f"{row['id']:012d}.{extension}")
+                member.size, member.mode = len(data), 0o644
+                tar.addfile(member, io.BytesIO(data))
+    return copied
+
+
+def _extension(image: bytes) -> str:
+    """By the first bytes; jpg where they tell nothing."""
+    if image.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if image[8:12] == b"WEBP" else "jpg"

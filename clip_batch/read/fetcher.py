@@ -1,0 +1,146 @@
+"""A process that fetches: in the one that reads, each network packet would wait for the interpreter lock.
+
+Both sides copy ranges with `clip_batch.transfer.copy_range`. Requests and answers are pickled, over
+pipes: nobody else sees the store's options, and the process ends with the one that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+from clip_batch.remote import REFUSING
+from clip_batch.transfer import THREADS, Source, Wait, copy_range, source
+
+_POLL = 0.25  # seconds until a request to stop is noticed
+
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
+"""glibc: the memory of one piece is used for the next; getting new pages costs as much as reading into them."""
+
+
+class _Gone(Exception):
+    """The process ended, or never began."""
+
+
+def apart(url: str) -> bool:
+    """Whether another process opens the same: true of stores in the network, not of what a program registered."""
+    return url.partition("://")[0] in (*REFUSING, "http", "https")
+
+
+class Fetcher:
+    """`copy_range` in a process of its own, begun with the first call; where it ends too soon, in this one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = count()
+        self._answers: dict[int, Future[None]] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._listener: threading.Thread | None = None
+        self._over = False
+
+    def copy(self, source: Source, start: int, stop: int, target: str, at: int, wait: Wait = time.sleep) -> None:
+        """See `clip_batch.transfer.copy_range`; `wait` is called every quarter of a second and may raise."""
+        try:
+            answer = self._ask(source.url, source.options, start, stop, target, at)
+            while not futures.wait([answer], _POLL).done:
+                wait(0)
+            answer.result()
+        except _Gone:
+            wait(0)
+            copy_range(source, start, stop, target, at, wait)
+
+    def close(self) -> None:
+        """End the process, whatever it is at."""
+        with self._lock:
+            self._over = True
+            if self._process:
+                self._process.kill()
+        if self._listener:
+            self._listener.join()
+
+    def _ask(self, *request: object) -> Future[None]:
+        answer: Future[None] = Future()
+        with self._lock:
+            try:
+                if self._over:
+                    raise _Gone
+                if self._process is None:
+                    self._process = _start()
+                    self._listener = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
+                    self._listener.start()
+                assert self._process.stdin
+                number = next(self._numbers)
+                self._answers[number] = answer
+                pickle.dump((number, *request), self._process.stdin)
+                self._process.stdin.flush()
+            except OSError:
+                self._over = True
+                raise _Gone from None
+        return answer
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin and process.stdout
+        with contextlib.suppress(Exception), process.stdout:  # also of an error that cannot be unpickled
+            while True:
+                number, error = pickle.load(process.stdout)
+                answer = self._answers.pop(number)
+                answer.set_exception(error) if error else answer.set_result(None)
+        with self._lock:
+            self._over = True
+            process.kill()
+            process.wait()
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            for answer in self._answers.values():
+                answer.set_exception(_Gone())
+
+
+def _start() -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    command = [sys.executable, "-P", "-m", "clip_batch.read.fetcher"]
+    environment = {**_MALLOC, **os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def main() -> None:
+    """Serve the process that started this one until its end of the pipe is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # sent to all; the other one decides
+        signal.signal(number, signal.SIG_IGN)
+    answers, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
+    os.dup2(2, 1)  # whatever a library prints goes elsewhere
+
+    def serve(number: int, url: str, options: dict[str, Any], *request: Any) -> None:
+        error = None
+        try:
+            copy_range(source(url, options), *request)
+        except Exception as caught:
+            error = caught
+        try:
+            answer = io.BytesIO()
+            pickle.dump((number, error), answer)
+        except Exception:
+            os._exit(1)
+        with lock:
+            answers.write(answer.getvalue())
+            answers.flush()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        with contextlib.suppress(EOFError):
+            while True:
+                pool.submit(serve, *pickle.load(sys.stdin.buffer))
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

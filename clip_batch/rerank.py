@@ -1,0 +1,57 @@
+"""Exact re-ranking: candidates of a lossy index, scored by the float16 vectors that were stored beside it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_batch.recall import TOP
+from clip_batch.vectors import Half
+
+Vectors = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+PAIRS = 512
+"""Pairs of query and row that are scored at a time: few enough for the processor's cache."""
+
+TINY = 1e-12
+"""Stands for the norm of a row of zeros."""
+
+
+class Rows(Protocol):
+    """Float16 rows (n, d) that are taken by their numbers: an array, or what reads them when asked."""
+
+    def __getitem__(self, rows: Ids, /) -> Half: ...
+
+
+def candidates(k: int, factor: int) -> int:
+    """How many candidates are scored for the k best; never fewer than the trial has that merge tunes by."""
+    return max(factor * k, TOP + 1)
+
+
+def rerank(queries: Vectors, ids: Ids, vectors: Rows, k: int) -> tuple[Vectors, Ids]:
+    """The k best of each query's candidates by exact inner product: scores float32 (q, k), ids int64 (q, k).
+
+    queries float32 (q, d); ids (q, m) are rows of `vectors` float16 (n, d), memory-mapped or not, -1
+    where there is none; the scores are those of rows scaled to unit norm, in float32. Descending by
+    score, then ascending by id; -inf and -1 where there are fewer than k. A score depends on its query
+    and row alone. Rows are read in ascending order over all queries, some hundred at a time.
+    """
+    flat = ids.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    order = order[np.searchsorted(flat[order], 0) :]
+    scores = np.full(flat.shape, -np.inf, dtype=np.float32)
+    for low in range(0, len(order), PAIRS):
+        pairs = order[low : low + PAIRS]
+        rows = vectors[flat[pairs]].astype(np.float32)
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        scores[pairs] = np.einsum("nd,nd->n", rows, queries[pairs // ids.shape[1]]) / np.maximum(norms, TINY)
+    scores = scores.reshape(ids.shape)
+    best = np.lexsort((ids, -scores), axis=-1)[:, :k]
+    room = [(0, 0), (0, k - best.shape[1])]
+    return (
+        np.pad(np.take_along_axis(scores, best, 1), room, constant_values=-np.inf),
+        np.pad(np.take_along_axis(ids, best, 1), room, constant_values=-1),
+    )

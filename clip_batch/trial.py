@@ -1,0 +1,111 @@
+"""Trials of recall: each shard's task tries the held-out queries on its rows, the manifest task folds and tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_batch import index, recall, vectors
+from clip_batch.job import TRUTH, Job
+from clip_batch.rerank import candidates, rerank
+from clip_batch.template import REFERENCE, read_queries, read_template
+
+SATURATED = 0.99
+"""A doubled effort that leaves this share of the scores as they were is not doubled again for the trial."""
+
+DRIFT = 0.02
+"""How much less recall@10 the rows added to an index may have before retraining is advised."""
+
+Say = Callable[[str], None]
+Ids = npt.NDArray[np.int64]
+
+
+def run(made: Any, rows: vectors.Ordered, queries: npt.NDArray[np.float32], own: Ids, factor: int) -> recall.Trial:
+    """Exact and, at every effort, found neighbours of the queries among the shard's rows."""
+    depth = recall.TOP + 1  # one of them may be the query itself
+    scores, ids = np.empty((len(queries), 0), dtype=np.float32), np.empty((len(queries), 0), dtype=np.int64)
+    for block in vectors.blocks(len(rows)):
+        data = vectors.unit(rows[block])
+        there = np.flatnonzero(np.any(data != 0, axis=1))
+        if not len(there):
+            continue
+        more, places = index.nearest(queries, data[there], depth)
+        scores, ids = np.hstack([scores, more]), np.hstack([ids, block.start + there[places]])
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+        scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
+    found: list[tuple[npt.NDArray[np.float32], Ids]] = []
+    for effort in index.efforts(made) or [0]:
+        if len(found) > 1 and np.mean(found[-1][0] == found[-2][0]) > SATURATED:
+            found.append(found[-1])
+        else:
+            found.append(_search(made, rows, queries, depth, effort or None, factor))
+
+    def exact(wanted: Ids) -> npt.NDArray[np.float32]:  # of no rows, where all were left out, none are found
+        return vectors.unit(rows[wanted]) if len(rows) else np.zeros((len(wanted), queries.shape[1]), np.float32)
+
+    return recall.measure(queries, own, exact, ids, found)
+
+
+def _search(
+    made: Any, rows: vectors.Ordered, queries: npt.NDArray[np.float32], depth: int, effort: int | None, factor: int
+) -> tuple[npt.NDArray[np.float32], Ids]:
+    """As a Searcher of this index will: recall@10 is what the effort is tuned for."""
+    if not factor:
+        return index.search(made, queries, depth, effort)
+    _, ids = index.search(made, queries, candidates(10, factor), effort)
+    return rerank(queries, ids, rows, depth)
+
+
+def tune(job: Job, trained: dict[str, Any], progress: Say) -> tuple[Any, Any, Any]:
+    """(effort, recall, drift) by modality; an index that is added to is measured by its own queries again."""
+    effort: dict[str, int | None] = {}
+    measured: dict[str, dict[str, dict[str, float]]] = {}
+    drift: dict[str, dict[str, float]] = {}
+    kinds = read_queries(job, trained)
+    for modality in trained["keys"]:
+        trials = {kind: _fold(job, modality, kind) for kind in kinds}
+        whole = {kind.removeprefix(REFERENCE): trial for kind, trial in trials.items() if _is_whole(job, kind)}
+        candidates = index.efforts(read_template(job, trained, modality))
+        at, reached = recall.least_effort(list(trials.values()), job.config.recall_target)
+        effort[modality] = candidates[at] if candidates else None
+        measured[modality] = {kind: line for kind, trial in whole.items() if (line := recall.summary(trial, at))}
+        shown = ", ".join(f"{kind} queries {line['10']:.3f}" for kind, line in measured[modality].items())
+        progress(f"{modality}: recall@10 {shown or 'not measurable'} at effort {effort[modality]}")
+        if not reached:
+            progress(f"{modality}: no effort reaches recall@10 of {job.config.recall_target}: the largest is recorded")
+        if job.base:
+            was = job.base.effort[modality]
+            then = candidates.index(was) if was in candidates else 0
+            new = {kind: recall.recall(trial, then, 10) for kind, trial in trials.items() if not _is_whole(job, kind)}
+            drift[modality] = {kind: value for kind, value in new.items() if value is not None}
+            for kind, value in drift[modality].items():
+                before = job.base.recall[modality].get(kind, {}).get("10", 0.0)
+                progress(f"{modality}: {kind} queries of the new rows find {value:.3f} of them, {before:.3f} before")
+                if value < before - DRIFT:
+                    progress(f"{modality}: the new rows do not fit the trained lists: merge all of OUT anew to retrain")
+    return effort, measured, drift
+
+
+def _is_whole(job: Job, kind: str) -> bool:
+    """Whether a trial of that kind is over all rows of the version."""
+    return not job.base or kind.startswith(REFERENCE)
+
+
+def _fold(job: Job, modality: str, kind: str) -> recall.Trial:
+    """One trial over all shards that it is over, a shard at a time."""
+    files = [(job.version, job.shard_name(shard), kind) for shard in range(job.shards)]
+    if job.base and kind.startswith(REFERENCE):
+        for shard in job.base.shards:
+            version = shard.version or job.base.version
+            own = kind.removeprefix(REFERENCE) if version == job.base.template else kind
+            files.append((version, shard.name, own))
+    whole: recall.Trial | None = None
+    for version, name, own in files:
+        with job.index.fetch(f"{version}/{TRUTH}/{name}.npz") as path, np.load(path) as saved:
+            trial = recall.Trial(*(saved[f"{modality}.{own}.{field}"] for field in ("exact", "ranked", "true")))
+        whole = recall.fold(whole, trial) if whole else trial
+    assert whole is not None
+    return whole

@@ -1,0 +1,181 @@
+"""Metadata of one index shard: writing it in index order and taking from it, by layout; as JSON.
+
+python tests/bench/metadata.py [--rows 10000000] [--rounds 9] [--batch-rows 65536 262144 1048576] [--folder DIR]
+
+`near` are 200 runs of 5,000 rows of the index: what neighbouring lists hold. The layout `arrival` is the
+same file before rows are sorted by list, `plain` the default one without dictionaries. Takes are the
+best of the rounds, all layouts in each round: milliseconds of the clock, and of all cores (which other
+work on the machine hardly changes); cold ones, after the kernel was asked to drop the file. The limit is
+what copying as many bytes into fresh memory costs one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import mmap
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from clip_batch import metadata
+
+PART = 100_000
+LISTS = 4096
+RUNS = (200, 5000)
+PAGE = 4096
+
+Rows = npt.NDArray[np.int64]
+
+
+def strings(rng: np.random.Generator, lengths: Rows, letters: npt.NDArray[np.uint8]) -> pa.Array:
+    """Strings of these lengths, cut anywhere from `letters`."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    start = int(rng.integers(len(letters) - offsets[-1]))
+    text = pa.py_buffer(letters[start : start + offsets[-1]].tobytes())
+    return pa.StringArray.from_buffers(len(lengths), pa.py_buffer(offsets), text)
+
+
+def parts(rows: int) -> Iterator[pa.Table]:
+    """Parts as embed leaves them, some 150 bytes a row: ten tars each, every row its own URL and caption."""
+    rng = np.random.default_rng(0)
+    letters = rng.integers(97, 123, 200 * PART, dtype=np.uint8)
+    for start in range(0, rows, PART):
+        count = min(PART, rows - start)
+        numbers = np.arange(count, dtype=np.int32)
+        tars = pa.array([f"s3://a-bucket/laion/{10 * start // PART + i:06d}.tar" for i in range(10)])
+        yield pa.table(
+            {
+                "url": strings(rng, rng.integers(40, 80, count), letters),
+                "caption": strings(rng, rng.integers(10, 90, count), letters),
+                "shard": tars.take(pa.array(numbers // (PART // 10))),
+                "partition": np.full(count, start // PART, dtype=np.int32),
+                "row": numbers,
+            }
+        )
+
+
+def pages(opened: metadata.MetadataFile, rows: Rows) -> npt.NDArray[np.int64]:
+    """The distinct 4 KiB pages, by address, that a take of these rows must read (dictionaries left out)."""
+    starts = np.cumsum([0, *map(len, opened.batches)])
+    found = []
+    for first, batch in zip(starts, opened.batches, strict=False):
+        inside = rows[(rows >= first) & (rows < first + len(batch))] - first
+        for column in batch.columns:
+            _, fixed, *data = column.buffers()
+            if data:  # one string is shorter than a page: its first and last byte tell
+                offsets = np.frombuffer(fixed, dtype=np.int32)
+                found += [fixed.address + 4 * inside, fixed.address + 4 * inside + 4]
+                found += [data[0].address + offsets[inside], data[0].address + offsets[inside + 1] - 1]
+            else:
+                found.append(fixed.address + inside * (column.type.bit_width // 8))
+    return np.unique(np.concatenate([np.unique(addresses // PAGE) for addresses in found]))
+
+
+def seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """(on the clock, of all cores)."""
+    started, busy = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - started, time.process_time() - busy
+
+
+def drop(path: str) -> None:
+    """Ask the kernel to drop a file's pages; nobody may have it mapped."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_gb_s(fresh: bool, size: int = 2**27) -> tuple[float, float]:
+    """Bytes one core copies a second (of the clock, of the core) to memory in use or, with page faults, just mapped."""
+    source, used, rounds = np.ones(size, dtype=np.uint8), np.ones(size, dtype=np.uint8), []
+    for _ in range(8):
+        with mmap.mmap(-1, size) as mapped:
+            target = np.frombuffer(mapped, dtype=np.uint8) if fresh else used
+            rounds.append(seconds(functools.partial(np.copyto, target, source)))
+            del target
+    took, busy = (min(times) for times in zip(*rounds, strict=True))
+    return round(size / took / 1e9, 2), round(size / busy / 1e9, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch-rows", type=int, nargs="+", default=[65_536, 262_144, 1_048_576])
+    parser.add_argument("--folder", help="for the files, some 1.5 GB each (default: a temporary folder)")
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(1)
+    order = np.argsort(rng.integers(LISTS, size=arguments.rows, dtype=np.uint16), kind="stable")
+    runs = min(RUNS[1], arguments.rows)
+    near = np.concatenate([np.arange(runs) + start for start in rng.integers(arguments.rows - runs + 1, size=RUNS[0])])
+    wanted = {
+        "near_1m": near,
+        "near_1m_shuffled": rng.permutation(near),
+        "random_1m": rng.integers(arguments.rows, size=1_000_000),
+        "random_1k": rng.integers(arguments.rows, size=1000),
+        "random_10": rng.integers(arguments.rows, size=10),
+    }
+    default = metadata.BATCH_ROWS
+    layouts = {str(size): (size, metadata.DICTIONARY_VALUES, order) for size in arguments.batch_rows}
+    layouts["plain"] = (default, 0, order)
+    layouts["arrival"] = (default, metadata.DICTIONARY_VALUES, np.arange(arguments.rows))
+    before = {what: order[rows] for what, rows in wanted.items()}
+    asked = {name: before if name == "arrival" else wanted for name in layouts}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        report = {name: layout(f"{folder}/{name}.arrow", *options, asked[name]) for name, options in layouts.items()}
+        opened = {name: metadata.open_table(f"{folder}/{name}.arrow") for name in layouts}
+        for _ in range(arguments.rounds):
+            for name, file in opened.items():
+                for what, rows in asked[name].items():
+                    took, busy = seconds(functools.partial(file.take, rows))
+                    for unit, value in (("ms", took), ("cpu_ms", busy)):
+                        key, value = f"{what}_{unit}", round(1000 * value, 2)
+                        report[name][key] = min(value, report[name].get(key, value))
+        limit = opened[str(arguments.batch_rows[0])].take(near).nbytes
+    fresh = copy_gb_s(True)
+    print(
+        json.dumps(
+            {
+                "benchmark": "metadata",
+                **vars(arguments),
+                "cores": len(os.sched_getaffinity(0)),
+                "load": os.getloadavg(),
+                "copy_gb_s": copy_gb_s(False),
+                "copy_to_fresh_memory_gb_s": fresh,
+                "near_1m_bytes": limit,
+                "near_1m_limit_ms": [round(limit / rate / 1e6, 1) for rate in fresh],
+                "layouts": report,
+            }
+        )
+    )
+
+
+def layout(path: str, batch_rows: int, values: int, order: Rows, wanted: dict[str, Rows]) -> dict[str, float]:
+    """Write one file; its size, the cold takes, the pages they touch."""
+    metadata.BATCH_ROWS, metadata.DICTIONARY_VALUES = batch_rows, values
+    took, busy = seconds(lambda: metadata.write_ordered(parts(len(order)), order, path))
+    found: dict[str, float] = {"bytes": os.path.getsize(path), "write_s": round(took, 1), "write_cpu_s": round(busy, 1)}
+    for what in ("near_1m", "random_1k", "random_10"):
+        cold = []
+        for _ in range(3):
+            drop(path)
+            opened = metadata.open_table(path)
+            cold.append(seconds(functools.partial(opened.take, wanted[what]))[0])
+            found[f"{what}_pages"] = len(pages(opened, wanted[what]))
+            del opened
+        found[f"{what}_cold_ms"] = round(1000 * min(cold), 1)
+    return found
+
+
+if __name__ == "__main__":
+    main()

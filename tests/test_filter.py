@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from clip_batch import filter as filters
+from clip_batch import index as faiss_index
+from clip_batch.cli import main
+from clip_batch.config import MergeConfig
+from clip_batch.filter import filter_rows
+from clip_batch.inputs import expand_inputs
+from clip_batch.stages.merge import merge
+from clip_batch.stages.search import Searcher
+from clip_batch.store import Store
+from tests import corpus
+from tests.fabricated import clustered, make_out
+
+CONFIG = MergeConfig(queries=20)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    faiss_index.use_threads(1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, index_key="IVF8,PQ4x4", rerank=3, shard_rows=300)])
+def test_every_row_over_a_threshold_and_no_other(
+    tmp_path: Path, config: MergeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filters, "GROUP", 50)
+    monkeypatch.setattr(filters, "FILE", 200)
+    monkeypatch.setattr(faiss_index, "FIRST_DEPTH", 8)
+    images, texts = clustered(1000, 16, 4)
+    make_out(tmp_path / "out", images, texts, [400, 600])
+    merge(str(tmp_path / "out"), str(tmp_path / "index"), config)
+    exact = images.astype(np.float16).astype(np.float32) @ images[3]
+    near = np.sort(np.abs(exact[np.argsort(exact)][1:] - exact[np.argsort(exact)][:-1]))
+    assert near[-1] > 0.01
+    wanted = {f"{int(row >= 400)}-{row - 400 * (row >= 400)}" for row in np.flatnonzero(exact >= 0.5)}
+    assert 210 < len(wanted) < 900
+    with Searcher(str(tmp_path / "index")) as searcher:
+        done = filter_rows(searcher, images[3], Store(str(tmp_path / "found")), 10, 0.5)
+    files = sorted((tmp_path / "found/rows").iterdir())
+    assert len(files) == -(-done.rows // 200)
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    unsure = {f"{int(row >= 400)}-{row - 400 * (row >= 400)}" for row in np.flatnonzero(np.abs(exact - 0.5) < 1e-3)}
+    assert {row["key"] for row in rows} ^ wanted <= unsure
+    assert [row["id"] for row in rows] == sorted({row["id"] for row in rows})
+    assert min(row["score"] for row in rows) >= 0.5
+    assert json.loads((tmp_path / "found/filter.json").read_text())["rows"] == done.rows == len(rows)
+
+
+def test_the_command_copies_images_into_tars_that_plan_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [corpus.jpeg(seed, 32) for seed in range(6)]
+    corpus.write_tar(
+        str(tmp_path / "0.tar"),
+        [one for i, data in enumerate(pictures) for one in ((f"k{i}.jpg", data), (f"k{i}.txt", f"no. {i}".encode()))],
+    )
+    out, index, found = (str(tmp_path / name) for name in ("out", "index", "found"))
+    assert main(["embed", "--input", str(tmp_path / "0.tar"), "--output", out, "--model", "fake:8"]) == 0
+    assert main(["merge", "--output", out, "--index", index]) == 0
+    capsys.readouterr()
+    assert main(["filter", "--index", index, "--text", "no. 3", "-k", "4", "--output", found, "--images"]) == 0
+    assert "4 rows, 4 images" in capsys.readouterr().out
+    rows = pq.read_table(f"{found}/rows/00000.parquet").to_pylist()
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    with tarfile.open(f"{found}/images/00000.tar") as tar:
+        names = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+    for row in rows:
+        assert names[f"{row['id']:012d}.jpg"] == pictures[int(row["key"][1:])]
+        assert json.loads(names[f"{row['id']:012d}.json"])["caption"] == row["caption"]
+    again = str(tmp_path / "again")
+    assert main(["embed", "--input", f"{found}/images/*.tar", "--output", again, "--model", "fake:8"]) == 0
+    assert "4 samples embedded" in capsys.readouterr().out
+    assert expand_inputs([f"{found}/images/*.tar"], "tar", {})
+    (tmp_path / "0.tar").unlink()
+    assert main(["filter", "--index", index, "--text", "no. 3", "-k", "4", "--output", found, "--images"]) == 0
+    assert "4 images are not in a tar that can be read" in capsys.readouterr().out
+    assert main(["filter", "--index", index, "--text", "x", "--threshold", "2", "--output", found]) == 0
+    assert "0 rows" in capsys.readouterr().out
+    assert not (tmp_path / "found/rows").exists()
+    assert main(["filter", "--index", index, "--output", found]) == 2
+
+
+def test_a_killed_filter_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, texts = clustered(100, 8, 4)
+    make_out(tmp_path / "out", images, texts, [100])
+    merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+    monkeypatch.setattr(filters, "GROUP", 10)
+    with Searcher(str(tmp_path / "index")) as searcher:
+        real, calls = searcher.table, io.StringIO()
+
+        def table(ids: object) -> object:
+            calls.write("x")
+            if len(calls.getvalue()) > 5:
+                raise KeyboardInterrupt
+            return real(ids)  # type: ignore[arg-type]
+
+        searcher.table = table  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            filter_rows(searcher, images[0], Store(str(tmp_path / "found")), 100)
+    assert [path for path in (tmp_path / "found").rglob("*") if path.is_file()] == []
