@@ -36,9 +36,9 @@ spark35: .spark35/pyspark ## Spark 3.5 beside Spark 4, for its test
 	$(BIN)/python -m pip install --quiet --target .spark35 'pyspark>=3.5,<4'
 
 clip-retrieval: .clip-retrieval/.installed ## clip-retrieval in an environment of its own, for the tests of moving over
-.clip-retrieval/.installed:
+.clip-retrieval/.installed: tests/clip-retrieval.txt
 	$(PYTHON) -m venv .clip-retrieval
-	.clip-retrieval/bin/python -m pip install --quiet 'setuptools<81' 'clip-retrieval==2.45.0' 'numpy<2' 'pyarrow<26' torch==2.15.0 torchvision==0.29.2
+	.clip-retrieval/bin/python -m pip install --quiet --no-compile --no-deps -r tests/clip-retrieval.txt
 	touch $@
 
 test-fast: $(STAMP)     ## without torch and long runs
