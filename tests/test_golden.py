@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -167,6 +168,37 @@ def test_any_open_clip_model_from_a_local_checkpoint(tmp_path: Path) -> None:
     texts = encoder.encode_texts(["a cat", "x" * 10_000, "\0"])
     assert texts.shape == (3, 1024)
     assert np.allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tower", "cut"),
+    [
+        ("CLIP", {}, True),
+        ("CustomTextCLIP", {}, True),
+        ("CLIP", {"pool_type": "eos", "eos_id": 49407}, True),
+        ("CustomTextCLIP", {"pool_type": "eos", "eos_id": 49407}, True),
+        ("CLIP", {"no_causal_mask": True}, False),
+        ("CustomTextCLIP", {"no_causal_mask": True}, False),
+        ("CustomTextCLIP", {"pool_type": "last"}, False),
+        ("CustomTextCLIP", {"embed_cls": True}, False),
+    ],
+)
+def test_cutting_captions_changes_nothing(kind: str, tower: dict[str, Any], cut: bool) -> None:
+    import open_clip
+    import torch
+
+    from clip_batch.encoders.text import TextTower
+
+    torch.manual_seed(1)
+    vision = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
+    model = getattr(open_clip, kind)(32, vision, {"width": 64, "heads": 2, "layers": 3, **tower}).eval()
+    texts = ["", "a", "two cats on a sofa", "word " * 30, "a long caption " * 40, "\u732b", "<end_of_text> behind it"]
+    tokens = open_clip.get_tokenizer("RN50")(texts * 20)
+    with torch.inference_mode():
+        text, whole = TextTower(model), model.encode_text(tokens)
+        for some in (slice(None), slice(2, 3), slice(4, 6)):
+            torch.testing.assert_close(text(tokens[some]), whole[some], rtol=0, atol=2e-6)
+    assert bool(text._short) == cut
 
 
 @pytest.mark.parametrize(("precision", "least"), [("bf16", 0.9995), ("fp16", 0.99999)])

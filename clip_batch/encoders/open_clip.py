@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from clip_batch.encoders.text import TextTower
 from clip_batch.errors import EncoderError
 from clip_batch.store import file_digest
 from clip_batch.types import EncoderSpec
@@ -119,6 +120,7 @@ class OpenClipEncoder:
         import torch
 
         self._model, self._transform, self._tokenizer = model, transform, tokenizer
+        self._text = TextTower(model)
         self._device = torch.device(device)
         self._dtype = dtype or torch.float32  # of the pixels; open_clip keeps some weights in float32
         self.dim = int(self.encode_texts(["a"]).shape[1])
@@ -139,7 +141,7 @@ class OpenClipEncoder:
 
         with torch.inference_mode():
             tokens = self._tokenizer(list(texts)).to(self._device)
-            return self._host(self._model.encode_text(tokens))
+            return self._host(self._text(tokens))
 
     @staticmethod
     def _host(rows: Any) -> Array:
