@@ -251,15 +251,20 @@ def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageC
 
 
 def _check_base(source: vectors.Embeddings, base: Manifest) -> None:
-    for what, found, wanted in (
-        ("encoder", source.plan.encoder.fingerprint, base.encoder.fingerprint),
-        ("dimension", source.dim, base.dim),
+    ours, theirs = source.plan.encoder, base.encoder
+    for what, found, wanted, fits in (
+        ("encoder", _named(ours), _named(theirs), ours.agrees(theirs)),
+        ("dimension", source.dim, base.dim, source.dim == base.dim),
     ):
-        if found != wanted:
+        if not fits:
             raise ConfigError(
                 f"{source.store.url} has {what} {found}, index version {base.version} has {wanted}: merge it into an "
                 "INDEX of its own"
             )
+
+
+def _named(encoder: EncoderSpec) -> str:
+    return f"{encoder.model} {encoder.pretrained} ({encoder.fingerprint})"
 
 
 def _check(config: MergeConfig) -> None:

@@ -62,7 +62,8 @@ class EncoderSpec:
     """Which encoder, and its identity: everything that changes an embedding.
 
     `model` and `pretrained` say how to load it (and may be paths of one machine); `weights` is the
-    sha256 of the weights file. The identity leaves the two names' paths out: see `fingerprint`.
+    sha256 of the weights file, or empty for vectors that clip-retrieval made, which tells no more
+    than a name.
     """
 
     model: str
@@ -73,11 +74,18 @@ class EncoderSpec:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over weights, preprocessing and precision."""
+        """16 hex digits over weights (the two names where there are none), preprocessing and precision."""
         import hashlib
 
-        text = "\n".join((self.weights, self.preprocess, self.precision))
+        what = self.weights or f"{self.model} {self.pretrained}"
+        text = "\n".join((what, self.preprocess, self.precision))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def agrees(self, other: EncoderSpec) -> bool:
+        """Whether vectors of the two may be compared: the same fingerprint, or name where one has no more."""
+        if self.weights and other.weights:
+            return self.fingerprint == other.fingerprint
+        return (self.model, self.pretrained) == (other.model, other.pretrained)
 
 
 def partition_name(partition: int, count: int) -> str:

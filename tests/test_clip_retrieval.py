@@ -22,7 +22,7 @@ import pytest
 from clip_batch import foreign, index, tombstones, vectors
 from clip_batch.concatenate import concatenate
 from clip_batch.config import MergeConfig, SearchConfig
-from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.errors import ConfigError, CorruptError, EncoderError
 from clip_batch.export.clip_retrieval import export_clip_retrieval
 from clip_batch.metadata import open_table
 from clip_batch.stages.merge import merge
@@ -398,6 +398,26 @@ def test_merge_reads_a_folder_without_commits(theirs: Path, tmp_path: Path) -> N
         for modality, queries in (("image", images), ("text", texts)):
             hits = [hit for (hit,) in searcher.search(queries, 1, modality)]
             assert [hit.metadata["key"] for hit in hits] == [f"{row:09d}" for row in range(550)]
+
+
+def test_what_is_added_is_of_the_encoder_that_was_named(theirs: Path, tmp_path: Path) -> None:
+    index, later = str(tmp_path / "index"), shutil.copytree(theirs, str(tmp_path / "later"))
+    for folder in ("img_emb", "text_emb", "metadata"):
+        next(Path(later, folder).glob("*_0.*")).unlink()
+    merge(str(theirs), index, MergeConfig(queries=20, made_by=["fake:16", "one"]))
+    with pytest.raises(ConfigError, match="encoder fake:16 two"):
+        merge(later, index, MergeConfig(queries=20, add=True, made_by=["fake:16", "two"]))
+    again = merge(later, index, MergeConfig(queries=20, add=True, made_by=["fake:16", "one"]))
+    assert again.rows == 1050
+
+
+def test_the_encoder_of_what_clip_retrieval_made_can_be_named_later(theirs: Path, tmp_path: Path) -> None:
+    index = str(tmp_path / "index")
+    merge(str(theirs), index, MergeConfig(queries=20, made_by=["of-another-time"]))
+    with Searcher(index) as searcher, pytest.raises(EncoderError):
+        searcher.encode_text(["a"])
+    with Searcher(index, config=SearchConfig(model="fake:16")) as searcher:
+        assert searcher.encode_text(["a"]).shape == (1, 16)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def export_clip_retrieval(
                 rows = _write(table, file)
             progress(f"metadata {number + 1}: {rows:,} rows")
         for modality, effort in searcher.manifest.effort.items():
-            parts = [(one.index, one.offset) for one in searcher._indices[modality]]
+            parts = [(one.index, one.offset) for one in searcher.indices[modality]]
             with store.writer(f"{modality}.index") as file:
                 concatenate(parts, searcher.removed, effort, file.name)
             progress(f"{modality}: {len(parts)} index shards in one file")
@@ -72,7 +72,7 @@ def export_clip_retrieval(
 def _tables(searcher: Searcher) -> Iterator[Iterator[pa.Table]]:
     """The metadata of each shard, in blocks."""
     offset = 0
-    for metadata in searcher._metadata:
+    for metadata in searcher.tables:
         gone = searcher.removed[np.searchsorted(searcher.removed, offset) :] - offset
         yield (
             _block(metadata.take(np.arange(start, min(start + BLOCK, metadata.rows))), gone - start)

@@ -42,8 +42,7 @@ class Version:
         self.columns = list(searcher.schema.names)
         self.modalities = list(self.manifest.key)
         self._offsets = [shard.offset for shard in self.manifest.shards]
-        spec = self.manifest.encoder  # what clip-retrieval made knows no weights, only a name
-        self.encoder = spec.fingerprint if spec.weights else f"{spec.model} {spec.pretrained}"
+        self.encoder = self.manifest.encoder.fingerprint
         self.users, self.retired = 0, False
 
     def planned(self, row: int) -> bool:

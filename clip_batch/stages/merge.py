@@ -60,15 +60,17 @@ def merge(
 
 
 def finished(job: Job, progress: Say = lambda line: None) -> Manifest | None:
-    """The manifest of a version that stands, which is CURRENT then; None while it is being made."""
+    """The manifest of a version that stands, which is CURRENT then and free of leavings; None while it is made."""
     if job.base and any(source.digest == job.digest for source in job.base.sources):
         progress(f"version {job.base.version} has it already")
         return job.base
     if not job.index.exists(job.path(MANIFEST)):
         return None
     make_current(job.index, job.version)
+    manifest = load_manifest(job.index, job.version)
+    _tidy(job, manifest)
     progress(f"version {job.version} stands already")
-    return load_manifest(job.index, job.version)
+    return manifest
 
 
 def train(job: Job, progress: Say = lambda line: None, every_row: bool = False) -> None:
@@ -167,7 +169,7 @@ def publish(job: Job, progress: Say = lambda line: None) -> Manifest:
         created=time.time(),
         dim=job.source.dim,
         rows=sum(shard.rows for shard in shards),
-        encoder=job.source.plan.encoder,
+        encoder=old.encoder if old and old.encoder.weights else job.source.plan.encoder,
         plan=old.plan if old else job.source.plan.digest,
         key=trained["keys"],
         effort=effort,
@@ -186,11 +188,17 @@ def publish(job: Job, progress: Say = lambda line: None) -> Manifest:
     )
     _check_tombstones(job, made)
     standing = publish_manifest(job.index, made)
-    job.clean(trained)
-    for shard in range(job.shards) if single and not old else ():
-        for modality in single:
-            job.index.remove(job.path(f"{modality}/{job.shard_name(shard)}.index"))
+    _tidy(job, standing)
     return standing
+
+
+def _tidy(job: Job, manifest: Manifest) -> None:
+    """Remove what other attempts left, and the indices of shards that were joined; who published may have died."""
+    if trained := job.trained():
+        job.clean(trained)
+    for shard in range(job.shards) if not manifest.base else ():
+        for modality in manifest.single:
+            job.index.remove(job.path(f"{modality}/{job.shard_name(shard)}.index"))
 
 
 def _check_tombstones(job: Job, made: Manifest) -> None:

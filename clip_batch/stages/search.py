@@ -40,7 +40,7 @@ Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Opened:
+class OpenedIndex:
     """A faiss index whose ids 0 to rows - 1 are the ids of INDEX from `offset` on."""
 
     index: Any
@@ -54,7 +54,8 @@ class Searcher:
 
     INDEX may be a folder that clip-retrieval's own `index` made (see `clip_batch.foreign`).
     A remote INDEX is first copied to a local cache (see `clip_batch.cache`). Rows that were removed (see
-    `clip_batch.tombstones`) are in no answer; their ids are refused.
+    `clip_batch.tombstones`) are in no answer; their ids are refused. `indices` are the opened faiss indices of
+    a modality, `tables` the metadata of each shard, both in the order of ids.
     Errors: as `load_manifest`; CorruptError where a file is absent or not of its recorded size (or, as
     it is copied, sha256); ConfigError where the encoder's dimension is not the index's.
     """
@@ -77,9 +78,9 @@ class Searcher:
         if encoder is not None and encoder.dim != self.manifest.dim:
             raise ConfigError(f"{index} has {self.manifest.dim} dimensions, this encoder {encoder.dim}: take its model")
         self._offsets = np.array([shard.offset for shard in self.manifest.shards])
-        self._indices: dict[str, list[_Opened]] = {modality: [] for modality in self.manifest.key}
+        self.indices: dict[str, list[OpenedIndex]] = {modality: [] for modality in self.manifest.key}
         self._stored: dict[str, Stacked] = {}
-        self._metadata: list[MetadataFile] = []
+        self.tables: list[MetadataFile] = []
         self._reconstruct, self._loading = Lock(), Lock()
         limit = parse_bytes(storage.index_cache)
         self._cache = (
@@ -91,7 +92,7 @@ class Searcher:
             self._release()
             raise
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(max(map(len, self._indices.values())), cores)
+        workers = min(max(map(len, self.indices.values())), cores)
         # Shards in parallel leave each worker its share of the cores.
         self._pool = ThreadPoolExecutor(workers, "search", faiss_index.use_threads, (max(1, cores // workers),))
 
@@ -120,25 +121,25 @@ class Searcher:
             def file(name: str, shard: IndexShard = shard, folder: str = folder) -> str:
                 return self._file(store, f"{folder}/{name}", shard.files[name])
 
-            for modality, opened in self._indices.items():
+            for modality, opened in self.indices.items():
                 if (name := f"{modality}/{shard.name}.index") in shard.files:
-                    opened.append(_Opened(faiss_index.read(file(name), mapped=True), shard.offset, shard.rows))
+                    opened.append(OpenedIndex(faiss_index.read(file(name), mapped=True), shard.offset, shard.rows))
                 if self.manifest.rerank:
                     stored[modality].append(open_matrix(file(f"{modality}/{shard.name}.npy")))
             metadata.append((file(f"metadata/{shard.name}.arrow"), shard.offset))
-            self._metadata.append(open_table(metadata[-1][0]))
-            if self._metadata[-1].rows != shard.rows:
+            self.tables.append(open_table(metadata[-1][0]))
+            if self.tables[-1].rows != shard.rows:
                 name = f"metadata of shard {shard.name}"
                 raise CorruptError(f"{store.url}: {name} is not of {shard.rows} rows: merge again")
         for modality, files in self.manifest.single.items():
             paths = [self._file(store, name, wanted) for name, wanted in sorted(files.items())]
-            rows = self.manifest.rows - sum(one.rows for one in self._indices[modality])
-            self._indices[modality].insert(0, _Opened(faiss_index.read(paths[0], mapped=True), 0, rows))
+            rows = self.manifest.rows - sum(one.rows for one in self.indices[modality])
+            self.indices[modality].insert(0, OpenedIndex(faiss_index.read(paths[0], mapped=True), 0, rows))
         self._stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
-        self.schema = common_schema([one.schema for one in self._metadata])
+        self.schema = common_schema([one.schema for one in self.tables])
         self.removed = tombstones.removed(store, self.manifest, metadata)
-        for modality, opened in self._indices.items():
-            self._indices[modality] = [replace(one, removed=self._removed(one.offset, one.rows)) for one in opened]
+        for modality, opened in self.indices.items():
+            self.indices[modality] = [replace(one, removed=self._removed(one.offset, one.rows)) for one in opened]
 
     def _file(self, store: Store, name: str, wanted: dict[str, Any]) -> str:
         """A local path of a file of INDEX, of the recorded size."""
@@ -157,12 +158,10 @@ class Searcher:
         with self._loading:
             if self._encoder is None:
                 spec = self.manifest.encoder
-                if not spec.weights:  # what clip-retrieval made tells no more than a name
-                    spec = encoders.resolve(spec.model, spec.pretrained, options=self.storage.storage_options)
-                elif self.config.model or self.config.pretrained:
-                    names = self.config.model or spec.model, self.config.pretrained or spec.pretrained
+                names = self.config.model or spec.model, self.config.pretrained or spec.pretrained
+                if not spec.weights or names != (spec.model, spec.pretrained):
                     found = encoders.resolve(*names, spec.preprocess, spec.precision, self.storage.storage_options)
-                    spec = replace(found, weights=spec.weights)
+                    spec = replace(found, weights=spec.weights or found.weights)
                 self._encoder = encoders.load(spec, self.config.device, self.storage.storage_options)
             return self._encoder
 
@@ -213,7 +212,7 @@ class Searcher:
         if stored is not None:
             depth = candidates(depth, self.manifest.rerank)
 
-        def one(shard: _Opened) -> tuple[Vectors, Ids]:
+        def one(shard: OpenedIndex) -> tuple[Vectors, Ids]:
             scores, ids = faiss_index.search(shard.index, wanted, min(depth, shard.rows), effort, shard.removed)
             ids = np.where(ids >= 0, ids + shard.offset, -1)
             if stored is not None:
@@ -257,10 +256,10 @@ class Searcher:
         low, high = np.searchsorted(self.removed, [offset, offset + rows])
         return faiss_index.Removed(self.removed[low:high] - offset) if low < high else None
 
-    def _modality(self, modality: str) -> list[_Opened]:
-        if modality not in self._indices:
-            raise ConfigError(f"modality {modality!r} is not in this index: it has {', '.join(self._indices)}")
-        return self._indices[modality]
+    def _modality(self, modality: str) -> list[OpenedIndex]:
+        if modality not in self.indices:
+            raise ConfigError(f"modality {modality!r} is not in this index: it has {', '.join(self.indices)}")
+        return self.indices[modality]
 
     def _queries(self, queries: npt.ArrayLike) -> Vectors:
         try:
@@ -285,7 +284,7 @@ class Searcher:
         pieces = [schema.empty_table()]
         for shard in np.unique(owner):
             mine = wanted[order][owner[order] == shard] - self._offsets[shard]
-            pieces.append(take_as(self._metadata[shard], mine, schema))
+            pieces.append(take_as(self.tables[shard], mine, schema))
         found = pa.concat_tables(pieces)
         if np.array_equal(order, np.arange(len(order))):
             return found
