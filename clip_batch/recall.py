@@ -8,7 +8,7 @@ score less 1e-6: so of equal vectors any will do (recall by threshold, as ANN-be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,37 +31,21 @@ class Trial:
     true: Floats
 
 
-def measure(
-    queries: Floats,
-    own: Ids,
-    vectors: Callable[[Ids], Floats],
-    exact: Ids,
-    found: Sequence[tuple[Floats, Ids]],
-) -> Trial:
-    """The trial of queries (q, d) over one shard.
+def measure(own: Ids, exact: tuple[Floats, Ids], found: Sequence[tuple[Floats, Ids, Floats]]) -> Trial:
+    """The trial of queries over one shard.
 
-    `own` (q,) is the shard row that a query is itself, to be left out (-1: none); `vectors` gives rows
-    (m,) as float32 (m, d); `exact` (q, any) are rows of exact search; `found` has scores and rows
-    (q, any) for each effort, -1 where there are fewer.
+    `own` (q,) is the shard row that a query is itself, to be left out (-1: none); `exact` has the scores
+    and rows (q, any) of exact search, `found` for each effort the scores that ranked, the rows, and their
+    exact scores (q, any); rows are -1 where there are fewer.
     """
 
-    def scores(ids: Ids) -> Floats:
-        out = np.full(ids.shape, -np.inf, dtype=np.float32)
-        for i in range(0, len(ids), 64):
-            block = ids[i : i + 64]
-            rows = vectors(np.maximum(block, 0).reshape(-1)).reshape(*block.shape, queries.shape[1])
-            out[i : i + 64] = np.einsum("qd,qkd->qk", queries[i : i + 64], rows)
-        out[(ids < 0) | (ids == own[:, None])] = -np.inf
-        return out
+    def others(scores: Floats, ids: Ids) -> Floats:
+        return np.where((ids < 0) | (ids == own[:, None]), -np.inf, scores).astype(np.float32)
 
-    truth = scores(exact)
-    trues, ranks = [], []
-    for ranked, ids in found:
-        true = scores(ids)
-        true, ranked = _best(np.where(np.isfinite(true), ranked, -np.inf), true, ranked)
-        trues.append(true)
-        ranks.append(np.where(np.isfinite(true), ranked, -np.inf))
-    return Trial(_best(truth, truth)[0], np.stack(ranks).astype(np.float32), np.stack(trues))
+    truth = others(*exact)
+    tried = [_best(others(ranked, ids), others(ranked, ids), others(true, ids)) for ranked, ids, true in found]
+    ranks, trues = zip(*tried, strict=True)
+    return Trial(_best(truth, truth)[0], np.stack(ranks), np.stack(trues))
 
 
 def _best(by: Floats, *arrays: Floats) -> list[Floats]:

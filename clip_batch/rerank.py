@@ -35,9 +35,22 @@ def rerank(queries: Vectors, ids: Ids, vectors: Rows, k: int) -> tuple[Vectors, 
     """The k best of each query's candidates by exact inner product: scores float32 (q, k), ids int64 (q, k).
 
     queries float32 (q, d); ids (q, m) are rows of `vectors` float16 (n, d), memory-mapped or not, -1
-    where there is none; the scores are those of rows scaled to unit norm, in float32. Descending by
-    score, then ascending by id; -inf and -1 where there are fewer than k. A score depends on its query
-    and row alone. Rows are read in ascending order over all queries, some hundred at a time.
+    where there is none. Descending by score, then ascending by id; -inf and -1 where there are fewer than k.
+    """
+    scores = score(queries, ids, vectors)
+    best = np.lexsort((ids, -scores), axis=-1)[:, :k]
+    room = [(0, 0), (0, k - best.shape[1])]
+    return (
+        np.pad(np.take_along_axis(scores, best, 1), room, constant_values=-np.inf),
+        np.pad(np.take_along_axis(ids, best, 1), room, constant_values=-1),
+    )
+
+
+def score(queries: Vectors, ids: Ids, vectors: Rows) -> Vectors:
+    """Inner products float32 (q, m) of queries (q, d) and their rows (q, m), scaled to unit norm; -inf where id is -1.
+
+    A score depends on its query and row alone. Rows are read in ascending order over all queries, some
+    hundred at a time.
     """
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
@@ -48,10 +61,4 @@ def rerank(queries: Vectors, ids: Ids, vectors: Rows, k: int) -> tuple[Vectors, 
         rows = vectors[flat[pairs]].astype(np.float32)
         norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
         scores[pairs] = np.einsum("nd,nd->n", rows, queries[pairs // ids.shape[1]]) / np.maximum(norms, TINY)
-    scores = scores.reshape(ids.shape)
-    best = np.lexsort((ids, -scores), axis=-1)[:, :k]
-    room = [(0, 0), (0, k - best.shape[1])]
-    return (
-        np.pad(np.take_along_axis(scores, best, 1), room, constant_values=-np.inf),
-        np.pad(np.take_along_axis(ids, best, 1), room, constant_values=-1),
-    )
+    return scores.reshape(ids.shape)

@@ -10,53 +10,69 @@ import numpy.typing as npt
 
 from clip_batch import index, recall, vectors
 from clip_batch.job import TRUTH, Job
-from clip_batch.rerank import candidates, rerank
+from clip_batch.rerank import candidates, rerank, score
 from clip_batch.template import REFERENCE, read_queries, read_template
 
 SATURATED = 0.99
 """A doubled effort that leaves this share of the scores as they were is not doubled again for the trial."""
 
+ENOUGH = 0.5
+"""Of the way from the recall wanted to 1: where a shard is there, larger efforts are not tried but taken as equal."""
+
 DRIFT = 0.02
 """How much less recall@10 the rows added to an index may have before retraining is advised."""
 
+DEPTH = recall.TOP + 1
+"""Of the searches: one found may be the query itself."""
+
 Say = Callable[[str], None]
 Ids = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float32]
+Found = tuple[Vectors, Ids, Vectors]
+"""By which scores rows were ranked, the rows, their exact scores; each (q, any)."""
 
 
-def run(made: Any, rows: vectors.Ordered, queries: npt.NDArray[np.float32], own: Ids, factor: int) -> recall.Trial:
-    """Exact and, at every effort, found neighbours of the queries among the shard's rows."""
-    depth = recall.TOP + 1  # one of them may be the query itself
+def run(made: Any, rows: vectors.Ordered, queries: Vectors, own: Ids, factor: int, target: float) -> recall.Trial:
+    """Exact and, at every effort, found neighbours of the queries (q, d) among the shard's rows.
+
+    `own` (q,): which row a query is, or -1. `target`: the recall@10 that is wanted of the whole.
+    """
+    exact = _exact(rows, queries)
+    enough = target + ENOUGH * (1 - target)
+    found: list[Found] = []
+    stands = False
+    efforts: list[int | None] = [*index.efforts(made)]
+    for effort in efforts or [None]:
+        found.append(found[-1] if stands else _search(made, rows, queries, effort, factor))
+        if not stands:
+            stands = len(found) > 1 and bool(np.mean(found[-1][0] == found[-2][0]) > SATURATED)
+            stands = stands or (recall.recall(recall.measure(own, exact, found[-1:]), 0, 10) or 0.0) >= enough
+    return recall.measure(own, exact, found)
+
+
+def _exact(rows: vectors.Ordered, queries: Vectors) -> tuple[Vectors, Ids]:
+    """Scores and rows (q, any) of exact search."""
     scores, ids = np.empty((len(queries), 0), dtype=np.float32), np.empty((len(queries), 0), dtype=np.int64)
     for block in vectors.blocks(len(rows)):
         data = vectors.unit(rows[block])
         there = np.flatnonzero(np.any(data != 0, axis=1))
         if not len(there):
             continue
-        more, places = index.nearest(queries, data[there], depth)
+        more, places = index.nearest(queries, data[there], DEPTH)
         scores, ids = np.hstack([scores, more]), np.hstack([ids, block.start + there[places]])
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
         scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
-    found: list[tuple[npt.NDArray[np.float32], Ids]] = []
-    for effort in index.efforts(made) or [0]:
-        if len(found) > 1 and np.mean(found[-1][0] == found[-2][0]) > SATURATED:
-            found.append(found[-1])
-        else:
-            found.append(_search(made, rows, queries, depth, effort or None, factor))
-
-    def exact(wanted: Ids) -> npt.NDArray[np.float32]:  # of no rows, where all were left out, none are found
-        return vectors.unit(rows[wanted]) if len(rows) else np.zeros((len(wanted), queries.shape[1]), np.float32)
-
-    return recall.measure(queries, own, exact, ids, found)
+    return scores, ids
 
 
-def _search(
-    made: Any, rows: vectors.Ordered, queries: npt.NDArray[np.float32], depth: int, effort: int | None, factor: int
-) -> tuple[npt.NDArray[np.float32], Ids]:
+def _search(made: Any, rows: vectors.Ordered, queries: Vectors, effort: int | None, factor: int) -> Found:
     """As a Searcher of this index will: recall@10 is what the effort is tuned for."""
-    if not factor:
-        return index.search(made, queries, depth, effort)
-    _, ids = index.search(made, queries, candidates(10, factor), effort)
-    return rerank(queries, ids, rows, depth)
+    if factor:
+        _, ids = index.search(made, queries, candidates(10, factor), effort)
+        scores, ids = rerank(queries, ids, rows, DEPTH)
+        return scores, ids, scores
+    scores, ids = index.search(made, queries, DEPTH, effort)
+    return scores, ids, score(queries, ids, rows)
 
 
 def tune(job: Job, trained: dict[str, Any], progress: Say) -> tuple[Any, Any, Any]:

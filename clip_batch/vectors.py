@@ -252,7 +252,7 @@ def _norms(vectors: Half) -> npt.NDArray[np.float32]:
 def unit(vectors: Half) -> Vectors:
     """float32 (n, dim) of unit norm; zero rows stay zero."""
     exact = vectors.astype(np.float32)
-    norms = _norms(vectors)[:, None]
+    norms = np.sqrt(np.einsum("nd,nd->n", exact, exact))[:, None]
     np.divide(exact, norms, out=exact, where=norms > 0)
     return exact
 

@@ -245,10 +245,10 @@ def test_faiss_errors_are_one_line(tmp_path: Path) -> None:
 
 def trial_of(queries: np.ndarray, vectors: np.ndarray, own: np.ndarray, drop: np.ndarray | None = None) -> recall.Trial:
     """Exact search, and as found the same less the rows of `drop`."""
-    exact = index.nearest(queries, vectors, recall.TOP + 1)[1]
+    exact = index.nearest(queries, vectors, recall.TOP + 1)
     scores, found = index.nearest(queries, vectors, len(vectors))
     found = np.where(np.isin(found, [] if drop is None else drop), -1, found)
-    return recall.measure(queries, own, lambda rows: vectors[rows], exact, [(scores, found)])
+    return recall.measure(own, exact, [(scores, found, scores)])
 
 
 @settings(max_examples=25, deadline=None)
@@ -284,7 +284,7 @@ def test_recall_counts_what_was_missed_and_forgives_equal_vectors() -> None:
     twice = np.concatenate([vectors, vectors])
     scores, exact = index.nearest(queries, twice, 40)
     other = np.where(exact < 40, exact + 40, exact - 40)  # the twin of each
-    trial = recall.measure(queries, own, lambda rows: twice[rows], exact, [(scores, other)])
+    trial = recall.measure(own, (scores, exact), [(scores, other, scores)])
     assert [recall.recall(trial, 0, k) for k in recall.DEPTHS[:2]] == [1.0, 1.0]
     assert recall.least_effort([trial], 0.9) == (0, True)
     assert recall.least_effort([one_missing], 0.95) == (0, False)

@@ -129,7 +129,7 @@ def _build(job: Job, trained: dict[str, Any], shard: int, attempt: Attempt) -> N
             places = np.full(len(own), -1)
             if kind == modality:
                 places = _places(own - start, order, stop - start)
-            found = trial.run(made, rows, vectors.unit(vector), places, job.rerank)
+            found = trial.run(made, rows, vectors.unit(vector), places, job.rerank, job.config.recall_target)
             trials.update({f"{modality}.{kind}.{field}": array for field, array in vars(found).items()})
         del data, rows, made  # before the next one is read
     assert order is not None

@@ -24,7 +24,7 @@ from clip_batch.config import MergeConfig, StorageConfig, SweepConfig, parse_byt
 from clip_batch.errors import ConfigError
 from clip_batch.plan import load_plan
 from clip_batch.rerank import candidates as depth
-from clip_batch.rerank import rerank
+from clip_batch.rerank import rerank, score
 from clip_batch.store import Store
 
 FACTORS = (0, 10, 30)
@@ -96,7 +96,7 @@ class Sample:
     half: vectors.Half
     exact: Vectors
     queries: dict[str, Vectors]
-    truth: dict[str, Ids] = field(default_factory=dict)
+    truth: dict[str, tuple[Vectors, Ids]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -158,7 +158,7 @@ def draw(source: vectors.Embeddings, modality: str, config: MergeConfig, wanted:
     half = half[np.random.default_rng(config.seed).permutation(len(half))]
     made = Sample(half, vectors.unit(half), queries)
     for kind, asked in queries.items():
-        made.truth[kind] = index.nearest(asked, made.exact, 10)[1]
+        made.truth[kind] = index.nearest(asked, made.exact, 10)
     return made, sum(filled[modality])
 
 
@@ -236,15 +236,15 @@ def _ask(made: index.Index, sample: Sample, factor: int, effort: int | None) -> 
                 start = time.perf_counter()
                 if factor:
                     _, ids = index.search(made, batch, min(depth(10, factor), sample.rows), effort)
-                    answer = rerank(batch, ids, sample.half, 10)
+                    scores, ids = rerank(batch, ids, sample.half, 10)
                 else:
-                    answer = index.search(made, batch, 10, effort)
+                    scores, ids = index.search(made, batch, 10, effort)
                 times.append(time.perf_counter() - start)
             seconds, asked = seconds + min(times), asked + len(batch)
-            found.append(answer)
-        both = np.concatenate([scores for scores, _ in found]), np.concatenate([ids for _, ids in found])
+            found.append((scores, ids, score(batch, ids, sample.half)))
+        scores, ids, true = (np.concatenate(parts) for parts in zip(*found, strict=True))
         own = np.full(len(queries), -1)  # held out: no query is in the sample
-        trial = recall.measure(queries, own, lambda rows: sample.exact[rows], sample.truth[kind], [both])
+        trial = recall.measure(own, sample.truth[kind], [(scores, ids, true)])
         shares.append(recall.recall(trial, 0, 10) or 0.0)
     return min(shares), 1000 * seconds / asked
 
