@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from clip_batch.rerank import candidates, rerank, score
 from clip_batch.template import REFERENCE, read_queries, read_template
 
 SATURATED = 0.99
-"""A doubled effort that leaves this share of the scores as they were is not doubled again for the trial."""
+"""A doubled effort that leaves this share of the scores as they were is not doubled again."""
 
-ENOUGH = 0.5
-"""Of the way from the recall wanted to 1: where a shard is there, larger efforts are not tried but taken as equal."""
+ENOUGH, FEW = 0.5, -2.0
+"""Efforts are tried that bring a shard's recall@10 between these two, as shares of the way from the target to 1."""
 
 DRIFT = 0.02
 """How much less recall@10 the rows added to an index may have before retraining is advised."""
@@ -32,22 +32,66 @@ Found = tuple[Vectors, Ids, Vectors]
 """By which scores rows were ranked, the rows, their exact scores; each (q, any)."""
 
 
-def run(made: Any, rows: vectors.Ordered, queries: Vectors, own: Ids, factor: int, target: float) -> recall.Trial:
-    """Exact and, at every effort, found neighbours of the queries (q, d) among the shard's rows.
+def run(
+    made: Any,
+    rows: vectors.Ordered,
+    queries: Mapping[str, tuple[Vectors, Ids]],
+    factor: int,
+    target: float,
+    first: int | None = None,
+) -> dict[str, recall.Trial]:
+    """Exact and found neighbours, among the shard's rows, of the queries of each kind.
 
-    `own` (q,): which row a query is, or -1. `target`: the recall@10 that is wanted of the whole.
+    `queries` has vectors (q, d) and which row each is itself, or -1. Tried are the efforts about the one that
+    brings the recall wanted, `target`, from `first` on (by default from the middle). Lesser ones count
+    as if they found nothing, larger ones as if they found no more: no recall is reported too high.
     """
-    exact = _exact(rows, queries)
-    enough = target + ENOUGH * (1 - target)
-    found: list[Found] = []
-    stands = False
+    kinds = list(queries)
+    scores, ids = _exact(rows, np.concatenate([queries[kind][0] for kind in kinds]))
+    ends = np.cumsum([len(queries[kind][0]) for kind in kinds])[:-1]
+    exact = dict(zip(kinds, zip(np.split(scores, ends), np.split(ids, ends), strict=True), strict=True))
     efforts: list[int | None] = [*index.efforts(made)]
-    for effort in efforts or [None]:
-        found.append(found[-1] if stands else _search(made, rows, queries, effort, factor))
-        if not stands:
-            stands = len(found) > 1 and bool(np.mean(found[-1][0] == found[-2][0]) > SATURATED)
-            stands = stands or (recall.recall(recall.measure(own, exact, found[-1:]), 0, 10) or 0.0) >= enough
-    return recall.measure(own, exact, found)
+    efforts = efforts or [None]
+    start = efforts.index(first) if first in efforts else len(efforts) // 2
+    trials = {}
+    for kind, (asked, own) in queries.items():
+        found = _tries(made, rows, asked, efforts, start, factor, _measure(own, exact[kind]), target)
+        trials[kind] = recall.measure(own, exact[kind], found)
+    return trials
+
+
+def _measure(own: Ids, exact: tuple[Vectors, Ids]) -> Callable[[Found], float]:
+    """What gives the recall@10 of what was found."""
+    return lambda found: recall.recall(recall.measure(own, exact, [found]), 0, 10) or 0.0
+
+
+def _tries(
+    made: Any,
+    rows: vectors.Ordered,
+    queries: Vectors,
+    efforts: list[int | None],
+    start: int,
+    factor: int,
+    measure: Callable[[Found], float],
+    target: float,
+) -> list[Found]:
+    """What is found at each effort."""
+    few, enough = (target + share * (1 - target) for share in (FEW, ENOUGH))
+    tried = {start: _search(made, rows, queries, efforts[start], factor)}
+    at, reached = start, measure(tried[start])
+    while at > 0 and measure(tried[at]) > few:
+        at -= 1
+        tried[at] = _search(made, rows, queries, efforts[at], factor)
+    at = start
+    while at < len(efforts) - 1 and reached < enough:
+        at += 1
+        tried[at] = _search(made, rows, queries, efforts[at], factor)
+        reached = measure(tried[at])
+        if at - 1 in tried and np.mean(tried[at][0] == tried[at - 1][0]) > SATURATED:
+            break
+    scores, ids, true = tried[start]
+    nothing = np.full_like(scores, -np.inf), np.full_like(ids, -1), np.full_like(true, -np.inf)
+    return [nothing if place < min(tried) else tried[min(place, at)] for place in range(len(efforts))]
 
 
 def _exact(rows: vectors.Ordered, queries: Vectors) -> tuple[Vectors, Ids]:

@@ -125,11 +125,12 @@ def _build(job: Job, trained: dict[str, Any], shard: int, attempt: Attempt) -> N
         attempt.write(f"{modality}/{name}.index", lambda file, made=made: index.write(made, file.name))  # type: ignore[misc]
         if job.rerank:
             attempt.write(f"{modality}/{name}.npy", lambda file, rows=rows: rows.save(file))  # type: ignore[misc]
-        for kind, (own, vector) in queries.items():
-            places = np.full(len(own), -1)
-            if kind == modality:
-                places = _places(own - start, order, stop - start)
-            found = trial.run(made, rows, vectors.unit(vector), places, job.rerank, job.config.recall_target)
+        asked = {
+            kind: (vectors.unit(vector), _places(own - start, order, stop - start, kind == modality))
+            for kind, (own, vector) in queries.items()
+        }
+        first = job.base.effort[modality] if job.base else None
+        for kind, found in trial.run(made, rows, asked, job.rerank, job.config.recall_target, first).items():
             trials.update({f"{modality}.{kind}.{field}": array for field, array in vars(found).items()})
         del data, rows, made  # before the next one is read
     assert order is not None
@@ -276,9 +277,12 @@ def _fill(template: Any, rows: vectors.Ordered) -> Any:
     return made
 
 
-def _places(rows: Ids, order: Ids, count: int) -> Ids:
-    """Where rows of the shard of so many rows, numbered before sorting, are after it; -1: elsewhere, or left out."""
+def _places(rows: Ids, order: Ids, count: int, here: bool) -> Ids:
+    """Where rows of the shard of so many rows, numbered before sorting, are after it; -1: elsewhere, or left out.
+
+    All elsewhere unless `here`: captions' rows are no rows of images.
+    """
     after = np.full(count, -1)
     after[order] = np.arange(len(order))
-    inside = (rows >= 0) & (rows < count)
+    inside = (rows >= 0) & (rows < count) & here
     return np.where(inside, after[np.where(inside, rows, 0)], -1)
