@@ -320,8 +320,10 @@ class ServeConfig:
     """Metadata columns that answers carry; default: all. `image` adds the image itself to /knn-service, in base64."""
     max_k: int = 10_000
     """Hits a request may ask for."""
+    prefilter_rows: int = 1_000_000
+    """Rows of an index in which filters are looked up in all metadata before the search, so that rare ones are met."""
     max_scan: int = 100_000
-    """Candidates that a request with filters may look through."""
+    """Candidates that a request with filters may look through in a larger index."""
     max_queries: int = 16
     """Queries that a request may mix, or embed."""
     max_body: str = "20MB"

@@ -12,7 +12,7 @@ import itertools
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -237,6 +237,33 @@ class MetadataFile:
             return schema.empty_table()
         self._mapped.madvise(mmap.MADV_RANDOM if len(wanted) < SCAN else mmap.MADV_NORMAL)
         return self._take(wanted, schema)
+
+    def where(self, column: str, holds: Callable[[Any], bool]) -> npt.NDArray[np.bool_]:
+        """Which rows (n,) have a value in a column of which `holds` is true; all false if the file has no such column.
+
+        `holds` is asked once for each value that differs (in a dictionary, or in a record batch), never for null.
+        """
+
+        def judge(values: pa.Array) -> npt.NDArray[np.bool_]:
+            """And false for null, which is last."""
+            return np.array([*(value is not None and holds(value) for value in values.to_pylist()), False])
+
+        self._mapped.madvise(mmap.MADV_NORMAL)
+        found = np.zeros(self.rows, dtype=bool)
+        known = judge(self._values[column]) if column in self._values else None
+        for start, batch in zip(self._starts, self.batches, strict=False):
+            if column not in batch.schema.names:
+                break
+            values = batch.column(column)
+            if pa.types.is_nested(values.type):
+                found[start : start + len(batch)] = judge(values)[:-1]
+                continue
+            judged, codes = known, values
+            if judged is None:
+                encoded = values.dictionary_encode()
+                judged, codes = judge(encoded.dictionary), encoded.indices
+            found[start : start + len(batch)] = judged[codes.fill_null(len(judged) - 1).to_numpy(zero_copy_only=False)]
+        return found
 
     def _take(self, asked: Rows, schema: pa.Schema) -> pa.Table:
         widest = max((self._widest.get(name, 0) for name in schema.names), default=0)

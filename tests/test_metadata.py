@@ -251,3 +251,25 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "d.arrow").touch()
     with pytest.raises(CorruptError, match=r"d\.arrow is not a readable Arrow file"):
         metadata.open_table(str(tmp_path / "d.arrow"))
+
+
+def test_where_asks_of_each_value_and_never_of_null(tmp_path: Path) -> None:
+    rows = 5000
+    rng = np.random.default_rng(1)
+    sites = [None if i % 7 == 0 else f"site {i % 9}" for i in range(rows)]
+    tags = [None if i % 5 == 0 else [str(i % 3)] for i in range(rows)]
+    table = pa.table({"site": sites, "n": pa.array([None, *range(rows - 1)]), "tags": tags})
+    order = rng.permutation(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "BATCH_ROWS", 512)
+        metadata.write_ordered([table], order, str(tmp_path / "a.arrow"))
+    shard = metadata.open_table(str(tmp_path / "a.arrow"))
+    tests = {
+        "site": lambda value: value > "site 4",
+        "n": lambda value: value % 3 == 1,
+        "tags": lambda value: "2" in value,
+    }
+    for column, holds in tests.items():
+        values = table[column].take(pa.array(order)).to_pylist()
+        assert shard.where(column, holds).tolist() == [value is not None and holds(value) for value in values]
+    assert not shard.where("nowhere", lambda value: True).any()

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from clip_batch import retry, transfer
+from clip_batch import retry, tombstones, transfer
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.stages import search
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
+from clip_batch.store import Store
 from tests.fabricated import clustered, make_out
 from tests.flaky import Flaky, put
 
@@ -115,6 +119,39 @@ def test_reconstruct(searcher: Searcher) -> None:
     vectors = searcher.reconstruct([300, 2, 2])
     assert [line[0].id for line in searcher.search(vectors, k=1)] == [300, 2, 2]
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(some=st.sets(st.integers(0, 399)), exact=st.booleans(), k=st.sampled_from([1, 7, 500]), row=st.integers(0, 399))
+def test_only_selected_rows_are_found(folder: str, some: set[int], exact: bool, k: int, row: int) -> None:
+    with pytest.MonkeyPatch.context() as patch, Searcher(f"{folder}/index") as searcher:
+        patch.setattr(search, "EXACT", 10_000 if exact else -1)
+        scores, ids = searcher.search_ids(IMAGES[row], 400, effort=8)
+        kept = np.isin(ids[0], list(some))
+        wanted = np.concatenate([ids[0][kept], np.full(k, -1)])[:k]
+        found, places = searcher.search_ids(IMAGES[row], k, effort=8, among=searcher.select(sorted(some)))
+        np.testing.assert_allclose(found[0], np.concatenate([scores[0][kept], np.full(k, -np.inf)])[:k], atol=1e-6)
+        assert sorted(places[0]) == sorted(wanted)
+
+
+def test_a_selection_has_no_removed_rows(tmp_path: Path) -> None:
+    texts = TEXTS.copy()
+    texts[::3] = 0
+    make_out(tmp_path / "out", IMAGES, texts, [400])
+    index = str(tmp_path / "index")
+    merge(str(tmp_path / "out"), index, MergeConfig(queries=20))
+    with Searcher(index) as searcher:
+        keys = [row["key"] for row in searcher.metadata([5, 7])]
+    tombstones.add(Store(index), "key", keys)
+    with Searcher(index) as searcher:
+        selection = searcher.select(np.arange(30))
+        assert set(range(30)) - set(selection.ids.tolist()) == {5, 7}
+        assert set(searcher.search_ids(IMAGES[0], 100, among=selection)[1][0]) == set(selection.ids) | {-1}
+        captions = searcher.search_ids(IMAGES[0], 100, "text", among=selection)[1][0]
+        has = [i for i in selection.ids if searcher.reconstruct([i], "text").any()]
+        assert sorted(captions[captions >= 0]) == has
+        with pytest.raises(ConfigError, match="ids are 0 to 399"):
+            searcher.select([400])
 
 
 def test_an_encoder_of_another_dimension(folder: str) -> None:

@@ -97,7 +97,14 @@ def test_threshold_and_k(client: TestClient) -> None:
         ({"column": "number", "equals": True}, lambda row: False),
     ],
 )
-def test_filters(client: TestClient, condition: dict[str, Any], holds: Any) -> None:
+@pytest.mark.parametrize("how", ["exact", "selected", "hits"])
+def test_filters(
+    client: TestClient, condition: dict[str, Any], holds: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_batch.stages.search.EXACT", 10_000 if how == "exact" else -1)
+    service = client.app.state.service  # type: ignore[attr-defined]
+    config = dataclasses.replace(service.config, prefilter_rows=0 if how == "hits" else ROWS)
+    monkeypatch.setattr(service, "config", config)
     every = search(client, text="a", k=1000)["hits"]
     right = [hit["id"] for hit in every if holds(hit["metadata"])]
     found = search(client, text="a", k=1000, filters=[condition])
@@ -112,9 +119,14 @@ def test_all_filters_hold_and_the_bound_is_told(index: str) -> None:
         both = search(client, text="a", k=60, filters=[last, {"column": "number", "max": 3}])
         assert {hit["metadata"]["number"] for hit in both["hits"]} == {0, 1, 2, 3}
         rare = search(client, text="a", k=1000)["hits"][-1]["metadata"]["key"]
-    with served(index, max_scan=10) as client:
+    with served(index, max_scan=10, prefilter_rows=ROWS - 1) as client:
         found = search(client, text="a", k=2, filters=[{"column": "key", "equals": rare}])
         assert (found["hits"], found["scanned"], found["complete"]) == ([], 10, False)
+    with served(index, max_scan=10) as client:
+        found = search(client, text="a", k=2, filters=[{"column": "key", "equals": rare}])
+        assert ([hit["metadata"]["key"] for hit in found["hits"]], found["complete"]) == ([rare], True)
+        again = search(client, text="a", k=2, deduplicate=True, filters=[{"column": "key", "equals": rare}])
+        assert ids(again) == ids(found)
 
 
 def test_columns(client: TestClient, index: str) -> None:

@@ -84,22 +84,27 @@ def check(service: Service, version: Version, wanted: Wanted) -> None:
 def find(service: Service, version: Version, vector: Vectors, wanted: Wanted) -> Found:
     """The k best of what is wanted, for a checked request. Blocks: call it in a thread.
 
-    Filters are applied to the hits of an ever deeper search, so a rare condition may be met by rows that
-    lie deeper than `scan`: then `complete` is false.
+    In an index of up to `prefilter_rows` the search finds only what meets the filters. In a larger one filters
+    are applied to the hits of an ever deeper search, so a rare condition may be met by rows that lie
+    deeper than `scan`: then `complete` is false.
     """
+    among, filters = None, wanted.filters
+    if filters and version.manifest.rows <= service.config.prefilter_rows:
+        with service.metrics.steps["metadata_get_time"].time():
+            among, filters = version.prefilter.select(filters), ()
     most = max(wanted.k, min(wanted.scan, version.manifest.rows))
     depth = wanted.k
-    if wanted.filters or wanted.on_vectors:
+    if filters or wanted.on_vectors:
         depth = min(most, max(4 * wanted.k, _FIRST))
     while True:
         with service.metrics.steps["knn_index_time"].time():
-            scores, ids = version.searcher.search_ids(vector, depth, wanted.modality, wanted.effort)
+            scores, ids = version.searcher.search_ids(vector, depth, wanted.modality, wanted.effort, among)
         there = ids[0] >= 0
         if wanted.threshold is not None:
             there &= scores[0] >= wanted.threshold
         ids, scores = ids[0][there], scores[0][there]
         exhausted = len(ids) < depth
-        kept = _filtered(service, version, ids, wanted.filters)
+        kept = _filtered(service, version, ids, filters)
         if wanted.on_vectors:
             kept = kept[: dedup.MOST]
             kept, aesthetic = _judged(service, version, ids, kept, wanted)

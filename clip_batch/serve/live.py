@@ -21,6 +21,7 @@ from clip_batch.errors import ClipBatchError, ConfigError, EncoderError
 from clip_batch.manifest import current_version
 from clip_batch.serve.batching import Encoding
 from clip_batch.serve.errors import Refused
+from clip_batch.serve.prefilter import Prefilter
 from clip_batch.stages.search import Searcher
 from clip_batch.store import Store
 
@@ -43,6 +44,7 @@ class Version:
         self.modalities = list(self.manifest.key)
         self._offsets = [shard.offset for shard in self.manifest.shards]
         self.encoder = self.manifest.encoder.fingerprint
+        self.prefilter = Prefilter(searcher)
         self.users, self.retired = 0, False
 
     def planned(self, row: int) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 MAX_PIXELS = 50_000_000
 """Of an image that searches: strangers may send it."""
 
+EXACT = 10_000
+"""Selected rows that are all looked at, rather than searched for."""
+
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
@@ -47,6 +51,23 @@ class OpenedIndex:
     offset: int
     rows: int
     removed: faiss_index.Removed | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Rows that a search may find: ids (n,), sorted, none of them removed. `Searcher.select` makes it."""
+
+    ids: Ids
+    _others: dict[tuple[int, int], faiss_index.Removed] = field(default_factory=dict)
+
+    def others(self, offset: int, rows: int) -> faiss_index.Removed:
+        """The other rows among [offset, offset + rows), counted from there."""
+        if (offset, rows) not in self._others:
+            there = np.zeros(rows, dtype=bool)
+            low, high = np.searchsorted(self.ids, [offset, offset + rows])
+            there[self.ids[low:high] - offset] = True
+            self._others[offset, rows] = faiss_index.Removed(np.flatnonzero(~there))
+        return self._others[offset, rows]
 
 
 class Searcher:
@@ -194,11 +215,17 @@ class Searcher:
         ]
 
     def search_ids(
-        self, queries: npt.ArrayLike, k: int = 10, modality: str = "image", effort: int | None = None
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        modality: str = "image",
+        effort: int | None = None,
+        among: Selection | None = None,
     ) -> tuple[Vectors, Ids]:
         """Scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id.
 
-        Places without a hit have -inf and -1. Otherwise as `search`.
+        Places without a hit have -inf and -1. Only rows of `among` are found: all of them are looked at if they
+        are few (`EXACT`), else those in the lists that `effort` lets the index look into. Otherwise as `search`.
         """
         wanted = self._queries(queries)
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
@@ -212,22 +239,34 @@ class Searcher:
         if stored is not None:
             depth = candidates(depth, self.manifest.rerank)
 
+        if among and len(among.ids) <= EXACT:
+            with suppress(ConfigError):  # of a kind of index that gives no vectors back
+                return self._exact(wanted, among.ids, int(k), modality)
+
         def one(shard: OpenedIndex) -> tuple[Vectors, Ids]:
-            scores, ids = faiss_index.search(shard.index, wanted, min(depth, shard.rows), effort, shard.removed)
+            removed = among.others(shard.offset, shard.rows) if among else shard.removed
+            scores, ids = faiss_index.search(shard.index, wanted, min(depth, shard.rows), effort, removed)
             ids = np.where(ids >= 0, ids + shard.offset, -1)
             if stored is not None:
                 return rerank(wanted, ids, stored, min(int(k), shard.rows))
             return np.where(ids >= 0, scores, -np.inf), ids
 
         parts = list(self._pool.map(one, shards))
-        scores = np.hstack([part[0] for part in parts]).astype(np.float32)
-        ids = np.hstack([part[1] for part in parts])
-        best = np.lexsort((ids, -scores), axis=-1)[:, :k]
-        room = [(0, 0), (0, int(k) - best.shape[1])]
-        return (
-            np.pad(np.take_along_axis(scores, best, 1), room, constant_values=-np.inf),
-            np.pad(np.take_along_axis(ids, best, 1), room, constant_values=-1),
-        )
+        return _best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), int(k))
+
+    def _exact(self, queries: Vectors, ids: Ids, k: int, modality: str) -> tuple[Vectors, Ids]:
+        """As `search_ids`, by looking at all of these rows."""
+        vectors = self.reconstruct(ids, modality)
+        there = vectors.any(axis=1)  # rows without a caption are in no index
+        scores = queries @ vectors[there].T
+        return _best(scores, np.broadcast_to(ids[there], scores.shape), k)
+
+    def select(self, ids: npt.ArrayLike) -> Selection:
+        """A selection of rows for `search_ids`, without those that were removed. ConfigError: an id is not one."""
+        found = np.unique(np.asarray(ids, dtype=np.int64))
+        if len(found) and (found[0] < 0 or found[-1] >= self.manifest.rows):
+            raise ConfigError(f"ids are 0 to {self.manifest.rows - 1}")
+        return Selection(found[~tombstones.contains(self.removed, found)])
 
     def search_over(
         self, query: npt.ArrayLike, threshold: float, modality: str = "image", effort: int | None = None
@@ -325,6 +364,16 @@ class Searcher:
         if (gone := tombstones.contains(self.removed, wanted)).any():
             raise ConfigError(f"row {wanted[gone][0]} was removed from this index")
         return wanted.astype(np.int64)
+
+
+def _best(scores: Vectors, ids: Ids, k: int) -> tuple[Vectors, Ids]:
+    """The k best of scores and ids (n, any), by descending score, then ascending id; -inf and -1 beyond."""
+    best = np.lexsort((ids, -scores), axis=-1)[:, :k]
+    room = [(0, 0), (0, k - best.shape[1])]
+    return (
+        np.pad(np.take_along_axis(scores, best, 1).astype(np.float32), room, constant_values=-np.inf),
+        np.pad(np.take_along_axis(ids, best, 1), room, constant_values=-1),
+    )
 
 
 def describe_hits(hits: Sequence[Hit]) -> str:
