@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import sys
 import tarfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 
 import clip_batch.client as clients
 from clip_batch.client import AsyncClient, Client, back_off, retry_after
+from clip_batch.documents import ROOT
 from clip_batch.errors import ClipBatchError, ConfigError, ServiceError, ServiceUnavailable
 from clip_batch.stages.search import Searcher
 from clip_batch.types import Hit
@@ -66,6 +69,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> str:
 def service(index: str) -> Iterator[str]:
     with running({"pictures": index}) as url:
         yield url
+
+
+def test_the_lines_of_the_readme(service: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"\n    from clip_batch import Client\n(?:    .*\n|\n)*", (ROOT / "README.md").read_text())
+    exec(textwrap.dedent(block).replace("http://127.0.0.1:1234", service), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert float(lines[0].split()[0]) >= float(lines[4].split()[0])
 
 
 # A real service

@@ -264,12 +264,11 @@ def test_where_asks_of_each_value_and_never_of_null(tmp_path: Path) -> None:
         patch.setattr(metadata, "BATCH_ROWS", 512)
         metadata.write_ordered([table], order, str(tmp_path / "a.arrow"))
     shard = metadata.open_table(str(tmp_path / "a.arrow"))
-    tests = {
-        "site": lambda value: value > "site 4",
-        "n": lambda value: value % 3 == 1,
-        "tags": lambda value: "2" in value,
-    }
-    for column, holds in tests.items():
+    for column, holds in (
+        ("site", lambda value: value > "site 4"),
+        ("n", lambda value: value % 3 == 1),
+        ("tags", lambda value: "2" in value),
+    ):
         values = table[column].take(pa.array(order)).to_pylist()
         assert shard.where(column, holds).tolist() == [value is not None and holds(value) for value in values]
     assert not shard.where("nowhere", lambda value: True).any()
