@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -126,12 +128,31 @@ def _stores_ids(index: Index) -> bool:
     return isinstance(index, (faiss.IndexIVF, faiss.IndexIDMap))
 
 
-def add(index: Index, vectors: Vectors, ids: Ids) -> None:
-    """Add vectors (n, d). An index that stores no ids numbers them itself, from its own ntotal."""
-    if _stores_ids(index):
-        index.add_with_ids(vectors, ids)
-    else:
-        index.add(vectors)
+def add(index: Index, vectors: Vectors, ids: Ids, lists: Ids | None = None) -> None:
+    """Add vectors (n, d). An index that stores no ids numbers them itself, from its own ntotal.
+
+    `lists` (n,) are what `assign` said of them: only these lists are compared again, where they are known.
+    """
+    with _few_lists(index, np.unique(lists)) if lists is not None else nullcontext():
+        if _stores_ids(index):
+            index.add_with_ids(vectors, ids)
+        else:
+            index.add(vectors)
+
+
+@contextmanager
+def _few_lists(index: Index, lists: Ids) -> Iterator[None]:
+    """The index with a quantizer of these lists alone: vectors go into the nearest of them."""
+    faiss = load()
+    ivf = faiss.try_extract_index_ivf(index)
+    whole = ivf.quantizer
+    few = faiss.IndexIDMap2(faiss.IndexFlat(whole.d, whole.metric_type))
+    few.add_with_ids(whole.reconstruct_batch(lists), lists)
+    ivf.quantizer = few
+    try:
+        yield
+    finally:
+        ivf.quantizer = whole
 
 
 def efforts(index: Index) -> list[int]:

@@ -288,3 +288,29 @@ def test_recall_counts_what_was_missed_and_forgives_equal_vectors() -> None:
     assert [recall.recall(trial, 0, k) for k in recall.DEPTHS[:2]] == [1.0, 1.0]
     assert recall.least_effort([trial], 0.9) == (0, True)
     assert recall.least_effort([one_missing], 0.95) == (0, False)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "IVF16,Flat",
+        "IVF16_HNSW8,SQ8",
+        "OPQ4_16,IVF16,PQ4x4",
+        "IVF16,PQ8x4fsr",
+        "RR16,IVF16,RaBitQ",
+        "IVF16,PQ4x4,RFlat",
+    ],
+)
+def test_vectors_whose_lists_are_known_go_into_them(key: str) -> None:
+    vectors = clustered(3000, 16, 16)[0]
+    one, other = index.train(key, vectors), index.train(key, vectors)
+    lists = index.assign(one, vectors)
+    order = np.argsort(lists, kind="stable")
+    for start in range(0, 3000, 500):
+        block, ids = order[start : start + 500], np.arange(start, start + 500)
+        index.add(one, vectors[block], ids)
+        index.add(other, vectors[block], ids, lists[block])
+    found, wanted = (index.search(made, vectors[:200], 10, 16) for made in (other, one))
+    assert np.mean(found[1] == wanted[1]) > 0.99  # of an HNSW quantizer the lists may be better ones
+    np.testing.assert_allclose(found[0], wanted[0], atol=0.02 if "HNSW" in key else 1e-5)
+    assert index.assign(other, vectors[:50]).tolist() == lists[:50].tolist()

@@ -473,6 +473,11 @@ TASKS: dict[str, Callable[[Job], object]] = {
 }
 
 
+def _shuffled(rng: np.random.Generator, order: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    places = rng.permutation(len(order))
+    return order[places], lists[places]
+
+
 class Race:
     """An OUT, and an index whose tasks are disturbed at one point among their writes."""
 
@@ -482,7 +487,8 @@ class Race:
         self.index = ""
         make_out(self.out, self.images, texts, SIZES)
         rng = np.random.default_rng()
-        monkeypatch.setattr(stage, "_order", lambda job, trained, shard, data: rng.permutation(len(data)))
+        real = stage._order
+        monkeypatch.setattr(stage, "_order", lambda *given: _shuffled(rng, *real(*given)))
         for name in ("create", "replace", "rename", "remove_folder"):
             monkeypatch.setattr(Store, name, self._around(getattr(Store, name)))
         monkeypatch.setattr(Store, "writer", self._inside(Store.writer))

@@ -119,9 +119,11 @@ def _build(job: Job, trained: dict[str, Any], shard: int, attempt: Attempt) -> N
     for modality in sorted(trained["keys"], key=lambda name: name != order_modality(trained["keys"])):
         data = vectors.read_vectors(job.source, modality, start, stop)
         vectors.check_rows(job.source, modality, start, data, empty if modality == "text" else None)
-        order = _order(job, trained, shard, data) if order is None else order
+        lists = None
+        if order is None:
+            order, lists = _order(job, trained, shard, data)
         rows = vectors.Ordered(data, order)
-        made = _fill(read_template(job, trained, modality), rows)
+        made = _fill(read_template(job, trained, modality), rows, lists)
         attempt.write(f"{modality}/{name}.index", lambda file, made=made: index.write(made, file.name))  # type: ignore[misc]
         if job.rerank:
             attempt.write(f"{modality}/{name}.npy", lambda file, rows=rows: rows.save(file))  # type: ignore[misc]
@@ -259,21 +261,27 @@ def _join(job: Job, trained: dict[str, Any], modality: str, shards: list[IndexSh
     return files
 
 
-def _order(job: Job, trained: dict[str, Any], shard: int, data: Half) -> Ids:
-    """The shard's rows (n,) sorted by inverted list, stable; without those that are left out as duplicates."""
+def _order(job: Job, trained: dict[str, Any], shard: int, data: Half) -> tuple[Ids, Ids]:
+    """The shard's rows (n,) sorted by list, stable, and their lists; without those left out as duplicates."""
     assign = assigner(job, trained)
-    found = [assign(vectors.unit(data[block])) for block in vectors.blocks(len(data))]
-    order: Ids = np.argsort(np.concatenate(found), kind="stable")
+    found = np.concatenate([assign(vectors.unit(data[block])) for block in vectors.blocks(len(data))])
+    order: Ids = np.argsort(found, kind="stable")
     gone = left_out(job, trained, *job.bounds(shard))
-    return order[~np.isin(order, gone)] if len(gone) else order
+    order = order[~np.isin(order, gone)] if len(gone) else order
+    return order, found[order]
 
 
-def _fill(template: Any, rows: vectors.Ordered) -> Any:
-    """The template filled with rows (n, d), ids 0 to n - 1; zero rows (no caption) are left out."""
+def _fill(template: Any, rows: vectors.Ordered, lists: Ids | None) -> Any:
+    """The template filled with rows (n, d), ids 0 to n - 1; zero rows (no caption) are left out.
+
+    `lists` (n,) are those of the rows, if they are known.
+    """
+    known = lists if index.has_lists(template) else None
     filled = [np.any(rows[block] != 0, axis=1) for block in vectors.blocks(len(rows))]
     made = template if all(block.all() for block in filled) else index.with_ids(template)
     for block, there in zip(vectors.blocks(len(rows)), filled, strict=True):
-        index.add(made, vectors.unit(rows[block][there]), block.start + np.flatnonzero(there))
+        theirs = None if known is None else known[block][there]
+        index.add(made, vectors.unit(rows[block][there]), block.start + np.flatnonzero(there), theirs)
     return made
 
 
