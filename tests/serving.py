@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,14 +32,18 @@ def make_index(folder: Path, rows: int = ROWS, seed: int = 0, model: str = MODEL
     folder.mkdir(parents=True, exist_ok=True)
     captions = [i % 5 != 4 for i in range(rows // 2)]
     tars = [good_tar(str(folder / f"{i}.tar"), rows // 2, seed + i, captions=captions) for i in range(2)]
-    output = str(folder / "out")
+    return index_of(tars, folder, model, MergeConfig(shard_rows=rows // 2 + 1, queries=5, index_key=key))
+
+
+def index_of(
+    tars: list[str], folder: Path, model: str = MODEL, config: MergeConfig = MergeConfig(shard_rows=100, queries=5)
+) -> str:
+    """INDEX of tars, in `folder`."""
+    output, index = str(folder / "out"), str(folder / "index")
     make_plan(PlanConfig(input=tars, model=model), output, StorageConfig())
-    assert all(
-        outcome.state == "committed"
-        for outcome in run_worker(output, None, EmbedConfig(progress=False), StorageConfig())
-    )
-    index = str(folder / "index")
-    merge(output, index, MergeConfig(shard_rows=rows // 2 + 1, queries=5, index_key=key), StorageConfig())
+    done = run_worker(output, None, EmbedConfig(progress=False), StorageConfig())
+    assert all(outcome.state == "committed" for outcome in done)
+    merge(output, index, config, StorageConfig())
     return index
 
 
@@ -50,22 +56,21 @@ def served(index: str, storage: StorageConfig = StorageConfig(), **options: Any)
 
 
 @contextlib.contextmanager
-def running(index: str, *flags: str) -> Iterator[str]:
-    """The address of `clip-batch serve` over an index, in a process of its own."""
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "clip_batch", "serve", "--index", f"index={index}", "--port", str(port), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def running(indices: dict[str, str], *options: str, token: str = "") -> Iterator[str]:
+    """The URL of `clip-batch serve` over named indices, which answers."""
+    [port] = free_ports(1)
+    named = [f"{name}={index}" for name, index in indices.items()]
+    command = [sys.executable, "-m", "clip_batch", "serve", "--index", *named, "--port", str(port), *options]
+    environment = {**os.environ, **({"CLIP_BATCH_TOKEN": token} if token else {})}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    url = f"http://127.0.0.1:{port}"
     try:
-        assert process.stdout
-        assert "serving" in process.stdout.readline()
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{url}/readyz", timeout=5).close()
+        for _ in range(600):
+            assert process.poll() is None, "the service ended"
+            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(f"{url}/readyz", timeout=5):
                 break
-            except OSError:  # not listening yet, or 503
-                time.sleep(0.05)
+            time.sleep(0.05)
         yield url
     finally:
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=30)

@@ -30,7 +30,7 @@ from clip_batch.errors import ClipBatchError, ConfigError, ServiceError, Service
 from clip_batch.stages.search import Searcher
 from clip_batch.types import Hit
 from tests.corpus import good_tar, jpeg
-from tests.live_service import index_of, running
+from tests.serving import index_of, running
 
 ROWS = 40
 

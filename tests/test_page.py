@@ -24,7 +24,7 @@ import pytest
 from clip_batch.client import Client
 from clip_batch.stages.search import Searcher
 from tests.corpus import encode, good_tar, picture, write_tar
-from tests.live_service import index_of, running
+from tests.serving import index_of, running
 
 pytest.importorskip("playwright")
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright

@@ -268,7 +268,7 @@ def test_a_redirect_home_is_checked_too(images: str, monkeypatch: pytest.MonkeyP
 def test_no_request_of_the_schema_makes_a_500(index: str) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     seen: dict[tuple[str, int], int] = {}
-    with running(index, "--max-body", "100KB", "--max-k", "100") as url:
+    with running({"index": index}, "--max-body", "100KB", "--max-k", "100") as url:
         for result in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations():
             operation = result.ok()
             modes = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)

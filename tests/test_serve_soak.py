@@ -90,7 +90,7 @@ def test_ten_thousand_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             thread.join()
         return resident(f"SOAK={tmp_path}") if not wrong else 0
 
-    with running(make_index(tmp_path), "--text-cache", "1MB") as url:
+    with running({"index": make_index(tmp_path)}, "--text-cache", "1MB") as url:
         settled = ask(REQUESTS * 3 // 10, 1)
         after = ask(REQUESTS * 7 // 10, 2)
     assert wrong == []

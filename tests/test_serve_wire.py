@@ -198,7 +198,7 @@ def test_its_own_client(index: str, tmp_path: Path) -> None:
     python = interpreter()
     picture = tmp_path / "picture.jpg"
     picture.write_bytes(jpeg(1_000_003 + 7))
-    with running(index) as url:
+    with running({"index": index}) as url:
         command = [python, "-c", ITS_CLIENT, f"{url}/knn-service", str(picture)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -89,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         index = options.index or make_index(Path(folder), 2000, model="demo")
         result: dict[str, Any] = {"index": options.index or "2,000 random pictures, demo model"}
-        with running(index, *(f"--{flag}" for flag in options.flags)) as url:
+        with running({"index": index}, *(f"--{flag}" for flag in options.flags)) as url:
             for clients in (1, 8, 32):
                 result[f"{clients} clients"] = load(url, "index", clients, options.seconds, False)
                 if options.other:
