@@ -40,7 +40,7 @@ DUPLICATES = "duplicates.parquet"
 MOST_ROWS = 5_000_000
 """Of an index shard, unless `shard_rows` says more: a lost task loses little, and a server opens few files."""
 
-ROW_BYTES = 64
+ROW_BYTES = 112
 """A row's share of what a shard task holds besides vectors and codes: list, place, flags, an id map's entry."""
 
 BASE_BYTES = 700_000_000
