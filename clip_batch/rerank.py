@@ -16,6 +16,9 @@ Ids = npt.NDArray[np.int64]
 PAIRS = 512
 """Pairs of query and row that are scored at a time: few enough for the processor's cache."""
 
+MOST = 10_000
+"""Candidates beyond which a search does not look for the sake of order: each costs a read of its vector."""
+
 TINY = 1e-12
 """Stands for the norm of a row of zeros."""
 
@@ -27,8 +30,11 @@ class Rows(Protocol):
 
 
 def candidates(k: int, factor: int) -> int:
-    """How many candidates are scored for the k best; never fewer than the trial has that merge tunes by."""
-    return max(factor * k, TOP + 1)
+    """How many candidates are scored for the k best: `factor` times as many, as far as that is not over `MOST`.
+
+    Never fewer than the trial has that merge tunes by, nor than k.
+    """
+    return max(min(factor * k, MOST), k, TOP + 1)
 
 
 def rerank(queries: Vectors, ids: Ids, vectors: Rows, k: int) -> tuple[Vectors, Ids]:

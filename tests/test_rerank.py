@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch.rerank import PAIRS, rerank
+from clip_batch.recall import TOP
+from clip_batch.rerank import MOST, PAIRS, candidates, rerank
 from clip_batch.vectors import unit
 from tests.fabricated import clustered
 
@@ -48,3 +49,11 @@ def test_blocks_and_company_change_no_bit_and_a_mapped_file_will_do(tmp_path: Pa
         alone = rerank(texts[at : at + 1], ids[at : at + 1], mapped, 10)
         np.testing.assert_array_equal(alone[0][0], scores[at])
         np.testing.assert_array_equal(alone[1][0], best[at])
+
+
+@given(k=st.integers(1, 200_000), factor=st.integers(1, 100))
+def test_candidates_are_enough_and_bounded(k: int, factor: int) -> None:
+    found = candidates(k, factor)
+    assert found >= max(k, TOP + 1)
+    assert found >= min(factor * k, MOST)
+    assert found <= max(MOST, k)
