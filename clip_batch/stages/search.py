@@ -25,7 +25,7 @@ from clip_batch.decode import DecodeError, open_image
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import MetadataFile, common_schema, open_table, take_as
-from clip_batch.rerank import candidates, rerank
+from clip_batch.rerank import best, candidates, rerank
 from clip_batch.store import Store
 from clip_batch.types import Hit
 from clip_batch.vectors import Stacked, blocks, open_matrix, unit
@@ -252,14 +252,14 @@ class Searcher:
             return np.where(ids >= 0, scores, -np.inf), ids
 
         parts = list(self._pool.map(one, shards))
-        return _best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), int(k))
+        return best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), int(k))
 
     def _exact(self, queries: Vectors, ids: Ids, k: int, modality: str) -> tuple[Vectors, Ids]:
         """As `search_ids`, by looking at all of these rows."""
         vectors = self.reconstruct(ids, modality)
         there = vectors.any(axis=1)  # rows without a caption are in no index
         scores = queries @ vectors[there].T
-        return _best(scores, np.broadcast_to(ids[there], scores.shape), k)
+        return best(scores, np.broadcast_to(ids[there], scores.shape), k)
 
     def select(self, ids: npt.ArrayLike) -> Selection:
         """A selection of rows for `search_ids`, without those that were removed. ConfigError: an id is not one."""
@@ -364,16 +364,6 @@ class Searcher:
         if (gone := tombstones.contains(self.removed, wanted)).any():
             raise ConfigError(f"row {wanted[gone][0]} was removed from this index")
         return wanted.astype(np.int64)
-
-
-def _best(scores: Vectors, ids: Ids, k: int) -> tuple[Vectors, Ids]:
-    """The k best of scores and ids (n, any), by descending score, then ascending id; -inf and -1 beyond."""
-    best = np.lexsort((ids, -scores), axis=-1)[:, :k]
-    room = [(0, 0), (0, k - best.shape[1])]
-    return (
-        np.pad(np.take_along_axis(scores, best, 1).astype(np.float32), room, constant_values=-np.inf),
-        np.pad(np.take_along_axis(ids, best, 1), room, constant_values=-1),
-    )
 
 
 def describe_hits(hits: Sequence[Hit]) -> str:
