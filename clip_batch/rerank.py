@@ -58,11 +58,13 @@ def best(scores: Vectors, ids: Ids, k: int) -> tuple[Vectors, Ids]:
 
 def _order(scores: Vectors, ids: Ids) -> Ids:
     """As np.lexsort((ids, -scores)), by one number of 64 bits: some six times as fast for 100,000 hits."""
+    order: Ids
     if ids.size and ids.max() >= 2**32:
-        return np.lexsort((ids, -scores), axis=-1)
+        order = np.lexsort((ids, -scores), axis=-1)
+        return order
     bits = (np.float32(0) - scores.astype(np.float32)).view(np.int32)
     bits ^= (bits >> 31) & np.int32(2**31 - 1)  # the bits of a float as a whole number of the same order
-    order: Ids = np.argsort((bits.astype(np.int64) << 32) + ids, axis=-1)
+    order = np.argsort((bits.astype(np.int64) << 32) + ids, axis=-1)
     return order
 
 
