@@ -53,8 +53,9 @@ check: $(STAMP)         ## style, types, generated files
 docs: $(STAMP)          ## regenerate configs/reference.yaml and docs/config.md
 	$(BIN)/python -m clip_batch.documents
 
-bench: $(STAMP)         ## every benchmark; each prints JSON
-	for script in tests/bench/*.py; do $(BIN)/python $$script || exit 1; done
+BENCHES ?= tar text embed plan merge memory metadata remote serve status sweep compare
+bench: $(STAMP)         ## the benchmarks, an hour of them; each prints JSON; BENCHES="tar text" for some
+	for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) .spark35 .clip-retrieval $(DEMO)

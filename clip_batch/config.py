@@ -152,7 +152,7 @@ class MergeConfig:
     """Up to this many rows, auto means Flat (exact)."""
     train_rows: int = 0
     """Rows drawn from all partitions to train on; 0: 64 a list, at least 10,000."""
-    queries: int = 1000
+    queries: int = 500
     """Held-out queries that recall is measured with."""
     recall_target: float = 0.95
     """recall@10 that search parameters are tuned for."""

@@ -70,7 +70,7 @@ def find(
     with tempfile.TemporaryFile(prefix="clip-batch-hashes-") as spool:
         hashes = np.memmap(spool, dtype=np.uint64, mode="w+", shape=(source.rows, 2))
         for start, rows, data in _read(source, kind, hashes):
-            some = np.flatnonzero(np.any(data != 0, axis=1))
+            some = np.flatnonzero(vectors.filled(data))
             filled[start : start + len(rows)] = False
             filled[start + some] = True
             if len(lists) and len(some):

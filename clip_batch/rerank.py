@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.recall import TOP
-from clip_batch.vectors import Half
+from clip_batch.vectors import Half, widen
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -80,7 +80,7 @@ def score(queries: Vectors, ids: Ids, vectors: Rows) -> Vectors:
     scores = np.full(flat.shape, -np.inf, dtype=np.float32)
     for low in range(0, len(order), PAIRS):
         pairs = order[low : low + PAIRS]
-        rows = vectors[flat[pairs]].astype(np.float32)
+        rows = widen(vectors[flat[pairs]])
         norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
         scores[pairs] = np.einsum("nd,nd->n", rows, queries[pairs // ids.shape[1]]) / np.maximum(norms, TINY)
     return scores.reshape(ids.shape)

@@ -276,11 +276,11 @@ def test_resume_builds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.
     out, index, config = str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, shard_rows=30)
     real, done = stage._fill, []
 
-    def die(template: object, rows: np.ndarray) -> object:
+    def die(template: object, rows: np.ndarray, lists: np.ndarray | None) -> object:
         done.append(len(rows))
         if len(done) == 3:  # the second shard's image index
             raise KeyboardInterrupt
-        return real(template, rows)
+        return real(template, rows, lists)
 
     monkeypatch.setattr(stage, "_fill", die)
     with pytest.raises(KeyboardInterrupt):

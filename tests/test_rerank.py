@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from clip_batch.recall import TOP
 from clip_batch.rerank import MOST, PAIRS, best, candidates, rerank
-from clip_batch.vectors import unit
+from clip_batch.vectors import filled, unit, widen
 from tests.fabricated import clustered
 
 
@@ -82,3 +82,15 @@ def test_the_order_is_by_score_then_by_id(pairs: list[tuple[float, int]], k: int
     assert places[0].tolist() == [id for _, id in wanted] + [-1] * (k - len(wanted))
     np.testing.assert_array_equal(found[0, : len(wanted)], [-score for score, _ in wanted])
     assert np.isneginf(found[0, len(wanted) :]).all()
+
+
+def test_float16_is_widened_as_numpy_does() -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    finite = np.isfinite(every)
+    np.testing.assert_array_equal(
+        widen(every)[finite].view(np.uint32), every.astype(np.float32)[finite].view(np.uint32)
+    )
+    assert (np.abs(widen(every)[~finite]) >= 2**16).all()
+    rows = np.array([[0, -0.0], [0, 6e-8], [1, 0]], dtype=np.float16)
+    assert filled(rows).tolist() == [False, True, True]
+    np.testing.assert_array_equal(unit(rows[:, ::-1]), np.array([[0, 0], [1, 0], [0, 1]], dtype=np.float32))

@@ -277,7 +277,7 @@ def _fill(template: Any, rows: vectors.Ordered, lists: Ids | None) -> Any:
     `lists` (n,) are those of the rows, if they are known.
     """
     known = lists if index.has_lists(template) else None
-    filled = [np.any(rows[block] != 0, axis=1) for block in vectors.blocks(len(rows))]
+    filled = [vectors.filled(rows[block]) for block in vectors.blocks(len(rows))]
     made = template if all(block.all() for block in filled) else index.with_ids(template)
     for block, there in zip(vectors.blocks(len(rows)), filled, strict=True):
         theirs = None if known is None else known[block][there]

@@ -1,0 +1,64 @@
+"""Milliseconds of a search for very many hits, without their metadata, by faiss alone and through Searcher; as JSON.
+
+python -m tests.bench.knn --output OUT [--key IVF1024,PQ64x4fs] [--k 100000] [--efforts 128 256]
+
+OUT is merged into an index in a temporary folder first. One query at a time, medians of 30.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from clip_batch import index
+from clip_batch.config import MergeConfig
+from clip_batch.stages.merge import merge
+from clip_batch.stages.search import Searcher
+
+QUERIES = 30
+
+
+def milliseconds(work: Callable[[int], Any]) -> float:
+    """The median over the queries, which are asked twice."""
+    taken = []
+    for number in [*range(QUERIES), *range(QUERIES)]:
+        started = time.perf_counter()
+        work(number)
+        taken.append(time.perf_counter() - started)
+    return round(1000 * statistics.median(taken[QUERIES:]), 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--key", default="IVF1024,PQ64x4fs")
+    parser.add_argument("--k", type=int, default=100_000)
+    parser.add_argument("--efforts", type=int, nargs="*", default=[128, 256])
+    options = parser.parse_args()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as home:
+        config = MergeConfig(index_key=options.key, modalities=["image"], queries=100)
+        manifest = merge(options.output, f"{home}/index", config)
+        with Searcher(f"{home}/index") as searcher:
+            queries = searcher.reconstruct(range(0, manifest.rows, manifest.rows // QUERIES))
+            (shard,) = searcher.indices["image"]
+            for effort in options.efforts:
+                found[f"effort {effort}"] = {
+                    "hits": int((searcher.search_ids(queries[0], options.k, effort=effort)[1] >= 0).sum()),
+                    "faiss_ms": milliseconds(
+                        lambda i, effort=effort: index.search(shard.index, queries[i : i + 1], options.k, effort)  # type: ignore[misc]
+                    ),
+                    "searcher_ms": milliseconds(
+                        lambda i, effort=effort: searcher.search_ids(queries[i], options.k, effort=effort)  # type: ignore[misc]
+                    ),
+                }
+    print(json.dumps({"benchmark": "knn", **vars(options), "rows": manifest.rows, **found}))
+
+
+if __name__ == "__main__":
+    main()
