@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from clip_batch import index, recall, vectors
 from clip_batch.job import TRUTH, Job
-from clip_batch.rerank import candidates, rerank, score
+from clip_batch.rerank import best, candidates, rerank, score
 from clip_batch.template import REFERENCE, read_queries, read_template
 
 SATURATED = 0.99
@@ -77,17 +77,22 @@ def _tries(
 ) -> list[Found]:
     """What is found at each effort."""
     few, enough = (target + share * (1 - target) for share in (FEW, ENOUGH))
-    tried = {start: _search(made, rows, queries, efforts[start], factor)}
-    at, reached = start, measure(tried[start])
-    while at > 0 and measure(tried[at]) > few:
+    tried: dict[int, Found] = {}
+
+    def attempt(place: int) -> float:
+        tried[place] = _search(made, rows, queries, efforts[place], factor)
+        return measure(tried[place])
+
+    at, first = start, attempt(start)
+    reached = first
+    while at > 0 and reached > few:
         at -= 1
-        tried[at] = _search(made, rows, queries, efforts[at], factor)
-    at = start
+        reached = attempt(at)
+    at, reached = start, first
     while at < len(efforts) - 1 and reached < enough:
         at += 1
-        tried[at] = _search(made, rows, queries, efforts[at], factor)
-        reached = measure(tried[at])
-        if at - 1 in tried and np.mean(tried[at][0] == tried[at - 1][0]) > SATURATED:
+        reached = attempt(at)
+        if np.mean(tried[at][0] == tried[at - 1][0]) > SATURATED:
             break
     scores, ids, true = tried[start]
     nothing = np.full_like(scores, -np.inf), np.full_like(ids, -1), np.full_like(true, -np.inf)
@@ -103,9 +108,7 @@ def _exact(rows: vectors.Ordered, queries: Vectors) -> tuple[Vectors, Ids]:
         if not len(there):
             continue
         more, places = index.nearest(queries, data[there], DEPTH)
-        scores, ids = np.hstack([scores, more]), np.hstack([ids, block.start + there[places]])
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
-        scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
+        scores, ids = best(np.hstack([scores, more]), np.hstack([ids, block.start + there[places]]), DEPTH)
     return scores, ids
 
 

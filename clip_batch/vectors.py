@@ -290,15 +290,15 @@ def _gather(source: Embeddings, kind: str, part: int, order: Rows, captioned: in
         with np.errstate(over="ignore"):
             vectors = np.asarray(mapped[in_file_order], dtype=np.float16)
         del mapped
-    filled = np.any(vectors != 0, axis=1)
+    there = filled(vectors)
     if kind == "image" or captioned == commit.rows:
-        filled[:] = True
-    bad = ~(np.abs(_norms(vectors) - 1) <= NORM_TOLERANCE) & filled
+        there[:] = True
+    bad = ~(np.abs(_norms(vectors) - 1) <= NORM_TOLERANCE) & there
     if bad.any():
         at = int(np.flatnonzero(bad)[0])
         check_rows(source, kind, source.starts[part] + int(in_file_order[at]), vectors[at : at + 1])
     back = np.searchsorted(in_file_order, order)
-    keep = back[filled[back]]
+    keep = back[there[back]]
     return in_file_order[keep], vectors[keep]
 
 

@@ -7,7 +7,6 @@ holds it. All bookkeeping is on the event loop; opening, warming and closing are
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
 import logging
 from collections.abc import Coroutine, Iterator, Mapping
@@ -18,6 +17,7 @@ import numpy as np
 from clip_batch import tombstones
 from clip_batch.config import SearchConfig
 from clip_batch.errors import ClipBatchError, ConfigError, EncoderError
+from clip_batch.lineage import shard_of
 from clip_batch.manifest import current_version
 from clip_batch.serve.batching import Encoding
 from clip_batch.serve.errors import Refused
@@ -42,7 +42,6 @@ class Version:
         self.searcher, self.manifest = searcher, searcher.manifest
         self.columns = list(searcher.schema.names)
         self.modalities = list(self.manifest.key)
-        self._offsets = [shard.offset for shard in self.manifest.shards]
         self.encoder = self.manifest.encoder.fingerprint
         self.prefilter = Prefilter(searcher)
         self.users, self.retired = 0, False
@@ -53,9 +52,8 @@ class Version:
         Where they are only what data says of itself (embeddings or an index that clip-retrieval made), they
         could name any file of this machine.
         """
-        manifest = self.manifest
-        shard = manifest.shards[bisect.bisect_right(self._offsets, row) - 1]
-        return bool(manifest.sources) and manifest.sources[shard.source].verified
+        sources = self.manifest.sources
+        return bool(sources) and sources[shard_of(self.manifest, row).source].verified
 
     def warm(self) -> None:
         """Touch what the first request would touch."""

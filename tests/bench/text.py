@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-WORDS = ["red", "blue", "small", "old", "shining", "cat", "house", "river", "train", "flag", "bread", "night", "snow"]
+from tests.bench.serve import WORDS
 
 
 def seconds(work: Callable[[], Any], rounds: int) -> float:
