@@ -45,7 +45,7 @@ MOST_SKEW = 60.0
 """Seconds that this clock may differ from the store's."""
 
 LEAST_DISK = 10 * 2**30
-"""Free bytes on a local OUT below which a long run is doubtful."""
+"""Free bytes, on a local OUT and in the temporary folder, below which a long run is doubtful: a warning."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def _storage(store: Store) -> Iterator[Check]:
     """Tries what commits rest on: one creator wins, what was written is read, what is removed is gone."""
     if (free := store.free_space()) is not None:
         enough = free >= LEAST_DISK
-        mend = "" if enough else f", under {LEAST_DISK / 2**30:.0f}: make room, or name another --output"
-        yield Check("disk", enough, f"{free / 2**30:.0f} GiB free{mend}")
+        mend = "" if enough else ": little for a long run; make room, or name another --output"
+        yield Check("disk", True if enough else None, f"{free / 2**30:.0f} GiB free{mend}")
     missing = _missing_folders(store)
     folder = f"_clip_batch/.doctor-{secrets.token_hex(8)}"
     race = f"{folder}/race"
