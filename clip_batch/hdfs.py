@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hdfs_native import WriteOptions
@@ -44,10 +44,14 @@ class _Whole:
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
         """The bytes [start, end) of a file; negative ones count from its end."""
+        # The packets, joined, cost a quarter less than hdfs-native's `read_range`, which copies twice.
+        return b"".join(self.chunks(path, start, end))
+
+    def chunks(self, path: str, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
+        """The same, packet by packet."""
         reader = self.client.read(self._strip_protocol(path))
         first, last, _step = slice(start, end).indices(len(reader))
-        # Its stream of packets, joined, costs a quarter less than its `read_range`, which copies twice.
-        return b"".join(reader.read_range_stream(first, max(last - first, 0)))
+        yield from reader.read_range_stream(first, max(last - first, 0))
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: object) -> None:
         """Publish bytes; with mode "create", FileExistsError where the name is taken."""

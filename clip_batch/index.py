@@ -25,6 +25,7 @@ from clip_batch.libfaiss import Index as Index
 from clip_batch.libfaiss import inner, innermost, key_errors, load, make
 from clip_batch.libfaiss import openblas_core as openblas_core
 from clip_batch.ondisk import join as join
+from clip_batch.order import best
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -38,7 +39,13 @@ MOST_PROBES = 4096
 MOST_EF_SEARCH = 1024
 
 FIRST_DEPTH = 4096
-"""Of a search for all rows over a threshold."""
+"""Of a search for all rows over a threshold, in a kind of index that does not look for these."""
+
+DEEP = 10_000
+"""Hits from which it is cheaper to take all that a search looks at, and put it in order, than faiss's own choice."""
+
+_FEW = 4
+"""Times as many rows as hits that a deep search may look at: it holds them all."""
 
 
 def choose_key(rows: int, dim: int, max_memory: int, flat_rows: int) -> str:
@@ -223,12 +230,36 @@ def search(
     """
     gone = Removed(removed) if isinstance(removed, np.ndarray) else removed
     if gone is None or not len(gone.ids):
-        scores, ids = index.search(queries, k, params=_parameters(index, effort))
-    elif _selects(index):
-        scores, ids = index.search(queries, k, params=_parameters(index, effort, gone.selector))
-    else:
-        scores, ids = _search_past(gone, index, queries, k, k + min(k, len(gone.ids)), effort)
+        gone = None
+    elif not _selects(index):
+        return _search_past(gone, index, queries, k, k + min(k, len(gone.ids)), effort)
+    parameters = _parameters(index, effort, gone and gone.selector)
+    if k >= DEEP and _looked_at(index, effort) <= _FEW * k:
+        found = [best(*_over(index, query, -np.inf, parameters), k) for query in queries[:, None]]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([ids for _, ids in found])
+    scores, ids = index.search(queries, k, params=parameters)
     return scores, ids
+
+
+def _looked_at(index: Index, effort: int | None) -> float:
+    """Rows that a search looks at, as far as one can say; infinity if not all of them can be had."""
+    faiss = load()
+    index = faiss.downcast_index(index)
+    if isinstance(index, (faiss.IndexPreTransform, faiss.IndexIDMap)):
+        return _looked_at(index.index, effort)
+    # Those of RaBitQ leave out rows that a search for the best finds, or score them otherwise.
+    kinds = faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ, faiss.IndexIVFPQFastScan
+    if not isinstance(index, kinds):
+        return float("inf")
+    return float(index.ntotal * min(effort or index.nprobe, index.nlist) / index.nlist)
+
+
+def _over(index: Index, query: Vectors, threshold: float, parameters: Any) -> tuple[Vectors, Ids]:
+    """All that a search for one query (1, d) looks at and that scores `threshold` or more: (1, n), in no order."""
+    least = np.finfo(np.float32).min
+    below = max(np.nextafter(np.float32(threshold), np.float32(-np.inf)), least)  # faiss takes what is above
+    _, scores, ids = index.range_search(query, float(below), params=parameters)
+    return scores[None], ids[None]
 
 
 def _search_past(
@@ -253,8 +284,13 @@ def search_over(
 ) -> tuple[Vectors, Ids]:
     """The rows of a query (1, d) that score `threshold` or more: scores (n,) descending and ids (n,).
 
-    By ever deeper searches, which every kind of index can do, and with rows removed.
+    In a kind of index that does not look for these, by ever deeper searches.
     """
+    if _looked_at(index, effort) < float("inf"):
+        selector = removed.selector if removed and len(removed.ids) else None
+        found = _over(index, query, threshold, _parameters(index, effort, selector))
+        scores, ids = best(*found, found[1].shape[1])
+        return scores[0], ids[0]
     depth = min(FIRST_DEPTH, index.ntotal)
     while True:
         scores, ids = search(index, query, max(depth, 1), effort, removed)

@@ -48,7 +48,7 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
 
             return open_hdfs(url, {name: str(value) for name, value in wanted.items() if "." in name})
         if protocol in ("s3", "s3a"):  # `ask` repeats; botocore's own five tries at each request would multiply
-            config = {"retries": {"total_max_attempts": 1}, **wanted.get("config_kwargs", {})}
+            config = {"retries": {"total_max_attempts": 1}, **_signing(url), **wanted.get("config_kwargs", {})}
             wanted = {**wanted, "config_kwargs": config}
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **wanted)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
@@ -56,6 +56,12 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
         mend = "install the package it names, or mend the URL or --storage-options"
         raise InputError(f"cannot open {redact(url)}: {said}; {mend}") from None
     return fs, path
+
+
+def _signing(url: str) -> dict[str, str]:
+    """For presigned URLs, which botocore signs by version 2 otherwise; two kinds of bucket have ways of their own."""
+    bucket = url.partition("://")[2].partition("/")[0]
+    return {} if bucket.startswith("arn:") or bucket.endswith("--x-s3") else {"signature_version": "s3v4"}
 
 
 def _own_options(protocol: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from clip_batch.order import best
 from clip_batch.recall import TOP
 from clip_batch.vectors import Half, widen
 
@@ -44,28 +45,6 @@ def rerank(queries: Vectors, ids: Ids, vectors: Rows, k: int) -> tuple[Vectors, 
     where there is none. Descending by score, then ascending by id; -inf and -1 where there are fewer than k.
     """
     return best(score(queries, ids, vectors), ids, k)
-
-
-def best(scores: Vectors, ids: Ids, k: int) -> tuple[Vectors, Ids]:
-    """The k best of scores and ids (q, any), by descending score, then ascending id; -inf and -1 beyond."""
-    order = _order(scores, ids)[:, :k]
-    room = [(0, 0), (0, k - order.shape[1])]
-    return (
-        np.pad(np.take_along_axis(scores, order, 1).astype(np.float32), room, constant_values=-np.inf),
-        np.pad(np.take_along_axis(ids, order, 1), room, constant_values=-1),
-    )
-
-
-def _order(scores: Vectors, ids: Ids) -> Ids:
-    """As np.lexsort((ids, -scores)), by one number of 64 bits: some six times as fast for 100,000 hits."""
-    order: Ids
-    if ids.size and ids.max() >= 2**32:
-        order = np.lexsort((ids, -scores), axis=-1)
-        return order
-    bits = (np.float32(0) - scores.astype(np.float32)).view(np.int32)
-    bits ^= (bits >> 31) & np.int32(2**31 - 1)  # the bits of a float as a whole number of the same order
-    order = np.argsort((bits.astype(np.int64) << 32) + ids, axis=-1)
-    return order
 
 
 def score(queries: Vectors, ids: Ids, vectors: Rows) -> Vectors:

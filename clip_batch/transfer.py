@@ -5,14 +5,16 @@ Memory is bounded by the threads that read: one piece each. Nothing here knows w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from clip_batch import presigned
 from clip_batch.errors import InputError, Preempted
 from clip_batch.remote import ask, filesystem
 
@@ -98,21 +100,69 @@ def _read(source: Source, start: int, stop: int) -> bytes:
 
 def copy_range(source: Source, start: int, stop: int, target: str, at: int, wait: Wait = time.sleep) -> None:
     """Put the bytes [start, stop) at byte `at` of an existing local file. Errors as `read_range`, or the disk's."""
-    _write(target, at, read_range(source, start, stop, wait))
+    shift = at - start
+    chunks: Iterator[bytes | memoryview] = iter(())
+
+    def following() -> bytes | memoryview:
+        nonlocal chunks
+        chunk = next(chunks, None)
+        if chunk is None:  # an answer was short, or broke off, or is the first
+            chunks = _chunks(source, start, stop)
+            chunk = next(chunks)
+        return chunk
+
+    with _Target(target) as file:
+        while start < stop:
+            chunk = source.ask("reading", following, wait)
+            file.write(start + shift, chunk)
+            start += len(chunk)
 
 
 Copy = Callable[[Source, int, int, str, int, Wait], None]
 """`copy_range`, or what stands in for it."""
 
 
-def _write(target: str, at: int, data: bytes) -> None:
-    try:
-        with open(target, "r+b") as file:
-            file.seek(at)
-            file.write(data)
-    except OSError as error:
-        message = f"writing {target}: {error.strerror}; make room, or set TMPDIR to a larger disk"
-        raise OSError(error.errno, message) from None
+def _chunks(source: Source, start: int, stop: int) -> Iterator[bytes | memoryview]:
+    """As `_read`, but as it comes in where that spares copies; a chunk holds until the next one."""
+    fs, path = source.fs, source.path
+    coming: Iterator[bytes | memoryview] = iter(())
+    if source.url.startswith(("s3://", "s3a://")):
+        coming = presigned.chunks(fs, path, start, stop)
+    elif hasattr(fs, "chunks"):
+        coming = fs.chunks(path, start, stop)
+    first = next(coming, None)
+    yield _read(source, start, stop) if first is None else first
+    yield from coming
+
+
+class _Target:
+    """An existing local file that is written here and there; an error names it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> _Target:
+        with self._told():
+            self.descriptor = os.open(self.path, os.O_WRONLY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+    def write(self, at: int, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        with self._told():
+            while left:
+                written = os.pwrite(self.descriptor, left, at)
+                left, at = left[written:], at + written
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"writing {self.path}: {error.strerror}; make room, or set TMPDIR to a larger disk"
+            raise OSError(error.errno, message) from None
 
 
 def _is_http(source: Source) -> bool:
@@ -213,11 +263,14 @@ class Download:
         def read() -> None:
             at = 0
             blocks = {"block_size": 0} if _is_http(self.source) else {}
-            with self.source.fs.open(self.source.path, "rb", **blocks) as file:
+            with (
+                self.source.fs.open(self.source.path, "rb", **blocks) as file,
+                _Target(self.target) as target,
+            ):
                 while (stop is None or at < stop) and (piece := file.read(_STREAM)):
                     self.pause(0)
                     wanted = piece[max(0, start - at) : None if stop is None else stop - at]
-                    _write(self.target, max(at, start) - self.start, wanted)
+                    target.write(max(at, start) - self.start, wanted)
                     at += len(piece)
             if stop is not None and at < stop:
                 raise OSError(f"it ended at byte {at} of {stop}")

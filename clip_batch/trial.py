@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from clip_batch import index, recall, vectors
 from clip_batch.job import TRUTH, Job
-from clip_batch.rerank import best, candidates, rerank, score
+from clip_batch.order import best
+from clip_batch.rerank import candidates, rerank, score
 from clip_batch.template import REFERENCE, read_queries, read_template
 
 SATURATED = 0.99

@@ -176,6 +176,43 @@ def test_removed_rows_are_not_found_and_their_place_is_filled(key: str, gaps: bo
     assert share > (0.2 if any(kind in key for kind in LOSSY) and "Refine" not in key and "RFlat" not in key else 0.9)
 
 
+@pytest.mark.parametrize("gone", [False, True], ids=["all", "removed"])
+@pytest.mark.parametrize("key", [*REMOVAL_KEYS, "IVF16_HNSW8,PQ16x4fsr"])
+def test_a_deep_search_finds_what_others_do(key: str, gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same scores, equal ones by ascending id; and so does the search over a threshold."""
+    vectors, queries = clustered(1200, 32, 20)
+    ids = np.arange(1200) * 2
+    made = index.with_ids(index.train(key, vectors))
+    index.add(made, vectors, ids)
+    removed = index.Removed(ids[::3]) if gone else None
+    effort = (index.efforts(made) or [None])[len(index.efforts(made)) // 2]
+    near = 1e-6  # a transform of one query rounds otherwise than that of five
+
+    def ask(k: int) -> tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+        found = index.search(made, queries[:5], k, effort, removed)
+        thresholds = zip(queries[:5], found[0][:, k // 2] - near, strict=True)
+        return [*found], [
+            index.search_over(made, query[None], float(over), effort, removed) for query, over in thresholds
+        ]
+
+    for k in (40, 400):
+        monkeypatch.setattr(index, "DEEP", 10**9)
+        with monkeypatch.context() as patched:
+            patched.setattr(index, "_looked_at", lambda made, effort: float("inf"))
+            (scores, found), over = ask(k)
+        monkeypatch.setattr(index, "DEEP", 1)
+        (deep_scores, deep), deep_over = ask(k)
+        np.testing.assert_allclose(deep_scores[deep >= 0], scores[found >= 0], atol=near)
+        for row in range(5):
+            sure = scores[row] > scores[row, -1] + near  # of equal last ones, either may be left out
+            np.testing.assert_array_equal(np.sort(deep[row][sure]), np.sort(found[row][sure]))
+            np.testing.assert_array_equal(np.sort(deep_over[row][1]), np.sort(over[row][1]))
+            np.testing.assert_allclose(deep_over[row][0], over[row][0], atol=near)
+        if index._looked_at(made, effort) < 4 * k:
+            order = np.lexsort((deep, -deep_scores), axis=-1)
+            np.testing.assert_array_equal(order, np.broadcast_to(np.arange(k), order.shape))
+
+
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 120), share=st.floats(0, 1), k=st.integers(1, 130), seed=st.integers(0, 99))
 def test_kinds_without_a_selector_search_past_what_is_removed(rows: int, share: float, k: int, seed: int) -> None:

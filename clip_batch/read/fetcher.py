@@ -25,8 +25,12 @@ from clip_batch.transfer import THREADS, Source, Wait, copy_range, source
 
 _POLL = 0.25  # seconds until a request to stop is noticed
 
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
-"""glibc: the memory of one piece is used for the next; getting new pages costs as much as reading into them."""
+_SETTINGS = {
+    # glibc: the memory of one piece is used for the next; getting new pages costs as much as reading into them.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),
+    "TOKIO_WORKER_THREADS": "1",  # of hdfs-native: more of them wake each other for every packet
+}
 
 
 class _Gone(Exception):
@@ -109,7 +113,7 @@ class Fetcher:
 def _start() -> subprocess.Popen[bytes]:
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     command = [sys.executable, "-P", "-m", "clip_batch.read.fetcher"]
-    environment = {**_MALLOC, **os.environ, "PYTHONPATH": path}
+    environment = {**_SETTINGS, **os.environ, "PYTHONPATH": path}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
@@ -117,6 +121,7 @@ def main() -> None:
     """Serve the process that started this one until its end of the pipe is closed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # sent to all; the other one decides
         signal.signal(number, signal.SIG_IGN)
+    os.nice(5)  # what is here already is worth more than what is to come
     answers, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)  # whatever a library prints goes elsewhere
 

@@ -25,7 +25,8 @@ from clip_batch.decode import DecodeError, open_image
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import MetadataFile, common_schema, open_table, take_as
-from clip_batch.rerank import best, candidates, rerank
+from clip_batch.order import best
+from clip_batch.rerank import candidates, rerank
 from clip_batch.store import Store
 from clip_batch.types import Hit
 from clip_batch.vectors import Stacked, blocks, open_matrix, unit
