@@ -35,8 +35,8 @@ class Fault:
     """What happens to each request that `match` accepts (method, path with query), `times` times at the most.
 
     `kind`: "slow down" (503), "internal" (500), "expired" (403 ExpiredToken), "unknown header" (501), "reset"
-    (before forwarding), "lost" (forwarded, then reset), "delay" (`seconds`, then forwarded), "unconditional"
-    (forwarded without If-None-Match). `share` is the probability.
+    (before forwarding), "lost" (forwarded, then reset), "cut" (half of the answer), "delay" (`seconds`, then
+    forwarded), "unconditional" (forwarded without If-None-Match). `share` is the probability.
     """
 
     kind: str
@@ -150,11 +150,11 @@ def proxied(port: int) -> Iterator[S3]:
             status, told, data = request(port, self.command, self.path, headers, body)
             if kind == "lost":
                 return self.reset()
-            self.answer(status, data, told)
+            self.answer(status, data, told, len(data) // 2 if kind == "cut" else None)
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_method  # noqa: N815
 
-        def answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        def answer(self, status: int, data: bytes, headers: dict[str, str], cut: int | None = None) -> None:
             skipped = ("transfer-encoding", "connection", "date", "server")
             length = headers.get("Content-Length") if self.command == "HEAD" else None
             with contextlib.suppress(ConnectionError):
@@ -166,7 +166,10 @@ def proxied(port: int) -> Iterator[S3]:
                 self.send_header("Connection", "close")
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(data)
+                    self.wfile.write(data[:cut])
+                if cut is not None:
+                    self.wfile.flush()
+                    self.connection.shutdown(socket.SHUT_RDWR)
 
         def reset(self) -> None:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from clip_batch.config import StorageConfig
 from clip_batch.doctor import doctor
 from clip_batch.errors import ClipBatchError
 from clip_batch.store import Store
+from clip_batch.transfer import copy_range, source
 from tests.s3_server import BUCKET, S3, SECRET
 from tests.s3_server import s3 as s3
 from tests.s3_server import s3_server as s3_server
@@ -55,6 +58,37 @@ def test_what_passes_is_tried_again(store: Store, s3: S3, kind: str) -> None:
     assert fault.hits == 3
     assert store.read("c") == b"bytes"
     assert not store.exists("a/b")
+
+
+def signed(method: str, path: str) -> bool:
+    return "X-Amz-Algorithm=AWS4-HMAC-SHA256" in path
+
+
+@pytest.mark.parametrize("kind", ["delay", "slow down", "internal", "reset", "lost", "cut"])
+def test_large_reads_go_past_the_client(store: Store, s3: S3, kind: str, tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(3_000_000)
+    store.replace("a b+c?.tar", data)
+    target = tmp_path / "a"
+    target.write_bytes(b"x" * 100)
+    remote = source(f"{store.url}/a b+c?.tar", s3.options)
+    with s3.fault(kind, signed, times=2) as fault:
+        copy_range(remote, 10, len(data) - 10, str(target), 100)
+    assert fault.hits == (1 if kind == "delay" else 2)
+    assert target.read_bytes() == b"x" * 100 + data[10:-10]
+    store.remove("a b+c?.tar")
+    with pytest.raises(FileNotFoundError):
+        copy_range(remote, 0, 10, str(target), 0)
+
+
+def test_what_a_plain_request_is_refused_is_read_by_the_client(store: Store, s3: S3, tmp_path: Path) -> None:
+    store.replace("a", b"bytes")
+    (tmp_path / "a").touch()
+    remote = source(f"{store.url}/a", {**s3.options, "default_block_size": 1})  # a filesystem of its own
+    with s3.fault("expired", signed) as fault:
+        for _ in range(3):
+            copy_range(remote, 1, 5, str(tmp_path / "a"), 0)
+    assert fault.hits == 1
+    assert (tmp_path / "a").read_bytes() == b"ytes"
 
 
 def test_a_create_whose_answer_is_lost_is_ours_by_content(store: Store, s3: S3) -> None:
