@@ -2,7 +2,8 @@
 
 It knows POSIX ustar and PAX, GNU long names and base-256 sizes, and old v7 headers, and verifies
 every checksum; nothing is copied but the headers. Where one is broken it searches for the next good
-one, and says which bytes were lost. Zero blocks are passed over, so tars that were joined by `cat`
+one, and says which bytes were lost. Plain headers are verified by the run (`plain_run`), which finds
+the same. Zero blocks are passed over, so tars that were joined by `cat`
 are read whole; a tar that ends at the end of a member, without closing zero blocks, is whole too.
 """
 
@@ -13,9 +14,13 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
-BLOCK = 512
+import numpy as np
+
+from clip_batch.read.plain import BLOCK, MOST, plain_run
+
 _LONGEST_EXTENDED = 2**20  # bytes of a PAX or long-name record that are believed
 _HEADER = struct.Struct("100s24x12s12x8ss100x8s80x155s12x")  # name, size, checksum, type, magic, prefix
 _MAGIC_AT = 257
@@ -55,7 +60,13 @@ def members(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int | No
     long_name: bytes | None = None
     pax: dict[bytes, bytes] = {}
     unpack, adler32 = _HEADER.unpack_from, zlib.adler32
+    scratch = np.empty((MOST, BLOCK), np.uint8)
+    wary = start  # up to here headers are read one by one, as a run that looked ahead met one that is not plain
     while position < end:
+        if position >= wary and header < 0:
+            run = plain_run(view, position, end, scratch)
+            yield from map(_member, run.members)
+            position, wary = run.after, run.seen
         if end - position < BLOCK:
             if _NOT_ZERO.search(view, position, end):
                 yield _partial(view, position, end, start)
@@ -123,6 +134,9 @@ def members(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int | No
         if header >= 0 and kind not in b"xXLKg":
             header, long_name, pax = -1, None, {}
         position = after
+
+
+_member = partial(tuple.__new__, Member)
 
 
 def _number(field: bytes) -> int:
