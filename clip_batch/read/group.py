@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from clip_batch.read.headers import Damage, Member
-from clip_batch.read.plain import BLOCK
+from clip_batch.read.headers import Damage
+from clip_batch.read.plain import BLOCK, Fields
 
 _WIDTH = 7
 _OTHER = (0, 0, 0)
@@ -33,7 +33,7 @@ class Group(NamedTuple):
         return zip(self.keys, *[iter(self.table)] * _WIDTH, strict=True)
 
 
-def group(items: Iterable[Member | Damage], *parts: Sequence[str]) -> Group:
+def group(runs: Iterable[Iterable[Fields] | Damage], *parts: Sequence[str]) -> Group:
     """The samples among members: of all, as members of a sample may lie anywhere; about 300 bytes of memory a sample.
 
     The key is the path up to the first dot of the base name, and the extension the rest,
@@ -51,48 +51,49 @@ def group(items: Iterable[Member | Damage], *parts: Sequence[str]) -> Group:
     numbers: dict[str, int] = {}  # of the latest sample of each key
     seen: list[int] = []  # bits of the extensions that each sample has
     prefix, known, number = "\0", 1, -1  # of the latest sample that got a member: most often it gets the next
-    item: Member | Damage | None = None
-    for item in items:
-        if isinstance(item, Damage):
-            damage.append(item)
-            continue
-        name, offset, size, header = item
-        place = places.get(name[known:]) if name.startswith(prefix) else None
-        if place is None:
-            base = name.rfind("/") + 1
-            dot = name.find(".", base)
-            extension = name[dot + 1 :].lower()
-            if dot <= base or not extension or "__MACOSX" in name[:base]:
-                continue
-            place = places.get(extension, _OTHER)
-            known = dot + 1
-            prefix = name[:known]
-            number = numbers.get(prefix, -1)
-        bit, column, better = place
-        if number < 0 or seen[number] & bit:
-            if number >= 0:
-                torn[len(keys)] = number
-            numbers[prefix] = number = len(keys)
-            keys.append(prefix[:-1])
-            seen.append(bit)
-            table += blank
-            table[number * _WIDTH] = header
-            had = 0
-        else:
-            had = seen[number]
-            seen[number] = had | bit
-            if number != (latest := len(keys) - 1):
-                torn[latest] = min(number, torn.get(latest, number))
-        if not bit:
-            if extension.rpartition(".")[2] in places:
-                dotted[table[number * _WIDTH]] = extension
-        elif not had & better:
-            at = number * _WIDTH + column
-            table[at] = offset
-            table[at + 1] = size
     end = 0
-    if item is not None:
-        end = item.offset + (item.length if isinstance(item, Damage) else -(-item.size // BLOCK) * BLOCK)
+    for run in runs:
+        if isinstance(run, Damage):
+            damage.append(run)
+            end = run.offset + run.length
+            continue
+        offset = size = -1
+        for name, offset, size, header in run:
+            place = places.get(name[known:]) if name.startswith(prefix) else None
+            if place is None:
+                base = name.rfind("/") + 1
+                dot = name.find(".", base)
+                extension = name[dot + 1 :].lower()
+                if dot <= base or not extension or "__MACOSX" in name[:base]:
+                    continue
+                place = places.get(extension, _OTHER)
+                known = dot + 1
+                prefix = name[:known]
+                number = numbers.get(prefix, -1)
+            bit, column, better = place
+            if number < 0 or seen[number] & bit:
+                if number >= 0:
+                    torn[len(keys)] = number
+                numbers[prefix] = number = len(keys)
+                keys.append(prefix[:-1])
+                seen.append(bit)
+                table += blank
+                table[number * _WIDTH] = header
+                had = 0
+            else:
+                had = seen[number]
+                seen[number] = had | bit
+                if number != (latest := len(keys) - 1):
+                    torn[latest] = min(number, torn.get(latest, number))
+            if not bit:
+                if extension.rpartition(".")[2] in places:
+                    dotted[table[number * _WIDTH]] = extension
+            elif not had & better:
+                at = number * _WIDTH + column
+                table[at] = offset
+                table[at + 1] = size
+        if offset >= 0:
+            end = offset - (-size // BLOCK) * BLOCK
     return Group(keys, table, torn, dotted, damage, end)
 
 

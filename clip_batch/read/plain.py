@@ -21,13 +21,17 @@ _SIZE_AND_TYPE = struct.Struct("124x11s21xs")
 _PLACES = 8 ** np.arange(5, -1, -1, np.uint32)
 
 
+Fields = tuple[str, int, int, int]
+"""The fields of a `clip_batch.read.headers.Member`: name, offset, size, header."""
+
+
 class Run(NamedTuple):
-    """`members`: (name, offset, size, header) of each, in order; the next header lies at `after`.
+    """`members`, in order; the next header lies at `after`.
 
     Where `after` is less than `seen`, the header there is not plain. All are bytes of the buffer.
     """
 
-    members: Iterator[tuple[str, int, int, int]]
+    members: Iterator[Fields]
     after: int
     seen: int
 

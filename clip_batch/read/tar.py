@@ -15,8 +15,8 @@ from typing import IO, Any
 
 from clip_batch.errors import ClipBatchError, InputError
 from clip_batch.read.ahead import Ahead
-from clip_batch.read.group import group
-from clip_batch.read.headers import Damage, Member, members
+from clip_batch.read.group import Group, group
+from clip_batch.read.headers import Damage, Member, members, runs
 from clip_batch.store import is_local
 from clip_batch.types import Failure, Plan, Sample, Slice
 
@@ -38,7 +38,7 @@ def read_tar(
     data, base, trouble = _open(piece, options, files)
     gzipped, end = trouble is not None, len(data)
     inside = (0, None) if gzipped or base else (piece.start, piece.stop)
-    found = group(members(data, *inside), plan.image_extensions, plan.caption_extensions, ("json",))
+    found = group(runs(data, *inside), plan.image_extensions, plan.caption_extensions, ("json",))
     for key, header, offset, size, caption, caption_size, fields, fields_size in found.rows():
         if not offset:
             message = "no member with an image extension"
@@ -128,11 +128,11 @@ def cuts(source: str | memoryview | mmap.mmap | bytes, extensions: Sequence[str]
     entries are all. `extensions` are those that make a repeated key a new sample.
     """
     if not isinstance(source, str):
-        return cuts_among(members(source), len(source), extensions)
+        return _cuts(group(runs(source), extensions), len(source))
     with open(source, "rb") as file:
         data, trouble = _map(file)
         size = os.fstat(file.fileno()).st_size
-    found = cuts_among(members(data), len(data), extensions)
+    found = _cuts(group(runs(data), extensions), len(data))
     return found if trouble is None else [(0, 0), (size, found[-1][1])]
 
 
@@ -140,7 +140,10 @@ def cuts_among(
     items: Iterable[Member | Damage], size: int, extensions: Sequence[str] = EXTENSIONS
 ) -> list[tuple[int, int]]:
     """`cuts` of a tar of so many bytes by what its headers say."""
-    found = group(items, extensions)
+    return _cuts(group((item if isinstance(item, Damage) else (item,) for item in items), extensions), size)
+
+
+def _cuts(found: Group, size: int) -> list[tuple[int, int]]:
     places = [(0, 0)]
     for number, (_, header, *_) in enumerate(found.rows()):
         if number:
