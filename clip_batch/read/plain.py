@@ -20,15 +20,15 @@ _LEAST = 16  # below this the strict parser is as fast
 _SIZE_AND_TYPE = struct.Struct("124x11s21xs")
 _PLACES = 8 ** np.arange(5, -1, -1, np.uint32)
 
-
 Fields = tuple[str, int, int, int]
 """The fields of a `clip_batch.read.headers.Member`: name, offset, size, header."""
 
 
 class Run(NamedTuple):
-    """`members`, in order; the next header lies at `after`.
+    """`members`, in order; the next header lies at `after`, a byte of the buffer.
 
-    Where `after` is less than `seen`, the header there is not plain. All are bytes of the buffer.
+    Where `seen` lies beyond `after`, the headers between are the strict parser's: looking at them again
+    here, after each that it reads, would cost more than it.
     """
 
     members: Iterator[Fields]
