@@ -10,7 +10,8 @@ from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.read.ahead import Ahead
-from clip_batch.read.headers import BLOCK, Damage, Member, members
+from clip_batch.read.headers import Damage, Member, members
+from clip_batch.read.plain import BLOCK
 from clip_batch.read.tar import GZIP_MAGIC, cuts, cuts_among
 from clip_batch.store import is_local
 from clip_batch.transfer import has_ranges, read_range, source

@@ -10,109 +10,20 @@ import mmap
 import os
 import tempfile
 import zlib
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from clip_batch.errors import ClipBatchError, InputError
 from clip_batch.read.ahead import Ahead
-from clip_batch.read.headers import BLOCK, Damage, Member, members
+from clip_batch.read.group import Group, group
+from clip_batch.read.headers import Damage, Member, members, runs
 from clip_batch.store import is_local
 from clip_batch.types import Failure, Plan, Sample, Slice
 
-__all__ = ["Damage", "Found", "Member", "cuts", "group", "members", "read_tar"]
+__all__ = ["Damage", "Member", "cuts", "cuts_among", "members", "read_tar"]
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "txt", "json")
 GZIP_MAGIC = b"\x1f\x8b"
-
-
-class Found(NamedTuple):
-    """A sample: its key, its first member's header, and (offset, size) of each part it has."""
-
-    key: str
-    header: int
-    image: tuple[int, int] | None
-    caption: tuple[int, int] | None
-    json: tuple[int, int] | None
-    dotted: str | None
-
-
-def _numbered(
-    items: Iterable[Member | Damage], bits: dict[str, int], damage: list[Damage]
-) -> Iterator[tuple[Member, str, str, int, int]]:
-    """Each member that belongs to a sample: (member, key, extension, sample's number, key's last number).
-
-    The key is the path up to the first dot of the base name, and the extension the rest,
-    lower-cased: webdataset's rule. A member joins the latest sample of its key, wherever it lies,
-    unless that sample has its extension already. Names without a dot, hidden ones and what macOS
-    adds (`._x`, `__MACOSX`) belong to none. The last number is -1 for a new key. Damage goes to `damage`.
-    """
-    numbers: dict[str, int] = {}
-    seen: list[int] = []  # bits of the extensions that each sample has
-    for item in items:
-        if isinstance(item, Damage):
-            damage.append(item)
-            continue
-        folder, slash, base = item.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if not stem or not extension or "__MACOSX" in folder:
-            continue
-        key = folder + slash + stem
-        bit = bits.get(extension)
-        if bit is None:
-            extension = extension.lower()
-            bit = bits.get(extension, 0)
-        last = number = numbers.get(key, -1)
-        if number < 0 or seen[number] & bit:
-            numbers[key] = number = len(seen)
-            seen.append(bit)
-        else:
-            seen[number] |= bit
-        yield item, key, extension, number, last
-
-
-def _bits(extensions: Iterable[str]) -> dict[str, int]:
-    return {extension.lower(): 1 << place for place, extension in enumerate(extensions)}
-
-
-def group(
-    items: Iterable[Member | Damage], images: Sequence[str], captions: Sequence[str], damage: list[Damage]
-) -> Iterator[Found]:
-    """The samples among members, in the order of their first members; Damage is appended to `damage`.
-
-    Of several images (or captions) of a sample the first listed extension is taken. All headers are
-    read before the first sample is yielded, as members of a sample may lie anywhere: about 300 bytes
-    of memory a sample.
-    """
-    bits = _bits((*images, *captions, "json"))
-    # extension -> (column in `table`, rank); a sample's row: header, then (rank + 1, offset, size) of each part
-    places = {extension.lower(): (1, rank + 1) for rank, extension in reversed(list(enumerate(images)))}
-    places |= {extension.lower(): (4, rank + 1) for rank, extension in reversed(list(enumerate(captions)))}
-    places["json"] = (7, 1)
-    keys: list[str] = []
-    table = array("q")
-    dotted: dict[int, str] = {}
-    for member, key, extension, number, _ in _numbered(items, bits, damage):
-        if number == len(keys):
-            keys.append(key)
-            table.extend((member.header, 0, 0, 0, 0, 0, 0, 0, 0, 0))
-        if extension in places:
-            column, rank = places[extension]
-            at = number * 10 + column
-            if table[at] == 0 or rank < table[at]:
-                table[at], table[at + 1], table[at + 2] = rank, member.offset, member.size
-        elif extension.rpartition(".")[2] in places:
-            dotted[number] = extension
-    for number, key in enumerate(keys):
-        header, a, image, image_size, b, text, text_size, c, fields, fields_size = table[number * 10 : number * 10 + 10]
-        yield Found(
-            key,
-            header,
-            (image, image_size) if a else None,
-            (text, text_size) if b else None,
-            (fields, fields_size) if c else None,
-            dotted.get(number),
-        )
 
 
 def read_tar(
@@ -127,34 +38,33 @@ def read_tar(
     data, base, trouble = _open(piece, options, files)
     gzipped, end = trouble is not None, len(data)
     inside = (0, None) if gzipped or base else (piece.start, piece.stop)
-    damage: list[Damage] = []
-    found = None
-    for found in group(members(data, *inside), plan.image_extensions, plan.caption_extensions, damage):
-        header = None if gzipped else base + found.header
-        if found.image is None:
+    found = group(runs(data, *inside), plan.image_extensions, plan.caption_extensions, ("json",))
+    for key, header, offset, size, caption, caption_size, fields, fields_size in found.rows():
+        if not offset:
             message = "no member with an image extension"
-            if found.dotted:
-                message += f", but one with {found.dotted!r}: a key ends at the first dot; rename it"
-            yield Failure(found.key, url, header, "missing_image", message)
-            continue
-        offset, size = found.image
-        if offset + size > end:
+            if header in found.dotted:
+                message += f", but one with {found.dotted[header]!r}: a key ends at the first dot; rename it"
+            yield Failure(key, url, None if gzipped else base + header, "missing_image", message)
+        elif offset + size > end:
             message = f"{max(0, end - offset)} of the image's {size} bytes are there; copy or download the tar again"
-            yield Failure(found.key, url, header, "truncated_member", message)
-            continue
-        caption, fields = (
-            bytes(data[part[0] : part[0] + part[1]]) if part and sum(part) <= end else None
-            for part in (found.caption, found.json)
-        )
-        place, length = (None, None) if gzipped else (base + offset, size)
-        yield Sample(found.key, url, place, length, data[offset : offset + size], caption, fields)
+            yield Failure(key, url, None if gzipped else base + header, "truncated_member", message)
+        else:
+            yield Sample(
+                key,
+                url,
+                None if gzipped else base + offset,
+                None if gzipped else size,
+                data[offset : offset + size],
+                data[caption : caption + caption_size].tobytes() if caption and caption + caption_size <= end else None,
+                data[fields : fields + fields_size].tobytes() if fields and fields + fields_size <= end else None,
+            )
     if trouble:
         yield Failure(None, url, None, "bad_gzip", f"{trouble}; what could be decompressed was read")
-    for item in damage:
+    for item in found.damage:
         yield Failure(None, url, None if gzipped else base + item.offset, item.reason, item.message)
     if end == 0 and not trouble:
         yield Failure(None, url, None, "empty_file", "the file is empty; copy or download it again")
-    elif piece.whole and not (found or damage or trouble):
+    elif piece.whole and not (found.keys or found.damage or trouble):
         yield Failure(None, url, None, "empty_shard", "a tar without a single sample; look at what wrote it")
 
 
@@ -218,11 +128,11 @@ def cuts(source: str | memoryview | mmap.mmap | bytes, extensions: Sequence[str]
     entries are all. `extensions` are those that make a repeated key a new sample.
     """
     if not isinstance(source, str):
-        return cuts_among(members(source), len(source), extensions)
+        return _cuts(group(runs(source), extensions), len(source))
     with open(source, "rb") as file:
         data, trouble = _map(file)
         size = os.fstat(file.fileno()).st_size
-    found = cuts_among(members(data), len(data), extensions)
+    found = _cuts(group(runs(data), extensions), len(data))
     return found if trouble is None else [(0, 0), (size, found[-1][1])]
 
 
@@ -230,23 +140,14 @@ def cuts_among(
     items: Iterable[Member | Damage], size: int, extensions: Sequence[str] = EXTENSIONS
 ) -> list[tuple[int, int]]:
     """`cuts` of a tar of so many bytes by what its headers say."""
-    found = [(0, 0)]
-    total = end = 0
-    damage: list[Damage] = []
+    return _cuts(group((item if isinstance(item, Damage) else (item,) for item in items), extensions), size)
 
-    def watched() -> Iterator[Member | Damage]:
-        nonlocal end
-        for item in items:
-            end = item.offset + (-(-item.size // BLOCK) * BLOCK if isinstance(item, Member) else item.length)
-            yield item
 
-    for member, _, _, number, last in _numbered(watched(), _bits(extensions), damage):
-        if number == total:
-            total += 1
-        if last >= 0:
-            # The cuts after that key's earlier sample would tear it apart.
-            while found[-1][1] > last:
-                found.pop()
-        elif number:
-            found.append((member.header, number))
-    return [*found, (min(end, size), total)]
+def _cuts(found: Group, size: int) -> list[tuple[int, int]]:
+    places = [(0, 0)]
+    for number, (_, header, *_) in enumerate(found.rows()):
+        if number:
+            places.append((header, number))
+        while places[-1][1] > found.torn.get(number, number):
+            places.pop()
+    return [*places, (min(found.end, size), len(found.keys))]
