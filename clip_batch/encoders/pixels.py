@@ -78,9 +78,9 @@ def fast(steps: Steps, resize: Resize, crop: CenterCrop | None, data: bytes | me
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     size = [resize.size] if isinstance(resize.size, int) else list(resize.size)
     pixels = resize_image(pixels, size, resize.interpolation, resize.max_size, antialias=True)
-    if crop:
-        pixels = center_crop_image(pixels, list(crop.size))
-    return _array(pixels.contiguous())  # a copy of the crop, which would else keep the whole in memory
+    if crop:  # a copy, as the crop would else keep the whole in memory
+        pixels = center_crop_image(pixels, list(crop.size)).clone()
+    return _array(pixels)
 
 
 def _array(made: Any) -> Pixels:
