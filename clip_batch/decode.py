@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -44,20 +46,38 @@ def open_image(data: bytes | memoryview, max_pixels: int) -> Image.Image:
     EXIF rotation is not applied, as open_clip does not. Greyscale of more than 8 bits is scaled to
     8: a plain conversion to RGB would clip it to white.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    return load_image(read_header(data, max_pixels))
+
+
+def read_header(data: bytes | memoryview, max_pixels: int) -> Image.Image:
+    """An image of which nothing but the header has been read; DecodeError if that is enough to refuse it."""
+    with _refused():
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise DecodeError("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels}")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise DecodeError("extreme_aspect", f"{width} x {height}: sides differ more than {MAX_ASPECT}-fold")
+        return image
+
+
+def load_image(image: Image.Image) -> Image.Image:
+    """What `open_image` gives, of what `read_header` gave; DecodeError."""
+    with _refused():
         image.load()
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
             del image.info["transparency"]  # it changes no colour, and converting with it warns
         return _eight_bits(image)
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """Makes whatever Pillow raises a DecodeError: it raises nearly everything on hostile bytes."""
+    try:
+        yield
     except DecodeError:
         raise
-    except Exception as error:  # Pillow raises nearly everything on hostile bytes
+    except Exception as error:
         words = re.sub(r" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))[:200]
         raise DecodeError("undecodable_image", f"{type(error).__name__}: {words}") from None
 

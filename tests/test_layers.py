@@ -67,6 +67,7 @@ LAYERS = {
 HEAVY = {
     "torch": {"encoders", "launch", "demo", "doctor", "serve"},
     "open_clip": {"encoders", "demo"},
+    "simplejpeg": {"encoders"},
     "faiss": {"libfaiss"},
     "autofaiss": {"index"},
     "fastapi": {"serve"},

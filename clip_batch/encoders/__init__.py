@@ -7,6 +7,7 @@ and checks that it is the planned one. A new family is one module with those two
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,9 +20,9 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from PIL.Image import Image
 
     Array = npt.NDArray[np.float32]
+    Pixels = npt.NDArray[np.uint8 | np.float32]
 
 
 class Encoder(Protocol):
@@ -29,11 +30,14 @@ class Encoder(Protocol):
 
     dim: int
 
-    def preprocess(self, image: Image) -> Array:
-        """One image to float32 (3, height, width), as the model wants it."""
+    def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
+        """One image file to uint8 (3, height, width) of the model's size; DecodeError if it cannot be used.
 
-    def encode_images(self, batch: Array) -> Array:
-        """float32 (n, 3, height, width) to float32 (n, dim), unit norm."""
+        A model whose transform is not a usual one gets its result, float32, instead.
+        """
+
+    def encode_images(self, batch: Pixels) -> Array:
+        """What `preprocess` gave, stacked to (n, 3, height, width), to float32 (n, dim), unit norm."""
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
         """n texts to float32 (n, dim), unit norm."""
@@ -110,3 +114,15 @@ def pick_device(device: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def threads() -> int:
+    """Threads that one operation of this thread may take: torch's, 1 where it is not loaded."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else 1
+
+
+def use_threads(count: int) -> None:
+    """Let operations of this thread take so many; threads that torch meets later begin with the last count set."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(count)

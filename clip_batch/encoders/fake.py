@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clip_batch.decode import open_image
 from clip_batch.errors import EncoderError
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from clip_batch.encoders import Array
+    from clip_batch.encoders import Array, Pixels
 
 _SIDE = 8
 
@@ -42,12 +41,13 @@ class FakeEncoder:
         self.dim = dim
         self._projection = np.random.default_rng(0).standard_normal((3 * _SIDE * _SIDE, dim), dtype=np.float32)
 
-    def preprocess(self, image: Image) -> Array:
-        pixels = np.asarray(image.convert("RGB").resize((_SIDE, _SIDE)), dtype=np.float32)
-        return pixels.transpose(2, 0, 1) / 127.5 - 1 + 1e-3
+    def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
+        image = open_image(data, max_pixels).convert("RGB").resize((_SIDE, _SIDE))
+        return np.asarray(image).transpose(2, 0, 1)
 
-    def encode_images(self, batch: Array) -> Array:
-        return _unit(batch.reshape(len(batch), -1) @ self._projection)
+    def encode_images(self, batch: Pixels) -> Array:
+        pixels = batch.astype(np.float32) / 127.5 - 1 + 1e-3
+        return _unit(pixels.reshape(len(batch), -1) @ self._projection)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
         rows = np.zeros((len(texts), self.dim), np.float32)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clip_batch.encoders.text import TextTower
@@ -15,9 +15,9 @@ from clip_batch.store import file_digest
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    import torch
 
-    from clip_batch.encoders import Array
+    from clip_batch.encoders import Array, Pixels
 
 _PLAIN_PREPROCESSING = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
@@ -110,31 +110,45 @@ def load(spec: EncoderSpec, device: str) -> OpenClipEncoder:
         tokenizer = open_clip.get_tokenizer(spec.model)
     except Exception as error:
         raise EncoderError(f"open_clip cannot load {spec.model} {spec.pretrained}: {_line(error)}") from None
-    return OpenClipEncoder(model.eval(), transform, tokenizer, device, open_clip.get_input_dtype(spec.precision))
+    dtype = open_clip.get_input_dtype(spec.precision)
+    return OpenClipEncoder(model.eval(), transform, spec.preprocess, tokenizer, device, dtype)
 
 
 class OpenClipEncoder:
-    """An open_clip model with its own transform and tokenizer, used as they are."""
+    """An open_clip model with its own tokenizer and transform; EncoderError if that does not go with `preprocess`."""
 
-    def __init__(self, model: Any, transform: Any, tokenizer: Any, device: str, dtype: Any) -> None:
+    def __init__(
+        self, model: Any, transform: Any, preprocess: str, tokenizer: Any, device: str, dtype: torch.dtype | None
+    ) -> None:
         import torch
 
-        self._model, self._transform, self._tokenizer = model, transform, tokenizer
+        from clip_batch.encoders import pixels
+
+        self._model, self._tokenizer = model, tokenizer
         self._text = TextTower(model)
         self._device = torch.device(device)
+        steps, last = pixels.split(transform)
+        self._prepare = pixels.preparing(preprocess, steps, last)
+        self._normalized = pixels.normalizer(last, self._device) if last else None
         self._dtype = dtype or torch.float32  # of the pixels; open_clip keeps some weights in float32
         self.dim = int(self.encode_texts(["a"]).shape[1])
 
-    def preprocess(self, image: Image) -> Array:
-        pixels: Array = self._transform(image).numpy()
-        return pixels
+    def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
+        return self._prepare(data, max_pixels)
 
-    def encode_images(self, batch: Array) -> Array:
+    def encode_images(self, batch: Pixels) -> Array:
+        return in_halves(self._encode, batch)
+
+    def _encode(self, batch: Pixels) -> Array:
         import torch
 
+        pixels = torch.from_numpy(batch)
+        if self._device.type == "cuda":
+            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
         with torch.inference_mode():
-            pixels = torch.from_numpy(batch).to(self._device, self._dtype)
-            return self._host(self._model.encode_image(pixels))
+            if self._normalized:
+                pixels = self._normalized(pixels)
+            return self._host(self._model.encode_image(pixels.to(self._device, self._dtype)))
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
         import torch
@@ -150,3 +164,18 @@ class OpenClipEncoder:
 
         array: Array = torch.nn.functional.normalize(rows.float(), dim=-1).cpu().numpy()
         return array
+
+
+def in_halves(encode: Callable[[Pixels], Array], batch: Pixels) -> Array:
+    """`encode` of a batch, or of its halves where the GPU's memory cannot hold the whole; raises if not even one."""
+    import numpy as np
+    import torch
+
+    try:
+        return encode(batch)
+    except torch.cuda.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()  # out of the except, whose error holds on to the failed pass's memory
+    middle = len(batch) // 2
+    return np.concatenate([in_halves(encode, half) for half in (batch[:middle], batch[middle:])])

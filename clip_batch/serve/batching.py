@@ -19,7 +19,7 @@ from clip_batch.serve.errors import Busy
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig
-    from clip_batch.encoders import Encoder
+    from clip_batch.encoders import Encoder, Pixels
     from clip_batch.serve.metrics import Metrics
 
 T = TypeVar("T")
@@ -129,7 +129,7 @@ class Encoding:
         images = timed("image_clip_inference_time", "image", lambda items: encoder.encode_images(np.stack(items)))
         settings = config.query_batch, config.query_wait / 1000, config.max_pending * config.max_queries
         self._texts: Lane[str] = Lane(texts, *settings)
-        self._images: Lane[Vector] = Lane(images, *settings)
+        self._images: Lane[Pixels] = Lane(images, *settings)
         self._cache = TextCache(parse_bytes(config.text_cache))
 
     async def text(self, text: str) -> Vector:
@@ -141,7 +141,7 @@ class Encoding:
             self._cache.put(text, found)
         return found
 
-    async def image(self, pixels: Vector) -> Vector:
+    async def image(self, pixels: Pixels) -> Vector:
         """The vector (d,) of an image as the encoder's `preprocess` left it."""
         (found,) = await self._images.submit([pixels])
         return found

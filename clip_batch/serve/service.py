@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.config import parse_bytes
-from clip_batch.decode import DecodeError, open_image
+from clip_batch.decode import DecodeError
 from clip_batch.serve.errors import Refused
 from clip_batch.serve.fetch import fetch
 from clip_batch.serve.heads import load_heads
@@ -21,6 +21,7 @@ from clip_batch.serve.threads import Threads, cores
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig, StorageConfig
+    from clip_batch.encoders import Pixels
 
 Vector = npt.NDArray[np.float32]
 
@@ -55,9 +56,9 @@ class Service:
         """The unit vector (d,) of an image file's bytes. Refused (400): it is none, or too large."""
         encoding = await self.indices.encoding(version)
 
-        def prepare() -> Vector:
+        def prepare() -> Pixels:
             with self.metrics.steps["image_prepro_time"].time():
-                return encoding.encoder.preprocess(open_image(data, self.config.max_pixels))
+                return encoding.encoder.preprocess(data, self.config.max_pixels)
 
         try:
             return await encoding.image(await self.threads.run(prepare))

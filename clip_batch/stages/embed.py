@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_batch import encoders, part
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
-from clip_batch.decode import DecodeError, decode_caption, decode_json, open_image
+from clip_batch.decode import DecodeError, decode_caption, decode_json
 from clip_batch.errors import ClipBatchError, EncoderError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
@@ -27,7 +27,7 @@ from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample, Sl
 from clip_batch.workers import Run, recorded
 
 if TYPE_CHECKING:
-    from clip_batch.encoders import Array, Encoder
+    from clip_batch.encoders import Array, Encoder, Pixels
 
     Encoded = tuple["_Batch", Array | None, Array | None]
 
@@ -57,7 +57,7 @@ class Outcome:
 @dataclass(frozen=True)
 class _Decoded:
     row: dict[str, Any]
-    pixels: Array
+    pixels: Pixels
     warnings: list[str]
 
 
@@ -159,7 +159,11 @@ class _Worker:
         outcomes: list[Outcome] = []
         order = _Order(todo)
         files = Ahead(self._slices(order), self.storage.storage_options, self.prefetch, self.run.stop)
-        with ThreadPoolExecutor(threads, "decode") as decoders, ThreadPoolExecutor(1, "encode") as device, files:
+        team = encoders.threads()
+        # Decoding fills the cores by itself; one encoding thread takes as many as torch would.
+        decoders = ThreadPoolExecutor(threads, "decode", encoders.use_threads, (1,))
+        device = ThreadPoolExecutor(1, "encode", encoders.use_threads, (team,))
+        with decoders, device, files:
             try:
                 encoded = self._encode(self._decode(order, files, decoders), device)
                 for number, batches in _by_partition(encoded):
@@ -176,6 +180,7 @@ class _Worker:
             finally:
                 decoders.shutdown(wait=False, cancel_futures=True)
                 device.shutdown(wait=False, cancel_futures=True)
+                encoders.use_threads(team)  # for threads to come, which begin with the last count set
         return outcomes
 
     def _decode(self, order: _Order, files: Ahead, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
@@ -223,7 +228,7 @@ class _Worker:
     def _decode_one(self, sample: Sample) -> _Decoded | Failure:
         try:
             assert sample.image is not None
-            pixels = self.encoder.preprocess(open_image(sample.image, self.config.max_pixels))
+            pixels = self.encoder.preprocess(sample.image, self.config.max_pixels)
         except DecodeError as error:
             return Failure(sample.key, sample.shard, sample.offset, error.reason, error.message)
         caption, warnings = decode_caption(sample.caption)

@@ -21,7 +21,7 @@ from clip_batch import encoders, foreign, tombstones
 from clip_batch import index as faiss_index
 from clip_batch.cache import IndexCache
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
-from clip_batch.decode import DecodeError, open_image
+from clip_batch.decode import DecodeError
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import MetadataFile, common_schema, open_table, take_as
@@ -194,10 +194,10 @@ class Searcher:
     def encode_image(self, data: bytes) -> Vectors:
         """The query vector float32 (1, d) of an image file's bytes; ConfigError if it is none."""
         try:
-            image = open_image(data, MAX_PIXELS)
+            pixels = self.encoder.preprocess(data, MAX_PIXELS)
         except DecodeError as error:
             raise ConfigError(f"the query image cannot be used: {error}") from None
-        return self.encoder.encode_images(self.encoder.preprocess(image)[None])
+        return self.encoder.encode_images(pixels[None])
 
     def search(
         self, queries: npt.ArrayLike, k: int = 10, modality: str = "image", effort: int | None = None

@@ -1,6 +1,9 @@
 """embed against its limits, in one process and run: reading, decoding, the model alone, the whole.
 
-python tests/bench/embed.py [--model demo] [--pretrained PATH]
+python -m tests.bench.embed [--model demo] [--pretrained PATH] [--stub 2000]
+
+With --stub, an encoder that only sleeps, so many images a second, stands for the model, and the images
+are 256 x 256 for its 224: what embed adds to a GPU.
 """
 
 from __future__ import annotations
@@ -10,19 +13,23 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, PlanConfig
-from clip_batch.decode import open_image
 from clip_batch.demo import data
 from clip_batch.plan import load_plan, make_plan
 from clip_batch.read import read_slice
 from clip_batch.stages.embed import embed
 from clip_batch.store import Store
 from clip_batch.types import Sample
+from tests.bench.data_path import write_tars
+
+if TYPE_CHECKING:
+    from clip_batch.encoders import Array, Pixels
 
 BATCH = 32
 
@@ -33,26 +40,60 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+class Stub:
+    """An encoder of `rate` images a second that computes nothing, and open_clip's transform to 224 x 224."""
+
+    dim = 512
+
+    def __init__(self, rate: float, mode: str) -> None:
+        from open_clip.transform import image_transform
+
+        from clip_batch.encoders import pixels
+
+        self.rate, self.preprocess = rate, pixels.preparing(mode, *pixels.split(image_transform(224, is_train=False)))
+        self.row = np.zeros((1, self.dim), np.float32)
+        self.row[0, 0] = 1
+
+    def encode_images(self, batch: Pixels) -> Array:
+        time.sleep(len(batch) / self.rate)
+        return np.repeat(self.row, len(batch), 0)
+
+    def encode_texts(self, texts: Sequence[str]) -> Array:
+        return np.repeat(self.row, len(texts), 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--pretrained", default="")
     parser.add_argument("--tars", type=int, default=8, help="of the demo's 8, 239 samples each")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stub", type=float, default=0, help="images a second")
+    parser.add_argument("--preprocess", choices=("fast", "exact"), default="fast")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        tars = data.write_tars(f"{home}/tars")[: arguments.tars]
-        planned = PlanConfig(input=tars, model=arguments.model, pretrained=arguments.pretrained, partition_samples=500)
+        if arguments.stub:
+            tars = write_tars(home, arguments.tars, 1000)
+        else:
+            tars = data.write_tars(f"{home}/tars")[: arguments.tars]
+        planned = PlanConfig(
+            input=tars,
+            model="fake:512" if arguments.stub else arguments.model,
+            pretrained=arguments.pretrained,
+            preprocess=arguments.preprocess,
+            partition_samples=4000 if arguments.stub else 500,
+        )
         make_plan(planned, f"{home}/out0")
         plan = load_plan(Store(f"{home}/out0"))
-        encoder = encoders.load(plan.encoder, "cpu")
+        stub = Stub(arguments.stub, arguments.preprocess) if arguments.stub else None
+        encoder = stub or encoders.load(plan.encoder, "cpu")
 
         def read() -> list[Sample]:
             pieces = [piece for partition in plan.partitions for piece in partition.slices]
             return [item for piece in pieces for item in read_slice(piece, plan) if isinstance(item, Sample)]
 
         samples = read()
-        pixels = np.stack([encoder.preprocess(open_image(sample.image or b"", 10**8)) for sample in samples])
+        pixels = np.stack([encoder.preprocess(sample.image or b"", 10**8) for sample in samples])
         captions = [bytes(sample.caption or b"").decode() for sample in samples]
 
         def model() -> None:
@@ -62,12 +103,12 @@ def main() -> None:
 
         def decode() -> None:
             for sample in samples:
-                encoder.preprocess(open_image(sample.image or b"", 10**8))
+                encoder.preprocess(sample.image or b"", 10**8)
 
         def whole(number: int) -> None:
             out = f"{home}/out{number}"
             make_plan(planned, out)
-            embed(out, EmbedConfig(batch_size=BATCH, device="cpu"))
+            embed(out, EmbedConfig(batch_size=BATCH, device="cpu"), encoder=stub)
 
         best: dict[str, float] = {}
         for number in range(1, arguments.rounds + 1):
@@ -81,7 +122,8 @@ def main() -> None:
     rates = {name: round(len(samples) / value, 1) for name, value in best.items()}
     result = {
         "benchmark": "embed",
-        "model": arguments.model,
+        "model": f"stub of {arguments.stub:.0f} images a second" if stub else arguments.model,
+        "preprocess": arguments.preprocess,
         "cores": len(os.sched_getaffinity(0)),
         "samples": len(samples),
         "samples_per_second": rates,

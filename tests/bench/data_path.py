@@ -1,0 +1,159 @@
+"""Images a second from tars to what the encoder takes, ours against webdataset's; prints JSON.
+
+python -m tests.bench.data_path [--side 256] [--tars 4] [--samples 1000] [--rounds 5]
+
+Ours, `fast` and `exact`: read_slice, a thread a core, uint8 batches. The peer: webdataset, open_clip's own
+transform, a DataLoader with a worker a core, float32 batches made in the workers. Both give 224 x 224 in
+batches of 64, in this process; rounds are interleaved and the best of each counts. A round of the peer
+starts its workers, as each epoch does; `seconds_to_first_batch` tells how much of it that is. `cpu_ms` is
+of an image, all processes: it tells more on a machine that others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clip_batch.read import read_slice
+from clip_batch.types import EncoderSpec, Plan, Sample, Shard, Slice
+from tests import corpus
+
+BATCH = 64
+AHEAD = 4 * BATCH
+KINDS = 100
+"""Different pictures; each is in the tars many times."""
+
+Batches = Iterator[Any]
+
+
+def photo(seed: int, side: int) -> bytes:
+    """A JPEG (3:2 unless 256 x 256) with the detail of a photograph: noise of all scales, and grain."""
+    draw = np.random.default_rng(seed)
+    size = (side, side) if side == 256 else (side * 3 // 2, side)
+    total = np.zeros((size[1], size[0], 3))
+    for scale in (4, 16, 64):
+        coarse = Image.fromarray(draw.integers(0, 256, (scale, scale, 3), dtype=np.uint8))
+        total += np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), float) / scale**0.5
+    total = total / total.max() * 235 + draw.normal(0, 5, total.shape)
+    return corpus.encode(Image.fromarray(total.clip(0, 255).astype(np.uint8)), quality=90)
+
+
+def write_tars(folder: str, tars: int, samples: int, side: int = 256) -> list[str]:
+    """Tars of JPEGs with captions; their paths."""
+    photos = [photo(seed, side) for seed in range(KINDS)]
+    paths = []
+    for tar in range(tars):
+        files = []
+        for number in range(samples):
+            key = f"{tar:03d}{number:06d}"
+            files += [(f"{key}.jpg", photos[number % KINDS]), (f"{key}.txt", b"a caption of some words")]
+        paths.append(corpus.write_tar(f"{folder}/{tar:05d}.tar", files))
+    return paths
+
+
+def ours(tars: list[str], mode: str, cores: int) -> Batches:
+    from open_clip.transform import image_transform
+
+    from clip_batch.encoders import pixels, use_threads
+
+    prepare = pixels.preparing(mode, *pixels.split(image_transform(224, is_train=False)))
+    plan = Plan((), EncoderSpec("fake:8", "", ""))
+
+    def taken() -> Iterator[Any]:
+        window: deque[Any] = deque()
+        for path in tars:
+            for sample in read_slice(Slice(Shard(path)), plan):
+                assert isinstance(sample, Sample) and sample.image is not None
+                window.append(pool.submit(prepare, sample.image, 10**8))
+                if len(window) > AHEAD:
+                    yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+
+    with ThreadPoolExecutor(cores, "decode", use_threads, (1,)) as pool:
+        batch: list[Any] = []
+        for image in taken():
+            batch.append(image)
+            if len(batch) == BATCH:
+                yield np.stack(batch)
+                batch = []
+        if batch:
+            yield np.stack(batch)
+
+
+def peer(tars: list[str], cores: int) -> Batches:
+    import webdataset
+    from open_clip.transform import image_transform
+    from torch.utils.data import DataLoader
+
+    source = webdataset.WebDataset(tars, shardshuffle=False).decode("pilrgb").to_tuple("jpg")
+    batches = source.map_tuple(image_transform(224, is_train=False)).batched(BATCH)
+    for (images,) in DataLoader(batches, batch_size=None, num_workers=cores, prefetch_factor=4):
+        yield images
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=256, help="shorter side of the images")
+    parser.add_argument("--tars", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=1000, help="a tar")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    total = options.tars * options.samples
+    best: dict[str, float] = {}
+    first: dict[str, float] = {}
+    cpu: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as home:
+        tars = write_tars(home, options.tars, options.samples, options.side)
+        ways: dict[str, Callable[[], Batches]] = {
+            "fast": lambda: ours(tars, "fast", cores),
+            "exact": lambda: ours(tars, "exact", cores),
+            "webdataset": lambda: peer(tars, cores),
+        }
+        for _ in range(options.rounds):
+            for name, way in ways.items():
+                started, before, found = time.perf_counter(), cpu_seconds(), 0
+                for batch in way():
+                    if not found:
+                        first[name] = min(first.get(name, 1e9), time.perf_counter() - started)
+                    found += len(batch)
+                    assert tuple(batch.shape[1:]) == (3, 224, 224)
+                assert found == total
+                best[name] = min(best.get(name, 1e9), time.perf_counter() - started)
+                cpu[name] = min(cpu.get(name, 1e9), cpu_seconds() - before)
+    result = {
+        "benchmark": "data_path",
+        **vars(options),
+        "cores": cores,
+        "images_per_second": {name: round(total / seconds) for name, seconds in best.items()},
+        "over_webdataset": {name: round(best["webdataset"] / best[name], 2) for name in ("fast", "exact")},
+        "cpu_ms": {name: round(seconds / total * 1000, 2) for name, seconds in cpu.items()},
+        "seconds_to_first_batch": {name: round(seconds, 2) for name, seconds in first.items()},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
