@@ -78,7 +78,7 @@ def fast(steps: Steps, resize: Resize, crop: CenterCrop | None, data: bytes | me
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     size = [resize.size] if isinstance(resize.size, int) else list(resize.size)
     pixels = resize_image(pixels, size, resize.interpolation, resize.max_size, antialias=True)
-    if crop:  # a copy, as the crop would else keep the whole in memory
+    if crop and tuple(crop.size) != pixels.shape[1:]:  # a copy, as the crop would else keep the whole in memory
         pixels = center_crop_image(pixels, list(crop.size)).clone()
     return _array(pixels)
 

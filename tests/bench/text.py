@@ -17,6 +17,11 @@ from typing import Any
 from tests.bench.serve import WORDS
 
 
+def captions(draw: random.Random, count: int) -> list[str]:
+    """Captions of 2 to 30 words, most of them short."""
+    return [" ".join(draw.choices(WORDS, k=min(30, 2 + int(draw.expovariate(1 / 8))))) for _ in range(count)]
+
+
 def seconds(work: Callable[[], Any], rounds: int) -> float:
     """The least of some rounds."""
     taken = []
@@ -39,12 +44,10 @@ def main() -> None:
     from clip_batch.encoders.text import TextTower
 
     draw = random.Random(0)
-    captions = [
-        " ".join(draw.choices(WORDS, k=min(30, 2 + int(draw.expovariate(1 / 8))))) for _ in range(options.batch)
-    ]
+    texts = captions(draw, options.batch)
     model = open_clip.create_model(options.model).eval()
     tokens, single = (
-        open_clip.get_tokenizer(options.model)(texts) for texts in (captions, [" ".join(draw.choices(WORDS, k=8))])
+        open_clip.get_tokenizer(options.model)(some) for some in (texts, [" ".join(draw.choices(WORDS, k=8))])
     )
     cut = TextTower(model)
     with torch.inference_mode():
