@@ -49,8 +49,9 @@ def chunks(fs: Any, path: str, start: int, stop: int) -> Iterator[memoryview]:
             _refused.add(place)
             return
         buffer = memoryview(bytearray(_BUFFER))
-        while taken := answer.readinto(buffer):
+        while taken := answer.readinto(buffer[: stop - start]):
             yield buffer[:taken]
+            start += taken
 
 
 def _is_of(headers: HTTPMessage, start: int) -> bool:
