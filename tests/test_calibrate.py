@@ -291,6 +291,14 @@ def test_samples_of_a_plan() -> None:
     assert count(Slice(Shard("http://a.tar")), Slice(Shard("http://b.tar"))) is None
 
 
+def test_slices_are_spread_and_the_same_each_time() -> None:
+    slices = [Slice(Shard(f"{number}.tar", 10)) for number in range(80)]
+    plan = Plan((Partition(0, tuple(slices[:30])), Partition(1, tuple(slices[30:]))), EncoderSpec("", "", ""))
+    found = stage._spread(plan)
+    assert [slices.index(piece) // 10 for piece in found] == list(range(8))
+    assert stage._spread(plan) == found
+
+
 def test_the_command(planned: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["doctor", "--output", planned, "--calibrate", "--device", "cpu", "--threads", "1"]
     assert main([*flags, "--json"]) == 0
