@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from clip_batch.config import (
     EmbedConfig,
@@ -24,6 +24,9 @@ from clip_batch.config import (
     TargetConfig,
 )
 from clip_batch.errors import ClipBatchError, ConfigError
+
+if TYPE_CHECKING:
+    import subprocess
 
 
 @dataclass(frozen=True)
@@ -330,9 +333,11 @@ def serve(options: Options) -> int:
 
 
 def doctor(options: Options) -> int:
-    """Check this machine, the storage and the plan before a long run."""
+    """Check this machine, the storage and the plan before a long run; or measure, with --calibrate."""
     from clip_batch.doctor import Check, doctor
 
+    if options.target.calibrate:
+        return _calibrate(options)
     here = not options.target.on_node or "SLURM_JOB_ID" in os.environ
     checks = doctor(options.target.output or None, options.storage, options.target.on_node) if here else []
     if not here:
@@ -346,19 +351,42 @@ def doctor(options: Options) -> int:
 
 def _doctor_on_node(options: Options) -> list[dict[str, Any]]:
     """The report of a compute node."""
-    import subprocess
-
-    from clip_batch.launch import slurm
-
     output = ["--output", options.target.output] if options.target.output else []
-    command = slurm.on_node(options.slurm, ["doctor", "--on-node", "--json", *output])
-    _say(f"waiting for a node: {' '.join(command)}")
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        found: list[dict[str, Any]] = json.loads(done.stdout)
-    except (OSError, ValueError) as error:
+        found: list[dict[str, Any]] = json.loads(_on_node(options, ["--json", *output], capture=True).stdout)
+    except ValueError as error:
         raise ConfigError(f"the doctor did not report from a node ({error}): see what srun says above") from None
     return found
+
+
+def _calibrate(options: Options) -> int:
+    """Measure what embed is bound by, here or on a compute node."""
+    from clip_batch.launch import local
+    from clip_batch.stages.calibrate import calibrate, describe
+
+    output, workers = _output(options), options.target.slots or 1
+    if options.target.on_node and "SLURM_JOB_ID" not in os.environ:
+        flags = ["--calibrate", "--output", output, "--slots", str(workers)]
+        return _on_node(options, [*flags, "--json"] if options.target.json else flags).returncode
+    config = replace(options.embed, threads=options.embed.threads or local.cores())
+    found = calibrate(output, config, options.storage, workers)
+    _answer(options, asdict(found), describe(found))
+    return 0
+
+
+def _on_node(options: Options, flags: list[str], capture: bool = False) -> subprocess.CompletedProcess[str]:
+    """`doctor` run on a compute node, with this one's options in its environment, where credentials are safe."""
+    import subprocess
+
+    from clip_batch.launch import local, slurm
+
+    command = slurm.on_node(options.slurm, ["doctor", "--on-node", *flags])
+    _say(f"waiting for a node: {' '.join(command)}")
+    environment = local.environment(options.embed, options.storage)
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, env=environment)
+    except OSError as error:
+        raise ConfigError(f"no node can be asked ({error}): srun must be on PATH") from None
 
 
 def demo(options: Options) -> int:
@@ -396,7 +424,7 @@ COMMANDS: dict[str, Command] = {
     "search": Command(search, ("index", "text", "image", "embedding", "json"), (SearchConfig,)),
     "filter": Command(filter, ("index", "text", "image", "embedding", "output", "images", "json"), (SearchConfig,)),
     "serve": Command(serve, ("index",), (ServeConfig,)),
-    "doctor": Command(doctor, ("output", "on_node", "json"), (SlurmConfig,)),
+    "doctor": Command(doctor, ("output", "on_node", "calibrate", "slots", "json"), (EmbedConfig, SlurmConfig)),
 }
 
 

@@ -32,6 +32,8 @@ class TargetConfig:
     """Take the partitions of `slot` from this submission (see `submit`) instead of the plan."""
     on_node: bool = False
     """Of `doctor`: run the checks on a compute node, through srun with the options of `submit slurm`."""
+    calibrate: bool = False
+    """Of `doctor`: instead of the checks, measure what bounds embed here and what to set (for --slots workers)."""
     workers: int = 0
     """Worker processes on this machine; 0: one a GPU, or one."""
     text: str = ""

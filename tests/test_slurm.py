@@ -279,6 +279,13 @@ def test_the_doctor_looks_at_a_compute_node(cluster: Cluster) -> None:
     assert on_node["gpu"]["ok"] is False  # these GPUs are pretended
     assert "SLURM gave this job GPU 0" in on_node["gpu"]["message"]
     assert done.returncode == 1
+    done = subprocess.run(
+        [*command, "--calibrate", "--on-node", "--cpus-per-task", "1", "--device", "cpu"],
+        env=cluster.slurm.env,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout)["measured"]["threads"] == 1, done.stderr
 
 
 def test_without_slurm_it_says_so(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

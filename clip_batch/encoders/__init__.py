@@ -88,6 +88,24 @@ def load(spec: EncoderSpec, device: str = "auto", options: dict[str, Any] | None
     return encoder
 
 
+def encode_pairs(encoder: Encoder, batch: Pixels, captions: Sequence[str | None]) -> tuple[Array, Array]:
+    """Image and text vectors, float32 (n, dim), of a batch as `encode_images` takes it and its n captions.
+
+    A text row without a caption is zero. EncoderError: a vector has a NaN or inf.
+    """
+    import numpy as np
+
+    images = encoder.encode_images(batch)
+    texts = np.zeros_like(images)
+    captioned = [index for index, caption in enumerate(captions) if caption is not None]
+    if captioned:
+        texts[captioned] = encoder.encode_texts([caption for caption in captions if caption is not None])
+    for name, vectors in (("image", images), ("text", texts)):
+        if not np.isfinite(vectors).all():
+            raise EncoderError(f"the encoder gave a NaN or inf {name} vector: try --precision fp32")
+    return images, texts
+
+
 def _located(model: str) -> str:
     """`demo` stands for the embedded model, wherever this package lies."""
     if model != "demo":

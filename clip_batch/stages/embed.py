@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from clip_batch import encoders, part
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.decode import DecodeError, decode_caption, decode_json
-from clip_batch.errors import ClipBatchError, EncoderError, PartitionFailed, PlanError, Preempted
+from clip_batch.errors import ClipBatchError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
 from clip_batch.read.ahead import Ahead
@@ -257,28 +257,17 @@ class _Worker:
 
     def _forward(self, batch: _Batch) -> Encoded:
         """The batch with its image and text vectors; a failure here is its partition's, not the worker's."""
+        import numpy as np
+
         good = [item for item in batch.items if isinstance(item, _Decoded)]
         if not good or batch.partition in self.abandoned:
             return batch, None, None
         try:
-            return batch, *self._vectors(good)
+            pixels, captions = np.stack([item.pixels for item in good]), [item.row["caption"] for item in good]
+            return batch, *encoders.encode_pairs(self.encoder, pixels, captions)
         except (ClipBatchError, RuntimeError) as error:
             batch.error = error
             return batch, None, None
-
-    def _vectors(self, good: list[_Decoded]) -> tuple[Array, Array]:
-        """Image and text vectors, float32 (n, dim); text rows without a caption are zero."""
-        import numpy as np
-
-        images = self.encoder.encode_images(np.stack([item.pixels for item in good]))
-        texts = np.zeros_like(images)
-        captioned = [index for index, item in enumerate(good) if item.row["caption"] is not None]
-        if captioned:
-            texts[captioned] = self.encoder.encode_texts([good[index].row["caption"] for index in captioned])
-        for name, vectors in (("image", images), ("text", texts)):
-            if not np.isfinite(vectors).all():
-                raise EncoderError(f"the encoder gave a NaN or inf {name} vector: try --precision fp32")
-        return images, texts
 
     def _write(self, number: int, batches: Iterator[Encoded]) -> Outcome:
         """Write and commit one partition; consumes its batches whatever happens."""
