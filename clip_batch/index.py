@@ -288,8 +288,8 @@ def search_over(
     """
     if _looked_at(index, effort) < float("inf"):
         selector = removed.selector if removed and len(removed.ids) else None
-        found = _over(index, query, threshold, _parameters(index, effort, selector))
-        scores, ids = best(*found, found[1].shape[1])
+        scores, ids = _over(index, query, threshold, _parameters(index, effort, selector))
+        scores, ids = best(scores, ids, ids.shape[1])
         return scores[0], ids[0]
     depth = min(FIRST_DEPTH, index.ntotal)
     while True:
