@@ -95,8 +95,8 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def load(spec: EncoderSpec, device: str) -> OpenClipEncoder:
-    """Load the model onto a device; EncoderError if it cannot be."""
+def load(spec: EncoderSpec, device: str, compiled: int) -> OpenClipEncoder:
+    """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
     from clip_batch.encoders import pick_device
 
     device = pick_device(device)
@@ -111,7 +111,10 @@ def load(spec: EncoderSpec, device: str) -> OpenClipEncoder:
     except Exception as error:
         raise EncoderError(f"open_clip cannot load {spec.model} {spec.pretrained}: {_line(error)}") from None
     dtype = open_clip.get_input_dtype(spec.precision)
-    return OpenClipEncoder(model.eval(), transform, spec.preprocess, tokenizer, device, dtype)
+    encoder = OpenClipEncoder(model.eval(), transform, spec.preprocess, tokenizer, device, dtype)
+    if compiled:
+        encoder.compile(compiled, open_clip.get_model_preprocess_cfg(model)["size"])
+    return encoder
 
 
 class OpenClipEncoder:
@@ -131,12 +134,30 @@ class OpenClipEncoder:
         self._prepare = pixels.preparing(preprocess, steps, last)
         self._normalized = pixels.normalizer(last, self._device) if last else None
         self._dtype = dtype or torch.float32  # of the pixels; open_clip keeps some weights in float32
+        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._size = 0  # images of a batch that is compiled for
         self.dim = int(self.encode_texts(["a"]).shape[1])
+
+    def compile(self, size: int, side: int | tuple[int, int]) -> None:
+        """Compile the image tower for batches of `size` images of so many pixels; EncoderError if it cannot be."""
+        import torch
+
+        from clip_batch.encoders.compiled import compiled
+
+        height, width = (side, side) if isinstance(side, int) else side
+        with torch.inference_mode():  # as all batches are: else they would be of another kind to the compiler
+            blank = torch.zeros(size, 3, height, width, device=self._device, dtype=self._dtype)
+        self._compiled, self._size = compiled(self._model.encode_image, blank), size
 
     def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
         return self._prepare(data, max_pixels)
 
     def encode_images(self, batch: Pixels) -> Array:
+        import numpy as np
+
+        if len(batch) < self._size:  # another shape would be compiled anew
+            blank = np.zeros((self._size - len(batch), *batch.shape[1:]), batch.dtype)
+            return in_halves(self._encode, np.concatenate([batch, blank]))[: len(batch)]
         return in_halves(self._encode, batch)
 
     def _encode(self, batch: Pixels) -> Array:
@@ -148,7 +169,9 @@ class OpenClipEncoder:
         with torch.inference_mode():
             if self._normalized:
                 pixels = self._normalized(pixels)
-            return self._host(self._model.encode_image(pixels.to(self._device, self._dtype)))
+            pixels = pixels.to(self._device, self._dtype)
+            tower = self._compiled if self._compiled and len(pixels) == self._size else self._model.encode_image
+            return self._host(tower(pixels))
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
         import torch
