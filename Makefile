@@ -10,7 +10,7 @@ DEMO ?= clip-batch-demo
 
 $(STAMP): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slurm,spark,hdfs,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slurm,spark,hdfs,int8,dev]'
 	touch $@
 
 demo: $(STAMP)          ## the whole line on embedded pictures, then the web page
