@@ -113,7 +113,7 @@ class EmbedConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compile: bool = False
-    """Compile the image tower first, once a worker: same vectors, see docs/benchmarks.md; on a CPU it needs g++."""
+    """Compile the image tower first, once a worker: the same vectors (see docs/formats.md); needs g++."""
     max_pixels: int = 178_956_970
     """Images with more pixels are refused before they are decoded (Pillow's own limit)."""
     max_bad_share: float = 1.0
