@@ -53,7 +53,7 @@ check: $(STAMP)         ## style, types, generated files
 docs: $(STAMP)          ## regenerate configs/reference.yaml and docs/config.md
 	$(BIN)/python -m clip_batch.documents
 
-BENCHES ?= tar text data_path embed plan merge memory metadata remote serve status sweep compare
+BENCHES ?= tar text data_path engines embed plan merge memory metadata remote serve status sweep compare
 bench: $(STAMP)         ## the benchmarks, an hour of them; each prints JSON; BENCHES="tar text" for some
 	for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name || exit 1; done
 
