@@ -10,7 +10,7 @@ DEMO ?= clip-batch-demo
 
 $(STAMP): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slurm,spark,hdfs,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slurm,spark,hdfs,int8,dev]'
 	touch $@
 
 demo: $(STAMP)          ## the whole line on embedded pictures, then the web page
@@ -53,7 +53,7 @@ check: $(STAMP)         ## style, types, generated files
 docs: $(STAMP)          ## regenerate configs/reference.yaml and docs/config.md
 	$(BIN)/python -m clip_batch.documents
 
-BENCHES ?= tar text data_path embed worker plan merge memory metadata remote serve status sweep compare
+BENCHES ?= tar text data_path engines embed worker plan merge memory metadata remote serve status sweep compare
 bench: $(STAMP)         ## the benchmarks, an hour of them; each prints JSON; BENCHES="tar text" for some
 	for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name || exit 1; done
 

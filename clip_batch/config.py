@@ -88,8 +88,8 @@ class PlanConfig:
     """open_clip's tag of pretrained weights, or the path or URL of a checkpoint."""
     preprocess: Literal["fast", "exact"] = "fast"
     """exact: the model's own transform, bit for bit; fast: nearly so, resized by torch instead of Pillow."""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Number format of the model's weights and of its arithmetic."""
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Number format of the model's weights and arithmetic; int8: of its image side, on a CPU, captions in fp32."""
     partition_bytes: str = "4GB"
     """Target size of a partition's tars; a larger tar is split at sample boundaries."""
     partition_samples: int | None = None
@@ -114,6 +114,8 @@ class EmbedConfig:
     """Disk (in TMPDIR) for remote tars that a worker fetches ahead; one slice ahead is always fetched."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    compile: bool = False
+    """Compile the image tower first, once a worker: the same vectors (see docs/formats.md); needs g++."""
     max_pixels: int = 178_956_970
     """Images with more pixels are refused before they are decoded (Pillow's own limit)."""
     max_bad_share: float = 1.0

@@ -68,6 +68,7 @@ HEAVY = {
     "torch": {"encoders", "launch", "demo", "doctor", "serve"},
     "open_clip": {"encoders", "demo"},
     "simplejpeg": {"encoders"},
+    "onnxruntime": {"encoders"},
     "faiss": {"libfaiss"},
     "autofaiss": {"index"},
     "fastapi": {"serve"},

@@ -72,10 +72,11 @@ def resolve(
     return EncoderSpec(model, pretrained, weights, preprocess, precision)
 
 
-def load(spec: EncoderSpec, device: str = "auto", options: dict[str, Any] | None = None) -> Encoder:
+def load(spec: EncoderSpec, device: str = "auto", options: dict[str, Any] | None = None, compiled: int = 0) -> Encoder:
     """Load an encoder; EncoderError if its weights are not those of the spec.
 
     `device` is auto (cuda where there is one), cpu, cuda or cuda:N; storage `options` are for weights at a URL.
+    `compiled` is the size of the batches that its image tower is compiled for (0: not), if there is one to compile.
     """
     located = replace(spec, model=_located(spec.model), pretrained=_copied(spec.pretrained, options))
     found = _family(spec.model).weights_digest(located.model, located.pretrained)
@@ -84,7 +85,7 @@ def load(spec: EncoderSpec, device: str = "auto", options: dict[str, Any] | None
             f"the weights of {spec.model} {spec.pretrained} are {found[:12]}, planned were {spec.weights[:12]}: "
             "put the planned weights back, or plan into another --output"
         )
-    encoder: Encoder = _family(spec.model).load(located, device)
+    encoder: Encoder = _family(spec.model).load(located, device, compiled)
     return encoder
 
 

@@ -29,8 +29,8 @@ def weights_digest(model: str, pretrained: str) -> str:
     return hashlib.sha256(model.encode()).hexdigest()
 
 
-def load(spec: EncoderSpec, device: str) -> FakeEncoder:
-    """`device` is ignored."""
+def load(spec: EncoderSpec, device: str, compiled: int) -> FakeEncoder:
+    """`device` and `compiled` are ignored."""
     return FakeEncoder(int(spec.model.removeprefix("fake:")))
 
 

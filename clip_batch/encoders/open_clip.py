@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from clip_batch.encoders import Array, Pixels
 
+    Tower = Callable[[torch.Tensor], torch.Tensor]
+
 _PLAIN_PREPROCESSING = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
     "std": [0.26862954, 0.26130258, 0.27577711],
@@ -95,23 +97,32 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def load(spec: EncoderSpec, device: str) -> OpenClipEncoder:
-    """Load the model onto a device; EncoderError if it cannot be."""
+def load(spec: EncoderSpec, device: str, compiled: int) -> OpenClipEncoder:
+    """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
     from clip_batch.encoders import pick_device
 
     device = pick_device(device)
+    int8 = spec.precision == "int8"
+    if int8 and (device != "cpu" or compiled):
+        raise EncoderError("precision int8 is for CPUs, and not compiled: give --device cpu, leave out --compile")
     logging.getLogger("open_clip").setLevel(logging.ERROR)
     import open_clip
 
+    precision = "fp32" if int8 else spec.precision
     try:
         model, _, transform = open_clip.create_model_and_transforms(
-            spec.model, pretrained=spec.pretrained or None, precision=spec.precision, device=device
+            spec.model, pretrained=spec.pretrained or None, precision=precision, device=device
         )
         tokenizer = open_clip.get_tokenizer(spec.model)
     except Exception as error:
         raise EncoderError(f"open_clip cannot load {spec.model} {spec.pretrained}: {_line(error)}") from None
-    dtype = open_clip.get_input_dtype(spec.precision)
-    return OpenClipEncoder(model.eval(), transform, spec.preprocess, tokenizer, device, dtype)
+    dtype = open_clip.get_input_dtype(precision)
+    encoder = OpenClipEncoder(model.eval(), transform, spec.preprocess, tokenizer, device, dtype)
+    if compiled:
+        encoder.compile(compiled)
+    if int8:
+        encoder.quantize()
+    return encoder
 
 
 class OpenClipEncoder:
@@ -131,12 +142,41 @@ class OpenClipEncoder:
         self._prepare = pixels.preparing(preprocess, steps, last)
         self._normalized = pixels.normalizer(last, self._device) if last else None
         self._dtype = dtype or torch.float32  # of the pixels; open_clip keeps some weights in float32
+        self._tower: Tower = model.encode_image
+        self._compiled, self._size = self._tower, 0  # the one for batches of so many images
         self.dim = int(self.encode_texts(["a"]).shape[1])
+
+    def compile(self, size: int) -> None:
+        """Compile the image tower for batches of `size` images; EncoderError if it cannot be."""
+        from clip_batch.encoders.compiled import compiled
+
+        self._compiled, self._size = compiled(self._tower, self._blank(size)), size
+
+    def quantize(self) -> None:
+        """Put the image tower in int8; EncoderError if it cannot be."""
+        from clip_batch.encoders.int8 import quantized
+
+        self._tower = quantized(self._model, self._blank(1))
+
+    def _blank(self, size: int) -> torch.Tensor:
+        """So many images (size, 3, h, w) of the model's size, all zero."""
+        import open_clip
+        import torch
+
+        side = open_clip.get_model_preprocess_cfg(self._model)["size"]
+        height, width = (side, side) if isinstance(side, int) else side
+        with torch.inference_mode():  # as all batches are: else they would be of another kind to the compiler
+            return torch.zeros(size, 3, height, width, device=self._device, dtype=self._dtype)
 
     def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
         return self._prepare(data, max_pixels)
 
     def encode_images(self, batch: Pixels) -> Array:
+        import numpy as np
+
+        if len(batch) < self._size:  # another shape would be compiled anew
+            blank = np.zeros((self._size - len(batch), *batch.shape[1:]), batch.dtype)
+            return in_halves(self._encode, np.concatenate([batch, blank]))[: len(batch)]
         return in_halves(self._encode, batch)
 
     def _encode(self, batch: Pixels) -> Array:
@@ -148,7 +188,9 @@ class OpenClipEncoder:
         with torch.inference_mode():
             if self._normalized:
                 pixels = self._normalized(pixels)
-            return self._host(self._model.encode_image(pixels.to(self._device, self._dtype)))
+            pixels = pixels.to(self._device, self._dtype)
+            tower = self._compiled if len(pixels) == self._size else self._tower
+            return self._host(tower(pixels))
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
         import torch

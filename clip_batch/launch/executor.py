@@ -18,7 +18,7 @@ from clip_batch import encoders, part
 from clip_batch.config import EmbedConfig, MergeConfig, StorageConfig
 from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.plan import load_plan
-from clip_batch.stages.embed import Outcome, embed
+from clip_batch.stages.embed import Outcome, compiled_size, embed
 from clip_batch.store import Store
 from clip_batch.submission import Submission
 from clip_batch.types import EncoderSpec, Plan
@@ -118,7 +118,7 @@ def _embed(work: Work, plan: Plan, todo: list[int], run: Run, context: Any) -> l
     if gpu := context.resources().get("gpu"):
         pin(gpu.addresses)
         config = replace(config, device="cuda:0" if config.device == "auto" else config.device)
-    loaded = encoder(plan.encoder, config.device, json.dumps(work.storage.storage_options))
+    loaded = encoder(plan.encoder, config.device, json.dumps(work.storage.storage_options), compiled_size(config))
     return embed(work.output, config, todo, work.storage, run, loaded)
 
 
@@ -137,12 +137,12 @@ def pin(addresses: Sequence[str]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def encoder(spec: EncoderSpec, device: str, options: str) -> Encoder:
+def encoder(spec: EncoderSpec, device: str, options: str, compiled: int) -> Encoder:
     """The encoder of this process: Spark reuses its Python workers, so each loads it once."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
     line = f"process {os.getpid()} loads {spec.model} on {device}, CUDA_VISIBLE_DEVICES={shown}"
     print(f"clip-batch: {line}", file=sys.stderr, flush=True)
-    return encoders.load(spec, device, json.loads(options))
+    return encoders.load(spec, device, json.loads(options), compiled)
 
 
 def merge_task(

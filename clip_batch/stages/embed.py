@@ -109,10 +109,20 @@ def embed(
         return []
     run = run or Run()
     run.total = len(todo)
-    encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options)
+    encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options, compiled_size(config))
     gpus = 0 if encoders.pick_device(config.device) == "cpu" else 1
     with recorded(store, run, gpus):
-        return _Worker(store, plan, config, storage, run, encoder, gpus).embed(todo)
+        return _Worker(store, plan, config, storage, run, encoder).embed(todo)
+
+
+def batch_size(config: EmbedConfig) -> int:
+    """Images of a forward pass."""
+    return config.batch_size or (32 if encoders.pick_device(config.device) == "cpu" else 256)
+
+
+def compiled_size(config: EmbedConfig) -> int:
+    """Images of a batch that the encoder is compiled for, as `encoders.load` takes it; 0: it is not."""
+    return batch_size(config) if config.compile else 0
 
 
 class _Order:
@@ -149,12 +159,11 @@ class _Worker:
         storage: StorageConfig,
         run: Run,
         encoder: Encoder,
-        gpus: int,
     ) -> None:
         self.store, self.plan, self.config, self.storage = store, plan, config, storage
         self.run, self.encoder = run, encoder
         self.abandoned: set[int] = set()
-        self.batch_size = config.batch_size or (256 if gpus else 32)
+        self.batch_size = batch_size(config)
         self.prefetch = parse_bytes(config.prefetch)
 
     def embed(self, todo: list[Partition]) -> list[Outcome]:

@@ -1,0 +1,79 @@
+"""Images a second of the image tower alone: eager, compiled, int8, in interleaved rounds; prints JSON.
+
+python -m tests.bench.engines [--model ViT-B-32] [--pretrained PATH] [--batch 32] [--rounds 8]
+
+Without a checkpoint the weights are random. `load_s` is loading the model, and compiling or quantizing
+it; cosines are against eager, over one batch of the demo's pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+
+import numpy as np
+
+from clip_batch import encoders
+from clip_batch.demo import data
+from clip_batch.encoders import Encoder
+
+
+def checkpoint(model: str, home: str) -> str:
+    """The path of random weights for an open_clip model."""
+    import open_clip
+    import torch
+
+    path = f"{home}/random.pt"
+    torch.save(open_clip.create_model(model).state_dict(), path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--pretrained", default="")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=8)
+    options = parser.parse_args()
+    engines: dict[str, Encoder] = {}
+    load: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as home:
+        weights = options.pretrained or checkpoint(options.model, home)
+        for name, precision, compiled in (
+            ("eager", "fp32", 0),
+            ("compiled", "fp32", options.batch),
+            ("int8", "int8", 0),
+        ):
+            spec = encoders.resolve(options.model, weights, "fast", precision)
+            started = time.perf_counter()
+            engines[name] = encoders.load(spec, "cpu", compiled=compiled)
+            load[name] = round(time.perf_counter() - started, 1)
+    images = data.load()["image"].to_pylist()[: options.batch]
+    pixels = np.stack([engines["eager"].preprocess(image, 10**8) for image in images])
+    vectors = {name: engine.encode_images(pixels) for name, engine in engines.items()}
+    wall, cpu = dict.fromkeys(engines, 1e9), dict.fromkeys(engines, 1e9)
+    for _ in range(options.rounds):
+        for name, engine in engines.items():
+            started, used = time.perf_counter(), time.process_time()
+            engine.encode_images(pixels)
+            wall[name] = min(wall[name], time.perf_counter() - started)
+            cpu[name] = min(cpu[name], time.process_time() - used)
+    result = {
+        "benchmark": "engines",
+        "model": options.model,
+        "batch": len(images),
+        "threads": encoders.threads(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "load_s": load,
+        "images_s": {name: round(len(images) / value, 1) for name, value in wall.items()},
+        "cpu_ms_image": {name: round(1000 * value / len(images), 1) for name, value in cpu.items()},
+        "cosine_least": {name: float((vectors["eager"] * rows).sum(1).min()) for name, rows in vectors.items()},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
