@@ -108,7 +108,7 @@ def main() -> None:
         def whole(number: int) -> None:
             out = f"{home}/out{number}"
             make_plan(planned, out)
-            embed(out, EmbedConfig(batch_size=BATCH, device="cpu"), encoder=stub)
+            embed(out, EmbedConfig(batch_size=BATCH, device="cpu"), encoder=encoder)
 
         best: dict[str, float] = {}
         for number in range(1, arguments.rounds + 1):
