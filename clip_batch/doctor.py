@@ -137,10 +137,14 @@ def _gpu() -> Iterator[Check]:
 def _scratch() -> Iterator[Check]:
     """What is written to a remote OUT is spooled here first."""
     folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    enough = free >= LEAST_DISK
-    mend = "" if enough else ": a worker spools a partition's files there; set TMPDIR to a larger disk"
-    yield Check("scratch", True if enough else None, f"{free / 2**30:.0f} GiB free in {folder}{mend}")
+    mend = "a worker spools a partition's files there; set TMPDIR to a larger disk"
+    yield _room("scratch", shutil.disk_usage(folder).free, f" in {folder}", mend)
+
+
+def _room(name: str, free: int, where: str, mend: str) -> Check:
+    """Little room is a warning: how much is needed is a matter of the run."""
+    told = f"{free / 2**30:.0f} GiB free{where}"
+    return Check(name, True, told) if free >= LEAST_DISK else Check(name, None, f"{told}: {mend}")
 
 
 def _slurm() -> Iterator[Check]:
@@ -169,9 +173,7 @@ def _tools() -> Iterator[Check]:
 def _storage(store: Store) -> Iterator[Check]:
     """Tries what commits rest on: one creator wins, what was written is read, what is removed is gone."""
     if (free := store.free_space()) is not None:
-        enough = free >= LEAST_DISK
-        mend = "" if enough else ": little for a long run; make room, or name another --output"
-        yield Check("disk", True if enough else None, f"{free / 2**30:.0f} GiB free{mend}")
+        yield _room("disk", free, "", "little for a long run; make room, or name another --output")
     missing = _missing_folders(store)
     folder = f"_clip_batch/.doctor-{secrets.token_hex(8)}"
     race = f"{folder}/race"

@@ -282,21 +282,28 @@ def _search_past(
 def search_over(
     index: Index, query: Vectors, threshold: float, effort: int | None = None, removed: Removed | None = None
 ) -> tuple[Vectors, Ids]:
-    """The rows of a query (1, d) that score `threshold` or more: scores (n,) descending and ids (n,).
+    """The rows of a query (1, d) that score `threshold` or more: scores (n,) and ids (n,), by ascending id.
 
     In a kind of index that does not look for these, by ever deeper searches.
     """
     if _looked_at(index, effort) < float("inf"):
         selector = removed.selector if removed and len(removed.ids) else None
         scores, ids = _over(index, query, threshold, _parameters(index, effort, selector))
-        scores, ids = best(scores, ids, ids.shape[1])
-        return scores[0], ids[0]
+    else:
+        scores, ids = _search_over(index, query, threshold, effort, removed)
+    order = np.argsort(ids[0])
+    return scores[0, order], ids[0, order]
+
+
+def _search_over(
+    index: Index, query: Vectors, threshold: float, effort: int | None, removed: Removed | None
+) -> tuple[Vectors, Ids]:
     depth = min(FIRST_DEPTH, index.ntotal)
     while True:
         scores, ids = search(index, query, max(depth, 1), effort, removed)
         found = int(np.count_nonzero((ids[0] >= 0) & (scores[0] >= threshold)))
         if found < depth or depth >= index.ntotal:
-            return scores[0, :found], ids[0, :found]
+            return scores[:, :found], ids[:, :found]
         depth = min(8 * depth, index.ntotal)
 
 

@@ -282,8 +282,7 @@ class Searcher:
         for shard in shards:
             if stored is None:
                 scores, ids = faiss_index.search_over(shard.index, wanted, threshold, effort, shard.removed)
-                order = np.argsort(ids)
-                yield scores[order], ids[order] + shard.offset
+                yield scores, ids + shard.offset
                 continue
             for block in blocks(shard.rows):
                 ids = np.arange(block.start, block.stop) + shard.offset

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import tempfile
 import time
 import warnings
@@ -28,6 +29,7 @@ from PIL import Image
 from clip_batch.read import read_slice
 from clip_batch.types import EncoderSpec, Plan, Sample, Shard, Slice
 from tests import corpus
+from tests.bench.text import captions
 
 BATCH = 64
 AHEAD = 4 * BATCH
@@ -50,14 +52,14 @@ def photo(seed: int, side: int) -> bytes:
 
 
 def write_tars(folder: str, tars: int, samples: int, side: int = 256) -> list[str]:
-    """Tars of JPEGs with captions; their paths."""
+    """Tars of JPEGs with captions and empty side-cars; their paths."""
     photos = [photo(seed, side) for seed in range(KINDS)]
     paths = []
     for tar in range(tars):
         files = []
-        for number in range(samples):
+        for number, text in enumerate(captions(random.Random(tar), samples)):
             key = f"{tar:03d}{number:06d}"
-            files += [(f"{key}.jpg", photos[number % KINDS]), (f"{key}.txt", b"a caption of some words")]
+            files += [(f"{key}.jpg", photos[number % KINDS]), (f"{key}.txt", text.encode()), (f"{key}.json", b"{}")]
         paths.append(corpus.write_tar(f"{folder}/{tar:05d}.tar", files))
     return paths
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shlex
 import sys
 import tempfile
@@ -21,10 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import corpus
 from tests.bench.compare import build
-from tests.bench.data_path import KINDS, photo
-from tests.bench.text import captions
+from tests.bench.data_path import write_tars
 
 PEER = """
 import sys
@@ -32,17 +29,6 @@ from clip_retrieval.clip_inference.main import main
 main(sys.argv[1], sys.argv[2], input_format="webdataset", enable_metadata=True, output_partition_count=1,
      num_prepro_workers=int(sys.argv[4]), batch_size=64, clip_model=sys.argv[3], use_jit=False)
 """
-
-
-def write_tars(folder: str, tars: int, samples: int) -> None:
-    photos = [photo(seed, 256) for seed in range(KINDS)]
-    for tar in range(tars):
-        texts = captions(random.Random(tar), samples)
-        files = []
-        for number, text in enumerate(texts):
-            key = f"{tar:03d}{number:06d}"
-            files += [(f"{key}.jpg", photos[number % KINDS]), (f"{key}.txt", text.encode()), (f"{key}.json", b"{}")]
-        corpus.write_tar(f"{folder}/{tar:05d}.tar", files)
 
 
 def main() -> None:
