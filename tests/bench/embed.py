@@ -106,12 +106,11 @@ def main() -> None:
                 encoder.preprocess(sample.image or b"", 10**8)
 
         def whole(number: int) -> None:
-            out = f"{home}/out{number}"
-            make_plan(planned, out)
-            embed(out, EmbedConfig(batch_size=BATCH, device="cpu"), encoder=encoder)
+            embed(f"{home}/out{number}", EmbedConfig(batch_size=BATCH, device="cpu"), encoder=encoder)
 
         best: dict[str, float] = {}
         for number in range(1, arguments.rounds + 1):
+            make_plan(planned, f"{home}/out{number}")
             for name, work in (
                 ("read", read),
                 ("decode", decode),
