@@ -5,22 +5,23 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= clip-batch-demo
 
-.PHONY: demo test test-fast check docs bench services spark35 clip-retrieval clean
+.PHONY: demo test test-fast lowest check docs bench services spark35 clip-retrieval img2dataset clean
 .DELETE_ON_ERROR:
 
 $(STAMP): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slurm,spark,hdfs,int8,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps 'cn_clip==1.6.0' # it pins an lmdb that nothing here needs
 	touch $@
 
 demo: $(STAMP)          ## the whole line on embedded pictures, then the web page
 	$(BIN)/clip-batch demo $(DEMO)
 
-test: $(STAMP) check services spark35 clip-retrieval ## everything
+test: $(STAMP) check services spark35 clip-retrieval img2dataset ## everything
 	$(BIN)/python -m pytest
 
-services:               ## Chromium, SLURM, Java, HDFS's libraries: where apt cannot install what is missing, its tests are skipped
-	@PATH="$$PATH:/usr/sbin"; for need in chromium:chromium slurmctld:slurm-wlm java:default-jre-headless \
+services:               ## Chromium, SLURM, Java, HDFS's libraries, databases: where apt cannot install what is missing, its tests are skipped
+	@PATH="$$PATH:/usr/sbin"; for need in chromium:chromium slurmctld:slurm-wlm java:default-jre-headless mariadbd:mariadb-server-core pg_ctlcluster:postgresql \
 	  jersey1-server.jar:libjersey1-core-java,libjersey1-server-java,libjersey1-servlet-java,libjersey1-json-java,libjsr311-api-java \
 	  jetty9-server.jar:libjetty9-java servlet-api.jar:libservlet-api-java commons-daemon.jar:libcommons-daemon-java commons-codec.jar:libcommons-codec-java \
 	  jackson-databind.jar:libjackson2-databind-java,libjackson2-annotations-java,libjackson2-core-java; do \
@@ -41,8 +42,23 @@ clip-retrieval: .clip-retrieval/.installed ## clip-retrieval in an environment o
 	.clip-retrieval/bin/python -m pip install --quiet --no-compile --no-deps -r tests/clip-retrieval.txt
 	touch $@
 
+img2dataset: .img2dataset/.installed ## img2dataset likewise, for the tests of end2end
+.img2dataset/.installed: tests/img2dataset.txt
+	$(PYTHON) -m venv .img2dataset
+	.img2dataset/bin/python -m pip install --quiet --no-compile --no-deps -r tests/img2dataset.txt
+	touch $@
+
 test-fast: $(STAMP)     ## without torch and long runs
 	$(BIN)/python -m pytest -m "not slow"
+
+lowest: .lowest/.installed ## on the oldest versions that setup.cfg allows, whose own warnings are none of ours; TESTS="tests/test_models.py" for others
+	PATH="$(CURDIR)/.lowest/bin:$$PATH" .lowest/bin/python -m pytest -W default $(or $(TESTS),-m "not slow")
+
+.lowest/.installed: setup.cfg
+	$(PYTHON) -m venv --clear .lowest
+	.lowest/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=.lowest .lowest/bin/uv pip install --quiet --resolution lowest-direct --editable '.[all,dev]'
+	touch $@
 
 check: $(STAMP)         ## style, types, generated files
 	$(BIN)/ruff check .
@@ -53,9 +69,9 @@ check: $(STAMP)         ## style, types, generated files
 docs: $(STAMP)          ## regenerate configs/reference.yaml and docs/config.md
 	$(BIN)/python -m clip_batch.documents
 
-BENCHES ?= tar text data_path engines embed worker plan merge memory metadata remote serve status sweep compare
+BENCHES ?= tar text data_path dataset engines embed worker slow_worker scaling plan merge memory metadata metadata_provider remote serve status sweep compare laion
 bench: $(STAMP)         ## the benchmarks, an hour of them; each prints JSON; BENCHES="tar text" for some
 	for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name || exit 1; done
 
 clean:
-	rm -rf $(VENV) .spark35 .clip-retrieval $(DEMO)
+	rm -rf $(VENV) .lowest .spark35 .clip-retrieval .img2dataset $(DEMO)

@@ -13,6 +13,7 @@ from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, SearchConfig
 
 if TYPE_CHECKING:
     from clip_batch.client import Client
+    from clip_batch.dataset import FilteredDataset
     from clip_batch.plan import make_plan
     from clip_batch.stages.embed import embed
     from clip_batch.stages.merge import merge
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Client",
     "EmbedConfig",
+    "FilteredDataset",
     "MergeConfig",
     "PlanConfig",
     "SearchConfig",
@@ -37,6 +39,7 @@ __all__ = [
 
 _HOME = {
     "Client": "client",
+    "FilteredDataset": "dataset",
     "Searcher": "stages.search",
     "embed": "stages.embed",
     "make_plan": "plan",

@@ -15,7 +15,7 @@ class TargetConfig:
     """What a command works on and how it answers; each command takes those of these it needs."""
 
     output: str = ""
-    """The embeddings folder OUT: a path or any URL that fsspec opens."""
+    """The embeddings folder OUT, a path or any URL that fsspec opens; of `filter` and `end2end`, what they write."""
     index: list[str] = field(default_factory=list)
     """The index folder INDEX; `serve` takes several, each as INDEX or NAME=INDEX."""
     folder: str = "clip-batch-demo"
@@ -43,7 +43,9 @@ class TargetConfig:
     embedding: str = ""
     """A .npy file of one vector to search for."""
     deep: bool = False
-    """Read every byte, and the input again."""
+    """Read every byte, and the input again; of `export`: compare every row."""
+    verify: bool = False
+    """Of `export milvus` and `export sql`: write nothing, only compare what is there with the index."""
     keys: str = ""
     """Of `remove`: a file of values, one a line, or a Parquet or CSV file with that column."""
     images: bool = False
@@ -59,7 +61,9 @@ class TargetConfig:
     everything: bool = False
     """Of `gc`: remove uncommitted files of unfinished partitions too; no worker may be running."""
     serve: bool = True
-    """Of `demo`: go on to serve the index with its web page."""
+    """Of `demo` and `end2end`: go on to serve the index with its web page."""
+    allow: list[str] = field(default_factory=list)
+    """Of `serve-worker`: the folders, or URLs of some, that requests may read and write below."""
     json: bool = False
     """Answer in JSON on standard output."""
 
@@ -75,6 +79,38 @@ class StorageConfig:
 
 
 @dataclass(frozen=True)
+class DownloadConfig:
+    """Download the images of a URL list with img2dataset; see docs/end2end.md."""
+
+    urls: str = ""
+    """The list: a Parquet, CSV, TSV, JSON, JSONL or text file, a folder of them, or what `filter` wrote."""
+    url_column: str = "url"
+    """Its column of URLs."""
+    caption_column: str = "caption"
+    """Its column of captions; without a column `caption` there are none."""
+    save_columns: list[str] = field(default_factory=list)
+    """More of its columns that go into the metadata."""
+    img2dataset: str = "img2dataset"
+    """The img2dataset to run, best in an environment of its own."""
+    image_size: int = 256
+    """Pixels that images are resized to, in the way of `resize_mode`."""
+    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "keep_ratio"
+    """keep_ratio: the shorter side becomes `image_size`, which suits CLIP; border: a padded square; no: not resized."""
+    shard_samples: int = 10_000
+    """URLs of a tar: what is downloaded again after a kill, at the most, by each process."""
+    download_processes: int = 0
+    """Processes that download and resize, a tar each; 0: one a core."""
+    download_threads: int = 64
+    """Downloads at once of each process."""
+    timeout: float = 10.0
+    """Seconds without a byte after which a download has failed."""
+    retries: int = 1
+    """How often a failed download is tried again."""
+    img2dataset_options: dict[str, Any] = field(default_factory=dict)
+    """More of img2dataset's options, as JSON: {"min_image_size": 64, "user_agent_token": "example"}."""
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """Freeze what is to be embedded, by which encoder, in which partitions."""
 
@@ -83,11 +119,11 @@ class PlanConfig:
     format: Literal["tar", "files"] = "tar"
     """tar: webdataset tars; files: folder trees of images with .txt and .json beside them."""
     model: str = "ViT-B-32"
-    """Any open_clip model name, `hf-hub:...` or `local-dir:...`; `demo`; `fake:DIM` for tests."""
+    """open_clip's name, `hf:...`, `timm:...`, `cn-clip:...`, `mclip:...`, `onnx:...`; `demo`: see docs/models.md."""
     pretrained: str = ""
-    """open_clip's tag of pretrained weights, or the path or URL of a checkpoint."""
-    preprocess: Literal["fast", "exact"] = "fast"
-    """exact: the model's own transform, bit for bit; fast: nearly so, resized by torch instead of Pillow."""
+    """open_clip's tag of pretrained weights, or the path or URL of a checkpoint; many families need none."""
+    preprocess: Literal["fast", "exact", "scaled"] = "fast"
+    """exact: the model's own transform, bit for bit; fast: nearly so; scaled: for large JPEGs; see docs/formats.md."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Number format of the model's weights and arithmetic; int8: of its image side, on a CPU, captions in fp32."""
     partition_bytes: str = "4GB"
@@ -115,7 +151,9 @@ class EmbedConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compile: bool = False
-    """Compile the image tower first, once a worker: the same vectors (see docs/formats.md); needs g++."""
+    """Compile the image tower first, once a worker: the same vectors, sooner; see docs/formats.md for what it needs."""
+    share: bool = True
+    """When a slot is done, take partitions of slower workers that are at work; see docs/architecture.md."""
     max_pixels: int = 178_956_970
     """Images with more pixels are refused before they are decoded (Pillow's own limit)."""
     max_bad_share: float = 1.0
@@ -360,6 +398,22 @@ class ServeConfig:
     """Likewise, for hits that are not safe to show."""
     violence_head: str = ""
     """Likewise, for hits that show violence."""
+
+
+@dataclass(frozen=True)
+class DatabaseConfig:
+    """The databases that `export` fills and `serve` answers from, if both are named; best given in the environment."""
+
+    milvus: str = ""
+    """Where vectors are: http://[user:password@]host:port, or a path FILE.db for milvus-lite."""
+    milvus_token: str = ""
+    """Its token, or user:password, if it is not in the URL."""
+    milvus_index: Literal["AUTOINDEX", "FLAT", "IVF_FLAT", "HNSW"] = "AUTOINDEX"
+    """Kind of Milvus's own index; FLAT is exact."""
+    sql: str = ""
+    """Where metadata is: kind://user:password@host/database of SQLAlchemy, or the path of an SQLite file."""
+    table_prefix: str = "clip_batch"
+    """Tables and collections are named <table_prefix>_<version>."""
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

@@ -27,16 +27,16 @@ from clip_batch.errors import ClipBatchError, PlanError
 from clip_batch.store import Store
 
 TESTED = {
-    "numpy": ("1.26", "2"),
-    "pyarrow": ("25", "26"),
-    "fsspec": ("2026", "2027"),
-    "torch": ("2.15", "3"),
-    "open_clip_torch": ("3.3", "4"),
-    "faiss-cpu": ("1.15", "2"),
-    "autofaiss": ("2.18", "3"),
-    "pillow": ("13", "14"),
+    "numpy": ("1.26", "2", ""),
+    "pyarrow": ("25", "26", ""),
+    "fsspec": ("2026", "2027", ""),
+    "torch": ("2.15", "3", "embed"),
+    "open_clip_torch": ("3.3", "4", "embed"),
+    "pillow": ("13", "14", ""),
+    "faiss-cpu": ("1.15", "2", "merge"),
+    "autofaiss": ("2.18", "3", "merge"),
 }
-"""Package -> (from, below): the line of versions that the tests run with; others may well do."""
+"""Package -> (from, below, extra): the line of versions that the tests run with; others may well do."""
 
 RACERS = 8
 """Threads that try to create one name at once."""
@@ -92,11 +92,12 @@ def _python() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    for name, (least, below) in TESTED.items():
+    for name, (least, below, extra) in TESTED.items():
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Check(name, False, f"not installed: pip install '{name}>={least},<{below}'")
+            mend = f"pip install 'clip-batch[{extra}]', where this machine is to {extra}" if extra else ""
+            yield Check(name, None if extra else False, f"not installed: {mend or f'pip install {name}'}")
             continue
         tested = _numbers(least) <= _numbers(found) < _numbers(below)
         mend = f"{found} is not what is tested; if something fails: pip install '{name}>={least},<{below}'"
@@ -245,6 +246,7 @@ def _clean(store: Store, name: str, made: list[str]) -> None:
 
 def _plan(store: Store, works: bool) -> Iterator[Check]:
     from clip_batch import encoders
+    from clip_batch.encoders import hub
     from clip_batch.plan import load_plan
 
     try:
@@ -258,7 +260,7 @@ def _plan(store: Store, works: bool) -> Iterator[Check]:
     yield Check("plan", True, f"{len(plan.partitions):,} partitions, digest {plan.digest[:12]}")
     spec = plan.encoder
     try:
-        with _offline():
+        with hub.offline():
             found: Any = encoders.resolve(spec.model, spec.pretrained, spec.preprocess, spec.precision, store.options)
     except ClipBatchError as error:
         yield Check("weights", False, f"not on this machine: {error}")
@@ -268,23 +270,8 @@ def _plan(store: Store, works: bool) -> Iterator[Check]:
     yield Check("weights", fits, f"{spec.model} is what was planned ({spec.weights[:12]})" if fits else mend)
     if works and fits:
         started = time.monotonic()
-        with _offline():
-            encoder = encoders.load(spec, options=store.options)
+        encoder = encoders.load(spec, options=store.options)
+        if encoder.has_text:
             encoder.encode_texts(["a test"])
         seconds = time.monotonic() - started
         yield Check("model", True, f"loads and encodes on {encoders.pick_device('auto')} in {seconds:.1f} s")
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Weights must lie here already: workers often have no network."""
-    name = "HF_HUB_OFFLINE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -8,6 +8,7 @@ ClipBatchError
 |-- PartitionFailed  a policy says that too much of a partition is bad        exit 1
 |-- IncompleteError  what is asked needs partitions that are not committed    exit 1
 |-- CorruptError     stored bytes are not the bytes that were committed       exit 1
+|-- DatabaseError    a database cannot be reached, or holds something else  exit 1
 |-- ServiceError     a search service refuses a request of our client         exit 1
 |   `-- ServiceUnavailable  it cannot be reached, or has no time now          exit 1
 `-- Preempted        a signal asked the worker to stop; run it again          exit 75
@@ -54,6 +55,10 @@ class IncompleteError(ClipBatchError):
 
 class CorruptError(ClipBatchError):
     """Stored bytes are not the bytes that were committed."""
+
+
+class DatabaseError(ClipBatchError):
+    """A database cannot be reached, refuses what is asked, or does not hold what it should."""
 
 
 class ServiceError(ClipBatchError):

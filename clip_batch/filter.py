@@ -2,7 +2,7 @@
 
     DIR/rows/00000.parquet      id, score and the metadata, in groups of 10,000 rows
     DIR/images/00000.tar        <id>.<extension>, <id>.txt and <id>.json, as webdataset and `plan` read them
-    DIR/filter.json             written last: the query, rows, images
+    DIR/filter.json             written last: the query, rows, images, and which ids our planner located
 
 The Parquet files have the columns url and caption where the metadata has, which is what img2dataset reads.
 """
@@ -81,6 +81,7 @@ def filter_rows(
                 copied, missing = copied + there, missing + len(table) - there
     done = Filtered(rows, copied, missing)
     about = {"index": searcher.manifest.version, "k": k, "threshold": threshold, "modality": modality}
+    about["planned"] = lineage.planned(searcher.manifest)
     store.replace("filter.json", json.dumps({**about, **asdict(done)}, indent=1).encode())
     return done
 
@@ -113,6 +114,8 @@ def _copy_images(searcher: Searcher, table: pa.Table, store: Store, name: str) -
     copied = 0
     with store.writer(name) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row in table.to_pylist():
+            if not lineage.is_planned(searcher.manifest, row["id"]):
+                continue
             if (image := lineage.image(row, searcher.storage)) is None:
                 continue
             copied += 1

@@ -1,6 +1,6 @@
 """What an index takes, before there is one: read from the untrained index that its key makes.
 
-Bytes are those of the index file; in memory come about 50 bytes an inverted list and, behind an id
+Bytes are those of the index file; in memory come about 160 bytes an inverted list and, behind an id
 map, a hash table of its ids. Fast-scan lists are filled up to 32 rows each, which is not counted.
 """
 

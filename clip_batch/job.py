@@ -44,7 +44,10 @@ ROW_BYTES = 112
 """A row's share of what a shard task holds besides vectors and codes: list, place, flags, an id map's entry."""
 
 BASE_BYTES = 700_000_000
-"""What a merge task holds whatever its shard: Python with faiss and pyarrow, and the blocks in work."""
+"""What a merge task holds besides its shard and the template: Python with faiss and pyarrow, and the blocks in work."""
+
+LIST_BYTES = 160
+"""Memory of an inverted list, empty or not, besides what it takes in a file."""
 
 ATTEMPTS = "attempts"
 """Folder: `<shard>-<attempt>/` with an index shard's files until they have their final names."""
@@ -62,11 +65,7 @@ class Job:
     @cached_property
     def digest(self) -> str:
         """12 hex digits over the commits."""
-        commits = [
-            [commit.partition, commit.attempt, sorted(str(file["sha256"]) for file in commit.files.values())]
-            for commit in self.source.commits
-        ]
-        return _digest([commits, self.source.missing])
+        return digest(self.source)
 
     @cached_property
     def version(self) -> str:
@@ -88,23 +87,35 @@ class Job:
         """The factory string for an index of so many rows."""
         if self.config.index_key != "auto":
             return self.config.index_key
-        memory = parse_bytes(self.config.index_memory) // len(self.config.modalities)
+        wanted = [modality for modality in self.config.modalities if modality in self.kinds]
+        memory = parse_bytes(self.config.index_memory) // max(1, len(wanted))
         return index.choose_key(rows, self.source.dim, memory, self.config.flat_rows)
+
+    @cached_property
+    def _keys(self) -> set[str]:
+        return set(self.base.key.values()) if self.base else {self.key(self.source.rows)}
+
+    @cached_property
+    def task_bytes(self) -> int:
+        """Bytes of memory that a task takes whatever its rows."""
+        dim = self.source.dim
+        return BASE_BYTES + max(
+            footprint.template_bytes(key, dim) + LIST_BYTES * index.lists(key) for key in self._keys
+        )
 
     @cached_property
     def row_bytes(self) -> int:
         """Bytes of memory that a shard task takes for each row."""
-        keys = set(self.base.key.values()) if self.base else {self.key(self.source.rows)}
-        return 2 * self.source.dim + max(footprint.code_bytes(key, self.source.dim) for key in keys) + ROW_BYTES
+        return 2 * self.source.dim + max(footprint.code_bytes(key, self.source.dim) for key in self._keys) + ROW_BYTES
 
     def needs(self, rows: int) -> int:
         """Bytes of memory that a shard task of so many rows takes at the most; see docs/merge.md."""
-        return BASE_BYTES + self.row_bytes * rows
+        return self.task_bytes + self.row_bytes * rows
 
     @cached_property
     def shards(self) -> int:
         """How many index shards: as few as `shard_rows`, or else `max_memory`, allows. ConfigError: not both can be."""
-        room = parse_bytes(self.config.max_memory) - BASE_BYTES
+        room = parse_bytes(self.config.max_memory) - self.task_bytes
         most = max(0, room) // self.row_bytes
         rows = min(self.config.shard_rows or min(MOST_ROWS, max(1, most)), self.source.rows)
         if rows > most:
@@ -233,15 +244,28 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def digest(source: vectors.Embeddings) -> str:
+    """12 hex digits over the commits of OUT, and what it lacks."""
+    commits = [
+        [commit.partition, commit.attempt, sorted(str(file["sha256"]) for file in commit.files.values())]
+        for commit in source.commits
+    ]
+    return _digest([commits, source.missing])
+
+
+def open_source(out: Store, made_by: EncoderSpec, allow_partial: bool = False) -> vectors.Embeddings:
+    """OUT, or a folder that clip-retrieval wrote with the encoder `made_by`. Errors: as `open_embeddings`."""
+    if foreign.is_folder(out):
+        return foreign.open_folder(out, made_by)
+    return vectors.open_embeddings(out, load_plan(out), allow_partial)
+
+
 def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageConfig = StorageConfig()) -> Job:
     """Check the options, OUT and, to add to it, the live version, and give the job. Errors: see `merge`."""
     _check(config)
     out, home = Store(output, storage.storage_options), Store(index_url, storage.storage_options)
-    if foreign.is_folder(out):
-        encoder = EncoderSpec(config.made_by[0], "".join(config.made_by[1:]), weights="")
-        source: vectors.Embeddings = foreign.open_folder(out, encoder)
-    else:
-        source = vectors.open_embeddings(out, load_plan(out), config.allow_partial)
+    made_by = EncoderSpec(config.made_by[0], "".join(config.made_by[1:]), weights="")
+    source = open_source(out, made_by, config.allow_partial)
     base = load_manifest(home) if config.add and current_version(home) else None
     if base:
         _check_base(source, base)

@@ -53,6 +53,31 @@ def shard_of(manifest: Manifest, id: int) -> IndexShard:
     return manifest.shards[bisect_right(manifest.shards, id, key=lambda shard: shard.offset) - 1]
 
 
+def is_planned(manifest: Manifest, id: int) -> bool:
+    """Whether the shard and byte range of row `id` are what our planner recorded. ConfigError: there is no such row.
+
+    Of other rows they are only what data says of itself (embeddings or an index that clip-retrieval made), and
+    could name any file of this machine: never open those.
+    """
+    return _verified(manifest, shard_of(manifest, id))
+
+
+def planned(manifest: Manifest) -> list[tuple[int, int]]:
+    """The ids [start, stop) of all such rows, ascending."""
+    runs: list[tuple[int, int]] = []
+    for shard in manifest.shards:
+        right = _verified(manifest, shard)
+        if right and runs and runs[-1][1] == shard.offset:
+            runs[-1] = runs[-1][0], shard.offset + shard.rows
+        elif right:
+            runs.append((shard.offset, shard.offset + shard.rows))
+    return runs
+
+
+def _verified(manifest: Manifest, shard: IndexShard) -> bool:
+    return bool(manifest.sources) and manifest.sources[shard.source].verified
+
+
 def where(manifest: Manifest, id: int, row: dict[str, Any]) -> Lineage:
     """The lineage of row `id`, whose metadata is `row`. ConfigError: no such row, or its OUT is not recorded."""
     output = _source(manifest, shard_of(manifest, id).source).output
@@ -136,8 +161,8 @@ def _header(store: Store, path: str) -> tuple[tuple[int, int], np.dtype[Any], in
 def image(row: dict[str, Any], storage: StorageConfig = StorageConfig()) -> bytes | None:
     """A row's image file, by the byte range in its tar; None where it has none, or the tar has not got it now.
 
-    `shard` is the planner's own URL (a side-car field of that name never gets there), so data
-    cannot name a file of this machine.
+    Only for rows that are `planned`: their `shard` is the planner's own URL (a side-car field of that name never
+    gets there), so data cannot name a file of this machine.
     """
     if row.get("offset") is None or row.get("length") is None:
         return None

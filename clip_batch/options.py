@@ -23,6 +23,7 @@ from clip_batch.errors import ConfigError
 
 SECTIONS: dict[str, type] = {
     "storage": config.StorageConfig,
+    "download": config.DownloadConfig,
     "plan": config.PlanConfig,
     "embed": config.EmbedConfig,
     "merge": config.MergeConfig,
@@ -32,6 +33,7 @@ SECTIONS: dict[str, type] = {
     "spark": config.SparkConfig,
     "search": config.SearchConfig,
     "serve": config.ServeConfig,
+    "database": config.DatabaseConfig,
 }
 """YAML section -> the dataclass it fills. TargetConfig's fields stand at the top of the file."""
 

@@ -57,6 +57,11 @@ def committed(store: Store) -> set[int]:
     return {int(name) for name in commit_names(store)}
 
 
+def attempted(store: Store) -> set[int]:
+    """The partitions at which an attempt failed, whether they are committed now or not."""
+    return {found[0] for name in store.list(ATTEMPTS) if (found := parse_file_name(name))}
+
+
 def commit_names(store: Store) -> list[str]:
     """The zero-padded numbers of the committed partitions; spools and strangers' files are passed over."""
     return [name[:-5] for name in store.list(COMMITS) if name.endswith(".json") and name[:-5].isdigit()]
@@ -166,13 +171,17 @@ class PartWriter:
         self,
         rows: Sequence[dict[str, Any]],
         images: npt.NDArray[np.float32],
-        texts: npt.NDArray[np.float32],
+        texts: npt.NDArray[np.float32] | None,
     ) -> None:
-        """Append n rows: metadata dicts, image and text vectors of shape (n, dim), unit norm."""
+        """Append n rows: metadata dicts, image and text vectors of shape (n, dim), unit norm.
+
+        `texts` is None each time where the encoder has no text side: then the part has no text file.
+        """
         import numpy as np
 
         for folder, vectors in (("img_emb", images), ("text_emb", texts)):
-            self._spool(folder).write(np.ascontiguousarray(vectors, dtype=np.float16).tobytes())
+            if vectors is not None:
+                self._spool(folder).write(np.ascontiguousarray(vectors, dtype=np.float16).tobytes())
         self.rows += len(rows)
         for row in rows:
             self.shards[row["shard"]]["seen"] += 1

@@ -1,8 +1,8 @@
 """Recall against exact search, measured shard by shard and folded: no shard needs another's vectors.
 
-A trial holds, for held-out queries over some rows, the exact top-100 scores and, for each effort, the
-top-100 found: by which score they were ranked, and their exact score. Two trials over different rows
-fold into the trial over both. A found row counts at k when its exact score reaches the k-th exact
+A trial holds, for held-out queries over some rows, the exact top-100 scores and, for each effort, what was
+found: by which score it was ranked, and its exact score. Two trials over different rows fold into the
+trial over both, of the best ranked of both. A found row counts at k when its exact score reaches the k-th exact
 score less 1e-6: so of equal vectors any will do (recall by threshold, as ANN-benchmarks measures it).
 """
 
@@ -24,15 +24,17 @@ DEPTHS = (1, 10, 100)
 
 @dataclass(frozen=True)
 class Trial:
-    """exact (q, 100), descending; ranked and true (efforts, q, 100). float32, -inf where there are fewer rows."""
+    """exact (q, 100) and ranked (efforts, q, depth), descending; true, of the latter. float32, -inf beyond the rows."""
 
     exact: Floats
     ranked: Floats
     true: Floats
 
 
-def measure(own: Ids, exact: tuple[Floats, Ids], found: Sequence[tuple[Floats, Ids, Floats]]) -> Trial:
-    """The trial of queries over one shard.
+def measure(
+    own: Ids, exact: tuple[Floats, Ids], found: Sequence[tuple[Floats, Ids, Floats]], depth: int = TOP
+) -> Trial:
+    """The trial of queries over one shard, of the `depth` best ranked that were found.
 
     `own` (q,) is the shard row that a query is itself, to be left out (-1: none); `exact` has the scores
     and rows (q, any) of exact search, `found` for each effort the scores that ranked, the rows, and their
@@ -43,25 +45,30 @@ def measure(own: Ids, exact: tuple[Floats, Ids], found: Sequence[tuple[Floats, I
         return np.where((ids < 0) | (ids == own[:, None]), -np.inf, scores).astype(np.float32)
 
     truth = others(*exact)
-    tried = [_best(others(ranked, ids), others(ranked, ids), others(true, ids)) for ranked, ids, true in found]
+    tried = [_best(depth, others(ranked, ids), others(true, ids)) for ranked, ids, true in found]
     ranks, trues = zip(*tried, strict=True)
-    return Trial(_best(truth, truth)[0], np.stack(ranks), np.stack(trues))
+    return Trial(_best(TOP, truth)[0], np.stack(ranks), np.stack(trues))
 
 
-def _best(by: Floats, *arrays: Floats) -> list[Floats]:
-    """The TOP columns of arrays (..., any) by descending `by`, stable, padded with -inf to TOP."""
-    order = np.argsort(-by, axis=-1, kind="stable")[..., :TOP]
-    padding = [(0, 0)] * (by.ndim - 1) + [(0, TOP - order.shape[-1])]
-    return [np.pad(np.take_along_axis(array, order, -1), padding, constant_values=-np.inf) for array in arrays]
+def _best(count: int, by: Floats, *others: Floats) -> list[Floats]:
+    """The `count` columns of arrays (..., any) of largest `by`, stable, descending; padded with -inf."""
+    order = np.argsort(-by, axis=-1, kind="stable")[..., :count]
+    padding = [(0, 0)] * (by.ndim - 1) + [(0, count - order.shape[-1])]
+    return [np.pad(np.take_along_axis(array, order, -1), padding, constant_values=-np.inf) for array in (by, *others)]
 
 
 def fold(one: Trial, other: Trial) -> Trial:
-    """The trial over the rows of both."""
+    """The trial over the rows of both, of the same depth."""
     exact, ranked, true = (
         np.concatenate([getattr(one, name), getattr(other, name)], axis=-1) for name in ("exact", "ranked", "true")
     )
-    ranked, true = _best(ranked, ranked, true)
-    return Trial(_best(exact, exact)[0], ranked, true)
+    return Trial(_best(TOP, exact)[0], *_best(one.ranked.shape[-1], ranked, true))
+
+
+def reranked(trial: Trial) -> Trial:
+    """The trial with what was found ranked by exact score."""
+    (true,) = _best(trial.true.shape[-1], trial.true)
+    return Trial(trial.exact, true, true)
 
 
 def recall(trial: Trial, effort: int, k: int) -> float | None:
@@ -79,13 +86,16 @@ def recall(trial: Trial, effort: int, k: int) -> float | None:
 
 
 def least_effort(trials: list[Trial], target: float) -> tuple[int, bool]:
-    """(position, True) of the least effort whose recall@10 reaches the target in every trial; else (last, False)."""
-    last = len(trials[0].true) - 1
-    for at in range(last + 1):
-        found = [value for trial in trials if (value := recall(trial, at, 10)) is not None]
-        if all(value >= target for value in found):
+    """(position, True) of the least effort whose recall@10 reaches the target in every trial.
+
+    Where none does, (position, False) of the least that finds as much as the last.
+    """
+    places = range(len(trials[0].true))
+    found = [[value for trial in trials if (value := recall(trial, at, 10)) is not None] for at in places]
+    for at in places:
+        if all(value >= target for value in found[at]):
             return at, True
-    return last, False
+    return found.index(found[-1]), False
 
 
 def summary(trial: Trial, at: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from clip_batch import extras
 from clip_batch.errors import ClipBatchError, InputError
 from clip_batch.retry import retried
 
@@ -23,6 +24,9 @@ TEMPORARY = ".tmp-"
 
 REFUSING = ("s3", "s3a", "gs", "gcs", "hdfs", "viewfs")
 """Protocols whose `pipe_file(mode="create")` is one atomic request; an S3 server may ignore it all the same."""
+
+_NAMES = ({"s3", "s3a"}, {"gs", "gcs"})
+"""Protocols that are one."""
 
 _SECRET = re.compile(r"key|secret|token|password|credential|signature|sas", re.IGNORECASE)
 _IN_URLS = re.compile(
@@ -41,7 +45,7 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
     import fsspec
 
     protocol = url.partition("://")[0]
-    wanted = _own_options(protocol, options or {})
+    wanted = own_options(protocol, options or {})
     try:
         if protocol in ("hdfs", "viewfs") and importlib.util.find_spec("hdfs_native"):
             from clip_batch.hdfs import open_hdfs
@@ -50,10 +54,15 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
         if protocol in ("s3", "s3a"):  # `ask` repeats; botocore's own five tries at each request would multiply
             config = {"retries": {"total_max_attempts": 1}, **_signing(url), **wanted.get("config_kwargs", {})}
             wanted = {**wanted, "config_kwargs": config}
+        if protocol in ("gs", "gcs") and importlib.util.find_spec("gcsfs"):
+            from clip_batch.gcs import open_gcs
+
+            return open_gcs(url, {"use_listings_cache": False, **wanted})
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **wanted)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         said = redact(_first_line(error), options)
-        mend = "install the package it names, or mend the URL or --storage-options"
+        missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+        mend = extras.mend(missing) or "install the package it names, or mend the URL or --storage-options"
         raise InputError(f"cannot open {redact(url)}: {said}; {mend}") from None
     return fs, path
 
@@ -64,14 +73,16 @@ def _signing(url: str) -> dict[str, str]:
     return {} if bucket.startswith("arn:") or bucket.endswith("--x-s3") else {"signature_version": "s3v4"}
 
 
-def _own_options(protocol: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a protocol: those for all, but for other protocols' sections, then its own section."""
+def own_options(protocol: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a protocol: those for all but other protocols' sections, then its own, by any of its names."""
     from fsspec.registry import known_implementations
 
     protocols = (*known_implementations, *REFUSING)
     sections = {name for name, value in options.items() if name in protocols and isinstance(value, dict)}
     general = {name: value for name, value in options.items() if name not in sections}
-    return {**general, **(options[protocol] if protocol in sections else {})}
+    names = next((names for names in _NAMES if protocol in names), {protocol})
+    own = {name: value for section in sorted(names & sections) for name, value in options[section].items()}
+    return {**general, **own}
 
 
 class Unavailable(OSError):
@@ -144,7 +155,8 @@ def _first_line(error: BaseException) -> str:
 def redact(text: str, options: dict[str, Any] | None = None) -> str:
     """A text without the secret values of options, and without credentials within URLs."""
     for value in _secrets(options or {}):
-        text = text.replace(value, "...")
+        for form in (value, " ".join(value.split())):  # a key of several lines, in what became one
+            text = text.replace(form, "...")
     return _IN_URLS.sub(lambda found: f"{found[1]}=..." if found[1] else "...@", text)
 
 
@@ -191,7 +203,31 @@ def move(fs: Any, old: str, new: str) -> None:
         fs.mv(old, new)
 
 
+def uploads(fs: Any, folder: str) -> list[tuple[str, str]]:
+    """Path and upload id of each multipart upload to S3 below a folder that was begun and not completed."""
+    found: list[tuple[str, str]] = []
+    if "s3" not in _protocols(fs):
+        return found
+    bucket, _, prefix = folder.partition("/")
+    after: dict[str, str] = {}
+    while True:
+        answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **after)
+        found += [(f"{bucket}/{one['Key']}", one["UploadId"]) for one in answer.get("Uploads", ())]
+        if not answer.get("IsTruncated"):
+            return found
+        after = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+
+
+def abort(fs: Any, path: str, upload: str) -> None:
+    """Free what such an upload holds."""
+    bucket, _, key = path.partition("/")
+    fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
+
+
 def refuses(fs: Any) -> bool:
     """Whether a filesystem has the request that `put_if_absent` rests on (libhdfs, for one, has not)."""
-    names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    return not names.isdisjoint(REFUSING) and "arrow" not in type(fs).__module__
+    return not _protocols(fs).isdisjoint(REFUSING) and "arrow" not in type(fs).__module__
+
+
+def _protocols(fs: Any) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)

@@ -17,8 +17,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import IO, Any, TypeVar
 
+from clip_batch import remote
 from clip_batch.errors import InputError
 from clip_batch.ranged import open_ranged
 from clip_batch.remote import TEMPORARY as TEMPORARY
@@ -239,6 +241,16 @@ class Store:
                 os.unlink(self.path(name))
             else:
                 self._ask("removing", name, lambda: self._fs.rm_file(self._at(name)))
+
+    def abort_uploads(self, folder: str, orphan: Callable[[str], bool]) -> Sequence[str]:
+        """End S3's unfinished uploads to files of a folder of which `orphan` is true; their names in the folder."""
+        if self.local:
+            return []
+        found = self._ask("listing uploads of", folder, lambda: remote.uploads(self._fs, self._at(folder)))
+        ended = [(path, id) for path, id in found if orphan(path.rpartition("/")[2])]
+        for path, id in ended:
+            self._ask("ending an upload of", path, partial(remote.abort, self._fs, path, id))
+        return [path.rpartition("/")[2] for path, _ in ended]
 
     def rename(self, old: str, new: str) -> None:
         """Give a file the name `new`, in the place of any older one.

@@ -11,6 +11,7 @@ import re
 import secrets
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 
 from clip_batch import part
 from clip_batch.errors import PlanError
@@ -38,7 +39,11 @@ class Submission:
         """The partitions of a slot, [] where there are more slots than partitions; PlanError if out of range."""
         if not 0 <= slot < self.slots:
             raise PlanError(f"submission {self.id} has the slots 0 to {self.slots - 1}, not {slot}")
-        return parse_numbers(self.partitions)[slot :: self.slots]
+        return self._numbers[slot :: self.slots]
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        return parse_numbers(self.partitions)
 
 
 def missing(store: Store) -> list[int]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from clip_batch import duplicates, index, vectors
 from clip_batch.config import parse_bytes
 from clip_batch.errors import ConfigError
-from clip_batch.job import BASE_BYTES, CENTROIDS, DROPPED, DUPLICATES, QUERIES, TEMPLATE, Attempt, Job
+from clip_batch.job import CENTROIDS, DROPPED, DUPLICATES, QUERIES, TEMPLATE, Attempt, Job
 
 MOST_ORDER_LISTS = 4096
 """Of the k-means that orders the rows of an index without lists."""
@@ -99,7 +99,7 @@ def left_out(job: Job, trained: dict[str, Any], start: int, stop: int) -> Ids:
 
 def _sample_rows(job: Job, key: str) -> int:
     """Rows to train on; ConfigError if max_memory has no room for as many as were asked for."""
-    room = (parse_bytes(job.config.max_memory) - BASE_BYTES) // (TRAIN_BYTES * job.source.dim)
+    room = (parse_bytes(job.config.max_memory) - job.task_bytes) // (TRAIN_BYTES * job.source.dim)
     if job.config.train_rows > room:
         raise ConfigError(f"--max-memory {job.config.max_memory} has room for {max(room, 0):,} --train-rows")
     return job.config.train_rows or max(1, min(room, max(10_000, 64 * index.lists(key))))

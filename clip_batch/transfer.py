@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from clip_batch import presigned
+from clip_batch.direct import s3_chunks
 from clip_batch.errors import InputError, Preempted
 from clip_batch.remote import ask, filesystem
 
@@ -24,7 +24,11 @@ PIECE = 16 * 2**20
 THREADS = 4
 """Reads at once, each with a piece in memory; an object store gives one connection 50 to 100 MB/s."""
 
-_ETAGS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "modification_time", "created")
+# GCS's generation first: it changes with the bytes alone, and the etag there with each edit of the metadata too.
+_ETAGS = (
+    *("generation", "ETag", "etag", "mtime"),
+    *("LastModified", "last_modified", "Last-Modified", "modification_time", "created"),
+)
 _STREAM = 2**20
 _POLL = 0.25  # seconds until a request to stop is noticed
 
@@ -51,7 +55,7 @@ def source(url: str, options: dict[str, Any] | None = None) -> Source:
 
 
 class Version(NamedTuple):
-    """What a store says of a file: its size in bytes, and its etag or modification time; None: not said."""
+    """What a store says of a file: its size in bytes, and its etag, generation or modification time; None: not said."""
 
     size: int | None
     etag: str | None
@@ -127,7 +131,7 @@ def _chunks(source: Source, start: int, stop: int) -> Iterator[bytes | memoryvie
     fs, path = source.fs, source.path
     coming: Iterator[bytes | memoryview] = iter(())
     if source.url.startswith(("s3://", "s3a://")):
-        coming = presigned.chunks(fs, path, start, stop)
+        coming = s3_chunks(fs, path, start, stop)
     elif hasattr(fs, "chunks"):
         coming = fs.chunks(path, start, stop)
     first = next(coming, None)

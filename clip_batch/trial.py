@@ -11,7 +11,7 @@ import numpy.typing as npt
 from clip_batch import index, recall, vectors
 from clip_batch.job import TRUTH, Job
 from clip_batch.order import best
-from clip_batch.rerank import candidates, rerank, score
+from clip_batch.rerank import candidates, score
 from clip_batch.template import REFERENCE, read_queries, read_template
 
 SATURATED = 0.99
@@ -40,10 +40,12 @@ def run(
     factor: int,
     target: float,
     first: int | None = None,
+    shards: int = 1,
 ) -> dict[str, recall.Trial]:
-    """Exact and found neighbours, among the shard's rows, of the queries of each kind.
+    """Exact and found neighbours, among the rows of one of `shards`, of the queries of each kind.
 
-    `queries` has vectors (q, d) and which row each is itself, or -1. Tried are the efforts about the one that
+    `queries` has vectors (q, d) and which row each is itself, or -1. With a re-ranking `factor` the candidates are
+    found: which of them are re-ranked is decided among all shards'. Tried are the efforts about the one that
     brings the recall wanted, `target`, from `first` on (by default from the middle). Lesser ones count
     as if they found nothing, larger ones as if they found no more: no recall is reported too high.
     """
@@ -56,14 +58,22 @@ def run(
     start = efforts.index(first) if first in efforts else len(efforts) // 2
     trials = {}
     for kind, (asked, own) in queries.items():
-        found = _tries(made, rows, asked, efforts, start, factor, _measure(own, exact[kind]), target)
-        trials[kind] = recall.measure(own, exact[kind], found)
+        measure = _measure(own, exact[kind], factor, shards)
+        found = _tries(made, rows, asked, efforts, start, factor, measure, target)
+        trials[kind] = recall.measure(own, exact[kind], found, candidates(10, factor))
     return trials
 
 
-def _measure(own: Ids, exact: tuple[Vectors, Ids]) -> Callable[[Found], float]:
-    """What gives the recall@10 of what was found."""
-    return lambda found: recall.recall(recall.measure(own, exact, [found]), 0, 10) or 0.0
+def _measure(own: Ids, exact: tuple[Vectors, Ids], factor: int, shards: int) -> Callable[[Found], float]:
+    """What gives the recall@10 of what was found; with re-ranking, that of a shard's share of ten and of candidates."""
+    k = -(-10 // shards) if factor else 10
+    depth = candidates(10, factor) * k // 10
+
+    def reached(found: Found) -> float:
+        trial = recall.measure(own, exact, [found], depth)
+        return recall.recall(recall.reranked(trial) if factor else trial, 0, k) or 0.0
+
+    return reached
 
 
 def _tries(
@@ -115,11 +125,7 @@ def _exact(rows: vectors.Ordered, queries: Vectors) -> tuple[Vectors, Ids]:
 
 def _search(made: Any, rows: vectors.Ordered, queries: Vectors, effort: int | None, factor: int) -> Found:
     """As a Searcher of this index will: recall@10 is what the effort is tuned for."""
-    if factor:
-        _, ids = index.search(made, queries, candidates(10, factor), effort)
-        scores, ids = rerank(queries, ids, rows, DEPTH)
-        return scores, ids, scores
-    scores, ids = index.search(made, queries, DEPTH, effort)
+    scores, ids = index.search(made, queries, candidates(10, factor), effort)
     return scores, ids, score(queries, ids, rows)
 
 
@@ -139,7 +145,9 @@ def tune(job: Job, trained: dict[str, Any], progress: Say) -> tuple[Any, Any, An
         shown = ", ".join(f"{kind} queries {line['10']:.3f}" for kind, line in measured[modality].items())
         progress(f"{modality}: recall@10 {shown or 'not measurable'} at effort {effort[modality]}")
         if not reached:
-            progress(f"{modality}: no effort reaches recall@10 of {job.config.recall_target}: the largest is recorded")
+            mend = f", --rerank {job.rerank} may be too little" if job.rerank else ""
+            wanted = f"recall@10 of {job.config.recall_target}"
+            progress(f"{modality}: no effort reaches {wanted}: the largest that gained is recorded{mend}")
         if job.base:
             was = job.base.effort[modality]
             then = candidates.index(was) if was in candidates else 0
@@ -172,4 +180,4 @@ def _fold(job: Job, modality: str, kind: str) -> recall.Trial:
             trial = recall.Trial(*(saved[f"{modality}.{own}.{field}"] for field in ("exact", "ranked", "true")))
         whole = recall.fold(whole, trial) if whole else trial
     assert whole is not None
-    return whole
+    return recall.reranked(whole) if job.rerank else whole

@@ -32,9 +32,13 @@ SILENT = 3 * BEAT
 
 @dataclass
 class Run:
-    """One process's run of `embed`, shared with its launcher: who started it, its counters, its stop signal."""
+    """One process's run of `embed`, shared with its launcher: who started it, its counters, its stop signal.
+
+    `slot` (see `slots.Slot`) is where its partitions come from, if from a slot. `tell` asks for a record now.
+    """
 
     job: str = ""
+    slot: tuple[int, int, str] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     total: int = 0
     partitions: int = 0
@@ -42,6 +46,7 @@ class Run:
     failed: int = 0
     running: set[int] = field(default_factory=set)
     committed: list[Commit] = field(default_factory=list)
+    tell: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Record:
     samples: int
     running: list[int]
     committed: dict[str, dict[str, Any]]
+    slot: tuple[int, int, str] | None = None
 
     @property
     def alive(self) -> bool:
@@ -79,15 +85,18 @@ def recorded(store: Store, run: Run, gpus: int) -> Iterator[None]:
             str(commit.partition): {key: getattr(commit, key) for key in _COUNTS} for commit in list(run.committed)
         }
         running = sorted(run.running.copy())
-        record = Record(worker, run.job, gpus, started, time.time(), stop.is_set(), run.samples, running, counts)
+        now, ended = time.time(), stop.is_set()
+        record = Record(worker, run.job, gpus, started, now, ended, run.samples, running, counts, run.slot)
         with contextlib.suppress(Exception):  # a worker must not fail for want of a report
             store.replace(name, json.dumps(vars(record)).encode())
 
     def beat() -> None:
         pause = 0.5
-        while not stop.wait(pause):
+        while not stop.is_set():
+            if not run.tell.wait(pause):
+                pause = min(2 * pause, BEAT)
+            run.tell.clear()
             write()
-            pause = min(2 * pause, BEAT)
 
     thread = threading.Thread(target=beat, daemon=True, name="record")
     thread.start()
@@ -95,6 +104,7 @@ def recorded(store: Store, run: Run, gpus: int) -> Iterator[None]:
         yield
     finally:
         stop.set()
+        run.tell.set()
         thread.join()
         run.running.clear()
         write()

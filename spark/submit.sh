@@ -28,5 +28,6 @@ set -- --master "$MASTER" --conf "spark.pyspark.python=$PYTHON"
 # and the driver below is a path in the image: local:///opt/clip-batch/driver.py
 
 # Credentials: in CLIP_BATCH_STORAGE_OPTIONS of this shell (client mode), never as a flag or a property.
+# shellcheck disable=SC2086  # several flags
 exec "${SPARK_SUBMIT:-spark-submit}" "$@" --name clip-batch --properties-file "$PROPERTIES" \
     "$here/driver.py" --output "$OUT" --tasks "$TASKS" ${INDEX:+--index "$INDEX"} ${DRIVER_FLAGS:-}

@@ -17,6 +17,7 @@ from clip_batch.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
 Vectors = npt.NDArray[np.float32]
+Place = Path | str | Store
 ENCODER = EncoderSpec("fake:8", "", "0" * 64)
 
 
@@ -33,16 +34,20 @@ def clustered(rows: int, dim: int, clusters: int, seed: int = 0, spread: float =
     return images, unit(images + noise[1])
 
 
-def make_plan(out: Path | str, partitions: int) -> Plan:
+def store_of(out: Place) -> Store:
+    return out if isinstance(out, Store) else Store(str(out))
+
+
+def make_plan(out: Place, partitions: int) -> Plan:
     shards = [Shard(f"s3://bucket/{number:05d}.tar", 1, None, None) for number in range(partitions)]
     draft = Plan(tuple(Partition(i, (Slice(shard),)) for i, shard in enumerate(shards)), ENCODER, fields={"n": "int64"})
     plan = replace(draft, digest=plans._digest(draft))
-    plans._write(Store(str(out)), plan, shards, {"partitions": partitions}, PlanConfig())
+    plans._write(store_of(out), plan, shards, {"partitions": partitions}, PlanConfig())
     return plan
 
 
 def commit(
-    out: Path | str,
+    out: Place,
     plan: Plan,
     partition: int,
     images: Vectors,
@@ -62,13 +67,13 @@ def commit(
         }
         for row in range(len(images))
     ]
-    with PartWriter(Store(str(out)), plan, partition, images.shape[1]) as writer:
+    with PartWriter(store_of(out), plan, partition, images.shape[1]) as writer:
         if rows:
             writer.add(rows, images, texts)
         assert writer.commit(encoder)
 
 
-def make_out(out: Path | str, images: Vectors, texts: Vectors, sizes: Sequence[int], skip: Sequence[int] = ()) -> Plan:
+def make_out(out: Place, images: Vectors, texts: Vectors, sizes: Sequence[int], skip: Sequence[int] = ()) -> Plan:
     """An OUT with a partition of each size; those in `skip` are not committed."""
     plan = make_plan(out, len(sizes))
     ends = np.cumsum([0, *sizes])

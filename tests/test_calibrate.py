@@ -34,6 +34,7 @@ class Stub:
     """An encoder that takes so many seconds an image to prepare, a batch and an image of it to encode."""
 
     dim = 4
+    has_text = True
 
     def __init__(self, prepare: float = 0, batch: float = 0, image: float = 0, fits: int = 10_000) -> None:
         self.prepare, self.batch, self.image, self.fits = prepare, batch, image, fits
@@ -99,6 +100,7 @@ def test_decode_bound(planned: str) -> None:
     assert found.advice.bound == "decode"
     assert found.advice.rate == found.measured.decode_all <= 100
     assert found.measured.decode_one <= 50
+    assert found.measured.side == 32
     assert found.advice.cpus_per_gpu and found.advice.cpus_per_gpu > 20
 
 
@@ -221,7 +223,7 @@ def test_without_plan_or_weights(planned: str, tmp_path: Path, monkeypatch: pyte
 
 
 FIGURES = Measured(
-    "cuda", 8, 512, 0.0, 0, 10_000.0, 50_000.0, 5e8, 1_000.0, 8_000.0, ((64, 900.0), (128, 2_000.0)), 5.0
+    "cuda", 8, 512, 0.0, 0, 10_000.0, 50_000.0, 5e8, 1_000.0, 8_000.0, ((64, 900.0), (128, 2_000.0)), 5.0, 32.0
 )
 
 
@@ -275,9 +277,24 @@ def test_partitions(samples: float | None, partitions: int, workers: int, second
     assert (found.partition_seconds, found.planned_partitions) == (pytest.approx(seconds), judged)
     assert found.partition_samples == pytest.approx(2_000 * seconds, rel=0.05)
     assert found.partition_bytes == pytest.approx(2_000 * seconds * 10_000, rel=0.05)
-    text = describe(Calibration("tar", FIGURES, found))
+    text = describe(Calibration("tar", "fast", FIGURES, found))
     assert ("too small" in text, "too large" in text) == (judged == "small", judged == "large")
     assert "--partition-bytes" in text and ("GPU-hours" in text) == (samples is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "preprocess", "told"),
+    [
+        ({"side": 2_048.0, "decode_all": 1_500.0}, "fast", True),
+        ({"side": 2_048.0, "decode_all": 1_500.0}, "scaled", False),
+        ({"side": 640.0, "decode_all": 1_500.0}, "fast", False),
+        ({"side": 2_048.0}, "fast", False),  # the model binds
+    ],
+)
+def test_scaled_is_for_large_jpegs_where_decoding_binds(change: dict[str, Any], preprocess: str, told: bool) -> None:
+    figures = replace(FIGURES, **change)
+    text = describe(Calibration("tar", preprocess, figures, advise(figures, 1e6, 10)))
+    assert ("JPEGs of 2,048 pixels and more: planned with --preprocess scaled" in text) == told
 
 
 def test_samples_of_a_plan() -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from clip_batch import part
+from clip_batch.documents import ROOT
 from clip_batch.manifest import load_manifest
 from clip_batch.stages.search import Searcher
 from clip_batch.store import Store
@@ -58,8 +60,9 @@ def test_every_command_on_it(folder: Path, tmp_path: Path) -> None:
     assert "0 files removed" in run("gc", "--output", out)
     assert "0 partitions done" in run("repair", "--output", out)
     assert "ok" in run("doctor", "--output", out)
-    hits = json.loads(run("search", "--index", index, "--text", "西瓜", "-k", "3", "--json"))
-    assert any("watermelon" in hit["metadata"]["caption"] for hit in hits)
+    for text in ("watermelon", "西瓜"):
+        hits = json.loads(run("search", "--index", index, "--text", text, "-k", "3", "--json"))
+        assert any("watermelon" in hit["metadata"]["caption"] for hit in hits)
     vector = tmp_path / "v.npy"
     with Searcher(index) as searcher:
         np.save(vector, searcher.reconstruct([5]))
@@ -152,6 +155,14 @@ def service(folder: Path) -> Any:
     process.communicate(timeout=20)
 
 
+def test_the_snippet_of_demo_md_finds_the_same_by_both_languages(service: str) -> None:
+    text = (ROOT / "docs" / "demo.md").read_text()
+    snippet = textwrap.dedent(re.findall(r"(?m)(?:^(?:    .*)?\n)+", text[text.index("from Python") :])[0])
+    snippet = snippet.replace("http://127.0.0.1:1234", service)
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["watermelon watermelon. 西瓜", "西瓜 watermelon. 西瓜"], done.stderr
+
+
 def test_the_service_answers_and_serves_images(service: str) -> None:
     code, body, _ = get(f"{service}/v1/search", {"text": "watermelon", "k": 4})
     hits = json.loads(body)["hits"]
@@ -204,11 +215,12 @@ def test_the_page_in_a_browser(service: str, tmp_path: Path) -> None:
         requests: list[str] = []
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(service)
-        page.get_by_label("Search text").fill("watermelon")
-        page.get_by_role("button", name="Search", exact=True).click()
-        page.wait_for_selector(".hit img")
-        assert "watermelon" in page.locator(".hit").first.inner_text()
+        for text in ("watermelon", "西瓜"):
+            page.goto(service)
+            page.get_by_label("Search text").fill(text)
+            page.get_by_role("button", name="Search", exact=True).click()
+            page.wait_for_selector(".hit img")
+            assert "watermelon" in page.locator(".hit").first.inner_text()
         page.locator(".hit").nth(3).click()
         page.wait_for_function("() => document.querySelector('#note').textContent.includes('images like')")
         page.set_input_files("#file", str(next(iter(_pictures(tmp_path)))))

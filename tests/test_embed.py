@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,17 +21,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch import part
+from clip_batch import encoders, part
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.errors import EncoderError, PlanError, Preempted
+from clip_batch.part import committed
 from clip_batch.plan import load_plan, make_plan
-from clip_batch.stages.embed import embed, slot_partitions
+from clip_batch.slots import Slot, partitions
+from clip_batch.stages.embed import Outcome, embed
 from clip_batch.stages.repair import gc, repair
 from clip_batch.stages.status import status
 from clip_batch.stages.verify import verify_output
 from clip_batch.store import Store
 from clip_batch.types import Plan
-from clip_batch.workers import Run
+from clip_batch.workers import Run, read_records
 from tests import corpus
 
 SMALL = EmbedConfig(batch_size=16, threads=2)
@@ -80,6 +84,35 @@ def test_rows_are_the_tars_in_order_whatever_the_threads(tars: list[str], tmp_pa
     assert verify_output(Store(out), deep=True).problems == {}
 
 
+def test_a_gpu_has_its_next_batch_while_it_works_on_one(tars: list[str], tmp_path: Path) -> None:
+    class Uneven:
+        """Every other batch takes long, so that the next one ends before it, if it has begun."""
+
+        def __init__(self, encoder: Any) -> None:
+            self.dim, self.has_text, self.preprocess = encoder.dim, True, encoder.preprocess
+            self.encode_texts, self.encoder = encoder.encode_texts, encoder
+            self.calls, self.at_once, self.most, self.lock = 0, 0, 0, threading.Lock()
+
+        def encode_images(self, batch: Any) -> Any:
+            with self.lock:
+                self.calls += 1
+                self.at_once += 1
+                self.most, late = max(self.most, self.at_once), self.calls % 2
+            time.sleep(0.02 * late)
+            with self.lock:
+                self.at_once -= 1
+            return self.encoder.encode_images(batch)
+
+    found = []
+    for device, most in (("cpu", 1), ("cuda", 2)):
+        out = str(tmp_path / device)
+        encoder = Uneven(encoders.load(plan(tars, out).encoder))
+        embed(out, replace(SMALL, device=device, batch_size=4), encoder=encoder)  # type: ignore[arg-type]
+        assert encoder.most == most
+        found.append(rows(out))
+    assert found[0] == found[1] and len(found[0]) == 240
+
+
 def test_vectors_are_unit_and_zero_without_a_caption(tmp_path: Path, out: str) -> None:
     tar = corpus.good_tar(str(tmp_path / "a.tar"), 20, seed=1, captions=[i % 2 == 0 for i in range(20)])
     plan([tar], out)
@@ -112,18 +145,18 @@ def test_slots_may_change_between_launches(
     home = tmp_path_factory.mktemp("slots")
     tars = [corpus.good_tar(str(home / f"{number}.tar"), 9, seed=number) for number in range(5)]
     out = str(home / "out")
-    frozen = plan(tars, out, partition_samples=5)
+    plan(tars, out, partition_samples=5)
     for slot in range(min(cut, first)):
-        embed(out, SMALL, slot_partitions(len(frozen.partitions), slot, first))
+        embed(out, SMALL, partitions(Store(out), Slot(slot, first)))
     for slot in range(second):
-        embed(out, SMALL, slot_partitions(len(frozen.partitions), slot, second))
+        embed(out, SMALL, partitions(Store(out), Slot(slot, second)))
     assert sorted(key for key, _, _ in rows(out)) == sorted(key for tar in tars for key in corpus.tar_keys(tar))
 
 
 def test_slots_are_checked(tars: list[str], out: str) -> None:
-    frozen = plan(tars, out)
+    plan(tars, out)
     with pytest.raises(PlanError, match="slot 3 of 3"):
-        slot_partitions(len(frozen.partitions), 3, 3)
+        partitions(Store(out), Slot(3, 3))
     with pytest.raises(PlanError, match="partition 6 does not exist"):
         embed(out, SMALL, [6])
 
@@ -167,7 +200,7 @@ def test_kill_and_resume_is_the_undisturbed_run(tmp_path: Path) -> None:
             break
     assert kills >= 2
     for slot in range(3):
-        embed(rough, EmbedConfig(batch_size=4), slot_partitions(len(frozen.partitions), slot, 3))
+        embed(rough, EmbedConfig(batch_size=4), partitions(Store(rough), Slot(slot, 3)))
     assert rows(rough) == rows(calm)
     gc(Store(rough))
     assert verify_output(Store(rough), deep=True).ok
@@ -425,3 +458,45 @@ def test_the_zoo_of_bad_input_is_embedded_or_listed(tmp_path: Path, out: str) ->
     ]
     assert len(listed) == sum(expected.values())
     assert all(row["message"] and row["shard"] for row in listed)
+
+
+class Held:
+    """An encoder that encodes when it is let."""
+
+    def __init__(self, encoder: encoders.Encoder, go: threading.Event) -> None:
+        self.dim, self.preprocess, self.encode_texts = encoder.dim, encoder.preprocess, encoder.encode_texts
+        self.has_text, self.encoder, self.go = encoder.has_text, encoder, go
+
+    def encode_images(self, batch: Any) -> Any:
+        assert self.go.wait(60)
+        return self.encoder.encode_images(batch)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_worker_that_is_done_helps_a_slow_one(share: bool, tmp_path: Path) -> None:
+    tars = [corpus.good_tar(f"{tmp_path}/{number}.tar", 9, seed=number) for number in range(3)]
+    out, config, go = f"{tmp_path}/out", replace(SMALL, share=share), threading.Event()
+    frozen = plan(tars, out, partition_samples=1)
+    store = Store(out)
+    encoder = encoders.load(frozen.encoder)
+
+    def work(run: Run, encoder: encoders.Encoder) -> list[Outcome]:
+        return embed(out, config, partitions(store, Slot(*run.slot)), run=run, encoder=encoder)
+
+    with ThreadPoolExecutor(1) as pool:
+        held = Run(slot=Slot(0, 3))
+        slow = pool.submit(work, held, Held(encoder, go))
+        at: set[int] = set()
+        while not at or at != held.running or at != set(read_records(store)[0].running):
+            at = set(held.running)
+            time.sleep(0.5)
+            held.tell.set()
+        fast = {outcome.partition: outcome.state for outcome in work(Run(slot=Slot(1, 3)), encoder)}
+        go.set()
+        late = {outcome.partition: outcome.state for outcome in slow.result()}
+    first, second, third = (set(partitions(store, Slot(slot, 3))) for slot in range(3))
+    assert second <= set(fast) and set(fast.values()) == set(late.values()) == {"committed"}
+    assert not third & committed(store), "a slot that nobody has begun is left alone"
+    assert set(fast) - second == (first - at if share else set())
+    assert not set(fast) & set(late)
+    assert set(fast) | set(late) == first | second == committed(store)

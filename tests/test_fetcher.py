@@ -24,7 +24,10 @@ from clip_batch.store import Store
 from clip_batch.transfer import Source, copy_range, pieces, source
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus
-from tests.s3_server import BUCKET, S3, SECRET
+from tests.gcs_server import gcs as gcs
+from tests.gcs_server import gcs_server as gcs_server
+from tests.proxy import Proxied
+from tests.s3_server import SECRET
 from tests.s3_server import s3 as s3
 from tests.s3_server import s3_server as s3_server
 
@@ -195,11 +198,15 @@ def test_what_a_program_registered_is_read_in_it() -> None:
 
 
 @pytest.mark.slow
-def test_large_slices_of_a_store_come_through_it(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
+def test_large_slices_of_a_store_come_through_it(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server: Proxied = request.getfixturevalue(kind)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setattr(ahead, "LARGE", 1)
     tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 30, seed=number) for number in range(4)]
-    store = Store(f"s3://{BUCKET}/fetched", s3.options)
+    store = Store(f"{server.bucket}/fetched", server.options)
     for tar in tars:
         store.replace(Path(tar).name, Path(tar).read_bytes())
     slices = [Slice(Shard(f"{store.url}/{Path(tar).name}", os.path.getsize(tar))) for tar in tars]
@@ -207,13 +214,13 @@ def test_large_slices_of_a_store_come_through_it(s3: S3, tmp_path: Path, monkeyp
     plan = corpus.plan_of()
 
     def contents(piece: Slice, files: Ahead | None) -> list[object]:
-        found = [item for item in read_slice(piece, plan, s3.options, files) if isinstance(item, Sample)]
+        found = [item for item in read_slice(piece, plan, server.options, files) if isinstance(item, Sample)]
         return [(item.key, bytes(item.image or b""), item.caption) for item in found]
 
-    with Ahead(slices, s3.options, 10**9) as files, s3.fault("slow down", times=2):
+    with Ahead(slices, server.options, 10**9) as files, server.fault("slow down", times=2):
         for piece in slices:
             if "none" in piece.shard.url:
-                with pytest.raises(InputError, match=r"cannot read s3://.*none\.tar"):
+                with pytest.raises(InputError, match=rf"cannot read {store.url}/none\.tar"):
                     contents(piece, files)
             else:
                 assert contents(piece, files) == contents(

@@ -72,5 +72,5 @@ def test_it_is_for_cpus_and_not_compiled(device: str, compiled: int) -> None:
 
 def test_without_its_runtime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(EncoderError, match=r"pip install 'clip-batch\[int8\]'"):
+    with pytest.raises(EncoderError, match=r"pip install 'clip-batch\[onnx\]'"):
         encoders.load(encoders.resolve("demo", precision="int8"), "cpu")

@@ -14,7 +14,7 @@ import pytest
 from clip_batch import index as faiss_index
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.lineage import Lineage, embedding, image, shard_of, where
+from clip_batch.lineage import Lineage, embedding, image, planned, shard_of, where
 from clip_batch.manifest import IndexShard, Manifest, Source
 from clip_batch.part import COMMITS, read_commits
 from clip_batch.plan import load_plan, make_plan
@@ -221,3 +221,14 @@ def test_a_folder_without_commits(tmp_path: Path, dtype: str, name: str) -> None
         embedding(made, {"partition": 12, "row": 0}, 0)
     with pytest.raises(CorruptError, match="has no row 10"):
         embedding(made, {"partition": 1, "row": 10}, 0)
+
+
+def test_which_ids_our_planner_located(home: Path) -> None:
+    with Searcher(str(home / "index")) as searcher:
+        manifest = searcher.manifest
+    assert planned(manifest) == [(0, manifest.rows)]
+    assert planned(replace(manifest, sources=())) == []
+    theirs = replace(manifest.sources[0], verified=False)
+    mixed = [replace(shard, source=number % 2) for number, shard in enumerate(manifest.shards)]
+    found = planned(replace(manifest, sources=(manifest.sources[0], theirs), shards=tuple(mixed)))
+    assert found == [(shard.offset, shard.offset + shard.rows) for shard in mixed[::2]]

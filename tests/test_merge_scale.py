@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +19,15 @@ from clip_batch import index as faiss_index
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.job import BASE_BYTES
+from clip_batch.job import BASE_BYTES, Job
+from clip_batch.libfaiss import load, make
 from clip_batch.manifest import Manifest
+from clip_batch.rerank import candidates
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from clip_batch.stages.verify import verify_index
 from clip_batch.store import Store
+from tests.bench.rerank import Counted
 from tests.fabricated import ENCODER, Vectors, clustered, commit, make_out, make_plan, unit
 
 CONFIG = MergeConfig(queries=40)
@@ -76,8 +81,7 @@ def test_shards_are_as_few_as_the_memory_allows(rows: int, memory: int, shard_ro
         assert job.needs(-(-rows // (job.shards - 1))) > memory or rows > 5_000_000 * (job.shards - 1)
 
 
-def _job_of(rows: int, config: MergeConfig) -> object:
-    from clip_batch.job import Job
+def _job_of(rows: int, config: MergeConfig) -> Job:
     from clip_batch.types import Commit
     from clip_batch.vectors import Embeddings
 
@@ -97,6 +101,35 @@ def test_training_rows_fit_the_memory(tmp_path: Path) -> None:
     images, texts = clustered(50, 8, 5)
     with pytest.raises(ConfigError, match=r"has room for .* --train-rows"):
         build(tmp_path, images, texts, replace(CONFIG, max_memory="701MB", train_rows=10**6))
+
+
+READ = """
+import re, sys
+from clip_batch import index, libfaiss
+def memory():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+libfaiss.load()
+before = memory()
+template = index.read(sys.argv[1])
+print(memory() - before)
+"""
+
+
+def test_the_template_is_counted_at_what_it_takes(tmp_path: Path) -> None:
+    """One of many lists, in a process that reads it as every shard's task does."""
+    key, lists = "IVF16384_HNSW32,SQ8", 16384
+    template = make(key, 64)
+    centroids = np.random.default_rng(0).standard_normal((lists, 64), dtype=np.float32)
+    load().extract_index_ivf(template).quantizer.add(centroids)
+    faiss_index.write(template, str(tmp_path / "template.index"))
+    command = [sys.executable, "-c", READ, str(tmp_path / "template.index")]
+    read = subprocess.run(command, capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr
+    job = _job_of(1000, replace(CONFIG, index_key=key))
+    assert job.needs(1000) - job.row_bytes * 1000 - BASE_BYTES == pytest.approx(int(read.stdout), rel=0.05)
+    small = replace(CONFIG, index_key=key, max_memory=str(BASE_BYTES + 1000 * job.row_bytes))
+    with pytest.raises(ConfigError, match="raise --max-memory"):
+        _ = _job_of(1000, replace(small, shard_rows=1000)).shards
 
 
 # additions
@@ -236,6 +269,57 @@ def test_exact_scores_of_few_bits_by_reranking(tmp_path: Path) -> None:
         np.testing.assert_allclose([hit[0].score for hit in hits], 1, atol=1e-3)
         stored = unit(images[:50].astype(np.float16).astype(np.float32))
         np.testing.assert_allclose(searcher.reconstruct([hit[0].id for hit in hits]), stored, atol=1e-6)
+
+
+@given(
+    cut=st.integers(100, 900),
+    shard_rows=st.integers(60, 300),
+    factor=st.integers(1, 20),
+    k=st.integers(1, 30),
+    key=st.sampled_from(["IVF8,PQ4x4", "OPQ4_8,IVF8_HNSW4,PQ4", "IVF8,SQ4", "IVF8,PQ4x4fs", "RR16,IVF8,RaBitQfs4"]),
+)
+@settings(max_examples=15, deadline=None)
+def test_the_best_candidates_of_all_shards_are_scored_once_whatever_the_layout(
+    cut: int, shard_rows: int, factor: int, k: int, key: str
+) -> None:
+    """Of few shards, of many, of one file, and of what was added to either."""
+    images, texts = clustered(1200, 16, 40)
+    config = replace(CONFIG, index_key=key, rerank=factor, modalities=["image"])
+    ways = [replace(config, shard_rows=1000), replace(config, shard_rows=shard_rows)]
+    if "fs" not in key:
+        ways.append(replace(config, layout="single", shard_rows=shard_rows))
+    answers, queries = [], unit(texts[:20] + 0.1)
+    for way in ways:
+        with tempfile.TemporaryDirectory() as folder:
+            index = f"{folder}/index"
+            make_out(f"{folder}/out", images[:cut], texts[:cut], [cut])
+            make_out(f"{folder}/more", images[cut:], texts[cut:], [1200 - cut])
+            merge(f"{folder}/out", index, way)
+            merge(f"{folder}/more", index, replace(way, add=True, seed=1))
+            with Searcher(index) as searcher:
+                stored = searcher._stored["image"] = Counted(searcher._stored["image"]._matrices)
+                scores, ids = searcher.search_ids(queries, k, effort=8)
+                assert stored.reads <= len(queries) * candidates(k, factor)
+                answers.append((scores, searcher.table(ids.ravel(), ["key"])["key"].to_pylist()))
+    for scores, keys in answers[1:]:
+        np.testing.assert_allclose(scores, answers[0][0], atol=1e-6)
+        assert keys == answers[0][1]
+
+
+def test_the_recall_reported_is_that_of_a_search_whatever_the_layout(tmp_path: Path) -> None:
+    images, texts = clustered(4000, 32, 40)
+    config = replace(IVF, index_key="IVF16,PQ4x4", rerank=12, queries=300, modalities=["image"], recall_target=0.85)
+    make_out(tmp_path / "out", images, texts, [4000])
+    for layout in ("shards", "single"):
+        index = str(tmp_path / layout)
+        made = merge(str(tmp_path / "out"), index, replace(config, layout=layout))
+        assert len(made.shards) == 10
+        with Searcher(index) as searcher:
+            stored = searcher.reconstruct(np.arange(4000))
+            right = np.argsort(-(texts @ stored.T), axis=1)[:, :10]
+            found = searcher.search_ids(texts, 10)[1]
+            hits = [len(set(some) & set(true)) for some, true in zip(found.tolist(), right.tolist(), strict=True)]
+            assert np.mean(hits) / 10 == pytest.approx(made.recall["image"]["text"]["10"], abs=0.02)
 
 
 # duplicates

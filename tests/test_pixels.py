@@ -192,13 +192,15 @@ def test_a_transform_that_ends_otherwise_keeps_its_floats() -> None:
 
 
 def test_floats_and_bytes_give_the_same_vectors() -> None:
-    from clip_batch.encoders.open_clip import OpenClipEncoder
+    from clip_batch import encoders
+    from clip_batch.encoders import pixels
+    from clip_batch.encoders.towers import Towers
 
     encoder = demo("exact")
     whole = transform(64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    odd = OpenClipEncoder(
-        encoder._model, lambda image: whole(image), "exact", encoder._tokenizer, "cpu", encoder._dtype
-    )
+    prepared = pixels.preparing("exact", lambda image: whole(image), None)
+    place = encoder._device, encoder._dtype
+    odd = Towers(encoders.resolve("demo"), None, encoder._tower, None, prepared, None, place)
     bytes_, floats = (one.preprocess(corpus.jpeg(3, 90), LIMIT)[None] for one in (encoder, odd))
     assert (bytes_.dtype, floats.dtype) == (np.uint8, np.float32)
     assert np.array_equal(encoder.encode_images(bytes_), odd.encode_images(floats))
@@ -207,7 +209,7 @@ def test_floats_and_bytes_give_the_same_vectors() -> None:
 def test_a_batch_too_large_for_the_gpu_is_halved() -> None:
     import torch
 
-    from clip_batch.encoders.open_clip import in_halves
+    from clip_batch.encoders.towers import in_halves
 
     sizes = []
 

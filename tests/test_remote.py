@@ -1,4 +1,4 @@
-"""The whole line with input, OUT and INDEX on a real S3 server and on a real HDFS, with faults, races and kills."""
+"""The whole line with input, OUT and INDEX on servers of S3 and GCS and a real HDFS, with faults, races and kills."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -28,9 +29,13 @@ from clip_batch.stages.merge import merge
 from clip_batch.stages.repair import gc
 from clip_batch.stages.verify import verify_index, verify_output
 from clip_batch.store import TEMPORARY, Store
-from tests import corpus
+from tests import corpus, serving
+from tests.gcs_server import gcs as gcs
+from tests.gcs_server import gcs_server as gcs_server
+from tests.gcs_server import hurry
 from tests.hdfs_cluster import Hdfs
-from tests.s3_server import BUCKET, S3, SECRET
+from tests.proxy import Proxied
+from tests.s3_server import SECRET
 from tests.s3_server import s3 as s3
 from tests.s3_server import s3_server as s3_server
 
@@ -59,6 +64,7 @@ class Place:
 
     url: str
     options: dict[str, Any] = field(default_factory=dict)
+    server: Proxied = field(default_factory=Proxied)
 
     @property
     def storage(self) -> StorageConfig:
@@ -90,14 +96,15 @@ class Place:
         return done.stdout if code == 0 else done.stderr
 
 
-@pytest.fixture(params=["local", "s3", "hdfs"])
+@pytest.fixture(params=["local", "s3", "gcs", "hdfs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     if request.param == "local":
         return Place(str(tmp_path / "place"))
-    if request.param == "s3":
-        return Place(f"s3://{BUCKET}/{uuid.uuid4().hex}", request.getfixturevalue("s3").options)
+    if request.param in ("s3", "gcs"):
+        server: Proxied = request.getfixturevalue(request.param)
+        return Place(f"{server.bucket}/{uuid.uuid4().hex}", server.options, server)
     # What S3 is told in the same configuration is not for HDFS.
     options = {"s3": {"secret": SECRET}, "dfs.replication": 1}
     return Place(f"{request.getfixturevalue('hdfs').url}/{uuid.uuid4().hex}", options)
@@ -106,14 +113,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.05)
+    hurry(monkeypatch)
 
 
-@pytest.mark.parametrize("place", ["s3", "hdfs"], indirect=True)
-def test_the_whole_line(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["s3", "gcs", "hdfs"], indirect=True)
+def test_the_whole_line(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place.put_tars(tmp_path, 4, 25)
     out, index = f"{place.url}/out", f"{place.url}/index"
-    pattern = f"{place.url}/tars/*.tar"
-    place.run("plan", "--input", pattern, "--model", "fake:16", "--partition-samples", "20", "--output", out)
+    place.store("").replace("inputs.txt", f"# a list of patterns\n{place.url}/tars/*.tar\n".encode())
+    listed = f"@{place.url}/inputs.txt"
+    place.run("plan", "--input", listed, "--model", "fake:16", "--partition-samples", "20", "--output", out)
     place.run("embed", "--output", out)
     assert json.loads(place.run("verify", "--output", out, "--deep", "--json"))["rows"] == 100
     assert gc(place.store("out")) == []
@@ -121,6 +130,11 @@ def test_the_whole_line(place: Place, tmp_path: Path) -> None:
     assert verify_index(place.store("index"), deep=True).ok
     search = ("search", "--index", index, "--text", "caption 7 of tar 2", "--modality", "text", "--json")
     assert json.loads(place.run(*search))[0]["metadata"]["key"] == "002000007"
+    monkeypatch.setenv("CLIP_BATCH_STORAGE_OPTIONS", place.env["CLIP_BATCH_STORAGE_OPTIONS"])
+    with serving.running({"all": index}) as url:
+        asked = {"text": "caption 7 of tar 2", "modality": "text", "num_images": 1, "indice_name": "all"}
+        knn = Request(f"{url}/knn-service", json.dumps(asked).encode(), {"Content-Type": "application/json"})
+        assert json.load(urlopen(knn, timeout=60))[0]["key"] == "002000007"
     checks = {check.name: check.ok for check in doctor(out, place.storage)}
     assert all(checks[name] for name in ("put-if-absent", "read-after-write", "removal", "clock", "plan"))
     store = place.store("")
@@ -194,13 +208,13 @@ def embedded(place: Place) -> bool:
 
 
 @pytest.mark.usefixtures("_hurry")
-@pytest.mark.parametrize("place", ["s3"], indirect=True)
-def test_s3_with_faults_at_random(place: Place, s3: S3, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["s3", "gcs"], indirect=True)
+def test_with_faults_at_random(place: Place, tmp_path: Path) -> None:
     place.put_tars(tmp_path, 4, 10)
     place.plan(10)
     out, index = f"{place.url}/out", f"{place.url}/index"
     with reading(place) as wrong:
-        with s3.fault("expired", lambda method, path: method in ("PUT", "POST")):
+        with place.server.fault("expired", lambda method, path: method in ("PUT", "POST")):
             outcomes = embed(out, storage=place.storage)
         assert [outcome.state for outcome in outcomes] == ["failed"] * 3, "the third in a row ends the worker"
         assert all("renew the credentials" in outcome.error for outcome in outcomes)
@@ -208,7 +222,7 @@ def test_s3_with_faults_at_random(place: Place, s3: S3, tmp_path: Path) -> None:
         assert part.committed(place.store("out")) == set()
         with contextlib.ExitStack() as faults:
             on = [
-                faults.enter_context(s3.fault(kind, share=0.06, seconds=0.05))
+                faults.enter_context(place.server.fault(kind, share=0.06, seconds=0.05))
                 for kind in ("slow down", "internal", "reset", "lost", "delay")
             ]
             again(lambda: embedded(place))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,10 @@ from clip_batch import retry
 from clip_batch.config import StorageConfig
 from clip_batch.doctor import doctor
 from clip_batch.errors import ClipBatchError
+from clip_batch.stages.repair import gc
 from clip_batch.store import Store
 from clip_batch.transfer import copy_range, source
+from tests import fabricated, store_checks
 from tests.s3_server import BUCKET, S3, SECRET
 from tests.s3_server import s3 as s3
 from tests.s3_server import s3_server as s3_server
@@ -39,10 +39,7 @@ def is_put(method: str, path: str) -> bool:
 
 
 def test_one_of_many_racing_creators_wins(store: Store) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda number: store.create("commit.json", b"%d" % number, look=False), range(16)))
-    assert sum(won) == 1
-    assert store.read("commit.json") == b"%d" % won.index(True)
+    store_checks.one_of_many_racing_creators_wins(store)
 
 
 @pytest.mark.parametrize("kind", ["slow down", "internal", "reset", "lost"])
@@ -66,18 +63,7 @@ def signed(method: str, path: str) -> bool:
 
 @pytest.mark.parametrize("kind", ["delay", "slow down", "internal", "reset", "lost", "cut"])
 def test_large_reads_go_past_the_client(store: Store, s3: S3, kind: str, tmp_path: Path) -> None:
-    data = random.Random(0).randbytes(3_000_000)
-    store.replace("a b+c?.tar", data)
-    target = tmp_path / "a"
-    target.write_bytes(b"x" * 100)
-    remote = source(f"{store.url}/a b+c?.tar", s3.options)
-    with s3.fault(kind, signed, times=2) as fault:
-        copy_range(remote, 10, len(data) - 10, str(target), 100)
-    assert fault.hits == (1 if kind == "delay" else 2)
-    assert target.read_bytes() == b"x" * 100 + data[10:-10]
-    store.remove("a b+c?.tar")
-    with pytest.raises(FileNotFoundError):
-        copy_range(remote, 0, 10, str(target), 0)
+    store_checks.large_reads_go_past_the_client(store, s3, kind, signed, tmp_path)
 
 
 def test_what_a_plain_request_is_refused_is_read_by_the_client(store: Store, s3: S3, tmp_path: Path) -> None:
@@ -127,6 +113,25 @@ def test_an_upload_that_fails_is_aborted(store: Store, s3: S3, monkeypatch: pyte
     assert fault.hits
     assert not store.exists("large.npy")
     assert not [upload for upload in uploads(store) if upload["Key"].endswith("large.npy")]
+
+
+def test_gc_ends_the_uploads_that_the_dead_left(store: Store) -> None:
+    """Those that can be no one's any more; of an uncommitted partition only when told that nobody is at work."""
+    fabricated.make_out(store, *fabricated.clustered(8, 8, 2), [4, 4], skip=[1])
+    begun = [f"img_emb/img_emb_{name}.npy" for name in ("0000-cafecafe", "0001-cafecafe")]
+    for name in [*begun, "strange.npy"]:
+        bucket, _, key = f"{store._root}/{name}".partition("/")
+        store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+
+    def left() -> list[str]:
+        keys = (f"{BUCKET}/{upload['Key']}" for upload in uploads(store))
+        return sorted(key.removeprefix(f"{store._root}/") for key in keys if key.startswith(f"{store._root}/"))
+
+    assert left() == [*begun, "strange.npy"]
+    assert gc(store) == [f"{begun[0]} (unfinished upload)"]
+    assert gc(store) == []
+    assert gc(store, everything=True) == [f"{begun[1]} (unfinished upload)"]
+    assert left() == ["strange.npy"]
 
 
 def test_an_upload_goes_through_faults(store: Store, s3: S3) -> None:

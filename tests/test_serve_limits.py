@@ -17,9 +17,10 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from clip_batch import web
 from clip_batch.serve import limits
 from clip_batch.serve.errors import Refused
-from clip_batch.serve.fetch import fetch, public
+from clip_batch.serve.fetch import fetch
 from clip_batch.serve.limits import Rate
 from tests.corpus import bomb, jpeg
 from tests.serving import make_index, running, served
@@ -147,7 +148,7 @@ def test_buckets_fill_again_and_do_not_grow_without_end(monkeypatch: pytest.Monk
     ],
 )
 def test_public_addresses(address: str, right: bool) -> None:
-    assert public(address) is right
+    assert web.public(address) is right
 
 
 class Images(http.server.BaseHTTPRequestHandler):
@@ -249,15 +250,13 @@ def test_urls_that_lead_nowhere_or_home(url: str) -> None:
 
 
 def test_a_redirect_home_is_checked_too(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clip_batch.serve import fetch as module
-
     asked = []
 
     def first_only(address: str) -> bool:
         asked.append(address)
         return len(asked) == 1
 
-    monkeypatch.setattr(module, "public", first_only)
+    monkeypatch.setattr(web, "public", first_only)
     with pytest.raises(Refused, match="not a public address"):
         fetch(f"{images}/moved", 10**6, 5)
     assert len(asked) == 2

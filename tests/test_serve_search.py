@@ -218,6 +218,22 @@ def test_layers_of_a_head(tmp_path: Path) -> None:
     np.testing.assert_allclose(straight(vectors), (by_hand + straight.layers[1][1])[:, 0], atol=1e-5)
 
 
+def test_a_head_without_activation_before_its_last_layer(tmp_path: Path) -> None:
+    """As LAION's for ViT-H-14."""
+    import torch
+
+    linear, relu = torch.nn.Linear, torch.nn.ReLU()
+    layers = [linear(8, 6), relu, linear(6, 5), relu, linear(5, 4), linear(4, 1)]
+    model, with_relu = torch.nn.Sequential(*layers), torch.nn.Sequential(*layers[:-1], relu, layers[-1])
+    vectors = np.random.default_rng(3).standard_normal((50, 8)).astype(np.float32)
+    torch.save(model.state_dict(), tmp_path / "head.pth")
+    for more, wanted in (("", with_relu), ("&before_last=relu", with_relu), ("&before_last=linear", model)):
+        found = load_head(f"{tmp_path}/head.pth#output=linear{more}", "sigmoid")(vectors)
+        right = wanted(torch.from_numpy(vectors))[:, 0].detach().numpy()
+        np.testing.assert_allclose(found, right, atol=1e-6)
+    assert np.abs(found - with_relu(torch.from_numpy(vectors))[:, 0].detach().numpy()).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
@@ -225,6 +241,7 @@ def test_layers_of_a_head(tmp_path: Path) -> None:
         ("{}/h.npy#sha256=00", "has sha256"),
         ("{}/h.npy#colour=red", "colour=red is not understood"),
         ("{}/h.npy#activation=gelu", "activation=gelu is not understood"),
+        ("{}/h.npy#before_last=none", "before_last=none is not understood; there are .*before_last"),
         ("memory://x/h.npy", "needs #sha256="),
         ("{}/h.bin", "name a file that ends in"),
         ("{}/pickle.npy", "not understood"),

@@ -148,7 +148,15 @@ def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster)
 
 def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
     cluster.plan(48, 8, side=1500)
-    submitted = ["--tasks", "4", "--gpus-per-task", "1", "--batch-size", "2"]
+    submitted = [
+        "--tasks",
+        "4",
+        "--gpus-per-task",
+        "1",
+        "--batch-size",
+        "2",
+        "--no-share",
+    ]  # or others do the killed one's
     (job,) = jobs(cluster.submit(*submitted)[1], "embed")
     cluster.until(lambda: {number % 4 for number in cluster.committed()} == set(range(4)))
     urgent = cluster.slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=:")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clip_batch import retry
 from clip_batch.errors import InputError
-from clip_batch.remote import ask, filesystem, put_if_absent, redact
+from clip_batch.remote import ask, filesystem, own_options, put_if_absent, redact
 from clip_batch.store import Store, Unavailable
 from clip_batch.types import format_numbers, parse_numbers
 
@@ -148,6 +148,11 @@ def test_no_error_shows_credentials_of_a_url() -> None:
     assert redact(url) == "https://...@host/x.tar?X-Amz-Signature=...&X-Amz-Credential=...&partNumber=1"
 
 
+def test_no_error_shows_a_key_of_several_lines() -> None:
+    options = {"gs": {"token": {"private_key": "BEGIN\na b\nEND\n"}}}
+    assert redact("bad key: BEGIN a b END, ours", options) == "bad key: ..., ours"
+
+
 @pytest.mark.parametrize(
     ("error", "calls", "kind"),
     [
@@ -236,3 +241,10 @@ def test_a_remote_file_reads_as_a_local_one(data: bytes, reads: list[tuple[int, 
 def test_numbers_round_trip(numbers: set[int]) -> None:
     text = format_numbers(numbers)
     assert not numbers or parse_numbers(text) == sorted(numbers)
+
+
+def test_options_go_to_their_protocol_by_any_of_its_names() -> None:
+    options = {"timeout": 5, "gs": {"token": "anon"}, "s3a": {"key": "k", "timeout": 7}, "hdfs": {"dfs.replication": 1}}
+    assert own_options("gcs", options) == own_options("gs", options) == {"timeout": 5, "token": "anon"}
+    assert own_options("s3", options) == {"timeout": 7, "key": "k"}
+    assert own_options("https", options) == {"timeout": 5}

@@ -1,7 +1,8 @@
 """Encoders: what turns images and captions into unit vectors, behind one narrow protocol.
 
-`resolve` finds a model's identity (without loading it where its files are local); `load` loads it
-and checks that it is the planned one. A new family is one module with those two functions.
+`resolve` finds a model's identity (without loading it where its files are local), and may download it;
+`load` loads it, offline, and checks that it is the planned one. A family of models is one module with
+`weights_digest` and `load`, registered in `FAMILIES` or by an entry point (see docs/models.md).
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clip_batch.cache import local_copy
+from clip_batch.encoders import hub
 from clip_batch.errors import EncoderError, InputError
 from clip_batch.store import is_local, local_path
 from clip_batch.types import EncoderSpec
@@ -25,10 +29,16 @@ if TYPE_CHECKING:
     Pixels = npt.NDArray[np.uint8 | np.float32]
 
 
+NO_TEXT = "this index's model has no text side: search by image, embedding or id"
+"""Why a text cannot be encoded."""
+
+
 class Encoder(Protocol):
-    """Images and texts to vectors of one space. `preprocess` is called from many threads at once."""
+    """Images and texts to vectors of one space. Its methods are called from several threads at once."""
 
     dim: int
+    has_text: bool
+    """Whether there is a text side; `encode_texts` raises EncoderError where there is none."""
 
     def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
         """One image file to uint8 (3, height, width) of the model's size; DecodeError if it cannot be used.
@@ -43,14 +53,46 @@ class Encoder(Protocol):
         """n texts to float32 (n, dim), unit norm."""
 
 
-def _family(model: str) -> Any:
-    if model.startswith("fake:"):
-        from clip_batch.encoders import fake
+class Family(Protocol):
+    """What a family's module has. Both raise EncoderError, and take a local path where the model is one."""
 
-        return fake
-    from clip_batch.encoders import open_clip
+    def weights_digest(self, model: str, pretrained: str) -> str:
+        """sha256 over all that decides a vector: weights, configuration, tokenizer, preprocessing.
 
-    return open_clip
+        Does not load a local model. May download, unless `hub.offline` holds.
+        """
+
+    def load(self, spec: EncoderSpec, device: str, compiled: int) -> Encoder:
+        """The encoder; `device` and `compiled` are as `clip_batch.encoders.load` takes them."""
+
+
+FAMILIES = {
+    "fake": "clip_batch.encoders.fake",
+    "hf-hub": "clip_batch.encoders.open_clip",
+    "local-dir": "clip_batch.encoders.open_clip",
+    "hf": "clip_batch.encoders.hf",
+    "timm": "clip_batch.encoders.timm",
+    "cn-clip": "clip_batch.encoders.cn_clip",
+    "mclip": "clip_batch.encoders.mclip",
+    "onnx": "clip_batch.encoders.exported",
+    "openvino": "clip_batch.encoders.exported",
+}
+"""The module of each family, by what stands before the colon in a model's name; without a colon it is open_clip's."""
+
+ENTRY_POINTS = "clip_batch.encoders"
+"""The entry points by which other distributions register a family: its prefix = its module."""
+
+
+def _family(model: str) -> Family:
+    """The module of a model's family; EncoderError if there is none."""
+    prefix, colon, _ = model.partition(":")
+    module = FAMILIES.get(prefix) if colon else "clip_batch.encoders.open_clip"
+    if module is None:
+        module = next((found.value for found in entry_points(group=ENTRY_POINTS) if found.name == prefix), None)
+    if module is None:
+        raise EncoderError(f"no family of models is called {prefix!r}: there are {', '.join(FAMILIES)}")
+    family: Family = import_module(module)
+    return family
 
 
 def resolve(
@@ -64,11 +106,15 @@ def resolve(
 
     `pretrained` may be a URL, opened with storage `options`.
     """
-    if model.startswith("local-dir:"):
-        model = "local-dir:" + os.path.abspath(model.removeprefix("local-dir:"))
-    if os.path.isfile(pretrained):  # paths in a plan hold wherever it is read
+    prefix, _, name = model.partition(":")
+    for folder in (name, name.partition("+")[0]):  # paths in a plan hold wherever it is read
+        if os.path.isdir(folder):
+            model = f"{prefix}:{os.path.abspath(folder)}{name.removeprefix(folder)}"
+            break
+    if os.path.isfile(pretrained):
         pretrained = os.path.abspath(pretrained)
-    weights = _family(model).weights_digest(_located(model), _copied(pretrained, options))
+    located = _located(model)
+    weights = _family(located).weights_digest(located, _copied(pretrained, options))
     return EncoderSpec(model, pretrained, weights, preprocess, precision)
 
 
@@ -79,30 +125,35 @@ def load(spec: EncoderSpec, device: str = "auto", options: dict[str, Any] | None
     `compiled` is the size of the batches that its image tower is compiled for (0: not), if there is one to compile.
     """
     located = replace(spec, model=_located(spec.model), pretrained=_copied(spec.pretrained, options))
-    found = _family(spec.model).weights_digest(located.model, located.pretrained)
-    if found != spec.weights:
+    with hub.offline():
+        check(_family(located.model).weights_digest(located.model, located.pretrained), spec)
+        return _family(located.model).load(located, device, compiled)
+
+
+def check(found: str, planned: EncoderSpec) -> None:
+    """EncoderError where a digest is not the planned one."""
+    if found != planned.weights:
         raise EncoderError(
-            f"the weights of {spec.model} {spec.pretrained} are {found[:12]}, planned were {spec.weights[:12]}: "
-            "put the planned weights back, or plan into another --output"
+            f"the weights of {planned.model} {planned.pretrained} are {found[:12]}, planned were "
+            f"{planned.weights[:12]}: put the planned weights back, or plan into another --output"
         )
-    encoder: Encoder = _family(spec.model).load(located, device, compiled)
-    return encoder
 
 
-def encode_pairs(encoder: Encoder, batch: Pixels, captions: Sequence[str | None]) -> tuple[Array, Array]:
+def encode_pairs(encoder: Encoder, batch: Pixels, captions: Sequence[str | None]) -> tuple[Array, Array | None]:
     """Image and text vectors, float32 (n, dim), of a batch as `encode_images` takes it and its n captions.
 
-    A text row without a caption is zero. EncoderError: a vector has a NaN or inf.
+    A text row without a caption is zero; a model without a text side has no text vectors at all, None.
+    EncoderError: a vector has a NaN or inf.
     """
     import numpy as np
 
     images = encoder.encode_images(batch)
-    texts = np.zeros_like(images)
+    texts = np.zeros_like(images) if encoder.has_text else None
     captioned = [index for index, caption in enumerate(captions) if caption is not None]
-    if captioned:
+    if captioned and texts is not None:
         texts[captioned] = encoder.encode_texts([caption for caption in captions if caption is not None])
     for name, vectors in (("image", images), ("text", texts)):
-        if not np.isfinite(vectors).all():
+        if vectors is not None and not np.isfinite(vectors).all():
             raise EncoderError(f"the encoder gave a NaN or inf {name} vector: try --precision fp32")
     return images, texts
 

@@ -37,6 +37,8 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> FakeEncoder:
 class FakeEncoder:
     """See the module."""
 
+    has_text = True
+
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self._projection = np.random.default_rng(0).standard_normal((3 * _SIDE * _SIDE, dim), dtype=np.float32)

@@ -17,22 +17,29 @@ from clip_batch import part
 from clip_batch.config import EmbedConfig, StorageConfig
 from clip_batch.launch.progress import Counts, shown
 from clip_batch.plan import load_plan
+from clip_batch.slots import Slot, partitions
 from clip_batch.stages.embed import Outcome, embed
 from clip_batch.store import Store
 from clip_batch.types import Commit
 from clip_batch.workers import Run
 
 
-def run_worker(output: str, partitions: list[int] | None, config: EmbedConfig, storage: StorageConfig) -> list[Outcome]:
-    """One worker in this process, with progress; SIGTERM, SIGUSR1 and Ctrl-C stop it cleanly (Preempted)."""
-    run = Run(job())
+def run_worker(
+    output: str, work: list[int] | Slot | None, config: EmbedConfig, storage: StorageConfig
+) -> list[Outcome]:
+    """One worker in this process, with progress; SIGTERM, SIGUSR1 and Ctrl-C stop it cleanly (Preempted).
+
+    Its partitions are those given, those of a slot, or (None) all.
+    """
+    run = Run(job(), work if isinstance(work, Slot) else None)
+    numbers = partitions(Store(output, storage.storage_options), work) if isinstance(work, Slot) else work
 
     def read() -> Counts:
         return run.total, run.partitions, run.samples, run.failed
 
     config = dataclasses.replace(config, threads=config.threads or cores(), device=_device(config.device))
     with _stopping(run.stop), shown(read) if config.progress else contextlib.nullcontext():
-        return embed(output, config, partitions, storage, run)
+        return embed(output, config, numbers, storage, run)
 
 
 def job() -> str:

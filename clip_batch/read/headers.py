@@ -147,6 +147,20 @@ def runs(
         position = after
 
 
+def stated(block: bytes) -> tuple[str, int]:
+    """The name and the size that one header block states, less what extended headers before it say.
+
+    ValueError: it is no header of a regular file.
+    """
+    name, size, total, kind, magic, prefix = _HEADER.unpack(block)
+    if kind not in (b"0", b"\0", b"7") or _number(total) != sum(block) - sum(total) + 256:
+        raise ValueError("no header of a file")
+    name = name.partition(b"\0")[0]
+    if prefix[0] and magic[:6] == b"ustar\0":
+        name = prefix.partition(b"\0")[0] + b"/" + name
+    return name.decode("utf-8", "replace"), _number(size)
+
+
 def _number(field: bytes) -> int:
     """A numeric header field: octal digits, or GNU's base-256; ValueError on anything else."""
     digits = field.partition(b"\0")[0].strip()

@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from clip_batch import __version__
-from clip_batch.config import ServeConfig, StorageConfig
+from clip_batch.config import DatabaseConfig, ServeConfig, StorageConfig
 from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.serve import v1, wire
 from clip_batch.serve.assets import add_page
@@ -25,10 +25,16 @@ from clip_batch.serve.service import Service
 
 
 def create_app(
-    indices: Mapping[str, str], config: ServeConfig = ServeConfig(), storage: StorageConfig = StorageConfig()
+    indices: Mapping[str, str],
+    config: ServeConfig = ServeConfig(),
+    storage: StorageConfig = StorageConfig(),
+    databases: DatabaseConfig = DatabaseConfig(),
 ) -> FastAPI:
-    """The service over named indices (name -> INDEX). ConfigError: there is no index, or an option does not fit."""
-    service = Service(indices, config, storage)
+    """The service over named indices (name -> INDEX), answered from `databases` where those are named.
+
+    ConfigError: there is no index, or an option does not fit.
+    """
+    service = Service(indices, config, storage, databases)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -43,7 +49,7 @@ def create_app(
     app.include_router(wire.router(service))
     app.include_router(v1.router(service))
     describe(app, [SearchRequest, EmbedRequest, wire.KnnRequest, wire.MetadataRequest])
-    _errors(app)
+    answer_errors(app)
     app.add_middleware(Guard, config=config, metrics=service.metrics)
     if config.cors:  # outermost: a browser must be able to read refusals too
         app.add_middleware(CORSMiddleware, allow_origins=config.cors, allow_methods=["*"], allow_headers=["*"])
@@ -74,7 +80,7 @@ def _health(app: FastAPI, service: Service) -> None:
         return service.metrics.summary()
 
 
-def _errors(app: FastAPI) -> None:
+def answer_errors(app: FastAPI) -> None:
     """Every error as {"detail": one line, "field": where}."""
 
     @app.exception_handler(Refused)
@@ -111,11 +117,13 @@ def parse_indices(specs: list[str]) -> dict[str, str]:
     return named
 
 
-def run(indices: list[str], config: ServeConfig, storage: StorageConfig) -> None:
+def run(
+    indices: list[str], config: ServeConfig, storage: StorageConfig, databases: DatabaseConfig = DatabaseConfig()
+) -> None:
     """Open the indices (each INDEX or NAME=INDEX) and serve until a signal."""
     import uvicorn
 
     named = parse_indices(indices)
-    app = create_app(named, config, storage)
+    app = create_app(named, config, storage, databases)
     print(f"serving {', '.join(named)} at http://{config.host}:{config.port}/", flush=True)
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)

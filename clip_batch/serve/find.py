@@ -70,6 +70,8 @@ def check(service: Service, version: Version, wanted: Wanted) -> None:
         if condition.column not in version.columns:
             field = f"filters.{number}.column"
             raise Refused(400, f"{field}: no column {condition.column!r}; {', '.join(version.columns)}", field)
+    if wanted.k > version.searcher.most:
+        raise Refused(400, f"k: {version.searcher.most} at most in this index", "k")
     if wanted.on_vectors and wanted.k > dedup.MOST:
         raise Refused(400, f"k: {dedup.MOST} at most with deduplicate, safety, violence or aesthetic", "k")
     heads = {"safety": (wanted.safety, service.heads.safety), "violence": (wanted.violence, service.heads.violence)}
@@ -92,7 +94,7 @@ def find(service: Service, version: Version, vector: Vectors, wanted: Wanted) ->
     if filters and version.manifest.rows <= service.config.prefilter_rows:
         with service.metrics.steps["metadata_get_time"].time():
             among, filters = version.prefilter.select(filters), ()
-    most = max(wanted.k, min(wanted.scan, version.manifest.rows))
+    most = min(max(wanted.k, min(wanted.scan, version.manifest.rows)), version.searcher.most)
     depth = wanted.k
     if filters or wanted.on_vectors:
         depth = min(most, max(4 * wanted.k, _FIRST))

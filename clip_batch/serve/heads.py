@@ -2,9 +2,10 @@
 
 A head is named as FILE_OR_URL#key=value&...:
 
-    sha256      of the file; needed for a URL
-    activation  relu (default) or linear, between layers
-    output      sigmoid or linear, of the last layer; sigmoid for safety and violence, linear for aesthetic
+    sha256       of the file; needed for a URL
+    activation   relu (default) or linear, between layers
+    before_last  relu or linear, before the last layer, where that is not as between the others
+    output       sigmoid or linear, of the last layer; sigmoid for safety and violence, linear for aesthetic
 
 An .npy of (m, d) is one layer without bias. An .npz, .safetensors, .pt or .pth holds `<layer>.weight`
 (out, in) and `<layer>.bias` (out,). Of two outputs the second's probability counts. An aesthetic .npy of
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float32]
 
-_KEYS = {"sha256": None, "activation": ("relu", "linear"), "output": ("sigmoid", "linear")}
+_KEYS = {
+    "sha256": None,
+    "activation": ("relu", "linear"),
+    "before_last": ("relu", "linear"),
+    "output": ("sigmoid", "linear"),
+}
 
 LIMIT = 0.5
 """From which probability on a hit is unsafe, or violent."""
@@ -39,10 +45,11 @@ LIMIT = 0.5
 
 @dataclass(frozen=True)
 class Head:
-    """Layers (weight (out, in), bias (out,)) with an activation between them."""
+    """Layers (weight (out, in), bias (out,)) with an activation between them, perhaps another one before the last."""
 
     layers: tuple[tuple[Array, Array], ...]
     activation: str
+    before_last: str
     output: str
 
     @property
@@ -53,8 +60,9 @@ class Head:
     def __call__(self, vectors: Array) -> Array:
         """A value (n,) for each unit vector (n, d)."""
         values = vectors
+        last = len(self.layers) - 1
         for number, (weight, bias) in enumerate(self.layers):
-            if number and self.activation == "relu":
+            if number and (self.before_last if number == last else self.activation) == "relu":
                 values = np.maximum(values, 0)
             values = values @ weight.T + bias
         if values.shape[1] == 2:
@@ -118,7 +126,8 @@ def load_head(spec: str, output: str, options: dict[str, Any] | None = None) -> 
         layers = _layers(_arrays(url, data))
     except Exception as error:  # pickles, zips and headers fail in many ways
         raise ConfigError(f"head {url} is not understood: {' '.join(str(error).split())[:200]}") from None
-    return Head(layers, settings.get("activation", "relu"), settings.get("output", output))
+    activation = settings.get("activation", "relu")
+    return Head(layers, activation, settings.get("before_last", activation), settings.get("output", output))
 
 
 def _arrays(url: str, data: bytes) -> dict[str, Any]:

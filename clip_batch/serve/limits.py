@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from clip_batch.config import ServeConfig
-    from clip_batch.serve.metrics import Metrics
+    from clip_batch.serve.metrics import Traffic
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -107,7 +107,7 @@ class Rate:
 class Guard:
     """ASGI middleware: token, rate, requests at once; and it counts and times what is answered."""
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Traffic) -> None:
         self._app, self._config, self._metrics = app, config, metrics
         self._rate = Rate(config.rate, config.rate_burst) if config.rate else None
         self._pending = 0

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clip_batch import tombstones
-from clip_batch.config import SearchConfig
+from clip_batch.config import DatabaseConfig, SearchConfig
 from clip_batch.errors import ClipBatchError, ConfigError, EncoderError
-from clip_batch.lineage import shard_of
+from clip_batch.lineage import is_planned
 from clip_batch.manifest import current_version
+from clip_batch.serve.backend import Backend
 from clip_batch.serve.batching import Encoding
 from clip_batch.serve.errors import Refused
 from clip_batch.serve.prefilter import Prefilter
@@ -38,7 +39,7 @@ log = logging.getLogger("clip_batch.serve")
 class Version:
     """One opened version of an index, and how many requests hold it. `encoder` is what those of one encoder share."""
 
-    def __init__(self, searcher: Searcher) -> None:
+    def __init__(self, searcher: Backend) -> None:
         self.searcher, self.manifest = searcher, searcher.manifest
         self.columns = list(searcher.schema.names)
         self.modalities = list(self.manifest.key)
@@ -47,20 +48,16 @@ class Version:
         self.users, self.retired = 0, False
 
     def planned(self, row: int) -> bool:
-        """Whether a row's shard and byte range are what our planner recorded.
-
-        Where they are only what data says of itself (embeddings or an index that clip-retrieval made), they
-        could name any file of this machine.
-        """
-        sources = self.manifest.sources
-        return bool(sources) and sources[shard_of(self.manifest, row).source].verified
+        """Whether a row's image may be read: see `clip_batch.lineage.is_planned`."""
+        return is_planned(self.manifest, row)
 
     def warm(self) -> None:
         """Touch what the first request would touch."""
         if self.manifest.rows:
             vector = np.full(self.manifest.dim, self.manifest.dim**-0.5, np.float32)
             for modality in self.modalities:
-                self.searcher.search(vector, 10, modality)
+                ids = self.searcher.search_ids(vector, 10, modality)[1][0]
+                self.searcher.metadata(ids[ids >= 0])
 
 
 class _Index:
@@ -74,7 +71,17 @@ class _Index:
 class Indices:
     """Named indices. Errors of the constructor: ConfigError, where there is no index; others are retried."""
 
-    def __init__(self, urls: Mapping[str, str], config: ServeConfig, storage: StorageConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        urls: Mapping[str, str],
+        config: ServeConfig,
+        storage: StorageConfig,
+        databases: DatabaseConfig,
+        metrics: Metrics,
+    ) -> None:
+        if bool(databases.milvus) != bool(databases.sql):
+            raise ConfigError("serve answers from databases with both --milvus and --sql, or from INDEX with neither")
+        self._databases = databases
         self._config, self._storage, self._metrics = config, storage, metrics
         self._indices = {name: _Index(name, url) for name, url in urls.items()}
         self._encodings: dict[str, asyncio.Task[Encoding]] = {}
@@ -117,12 +124,19 @@ class Indices:
             self._encodings[key] = asyncio.create_task(asyncio.to_thread(self._load, version.searcher))
         return await asyncio.shield(self._encodings[key])
 
-    def _load(self, searcher: Searcher) -> Encoding:
+    def _load(self, searcher: Backend) -> Encoding:
         encoder, manifest = searcher.encoder, searcher.manifest
         if encoder.dim != manifest.dim:
             raise EncoderError(f"the encoder has {encoder.dim} dimensions, index {manifest.version} {manifest.dim}")
-        encoder.encode_texts(["warm up"])
+        if encoder.has_text:
+            encoder.encode_texts(["warm up"])
         return Encoding(encoder, self._config, self._metrics)
+
+    def reads_text(self, version: Version) -> bool:
+        """Whether the encoder of a version has a text side; true until it is loaded."""
+        task = self._encodings.get(version.encoder)
+        loaded = task is not None and task.done() and task.exception() is None
+        return task.result().encoder.has_text if task is not None and loaded else True
 
     def problems(self) -> dict[str, str]:
         """Why each index that cannot be searched by text cannot; {} when all is ready."""
@@ -198,7 +212,11 @@ class Indices:
     def _opened(self, index: _Index) -> Version:
         config = self._config
         search = SearchConfig(device=config.device, model=config.model, pretrained=config.pretrained)
-        return Version(Searcher(index.url, self._storage, config=search))
+        if not self._databases.milvus:
+            return Version(Searcher(index.url, self._storage, config=search))
+        from clip_batch.serve.databases import DatabaseBackend
+
+        return Version(DatabaseBackend(index.url, self._databases, self._storage, search))
 
     def _install(self, index: _Index, version: Version, state: State) -> None:
         old, index.version, index.state, index.problem = index.version, version, state, None

@@ -22,31 +22,39 @@ STEPS = {
 _FINE = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
-class Metrics:
-    """The metrics of one service, in a registry of its own."""
+class Traffic:
+    """What is asked and answered of any service, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        names = {REQUEST: "a search, from request to answer", **STEPS}
-        self.steps = {
-            name: Histogram(name, text, registry=self.registry, buckets=_FINE) for name, text in names.items()
-        }
         ours, own = self.registry, "clip_batch_"
         self.requests = Counter(f"{own}requests", "answers", ["route", "status"], registry=ours)
         self.seconds = Histogram(
             f"{own}request_seconds", "from request to answer", ["route"], buckets=_FINE, registry=ours
         )
         self.pending = Gauge(f"{own}pending_requests", "requests at work or waiting", registry=ours)
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self.registry)
+
+
+class Metrics(Traffic):
+    """The metrics of one search service."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = {REQUEST: "a search, from request to answer", **STEPS}
+        self.steps = {
+            name: Histogram(name, text, registry=self.registry, buckets=_FINE) for name, text in names.items()
+        }
+        ours, own = self.registry, "clip_batch_"
         self.batch = Histogram(
             f"{own}batch_queries", "queries encoded together", ["lane"], buckets=(1, 2, 4, 8, 16, 32), registry=ours
         )
         self.cache = Counter(f"{own}text_cache", "texts asked for", ["result"], registry=ours)
         self.rows = Gauge(f"{own}index_rows", "rows of the version that serves", ["index", "version"], registry=ours)
         self.swaps = Counter(f"{own}index_swaps", "versions that took the place of another", ["index"], registry=ours)
-
-    def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
-        return generate_latest(self.registry)
 
     def summary(self) -> str:
         """The steps of a search for people, the costliest first, with their share of a search."""

@@ -182,6 +182,7 @@ class IndexModel(BaseModel):
     dim: int
     encoder: str
     modalities: list[str]
+    text: bool = Field(description="whether its model reads texts, as far as that is known: it may be loading")
     columns: list[str]
     recall: dict[str, Any]
 

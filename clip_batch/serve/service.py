@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch.config import parse_bytes
+from clip_batch.config import DatabaseConfig, parse_bytes
 from clip_batch.decode import DecodeError
+from clip_batch.encoders import NO_TEXT
 from clip_batch.serve.errors import Refused
 from clip_batch.serve.fetch import fetch
 from clip_batch.serve.heads import load_heads
@@ -32,12 +33,18 @@ _FETCHES = 8
 class Service:
     """Options, indices, heads, threads and metrics of one server. ConfigError where an option does not fit."""
 
-    def __init__(self, urls: Mapping[str, str], config: ServeConfig, storage: StorageConfig) -> None:
+    def __init__(
+        self,
+        urls: Mapping[str, str],
+        config: ServeConfig,
+        storage: StorageConfig,
+        databases: DatabaseConfig = DatabaseConfig(),
+    ) -> None:
         self.config, self.storage = config, storage
         self.max_body = parse_bytes(config.max_body)
         self.metrics = Metrics()
         self.heads = load_heads(config, storage)
-        self.indices = Indices(urls, config, storage, self.metrics)
+        self.indices = Indices(urls, config, storage, databases, self.metrics)
         self.threads = Threads("search", config.serve_threads or 2 * cores(), 4 * config.max_pending)
         self._fetches = Threads("fetch", _FETCHES, 4 * _FETCHES)
 
@@ -48,8 +55,10 @@ class Service:
         self._fetches.close()
 
     async def text(self, version: Version, text: str) -> Vector:
-        """The unit vector (d,) of a text."""
+        """The unit vector (d,) of a text. Refused (400): the index's model has no text side."""
         encoding = await self.indices.encoding(version)
+        if not encoding.encoder.has_text:
+            raise Refused(400, f"text: {NO_TEXT}", "text")
         return await encoding.text(text)
 
     async def image(self, version: Version, data: bytes, field: str = "image") -> Vector:

@@ -90,7 +90,7 @@ def router(service: Service) -> APIRouter:
         for name in service.indices.names:
             if name not in service.indices.closed():
                 with service.indices.use(name) as (_, version):
-                    served.append(_describe(name, version))
+                    served.append({**_describe(name, version), "text": service.indices.reads_text(version)})
         heads, config = service.heads, service.config
         on = {"safety": heads.safety is not None, "violence": heads.violence is not None, "aesthetic": heads.beauty}
         features = {"deduplicate": True, **on, "image_url": config.image_url}

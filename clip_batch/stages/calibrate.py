@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import ceil, floor, inf, log10
+from statistics import median
 from typing import TYPE_CHECKING
 
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
-from clip_batch.decode import DecodeError, decode_caption
+from clip_batch.decode import DecodeError, decode_caption, read_header
 from clip_batch.errors import EncoderError, InputError
 from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
@@ -57,6 +58,9 @@ LEAST, MOST = 120.0, 600.0
 SHARE = 0.01
 """Of all that one worker does, which a partition should not exceed: the last to end keeps the others waiting."""
 
+LARGE = 1000
+"""Pixels of a JPEG's shorter side from which on `--preprocess scaled` decodes less of it, for the usual models."""
+
 FAR = 2
 """The plan's partitions are far from what they should be when they take so many times more or less."""
 
@@ -74,7 +78,7 @@ class Measured:
     `sample_bytes` is a sample's mean size in its tar. Rates are samples a second: `read` by one
     reader (`read_bytes`: bytes a second), `decode_one` on one thread, `decode_all` on `threads`.
     `ladder` has (batch size, image-caption pairs a second). `broken_slices` are
-    damaged and had no sample at all.
+    damaged and had no sample at all. `side` is the median of the images' shorter sides in pixels, 0 of what is no JPEG.
     """
 
     device: str
@@ -89,6 +93,7 @@ class Measured:
     decode_all: float
     ladder: tuple[tuple[int, float], ...]
     load_seconds: float
+    side: float
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,10 @@ class Advice:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured and what follows, for a plan of this `format`."""
+    """What was measured and what follows, for a plan of this `format` and way to `preprocess`."""
 
     format: str
+    preprocess: str
     measured: Measured
     advice: Advice
 
@@ -170,9 +176,11 @@ def calibrate(
         decode_all=decode_all,
         ladder=_climb(encoder, good, BATCHES["cpu" if device == "cpu" else "cuda"]),
         load_seconds=load_seconds,
+        side=median(_side(sample, config.max_pixels) for sample, one in decoded if not isinstance(one, DecodeError)),
     )
     planned = planned_samples(plan, measured.sample_bytes)
-    return Calibration(plan.format, measured, advise(measured, planned, len(plan.partitions), workers))
+    advice = advise(measured, planned, len(plan.partitions), workers)
+    return Calibration(plan.format, plan.encoder.preprocess, measured, advice)
 
 
 @dataclass
@@ -274,6 +282,12 @@ def _decode(
         seconds = time.perf_counter() - started
     decoded = [(sample, made) for sample, made in zip(samples, found, strict=True) if made is not None]
     return decoded, len(decoded) / seconds
+
+
+def _side(sample: Sample, max_pixels: int) -> int:
+    """The shorter side of a JPEG, 0 of another image."""
+    image = read_header(sample.image or b"", max_pixels)
+    return min(image.size) if image.format == "JPEG" else 0
 
 
 def _climb(
@@ -382,6 +396,9 @@ def describe(found: Calibration) -> str:
     ]
     if measured.broken_slices:
         lines.insert(1, f"{measured.broken_slices} of the slices looked at are damaged and had no sample at all")
+    if advice.bound == "decode" and found.preprocess == "fast" and measured.side >= LARGE:
+        side = f"{measured.side:,.0f} pixels and more"
+        lines.insert(-1, f"half of its images are JPEGs of {side}: planned with --preprocess scaled they decode sooner")
     if advice.hours is not None:
         unit = "hours" if measured.device == "cpu" else "GPU-hours"
         lines.append(f"in all {advice.planned_samples:,} samples: {advice.hours:,.3g} {unit} of one worker")

@@ -1,6 +1,6 @@
 """embed: the uncommitted partitions of a slot, from tar to commit, in one pipeline that never drains.
 
-    read (this thread, ahead) -> decode (thread pool, in order) -> encode (one thread) -> write (this thread)
+    read (this thread, ahead) -> decode (pool, in order) -> encode (a thread, two for a GPU) -> write (this thread)
 
 At most `_BATCHES_AHEAD` batches are in flight, whatever the size of a partition.
 """
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from clip_batch import encoders, part
+from clip_batch import encoders, part, slots
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.decode import DecodeError, decode_caption, decode_json
 from clip_batch.errors import ClipBatchError, PartitionFailed, PlanError, Preempted
@@ -74,13 +75,6 @@ class _Batch:
     error: Exception | None = None
 
 
-def slot_partitions(partitions: int, slot: int, slots: int) -> list[int]:
-    """The partitions of a slot, of so many: every `slots`-th, from `slot`. PlanError if the slot is out of range."""
-    if not 0 <= slot < slots:
-        raise PlanError(f"slot {slot} of {slots} does not exist: slots count from 0 to {slots - 1}")
-    return list(range(slot, partitions, slots))
-
-
 def embed(
     output: str,
     config: EmbedConfig = EmbedConfig(),
@@ -95,7 +89,8 @@ def embed(
     on; but after three in a row for which the data is not to blame, the rest is left to others and
     has no outcome. `encoder` is the plan's, where the process has loaded it already. Raises PlanError,
     EncoderError or ConfigError before any work, and Preempted once `run.stop` is set, with
-    everything committed so far kept and nothing half done.
+    everything committed so far kept and nothing half done. Where `run.slot` is given, and unless `config.share`
+    is off, other workers' partitions follow when these are done.
     """
     store = Store(output, storage.storage_options)
     plan = load_plan(store)
@@ -126,15 +121,29 @@ def compiled_size(config: EmbedConfig) -> int:
 
 
 class _Order:
-    """Partitions in the order in which they are read; those that nobody has come to yet may change it."""
+    """Partitions in the order in which they are read, then what `more` gives, until that is None.
 
-    def __init__(self, todo: list[Partition]) -> None:
-        self._todo, self._reached = list(todo), 0
+    Those that nobody has come to yet may change their order.
+    """
+
+    def __init__(self, todo: list[Partition], more: Callable[[], Partition | None]) -> None:
+        self._todo, self._more, self._reached = list(todo), more, 0
+        self._lock = threading.Lock()  # one thread reads, another fetches ahead of it
 
     def __iter__(self) -> Iterator[Partition]:
-        for place in range(len(self._todo)):
+        place = 0
+        while (partition := self._at(place)) is not None:
+            yield partition
+            place += 1
+
+    def _at(self, place: int) -> Partition | None:
+        with self._lock:
+            if place == len(self._todo):
+                if (found := self._more()) is None:
+                    return None
+                self._todo.append(found)
             self._reached = max(self._reached, place + 1)
-            yield self._todo[place]
+            return self._todo[place]
 
     def elsewhere(self) -> None:
         """Go on from a random place, because another worker was met here.
@@ -142,10 +151,11 @@ class _Order:
         Workers that drain one plan in one order would else compute the same partitions side by side
         to its end, and the slower one lose each.
         """
-        rest = self._todo[self._reached :]
-        if rest:
-            place = random.randrange(len(rest))
-            self._todo[self._reached :] = rest[place:] + rest[:place]
+        with self._lock:
+            rest = self._todo[self._reached :]
+            if rest:
+                place = random.randrange(len(rest))
+                self._todo[self._reached :] = rest[place:] + rest[:place]
 
 
 class _Worker:
@@ -163,21 +173,25 @@ class _Worker:
         self.store, self.plan, self.config, self.storage = store, plan, config, storage
         self.run, self.encoder = run, encoder
         self.abandoned: set[int] = set()
+        self.tried: set[int] = set()
         self.batch_size = batch_size(config)
         self.prefetch = parse_bytes(config.prefetch)
 
     def embed(self, todo: list[Partition]) -> list[Outcome]:
         threads = self.config.threads or len(os.sched_getaffinity(0))
+        self.tried.update(partition.id for partition in todo)
         outcomes: list[Outcome] = []
-        order = _Order(todo)
+        order = _Order(todo, self._spare)
         files = Ahead(self._slices(order), self.storage.storage_options, self.prefetch, self.run.stop)
         team = encoders.threads()
-        # Decoding fills the cores by itself; one encoding thread takes as many as torch would.
+        # Decoding fills the cores by itself. A GPU gets its next batch while it works on one; a CPU is full with one,
+        # by as many threads as torch takes.
+        lanes = 1 if encoders.pick_device(self.config.device) == "cpu" else 2
         decoders = ThreadPoolExecutor(threads, "decode", encoders.use_threads, (1,))
-        device = ThreadPoolExecutor(1, "encode", encoders.use_threads, (team,))
+        device = ThreadPoolExecutor(lanes, "encode", encoders.use_threads, (team,))
         with decoders, device, files:
             try:
-                encoded = self._encode(self._decode(order, files, decoders), device)
+                encoded = self._encode(self._decode(order, files, decoders), device, lanes)
                 for number, batches in _by_partition(encoded):
                     outcomes.append(self._write(number, batches))
                     self.run.running.discard(number)
@@ -194,6 +208,19 @@ class _Worker:
                 device.shutdown(wait=False, cancel_futures=True)
                 encoders.use_threads(team)  # for threads to come, which begin with the last count set
         return outcomes
+
+    def _spare(self) -> Partition | None:
+        """A partition of another worker's, if there is one to take."""
+        if not (self.config.share and self.run.slot) or self.run.stop.is_set():
+            return None
+        number = slots.spare(self.store, self.tried)
+        if number is None:
+            return None
+        self.tried.add(number)
+        self.run.total += 1
+        self.run.running.add(number)
+        self.run.tell.set()  # before others look for one
+        return self.plan.partitions[number]
 
     def _decode(self, order: _Order, files: Ahead, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
         """Batches in order; the pool works up to `_BATCHES_AHEAD` batches before the consumer."""
@@ -219,6 +246,7 @@ class _Worker:
         """Each partition's samples in batches; an infrastructure error ends only its own partition."""
         for partition in order:
             if self._committed(partition):
+                self.run.running.discard(partition.id)
                 order.elsewhere()
                 continue
             self.run.running.add(partition.id)
@@ -251,18 +279,17 @@ class _Worker:
         row = part.metadata_row(sample, caption, values, self.plan.fields)
         return _Decoded(row, pixels, warnings + more)
 
-    def _encode(self, batches: Iterator[_Batch], device: ThreadPoolExecutor) -> Iterator[Encoded]:
-        """Encodes one batch while this thread collects the next."""
-        waiting: Future[Encoded] | None = None
+    def _encode(self, batches: Iterator[_Batch], device: ThreadPoolExecutor, lanes: int) -> Iterator[Encoded]:
+        """Encodes as many batches as there are lanes while this thread collects the next; in order."""
+        waiting: deque[Future[Encoded]] = deque()
         for batch in batches:
             if self.run.stop.is_set():
                 raise Preempted()
-            future = device.submit(self._forward, batch)
-            if waiting:
-                yield waiting.result()
-            waiting = future
-        if waiting:
-            yield waiting.result()
+            waiting.append(device.submit(self._forward, batch))
+            if len(waiting) > lanes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def _forward(self, batch: _Batch) -> Encoded:
         """The batch with its image and text vectors; a failure here is its partition's, not the worker's."""
@@ -306,7 +333,7 @@ class _Worker:
         for failure in bad:
             writer.fail(failure)
         if good:
-            assert images is not None and texts is not None
+            assert images is not None
             writer.add([item.row for item in good], images, texts)
             writer.warnings.update(warning for item in good for warning in item.warnings)
         self.run.samples += len(good)

@@ -132,7 +132,8 @@ def _build(job: Job, trained: dict[str, Any], shard: int, attempt: Attempt) -> N
             for kind, (own, vector) in queries.items()
         }
         first = job.base.effort[modality] if job.base else None
-        for kind, found in trial.run(made, rows, asked, job.rerank, job.config.recall_target, first).items():
+        shards = job.shards + (len(job.base.shards) if job.base else 0)
+        for kind, found in trial.run(made, rows, asked, job.rerank, job.config.recall_target, first, shards).items():
             trials.update({f"{modality}.{kind}.{field}": array for field, array in vars(found).items()})
         del data, rows, made  # before the next one is read
     assert order is not None

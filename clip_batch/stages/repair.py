@@ -19,7 +19,7 @@ def repair(store: Store, problems: dict[str, str]) -> list[int]:
 
 
 def gc(store: Store, everything: bool = False) -> list[str]:
-    """Remove data files that no commit names; returns their names.
+    """Remove data files, and uploads to S3, that no commit names; returns their names.
 
     A file of a committed partition that its commit does not name belongs to an attempt that lost,
     for certain. Files of uncommitted partitions may be some worker's, at work now: they are kept,
@@ -29,12 +29,15 @@ def gc(store: Store, everything: bool = False) -> list[str]:
     named = {name for commit in commits.values() for name in commit.files}
     removed = []
     for folder in (*part.DATA_FOLDERS, part.COMMITS):
-        for base in store.list(folder):
-            name = f"{folder}/{base}"
+
+        def orphan(base: str, folder: str = folder) -> bool:
             found = part.parse_file_name(base)
-            orphan = found is not None and name not in named and (everything or found[0] in commits)
-            spool = folder == part.COMMITS and TEMPORARY in base and everything
-            if orphan or spool:
-                store.remove(name)
-                removed.append(name)
+            if found is None or f"{folder}/{base}" in named:
+                return folder == part.COMMITS and TEMPORARY in base and everything
+            return everything or found[0] in commits
+
+        for base in filter(orphan, store.list(folder)):
+            store.remove(f"{folder}/{base}")
+            removed.append(f"{folder}/{base}")
+        removed += [f"{folder}/{base} (unfinished upload)" for base in store.abort_uploads(folder, orphan)]
     return removed

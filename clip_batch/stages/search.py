@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from clip_batch.metadata import MetadataFile, common_schema, open_table, take_as
 from clip_batch.order import best
 from clip_batch.rerank import candidates, rerank
 from clip_batch.store import Store
-from clip_batch.types import Hit
+from clip_batch.types import EncoderSpec, Hit
 from clip_batch.vectors import Stacked, blocks, open_matrix, unit
 
 if TYPE_CHECKING:
@@ -42,6 +42,15 @@ EXACT = 10_000
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+
+
+class Condition(Protocol):
+    """What a value of a metadata column must meet."""
+
+    column: str
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value, never null, does."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,9 @@ class Searcher:
     Errors: as `load_manifest`; CorruptError where a file is absent or not of its recorded size (or, as
     it is copied, sha256); ConfigError where the encoder's dimension is not the index's.
     """
+
+    most = 2**31 - 1
+    """Hits that one search gives at the most."""
 
     def __init__(
         self,
@@ -179,12 +191,7 @@ class Searcher:
         """The encoder that made the index, loaded when it is first needed; EncoderError if it is not here."""
         with self._loading:
             if self._encoder is None:
-                spec = self.manifest.encoder
-                names = self.config.model or spec.model, self.config.pretrained or spec.pretrained
-                if not spec.weights or names != (spec.model, spec.pretrained):
-                    found = encoders.resolve(*names, spec.preprocess, spec.precision, self.storage.storage_options)
-                    spec = replace(found, weights=spec.weights or found.weights)
-                self._encoder = encoders.load(spec, self.config.device, self.storage.storage_options)
+                self._encoder = load_encoder(self.manifest.encoder, self.config, self.storage)
             return self._encoder
 
     def encode_text(self, texts: Sequence[str]) -> Vectors:
@@ -228,12 +235,8 @@ class Searcher:
         Places without a hit have -inf and -1. Only rows of `among` are found: all of them are looked at if they
         are few (`EXACT`), else those in the lists that `effort` lets the index look into. Otherwise as `search`.
         """
-        wanted = self._queries(queries)
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise ConfigError(f"k is {k!r}: it must be 1 or more")
-        if effort is not None and effort < 1:
-            raise ConfigError(f"effort is {effort}: it must be 1 or more")
-        shards = self._modality(modality)
+        wanted = checked_search(self.manifest, queries, k, modality, effort)
+        shards = self.indices[modality]
         effort = self.manifest.effort[modality] if effort is None else effort
 
         stored, depth = self._stored.get(modality), int(k)
@@ -247,13 +250,12 @@ class Searcher:
         def one(shard: OpenedIndex) -> tuple[Vectors, Ids]:
             removed = among.others(shard.offset, shard.rows) if among else shard.removed
             scores, ids = faiss_index.search(shard.index, wanted, min(depth, shard.rows), effort, removed)
-            ids = np.where(ids >= 0, ids + shard.offset, -1)
-            if stored is not None:
-                return rerank(wanted, ids, stored, min(int(k), shard.rows))
-            return np.where(ids >= 0, scores, -np.inf), ids
+            return np.where(ids >= 0, scores, -np.inf), np.where(ids >= 0, ids + shard.offset, -1)
 
         parts = list(self._pool.map(one, shards))
-        return best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), int(k))
+        # Every shard is made of one template, so what it gives as scores can be compared with another's.
+        scores, ids = best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), depth)
+        return (scores, ids) if stored is None else rerank(wanted, ids, stored, int(k))
 
     def _exact(self, queries: Vectors, ids: Ids, k: int, modality: str) -> tuple[Vectors, Ids]:
         """As `search_ids`, by looking at all of these rows."""
@@ -264,10 +266,17 @@ class Searcher:
 
     def select(self, ids: npt.ArrayLike) -> Selection:
         """A selection of rows for `search_ids`, without those that were removed. ConfigError: an id is not one."""
-        found = np.unique(np.asarray(ids, dtype=np.int64))
-        if len(found) and (found[0] < 0 or found[-1] >= self.manifest.rows):
-            raise ConfigError(f"ids are 0 to {self.manifest.rows - 1}")
-        return Selection(found[~tombstones.contains(self.removed, found)])
+        return selection(self.manifest, self.removed, ids)
+
+    def where(self, conditions: Sequence[Condition]) -> Ids:
+        """Sorted ids of rows whose metadata meets all conditions. Every value of their columns is read."""
+        found = [np.empty(0, dtype=np.int64)]
+        for table, shard in zip(self.tables, self.manifest.shards, strict=True):
+            meets = np.ones(table.rows, dtype=bool)
+            for condition in conditions:
+                meets &= table.where(condition.column, condition.holds)
+            found.append(np.flatnonzero(meets) + shard.offset)
+        return np.concatenate(found)
 
     def search_over(
         self, query: npt.ArrayLike, threshold: float, modality: str = "image", effort: int | None = None
@@ -276,7 +285,7 @@ class Searcher:
 
         As far as `effort` lets the index find them; all of them where exact vectors are stored. `query` is (d,).
         """
-        wanted, shards = self._queries(query)[:1], self._modality(modality)
+        wanted, shards = checked_search(self.manifest, query, 1, modality, effort)[:1], self.indices[modality]
         stored = self._stored.get(modality)
         effort = self.manifest.effort[modality] if effort is None else effort
         for shard in shards:
@@ -295,28 +304,11 @@ class Searcher:
         low, high = np.searchsorted(self.removed, [offset, offset + rows])
         return faiss_index.Removed(self.removed[low:high] - offset) if low < high else None
 
-    def _modality(self, modality: str) -> list[OpenedIndex]:
-        if modality not in self.indices:
-            raise ConfigError(f"modality {modality!r} is not in this index: it has {', '.join(self.indices)}")
-        return self.indices[modality]
-
-    def _queries(self, queries: npt.ArrayLike) -> Vectors:
-        try:
-            wanted = np.ascontiguousarray(np.atleast_2d(np.asarray(queries)), dtype=np.float32)
-        except (TypeError, ValueError):
-            raise ConfigError("queries are not an array of numbers") from None
-        if wanted.ndim != 2 or wanted.shape[1] != self.manifest.dim:
-            raise ConfigError(f"queries have shape {wanted.shape}: this index wants (n, {self.manifest.dim})")
-        if not np.isfinite(wanted).all():
-            raise ConfigError("queries contain NaN or infinity")
-        return wanted
-
     def table(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
         """The metadata of rows (n,) as an Arrow table, in the order asked; errors as `metadata`."""
-        wanted, schema = self._ids(ids), self.schema
+        wanted, schema = checked_ids(self.manifest, self.removed, ids), self.schema
         if columns is not None:
-            if unknown := [name for name in columns if name not in schema.names]:
-                raise ConfigError(f"no metadata column {', '.join(unknown)}: there are {', '.join(schema.names)}")
+            check_columns(schema, columns)
             schema = pa.schema([schema.field(name) for name in columns])
         owner = np.searchsorted(self._offsets, wanted, "right") - 1
         order = np.argsort(owner, kind="stable")
@@ -341,7 +333,9 @@ class Searcher:
 
         ConfigError: an id is not in the index, or its kind cannot give vectors back.
         """
-        wanted, shards = self._ids(ids), self._modality(modality)
+        wanted = checked_ids(self.manifest, self.removed, ids)
+        check_modality(self.manifest, modality)
+        shards = self.indices[modality]
         if modality in self._stored:
             return unit(self._stored[modality][wanted])
         out = np.zeros((len(wanted), self.manifest.dim), dtype=np.float32)
@@ -355,15 +349,64 @@ class Searcher:
                 out[place] = vector
         return out
 
-    def _ids(self, ids: npt.ArrayLike) -> Ids:
-        wanted = np.asarray(ids).reshape(-1)
-        if not len(wanted):
-            return np.empty(0, dtype=np.int64)
-        if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= self.manifest.rows:
-            raise ConfigError(f"ids are whole numbers from 0 to {self.manifest.rows - 1}")
-        if (gone := tombstones.contains(self.removed, wanted)).any():
-            raise ConfigError(f"row {wanted[gone][0]} was removed from this index")
-        return wanted.astype(np.int64)
+
+def checked_search(manifest: Manifest, queries: npt.ArrayLike, k: int, modality: str, effort: int | None) -> Vectors:
+    """Queries float32 (n, d) of a search that an index of this manifest can do. ConfigError: a wrong argument."""
+    try:
+        wanted = np.ascontiguousarray(np.atleast_2d(np.asarray(queries)), dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ConfigError("queries are not an array of numbers") from None
+    if wanted.ndim != 2 or wanted.shape[1] != manifest.dim:
+        raise ConfigError(f"queries have shape {wanted.shape}: this index wants (n, {manifest.dim})")
+    if not np.isfinite(wanted).all():
+        raise ConfigError("queries contain NaN or infinity")
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ConfigError(f"k is {k!r}: it must be 1 or more")
+    if effort is not None and effort < 1:
+        raise ConfigError(f"effort is {effort}: it must be 1 or more")
+    check_modality(manifest, modality)
+    return wanted
+
+
+def check_modality(manifest: Manifest, modality: str) -> None:
+    """ConfigError: an index of this manifest has not got it."""
+    if modality not in manifest.key:
+        raise ConfigError(f"modality {modality!r} is not in this index: it has {', '.join(manifest.key)}")
+
+
+def check_columns(schema: pa.Schema, columns: Sequence[str]) -> None:
+    """ConfigError: metadata of this schema has not got one."""
+    if unknown := [name for name in columns if name not in schema.names]:
+        raise ConfigError(f"no metadata column {', '.join(unknown)}: there are {', '.join(schema.names)}")
+
+
+def checked_ids(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> Ids:
+    """Ids int64 (n,). ConfigError: one is not of the index, or was removed."""
+    wanted = np.asarray(ids).reshape(-1)
+    if not len(wanted):
+        return np.empty(0, dtype=np.int64)
+    if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= manifest.rows:
+        raise ConfigError(f"ids are whole numbers from 0 to {manifest.rows - 1}")
+    if (gone := tombstones.contains(removed, wanted)).any():
+        raise ConfigError(f"row {wanted[gone][0]} was removed from this index")
+    return wanted.astype(np.int64)
+
+
+def selection(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> Selection:
+    """The rows without the removed ones. ConfigError: an id is not of the index."""
+    found = np.unique(np.asarray(ids, dtype=np.int64))
+    if len(found) and (found[0] < 0 or found[-1] >= manifest.rows):
+        raise ConfigError(f"ids are 0 to {manifest.rows - 1}")
+    return Selection(found[~tombstones.contains(removed, found)])
+
+
+def load_encoder(spec: EncoderSpec, config: SearchConfig, storage: StorageConfig) -> Encoder:
+    """The encoder of an index, where `config` says it lies. EncoderError: it is not there, or not that one."""
+    names = config.model or spec.model, config.pretrained or spec.pretrained
+    if not spec.weights or names != (spec.model, spec.pretrained):
+        found = encoders.resolve(*names, spec.preprocess, spec.precision, storage.storage_options)
+        spec = replace(found, weights=spec.weights or found.weights)
+    return encoders.load(spec, config.device, storage.storage_options)
 
 
 def describe_hits(hits: Sequence[Hit]) -> str:

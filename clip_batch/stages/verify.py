@@ -137,7 +137,7 @@ def _check_rows(store: Store, commit: Commit) -> str | None:
     if not commit.rows:
         return None
     try:
-        for folder in ("img_emb", "text_emb"):
+        for folder in _folders(commit):
             with store.open(commit.file(folder) or "") as file:
                 shape, _, dtype = npy_header(file)
             if shape != (commit.rows, commit.dim) or dtype != np.float16:
@@ -153,12 +153,17 @@ def _check_rows(store: Store, commit: Commit) -> str | None:
     return None
 
 
+def _folders(commit: Commit) -> list[str]:
+    """The folders of a part's vectors; a model without a text side leaves none of texts."""
+    return [folder for folder in ("img_emb", "text_emb") if folder == "img_emb" or commit.file(folder)]
+
+
 def _check_vectors(store: Store, commit: Commit) -> str | None:
     import numpy as np
 
     if not commit.rows:
         return None
-    for folder in ("img_emb", "text_emb"):
+    for folder in _folders(commit):
         name = commit.file(folder) or ""
         with store.fetch(name) as path:
             vectors = open_matrix(path)
@@ -201,5 +206,7 @@ def _identities(store: Store, name: str | None) -> list[tuple[str | None, str, i
     if name is None:
         return []
     with store.open(name) as file:
-        columns = pq.ParquetFile(file).read(columns=["key", "shard", "offset"])
+        # Without Arrow's threads: they let go of what is Python's later, and abort a process that is ending.
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        columns = parquet.read(columns=["key", "shard", "offset"], use_threads=False)
     return list(zip(*(column.to_pylist() for column in columns.columns), strict=True))

@@ -1,8 +1,8 @@
 """Images a second from tars to what the encoder takes, ours against webdataset's; prints JSON.
 
-python -m tests.bench.data_path [--side 256] [--tars 4] [--samples 1000] [--rounds 5]
+python -m tests.bench.data_path [--side 256] [--tars 4] [--samples 1000] [--rounds 5] [--ways fast exact webdataset]
 
-Ours, `fast` and `exact`: read_slice, a thread a core, uint8 batches. The peer: webdataset, open_clip's own
+Ours, `fast`, `exact` and `scaled`: read_slice, a thread a core, uint8 batches. The peer: webdataset, open_clip's own
 transform, a DataLoader with a worker a core, float32 batches made in the workers. Both give 224 x 224 in
 batches of 64, in this process; rounds are interleaved and the best of each counts. A round of the peer
 starts its workers, as each epoch does; `seconds_to_first_batch` tells how much of it that is. `cpu_ms` is
@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,6 +35,8 @@ BATCH = 64
 AHEAD = 4 * BATCH
 KINDS = 100
 """Different pictures; each is in the tars many times."""
+
+OURS = ("fast", "exact", "scaled")
 
 Batches = Iterator[Any]
 
@@ -53,13 +55,14 @@ def photo(seed: int, side: int) -> bytes:
 
 def write_tars(folder: str, tars: int, samples: int, side: int = 256) -> list[str]:
     """Tars of JPEGs with captions and empty side-cars; their paths."""
-    photos = [photo(seed, side) for seed in range(KINDS)]
+    photos = [photo(seed, side) for seed in range(min(KINDS, samples))]
     paths = []
     for tar in range(tars):
         files = []
         for number, text in enumerate(captions(random.Random(tar), samples)):
             key = f"{tar:03d}{number:06d}"
-            files += [(f"{key}.jpg", photos[number % KINDS]), (f"{key}.txt", text.encode()), (f"{key}.json", b"{}")]
+            image = photos[number % len(photos)]
+            files += [(f"{key}.jpg", image), (f"{key}.txt", text.encode()), (f"{key}.json", b"{}")]
         paths.append(corpus.write_tar(f"{folder}/{tar:05d}.tar", files))
     return paths
 
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--tars", type=int, default=4)
     parser.add_argument("--samples", type=int, default=1000, help="a tar")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=["fast", "exact", "webdataset"], choices=[*OURS, "webdataset"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     import torch
@@ -129,15 +133,11 @@ def main() -> None:
     cpu: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as home:
         tars = write_tars(home, options.tars, options.samples, options.side)
-        ways: dict[str, Callable[[], Batches]] = {
-            "fast": lambda: ours(tars, "fast", cores),
-            "exact": lambda: ours(tars, "exact", cores),
-            "webdataset": lambda: peer(tars, cores),
-        }
+        size = round(sum(os.path.getsize(path) for path in tars) / total)
         for _ in range(options.rounds):
-            for name, way in ways.items():
+            for name in options.ways:
                 started, before, found = time.perf_counter(), cpu_seconds(), 0
-                for batch in way():
+                for batch in ours(tars, name, cores) if name in OURS else peer(tars, cores):
                     if not found:
                         first[name] = min(first.get(name, 1e9), time.perf_counter() - started)
                     found += len(batch)
@@ -149,8 +149,9 @@ def main() -> None:
         "benchmark": "data_path",
         **vars(options),
         "cores": cores,
-        "images_per_second": {name: round(total / seconds) for name, seconds in best.items()},
-        "over_webdataset": {name: round(best["webdataset"] / best[name], 2) for name in ("fast", "exact")},
+        "sample_bytes": size,
+        "images_per_second": {name: round(total / seconds, 1) for name, seconds in best.items()},
+        f"over_{options.ways[-1]}": {name: round(best[options.ways[-1]] / best[name], 2) for name in options.ways[:-1]},
         "cpu_ms": {name: round(seconds / total * 1000, 2) for name, seconds in cpu.items()},
         "seconds_to_first_batch": {name: round(seconds, 2) for name, seconds in first.items()},
     }

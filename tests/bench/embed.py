@@ -44,6 +44,7 @@ class Stub:
     """An encoder of `rate` images a second that computes nothing, and open_clip's transform to 224 x 224."""
 
     dim = 512
+    has_text = True
 
     def __init__(self, rate: float, mode: str) -> None:
         from open_clip.transform import image_transform

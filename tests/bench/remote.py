@@ -1,11 +1,12 @@
-"""Reading and splitting tars of 256 px JPEGs: local files against S3 and HDFS on loopback, in one run; as JSON.
+"""Reading and splitting tars of 256 px JPEGs: local files against S3, GCS and HDFS on loopback, in one run; as JSON.
 
-    python tests/bench/remote.py [--tars 6] [--samples 2000] [--repeats 3] [--rounds 5] [--moto] [--hdfs]
+    python tests/bench/remote.py [--tars 6] [--samples 2000] [--repeats 3] [--rounds 5] [--moto] [--gcs] [--hdfs]
 
 `s3` is a server of this benchmark's own (`s3_files.py`), which costs next to nothing; `moto` is a test's
-double of S3, in Python. `split` reads every sample; `decode` also decodes each image on one thread,
-which is nearer to what embed does. The clock starts when the first tar is there, as a worker reads for
-hours. `share` is the remote rate over the local one; best of the rounds, interleaved.
+double of S3, in Python, `gcs` one of Google Cloud Storage, in Go. `split` reads every sample; `decode` also
+decodes each image on one thread, which is nearer to what embed does. The clock starts when the first tar is
+there, as a worker reads for hours. `share` is the remote rate over the local one; best of the rounds,
+interleaved.
 
 `cpu_ms_mb` are CPU milliseconds a megabyte of the best round: of the reader, of the process that fetches for
 it, of the server. All have the same cores, so `bound` is the share that no arrangement of that work can
@@ -155,6 +156,17 @@ def moto() -> Iterator[Place]:
 
 
 @contextlib.contextmanager
+def gcs() -> Iterator[Place]:
+    from tests.gcs_server import BUCKET, running
+    from tests.processes import free_ports
+
+    [port] = free_ports(1)
+    with running(port) as server:
+        options = {"endpoint_url": f"http://127.0.0.1:{port}", "token": "anon"}
+        yield Place(f"gs://{BUCKET}/tars", options, [server])
+
+
+@contextlib.contextmanager
 def hadoop() -> Iterator[Place]:
     from tests.hdfs_cluster import cluster, fetch_jars
 
@@ -170,6 +182,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="how often a pass reads each tar")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--moto", action="store_true", help="S3 as moto serves it, too")
+    parser.add_argument("--gcs", action="store_true", help="GCS as fake-gcs-server serves it, too")
     parser.add_argument("--hdfs", action="store_true", help="HDFS too (needs Java: make services)")
     arguments = parser.parse_args()
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
@@ -179,11 +192,13 @@ def main() -> None:
         places = {"local": Place(home, {}, []), "s3": stack.enter_context(s3_files(home))}
         if arguments.moto:
             places["moto"] = stack.enter_context(moto())
+        if arguments.gcs:
+            places["gcs"] = stack.enter_context(gcs())
         if arguments.hdfs:
             places["hdfs"] = stack.enter_context(hadoop())
         shards: dict[str, list[Shard]] = {}
         for name, place in places.items():
-            for path in sorted(Path(home).glob("*.tar")) if name in ("moto", "hdfs") else ():
+            for path in sorted(Path(home).glob("*.tar")) if name in ("moto", "gcs", "hdfs") else ():
                 Store(place.url, place.options).replace(path.name, path.read_bytes())
             shards[name] = expand_inputs([f"{place.url}/*.tar"], "tar", place.options)
         paces: dict[str, list[Pace]] = {name: [] for name in places}

@@ -48,6 +48,8 @@ function go(change) {
 function show() {
   if (document.activeElement !== $("text") || query.text !== $("text").value.trim()) $("text").value = query.text;
   showChips(query.terms, indexName(), terms => go({ terms, text: $("text").value.trim() }));
+  $("text").placeholder = (current()?.text ?? true ? "Describe an image" : "Drop, paste or choose an image: this index reads no text")
+    + (server.features.image_url ? ", or paste its address" : "");
   $("index").value = indexName();
   for (const choice of document.querySelectorAll("#modality input")) choice.checked = choice.value === query.modality;
   for (const flag of FLAGS) $(flag).checked = query[flag];
@@ -292,7 +294,6 @@ async function start() {
   const rows = server.indices.reduce((sum, index) => sum + index.rows, 0);
   $("size").textContent = `Search ${rows.toLocaleString("en")} images`;
   $("surprise").hidden = !rows;
-  if (server.features.image_url) $("text").placeholder += ", or paste its address";
   return restore();
 }
 

@@ -1,0 +1,38 @@
+"""What a sample's image is made of its file: the bytes, a Pillow image, or a tensor of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from clip_batch.decode import open_image
+from clip_batch.encoders.pixels import composed, preparing, split
+from clip_batch.errors import ConfigError
+
+Decode = Literal["tensor", "pil", "raw"]
+
+
+def pictures(
+    decode: Decode, size: int, max_pixels: int, transform: Callable[[Any], Any] | None = None
+) -> Callable[[bytes], Any]:
+    """What decodes image files, and gives the result to `transform`, if there is one. From any number of threads.
+
+    tensor: uint8 (3, size, size), RGB: the shorter side resized (bicubic), then the centre cropped, as CLIP's own
+    transform does, by torch. pil: a Pillow image, RGB, of its own size. raw: the file's bytes. It raises DecodeError;
+    what `transform` raises is not caught. ConfigError: a wrong argument.
+    """
+    if decode not in ("tensor", "pil", "raw"):
+        raise ConfigError(f"decode is {decode!r}: there are tensor, pil and raw")
+    if size < 1:
+        raise ConfigError(f"size is {size}: it must be 1 or more")
+    transformed = composed({"size": [size], "crop": [size, size], "mean": [0.0] * 3, "std": [1.0] * 3})
+    prepare = preparing("fast", *split(transformed))
+
+    def made(data: bytes) -> Any:
+        if decode == "tensor":
+            return torch.from_numpy(prepare(data, max_pixels))
+        return open_image(data, max_pixels).convert("RGB") if decode == "pil" else data
+
+    return made if transform is None else lambda data: transform(made(data))

@@ -1,0 +1,123 @@
+"""Model folders: local ones, and those of the Hugging Face hub, which are in its cache before a worker needs them.
+
+Plan and `prefetch` may download; whatever is `offline` never does. No torch in here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from clip_batch.errors import EncoderError
+from clip_batch.store import file_digest
+
+_TEXTS = (".json", ".txt", ".model", ".jinja")
+_NO_PARTS = ("LICENSE.txt", "requirements.txt")
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Within it, the Hugging Face libraries of this process take what their cache has, and download nothing."""
+    name = "HF_HUB_OFFLINE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    loaded = sys.modules.get("huggingface_hub.constants")  # which read the environment when it was imported
+    setting = getattr(loaded, name, None)
+    if loaded:
+        setattr(loaded, name, True)
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+        if loaded := sys.modules.get("huggingface_hub.constants"):
+            was = before is not None and before.upper() in ("1", "ON", "YES", "TRUE")
+            setattr(loaded, name, was if setting is None else setting)
+
+
+def relevant(names: Sequence[str]) -> list[str]:
+    """Of the file names at a model folder's top, sorted, those that can decide a vector.
+
+    Weights are its safetensors, or its .bin files where there are none of these.
+    """
+    safe = [name for name in names if name.endswith(".safetensors")]
+    weights = safe or [name for name in names if name.endswith(".bin")]
+    texts = [name for name in names if name.endswith(_TEXTS) and name not in _NO_PARTS]
+    if safe:
+        texts = [name for name in texts if not name.endswith(".bin.index.json")]
+    return sorted(name for name in weights + texts if "/" not in name)
+
+
+def folder(name: str) -> str:
+    """A local model folder: itself, or the cached snapshot of a hub name; EncoderError if it cannot be had.
+
+    Only the relevant files are downloaded, and only where they are not cached and nothing is `offline`.
+    """
+    if os.path.isdir(name):
+        return os.path.abspath(name)
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    with contextlib.suppress(Exception):  # not there, or no name of a repository
+        found = snapshot_download(name, local_files_only=True)
+        if _has_weights(found):
+            return str(found)
+    if constants.HF_HUB_OFFLINE:
+        raise _missing(name)
+    try:
+        names = relevant(HfApi().list_repo_files(name))
+        return str(snapshot_download(name, allow_patterns=names))
+    except Exception as error:
+        raise _missing(name, error) from None
+
+
+def file(name: str, inside: str) -> str:
+    """The path of one file of a model folder, local or cached, as `folder`."""
+    if os.path.isdir(name):
+        path = os.path.join(name, inside)
+        if not os.path.isfile(path):
+            raise EncoderError(f"no {inside} in {name}: name a folder that has it")
+        return path
+    from huggingface_hub import constants, hf_hub_download
+
+    with contextlib.suppress(Exception):
+        return str(hf_hub_download(name, inside, local_files_only=True))
+    if constants.HF_HUB_OFFLINE:
+        raise _missing(name)
+    try:
+        return str(hf_hub_download(name, inside))
+    except Exception as error:
+        raise _missing(name, error) from None
+
+
+def folder_digest(path: str) -> str:
+    """sha256 over the names and contents of the relevant files of a local folder. EncoderError: it has no weights."""
+    if not _has_weights(path):
+        raise EncoderError(f"no weights (.safetensors, .bin) in {path}: name a folder that has them")
+    names = relevant(os.listdir(path))
+    return combine([f"{name} {file_digest(os.path.join(path, name))}" for name in names])
+
+
+def combine(parts: Sequence[str]) -> str:
+    """sha256 over several digests or names."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def line(error: Exception) -> str:
+    """What a library says of an error, in one line."""
+    return " ".join(str(error).split())[:300]
+
+
+def _has_weights(path: str) -> bool:
+    return any(name.endswith((".safetensors", ".bin")) for name in relevant(os.listdir(path)))
+
+
+def _missing(name: str, error: Exception | None = None) -> EncoderError:
+    why = f" ({line(error)})" if error else ""
+    return EncoderError(
+        f"{name} is neither a folder nor in the Hugging Face cache of this machine{why}: give a folder's path, "
+        "or run clip-batch prefetch --model with its name where there is network"
+    )

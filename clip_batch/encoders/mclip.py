@@ -1,0 +1,113 @@
+"""`mclip:TEXT+IMAGE`: a multilingual text tower of M-CLIP, and the open_clip model whose image space it was taught.
+
+TEXT is a folder or a hub name of M-CLIP's format: a transformers encoder, the mean over its tokens, a linear map.
+IMAGE is an open_clip name, its tag or checkpoint is `pretrained`: mclip:M-CLIP/XLM-Roberta-Large-Vit-B-32+ViT-B-32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from clip_batch.encoders import hub, open_clip
+from clip_batch.errors import EncoderError
+from clip_batch.store import file_digest
+from clip_batch.types import EncoderSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from clip_batch.encoders.towers import Texts, Towers
+
+
+def weights_digest(model: str, pretrained: str) -> str:
+    """sha256 over the text tower's folder, its base's configuration, and the image side's own digest. EncoderError."""
+    text, image = _names(model)
+    folder = hub.folder(text)
+    base = file_digest(hub.file(_config(folder)["modelBase"], "config.json"))
+    return hub.combine([hub.folder_digest(folder), base, open_clip.weights_digest(image, pretrained)])
+
+
+def _names(model: str) -> tuple[str, str]:
+    text, plus, image = model.removeprefix("mclip:").rpartition("+")
+    if not plus or not text or not image:
+        raise EncoderError(
+            f"model {model!r} is not understood: write mclip:TEXT+IMAGE, a folder or hub name of M-CLIP's"
+        )
+    return text, image
+
+
+def _config(folder: str) -> dict[str, Any]:
+    """The text tower's configuration; a base in the folder itself is found from anywhere."""
+    with open(hub.file(folder, "config.json"), encoding="utf-8") as file:
+        config: dict[str, Any] = json.load(file)
+    if "modelBase" not in config:
+        raise EncoderError(f"{folder} is none of M-CLIP's text towers: its config.json has no modelBase")
+    beside = os.path.join(folder, config["modelBase"])
+    return {**config, "modelBase": beside} if os.path.isdir(beside) else config
+
+
+def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
+    """Load both sides onto a device, compiled for batches of so many images (0: not); EncoderError."""
+    from clip_batch.encoders import pixels
+    from clip_batch.encoders.towers import Towers, placed
+
+    place = placed(spec, device, compiled)
+    text, image = _names(spec.model)
+    model, transform, _ = open_clip.read(image, spec.pretrained, spec.precision, place[0])
+    steps, last = pixels.split(transform)
+    prepare = pixels.preparing(spec.preprocess, steps, last)
+    try:
+        texts = _texts(hub.folder(text), *place)
+    except EncoderError:
+        raise
+    except Exception as error:
+        raise EncoderError(f"M-CLIP's text tower {text} cannot be loaded: {hub.line(error)}") from None
+    return Towers(spec, model, model.encode_image, texts, prepare, last, place, compiled)
+
+
+def _texts(folder: str, device: torch.device, dtype: torch.dtype) -> Texts:
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    from clip_batch.encoders.hf import context
+
+    config = _config(folder)
+    base = AutoConfig.from_pretrained(os.path.dirname(hub.file(config["modelBase"], "config.json")))
+    tower = torch.nn.ModuleDict({
+        "transformer": AutoModel.from_config(base),
+        "LinearTransformation": torch.nn.Linear(config["transformerDimSize"], config["imageDimSize"]),
+    })  # fmt: skip
+    lacking = tower.load_state_dict(_weights(folder), strict=False).missing_keys
+    if lacking := [name for name in lacking if "position_ids" not in name and ".pooler." not in name]:
+        raise EncoderError(f"the weights in {folder} lack {lacking[0]}: take complete ones")
+    tower = tower.eval().to(device, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    length = context(tokenizer, base)
+
+    def side(texts: Sequence[str]) -> torch.Tensor:
+        tokens = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length)
+        tokens = tokens.to(device)
+        there = tokens["attention_mask"][:, :, None]
+        found = tower["transformer"](**tokens)[0]
+        rows: torch.Tensor = tower["LinearTransformation"]((found * there).sum(1) / there.sum(1))
+        return rows
+
+    return side
+
+
+def _weights(folder: str) -> dict[str, Any]:
+    """The state of all weight files of a folder."""
+    import torch
+    from safetensors.torch import load_file
+
+    state: dict[str, Any] = {}
+    for name in hub.relevant(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.endswith(".safetensors"):
+            state.update(load_file(path))
+        elif name.endswith(".bin"):
+            state.update(torch.load(path, map_location="cpu", weights_only=True))
+    return state

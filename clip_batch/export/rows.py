@@ -1,0 +1,133 @@
+"""What is exported: the rows of an index's live version without those that were removed, and their vectors.
+
+Vectors are exact: from INDEX where it holds exact ones, else from the OUT that was merged. Where that is not there any
+more they are what the index keeps of them, which `exact` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from clip_batch.errors import ClipBatchError, ConfigError, CorruptError
+from clip_batch.job import digest, open_source
+from clip_batch.manifest import IndexShard
+from clip_batch.metadata import LINEAGE
+from clip_batch.stages.search import Searcher
+from clip_batch.store import Store
+from clip_batch.vectors import Embeddings, gather, read_vectors, unit
+
+Ids = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float32]
+Half = npt.NDArray[np.float16]
+
+BLOCK = 16_384
+"""Rows that are counted, read and written together: what Milvus answers at the most."""
+
+FEW = 1_000
+"""Rows that are read one by one from OUT; of more, their index shard's rows are read at once."""
+
+
+class Rows:
+    """The rows of an open index, and their metadata."""
+
+    def __init__(self, searcher: Searcher) -> None:
+        self._searcher, self.manifest = searcher, searcher.manifest
+
+    def __len__(self) -> int:
+        return self.manifest.rows - len(self._searcher.removed)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges [start, stop) of ids, in order, each within an index shard."""
+        for shard in self.manifest.shards:
+            end = shard.offset + shard.rows
+            yield from ((start, min(start + BLOCK, end)) for start in range(shard.offset, end, BLOCK))
+
+    def removed(self, start: int, stop: int) -> Ids:
+        """The sorted ids in [start, stop) that were removed."""
+        low, high = np.searchsorted(self._searcher.removed, [start, stop])
+        return self._searcher.removed[low:high]
+
+    def ids(self, start: int, stop: int) -> Ids:
+        """The sorted ids in [start, stop) that were not."""
+        return np.setdiff1d(np.arange(start, stop), self.removed(start, stop), assume_unique=True)
+
+    def table(self, ids: Ids, columns: list[str] | None = None) -> pa.Table:
+        """The metadata of rows (n,)."""
+        return self._searcher.table(ids, columns)
+
+
+class VectorRows(Rows):
+    """The same with their vectors.
+
+    `exact` tells whether those are, `origin` where they come from, for people. Memory: where that is OUT, one index
+    shard's vectors.
+    """
+
+    def __init__(self, searcher: Searcher) -> None:
+        super().__init__(searcher)
+        self._sources: dict[int, Embeddings] = {}
+        self._held: dict[tuple[str, str], Half] = {}
+        self.exact, self.origin = True, "of INDEX, exact"
+        if self.manifest.rerank or set(self.manifest.key.values()) <= {"Flat"}:
+            return
+        try:
+            self._sources = {source: self._open(source) for source in {shard.source for shard in self.manifest.shards}}
+            self.origin = "of OUT, exact"
+        except (ClipBatchError, OSError) as error:
+            kept = ", ".join(self.manifest.key.values())
+            self.exact = False
+            self.origin = f"as the index keeps them ({kept}), not exact, for OUT cannot be read: {error}"
+
+    def vectors(self, ids: Ids) -> dict[str, Vectors]:
+        """Unit vectors float32 (n, d) of rows of any shards, by modality; zero for a row without one."""
+        if not self._sources:
+            return {modality: self._searcher.reconstruct(ids, modality) for modality in self.manifest.key}
+        out = {modality: np.empty((len(ids), self.manifest.dim), dtype=np.float32) for modality in self.manifest.key}
+        owner = np.searchsorted([shard.offset for shard in self.manifest.shards], ids, "right") - 1
+        for number in np.unique(owner):
+            mine = np.flatnonzero(owner == number)
+            for modality, vectors in out.items():
+                vectors[mine] = unit(self._read(self.manifest.shards[number], ids[mine], modality))
+        return out
+
+    def _read(self, shard: IndexShard, ids: Ids, modality: str) -> Half:
+        """The vectors of rows (n,) of one index shard, from OUT. CorruptError: one is not finite and unit."""
+        source = self._sources[shard.source]
+        if len(ids) <= FEW:
+            with ThreadPoolExecutor(16) as pool:
+                rows = self._places(source, ids).tolist()
+                few = list(pool.map(lambda row: read_vectors(source, modality, row, row + 1), rows))
+            return np.concatenate([np.empty((0, source.dim), dtype=np.float16), *few])
+        held = self.ids(shard.offset, shard.offset + shard.rows)
+        if (shard.name, modality) not in self._held:
+            self._held = {key: half for key, half in self._held.items() if key[0] == shard.name}
+            places = self._places(source, held)
+            order = np.argsort(places)
+            vectors = np.empty((len(held), source.dim), dtype=np.float16)
+            vectors[order] = gather(source, modality, places[order])
+            self._held[shard.name, modality] = vectors
+        return self._held[shard.name, modality][np.searchsorted(held, ids)]
+
+    def _places(self, source: Embeddings, ids: Ids) -> Ids:
+        """The rows of OUT that index rows (n,) are."""
+        starts = {commit.partition: start for commit, start in zip(source.commits, source.starts, strict=False)}
+        partitions, rows = (self.table(ids, [name])[name].to_numpy() for name in LINEAGE)
+        kinds, places = np.unique(partitions, return_inverse=True)
+        found: Ids = np.array([starts[int(kind)] for kind in kinds], dtype=np.int64)[places] + rows
+        return found
+
+    def _open(self, number: int) -> Embeddings:
+        """An OUT, if it still is what was merged."""
+        if number >= len(self.manifest.sources):
+            raise ConfigError("the index does not record it")
+        origin = self.manifest.sources[number]
+        store = Store(origin.output, self._searcher.storage.storage_options)
+        source = open_source(store, self.manifest.encoder, allow_partial=True)
+        if digest(source) != origin.digest:
+            raise CorruptError(f"{store.url} has changed since it was merged")
+        return source

@@ -1,0 +1,45 @@
+"""Which extra of this package brings a library that is not here: `pip install 'clip-batch[EXTRA]'`."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "torch": "embed",
+    "torchvision": "embed",
+    "open_clip": "embed",
+    "transformers": "embed",
+    "tokenizers": "embed",
+    "timm": "embed",
+    "safetensors": "embed",
+    "huggingface_hub": "embed",
+    "simplejpeg": "embed",
+    "faiss": "merge",
+    "autofaiss": "merge",
+    "embedding_reader": "merge",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "starlette": "serve",
+    "prometheus_client": "serve",
+    "submitit": "slurm",
+    "pyspark": "spark",
+    "py4j": "spark",
+    "s3fs": "s3",
+    "botocore": "s3",
+    "gcsfs": "gcs",
+    "hdfs_native": "hdfs",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "openvino": "openvino",
+    "pymilvus": "milvus",
+    "milvus_lite": "milvus",
+    "grpc": "milvus",
+    "sqlalchemy": "sql",
+    "pymysql": "sql",
+    "psycopg": "sql",
+}
+"""Import name -> extra."""
+
+
+def mend(module: str | None) -> str | None:
+    """What to install where `module` (dotted) cannot be imported; None where no extra brings it."""
+    name = (module or "").partition(".")[0]
+    return f"pip install 'clip-batch[{EXTRAS[name]}]'" if name in EXTRAS else None

@@ -1,0 +1,64 @@
+"""What the service asks of an opened index version, whoever holds its vectors and rows.
+
+`Searcher` (faiss and Arrow) is one; `clip_batch.serve.databases` (Milvus and SQL) another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
+import pyarrow as pa
+
+from clip_batch.serve.schema import Filter
+from clip_batch.stages.search import Ids, Selection, Vectors
+
+if TYPE_CHECKING:
+    from clip_batch.config import StorageConfig
+    from clip_batch.encoders import Encoder
+    from clip_batch.manifest import Manifest
+
+
+class Backend(Protocol):
+    """Rows have the ids 0 to manifest.rows - 1; those that were removed are in no answer, and refused by id.
+
+    Any number of threads ask at once. Arguments and errors are `Searcher`'s.
+    """
+
+    manifest: Manifest
+    storage: StorageConfig
+    schema: pa.Schema
+
+    @property
+    def most(self) -> int:
+        """Hits that one search gives at the most."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder that made the index."""
+
+    def search_ids(
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        modality: str = "image",
+        effort: int | None = None,
+        among: Selection | None = None,
+    ) -> tuple[Vectors, Ids]:
+        """Scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id; -inf and -1 beyond."""
+
+    def where(self, conditions: Sequence[Filter]) -> Ids:
+        """Sorted ids of rows whose metadata meets all conditions."""
+
+    def select(self, ids: npt.ArrayLike) -> Selection:
+        """A selection of rows for `search_ids`, without those that were removed."""
+
+    def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:
+        """The metadata of rows (n,), in the order asked."""
+
+    def reconstruct(self, ids: npt.ArrayLike, modality: str = "image") -> Vectors:
+        """The vectors float32 (n, d) of rows; zero for a row without one."""
+
+    def close(self) -> None:
+        """Let go of what is held."""

@@ -1,0 +1,186 @@
+"""An index version answered from Milvus and SQL.
+
+INDEX still says which version is live, by which encoder, and which rows were removed: its CURRENT, manifest and removal
+lists are read, no faiss index and no Arrow file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_batch import tombstones
+from clip_batch.config import DatabaseConfig, SearchConfig, StorageConfig
+from clip_batch.databases import check_identity, identity, table_name
+from clip_batch.databases.columns import schema_of
+from clip_batch.databases.milvus import MOST, Milvus
+from clip_batch.databases.sql import ASKED, Sql, SqlTable
+from clip_batch.errors import ConfigError, DatabaseError
+from clip_batch.manifest import load_manifest
+from clip_batch.order import best
+from clip_batch.serve.schema import Filter
+from clip_batch.stages.search import (
+    Ids,
+    Selection,
+    Vectors,
+    check_columns,
+    check_modality,
+    checked_ids,
+    checked_search,
+    load_encoder,
+    selection,
+)
+from clip_batch.store import Store
+
+if TYPE_CHECKING:
+    from clip_batch.encoders import Encoder
+
+SURPLUS = 1_000
+"""Rows that were removed since the export; so many more hits are asked for, and dropped."""
+
+
+class DatabaseBackend:
+    """A `Backend` over the collection and the table of INDEX's live version.
+
+    Errors of the constructor: as `load_manifest`; DatabaseError where a database is not there, holds another version or
+    another encoder's, or not all rows.
+    """
+
+    def __init__(
+        self,
+        index: str,
+        databases: DatabaseConfig,
+        storage: StorageConfig = StorageConfig(),
+        config: SearchConfig = SearchConfig(),
+    ) -> None:
+        store = Store(index, storage.storage_options)
+        manifest = load_manifest(store)
+        self.storage, self._config = storage, config
+        # What merge measured and tuned is of faiss's index, not of Milvus's.
+        self.manifest = replace(manifest, recall={}, effort=dict.fromkeys(manifest.effort))
+        removed = tombstones.removed_if_known(store, manifest)
+        if removed is None:
+            raise DatabaseError(
+                f"{store.url}: the rows of a removal are not known yet: run clip-batch export sql again"
+            )
+        self._removed = removed
+        self._encoder: Encoder | None = None
+        self._loading = Lock()
+        name, known = table_name(databases.table_prefix, manifest.version), identity(manifest)
+        with ExitStack() as stack:
+            milvus = stack.enter_context(Milvus(databases.milvus, databases.milvus_token))
+            sql = stack.enter_context(Sql(databases.sql, databases.table_prefix))
+            about, record = milvus.about(name), sql.record(name)
+            if about is None:
+                raise DatabaseError(
+                    f"{milvus} has no collection {name}: run clip-batch export milvus --index {store.url}"
+                )
+            if record is None:
+                raise DatabaseError(f"{sql} has no table {name}: run clip-batch export sql --index {store.url}")
+            check_identity(f"collection {name} of {milvus}", about, known)
+            check_identity(f"table {name} of {sql}", vars(record), known)
+            self._vectors, self._table = milvus.open(name, list(manifest.key), about["index"]), sql.open(name, record)
+            self._surplus = self._check(self._vectors.count(0, manifest.rows), "milvus", str(self._vectors))
+            self._check(self._table.count(0, manifest.rows), "sql", str(self._table))
+            self._open = stack.pop_all()
+        self.schema = schema_of(record.columns)
+        self.most = MOST - self._surplus
+
+    def _check(self, count: int, kind: str, where: str) -> int:
+        """How many removed rows are still there."""
+        rows = self.manifest.rows - len(self._removed)
+        again = f"run clip-batch export {kind} again"
+        if count < rows:
+            raise DatabaseError(f"{where} has {count:,} of {rows:,} rows: {again}")
+        if count > rows + SURPLUS:
+            raise DatabaseError(f"{where} has {count - rows:,} rows that were removed from the index: {again}")
+        return count - rows
+
+    def close(self) -> None:
+        self._open.close()
+
+    @property
+    def encoder(self) -> Encoder:
+        with self._loading:
+            if self._encoder is None:
+                self._encoder = load_encoder(self.manifest.encoder, self._config, self.storage)
+            return self._encoder
+
+    def search_ids(
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        modality: str = "image",
+        effort: int | None = None,
+        among: Selection | None = None,
+    ) -> tuple[Vectors, Ids]:
+        """As `Searcher.search_ids`; `effort` is nprobe or ef, by default Milvus's own."""
+        wanted = checked_search(self.manifest, queries, k, modality, effort)
+        if k > self.most:
+            raise ConfigError(f"k is {k}: Milvus gives {self.most} at the most")
+        if among is not None and not len(among.ids):
+            return best(np.empty((len(wanted), 0), np.float32), np.empty((len(wanted), 0), np.int64), k)
+        asked = min(k + self._surplus, self.manifest.rows)
+        scores, ids = self._vectors.search(wanted, asked, modality, effort, among.ids if among else None)
+        gone = tombstones.contains(self._removed, ids)
+        return best(np.where(gone, -np.inf, scores), np.where(gone, -1, ids), k)
+
+    def where(self, conditions: Sequence[Filter]) -> Ids:
+        """What SQL can tell exactly is asked of it; the rest is told from the columns' values, which are all read."""
+        names = list(dict.fromkeys(condition.column for condition in conditions))
+        check_columns(self.schema, names)
+
+        def holds(*row: Any) -> bool:
+            values = dict(zip(names, row, strict=True))
+            return all(condition.holds(values[condition.column]) for condition in conditions)
+
+        pushed = [part for condition in conditions for part in _pushed(self._table, condition)]
+        return self._table.where(names, pushed, holds)
+
+    def select(self, ids: npt.ArrayLike) -> Selection:
+        return selection(self.manifest, self._removed, ids)
+
+    def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:
+        wanted = checked_ids(self.manifest, self._removed, ids)
+        names = list(self.schema.names) if columns is None else columns
+        check_columns(self.schema, names)
+        found = self._table.select(np.unique(wanted), names)
+        if missing := [id for id in wanted.tolist() if id not in found]:
+            raise DatabaseError(f"{self._table} has no row {missing[0]}: run clip-batch export sql again")
+        return [dict(zip(names, found[id], strict=True)) for id in wanted.tolist()]
+
+    def reconstruct(self, ids: npt.ArrayLike, modality: str = "image") -> Vectors:
+        wanted = checked_ids(self.manifest, self._removed, ids)
+        check_modality(self.manifest, modality)
+        return self._vectors.vectors(wanted, modality)
+
+
+def _pushed(table: SqlTable, condition: Filter) -> list[Any]:
+    """SQL conditions that every row meets which meets this one; none where SQL cannot tell."""
+    kind = table.kind(condition.column)
+    named = [condition.equals] if condition.equals is not None else condition.among
+    if named is not None:
+        values = [_bound(value, kind) for value in named]
+        return [table.among(condition.column, values)] if None not in values and len(values) <= ASKED else []
+    low, high = (None if bound is None else _bound(bound, kind) for bound in (condition.min, condition.max))
+    whole = (low is None) == (condition.min is None) and (high is None) == (condition.max is None)
+    if kind in ("int64", "double") and condition.contains is None and whole:
+        return table.between(condition.column, low, high)
+    return []
+
+
+def _bound(value: Any, kind: str) -> Any:
+    """A condition's value as SQL may compare a column of a kind with it; None where Python must."""
+    if isinstance(value, bool) or kind == "bool":
+        return value if isinstance(value, bool) and kind == "bool" else None
+    if isinstance(value, str):
+        return value if kind == "string" and "\0" not in value else None
+    if kind == "string" or abs(value) >= 2**53 or (kind == "int64" and value != int(value)):
+        return None
+    return float(value) if kind == "double" else int(value)

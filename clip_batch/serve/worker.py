@@ -1,0 +1,91 @@
+"""`clip-batch serve-worker`: the stages over HTTP, for whatever orchestrates them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from clip_batch import __version__
+from clip_batch.config import EmbedConfig, ServeConfig, StorageConfig
+from clip_batch.errors import ConfigError
+from clip_batch.launch import local
+from clip_batch.serve.allow import Allowed
+from clip_batch.serve.app import answer_errors
+from clip_batch.serve.jobs import GRACE
+from clip_batch.serve.limits import Guard
+from clip_batch.serve.metrics import Traffic
+from clip_batch.serve.openapi import describe
+from clip_batch.serve.stages import MODELS, Stages, router
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def create_worker(
+    allow: list[str], config: ServeConfig, embed: EmbedConfig, storage: StorageConfig = StorageConfig()
+) -> FastAPI:
+    """The service over the stages. ConfigError: nothing is allowed, or others could ask without a token."""
+    if config.host not in LOOPBACK and not config.token:
+        raise ConfigError(f"serve-worker on {config.host} writes for whoever can reach it: set CLIP_BATCH_TOKEN")
+    stages = Stages(Allowed(allow), replace(embed, threads=embed.threads or local.cores()), storage)
+    traffic = Traffic()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await stages.jobs.close()
+
+    app = FastAPI(title="clip-batch worker", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.stages = stages
+
+    @app.get("/healthz")
+    async def alive() -> dict[str, Any]:
+        """That the worker runs, and what it is at."""
+        job = stages.jobs.now
+        return {"status": "ok", "version": __version__, "at": job.what if job else None}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """What is measured, for Prometheus."""
+        return Response(traffic.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.include_router(router(stages))
+    describe(app, MODELS)
+    answer_errors(app)
+    app.add_middleware(Guard, config=config, metrics=traffic)
+    if not config.token:  # a page whose name is made to mean this machine sends its own name as Host
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])
+    return app
+
+
+class _Server(uvicorn.Server):
+    """Tells the job to stop as soon as the signal comes, not when its request has ended."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        app: Any = self.config.app
+        app.state.stages.jobs.stop()
+        super().handle_exit(sig, frame)
+
+
+def run(allow: list[str], config: ServeConfig, embed: EmbedConfig, storage: StorageConfig) -> None:
+    """Serve until a signal; what is at work then stops cleanly, or is as good as not begun."""
+    app = create_worker(allow, config, embed, storage)
+    print(f"worker at http://{config.host}:{config.port}/, below {', '.join(allow)}", flush=True)
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(GRACE),
+    )
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))  # what schedulers warn with
+    _Server(settings).run()

@@ -1,0 +1,114 @@
+"""Re-ranking an index of many shards: of all shards' best candidates once, and of each shard's by itself; as JSON.
+
+    python -m tests.bench.rerank [--rows 200000] [--dim 256] [--shards 16] [--key IVF512,PQ32] [--factors 3 10 30 100]
+
+Captions' vectors that were in no shard ask for images, one at a time. `reads` are vectors read for a query.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from clip_batch import index as faiss_index
+from clip_batch.config import MergeConfig
+from clip_batch.order import best
+from clip_batch.rerank import candidates, rerank
+from clip_batch.stages.merge import merge
+from clip_batch.stages.search import Ids, Searcher, Vectors
+from clip_batch.vectors import Stacked, unit
+from tests.bench.realistic import realistic
+from tests.fabricated import make_out
+
+QUERIES, K, ROUNDS = 300, 10, 3
+
+
+class Counted(Stacked):
+    """Counts the rows that are taken."""
+
+    reads = 0
+
+    def __getitem__(self, rows: Ids) -> np.ndarray:
+        self.reads += len(rows)
+        return super().__getitem__(rows)
+
+
+def each_by_itself(searcher: Searcher, queries: Vectors, k: int) -> tuple[Vectors, Ids]:
+    """As `Searcher.search_ids`, but each shard re-ranks candidates of its own."""
+    depth, effort = candidates(k, searcher.manifest.rerank), searcher.manifest.effort["image"]
+    stored = searcher._stored["image"]
+
+    def one(shard: object) -> tuple[Vectors, Ids]:
+        _, ids = faiss_index.search(shard.index, queries, min(depth, shard.rows), effort)  # type: ignore[attr-defined]
+        return rerank(queries, np.where(ids >= 0, ids + shard.offset, -1), stored, k)  # type: ignore[attr-defined]
+
+    parts = list(searcher._pool.map(one, searcher.indices["image"]))
+    return best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), k)
+
+
+def measure(searcher: Searcher, ask: Callable[[Vectors], Ids], queries: Vectors, truth: Ids) -> dict[str, float]:
+    """Recall@10, and a query's reads and milliseconds, of the fastest round."""
+    stored = searcher._stored["image"]
+    times, found = [], np.empty((0, K), dtype=np.int64)
+    for _ in range(ROUNDS):
+        stored.reads = 0  # type: ignore[attr-defined]
+        began = time.perf_counter()
+        found = np.concatenate([ask(query) for query in queries[:, None]])
+        times.append(time.perf_counter() - began)
+    hits = [len(set(some) & set(right)) for some, right in zip(found.tolist(), truth.tolist(), strict=True)]
+    return {
+        "recall": round(float(np.mean(hits)) / K, 4),
+        "reads": round(stored.reads / len(queries)),  # type: ignore[attr-defined]
+        "ms": round(1000 * min(times) / len(queries), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--shards", type=int, default=16)
+    parser.add_argument("--key", default="IVF512,PQ32")
+    parser.add_argument("--factors", type=int, nargs="+", default=[3, 10, 30, 100])
+    parser.add_argument("--effort", type=int, default=0, help="nprobe; 0: as merge tunes it")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        *parts, (_, queries) = realistic(options.rows, options.dim, options.rows, QUERIES)
+        images, texts = parts[0]
+        part = -(-options.rows // 20)
+        sizes = [min(part, options.rows - low) for low in range(0, options.rows, part)]
+        make_out(f"{home}/out", images, texts, sizes)
+        config = MergeConfig(
+            modalities=["image"], index_key=options.key, rerank=10, shard_rows=-(-options.rows // options.shards)
+        )
+        manifest = merge(f"{home}/out", f"{home}/index", config)
+        facts = {"key": options.key, "shards": len(manifest.shards), "reported": manifest.recall["image"]["text"]["10"]}
+        lines = []
+        with Searcher(f"{home}/index") as searcher:
+            searcher._stored["image"] = Counted(searcher._stored["image"]._matrices)
+            effort = options.effort or manifest.effort["image"]
+            vectors = unit(searcher._stored["image"][np.arange(manifest.rows)])
+            truth = faiss_index.nearest(queries, vectors, K)[1]
+            for factor in options.factors:
+                searcher.manifest = replace(manifest, rerank=factor, effort={"image": effort})
+                ways = {
+                    "all": lambda query: searcher.search_ids(query, K)[1],
+                    "each": lambda query: each_by_itself(searcher, query, K)[1],
+                }
+                for way, ask in ways.items():
+                    found = {"factor": factor, "way": way, **measure(searcher, ask, queries, truth)}
+                    lines.append(found)
+                    print(json.dumps(found), file=sys.stderr)
+    facts |= {"rows": options.rows, "dim": options.dim, "effort": effort}
+    print(json.dumps({"benchmark": "rerank", **facts, "ways": lines}))
+
+
+if __name__ == "__main__":
+    main()

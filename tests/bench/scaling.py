@@ -1,0 +1,98 @@
+"""What eight times the input costs, over eight times what the input costs: planning, embedding, merging, first search.
+
+    python -m tests.bench.scaling [--tars 50000] [--samples 2000] [--rows 50000] [--rounds 3]
+
+`plan`: so many tars (a listing without files) and 8 times as many. `embed`: samples of 256 px through a
+stub of a model that takes no time. `merge`: rows of 256 dimensions, image and text, in index shards of one
+size, so that there are 8 times as many. `search`: opening such an index and one search. CPU seconds of all
+threads, the best of the rounds, as other work on a machine hardly changes those; 1.0 is in proportion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+
+import fsspec
+import numpy as np
+
+from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
+from clip_batch.plan import make_plan
+from clip_batch.stages.embed import embed
+from clip_batch.stages.merge import merge
+from clip_batch.stages.search import Searcher
+from tests.bench.data_path import write_tars
+from tests.bench.embed import Stub
+from tests.bench.plan import Listing
+from tests.fabricated import clustered, make_out
+
+TIMES, DIM, PART = 8, 256, 25_000
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def plans(home: str, size: int) -> float:
+    fsspec.register_implementation("listing", Listing, clobber=True)
+    config = PlanConfig(input=["listing://data"], model="fake:8")
+    with tempfile.TemporaryDirectory(dir=home) as out:
+        return seconds(lambda: make_plan(config, out, StorageConfig({"tars": size})))
+
+
+def embeds(home: str, size: int) -> float:
+    tars = write_tars(home, size // 1000, 1000)
+    with tempfile.TemporaryDirectory(dir=home) as out:
+        make_plan(PlanConfig(input=tars, model="fake:512", partition_samples=1000), out)
+        return seconds(lambda: embed(out, EmbedConfig(device="cpu"), encoder=Stub(1e9, "fast")))
+
+
+def merges(home: str, size: int) -> tuple[float, float]:
+    """Of the merge, and of opening its index and searching once."""
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        images, texts = clustered(size, DIM, 200)
+        make_out(f"{folder}/out", images, texts, [PART] * (size // PART))
+        config = MergeConfig(index_key="IVF256,SQ8", shard_rows=PART, train_rows=20_000, queries=200)
+        built = seconds(lambda: merge(f"{folder}/out", f"{folder}/index", config))
+
+        def first() -> None:
+            with Searcher(f"{folder}/index") as searcher:
+                searcher.search(texts[0], 10)
+
+        return built, min(seconds(first) for _ in range(5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tars", type=int, default=50_000)
+    parser.add_argument("--samples", type=int, default=2_000)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    costs: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as home:
+        for warm, size in ((plans, 100), (embeds, 1000), (merges, PART)):  # what is loaded and started once
+            warm(home, size)
+        for _ in range(options.rounds):
+            for place, times in enumerate((1, TIMES)):
+                built, searched = merges(home, times * options.rows)
+                found = {"plan": plans(home, times * options.tars), "embed": embeds(home, times * options.samples)}
+                found |= {"merge": built, "search": searched}
+                for name, value in found.items():
+                    best = costs.setdefault(name, [np.inf, np.inf])
+                    best[place] = min(best[place], value)
+    report = {
+        name: {"cpu_s": [round(value, 3) for value in pair], "of_8": round(pair[1] / pair[0] / TIMES, 3)}
+        for name, pair in costs.items()
+    }
+    print(json.dumps({"benchmark": "scaling", "cores": len(os.sched_getaffinity(0)), **vars(options), **report}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""One of four workers is four times slower than the others: the wall clock over the ideal one.
+
+    python -m tests.bench.slow_worker [--tars 16] [--samples 1000] [--partition 250] [--rate 200]
+
+Four processes, a slot each; their encoders only sleep, so that the workers do not vie for cores.
+Ideal is all samples over the sum of the four rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+
+from clip_batch.config import EmbedConfig, PlanConfig
+from clip_batch.part import read_commits
+from clip_batch.plan import make_plan
+from clip_batch.slots import Slot, partitions
+from clip_batch.stages.embed import embed
+from clip_batch.store import Store
+from clip_batch.workers import Run, read_records
+from tests.bench.data_path import write_tars
+from tests.bench.embed import BATCH, Stub
+
+WORKERS, SLOWER = 4, 4
+
+
+def work(out: str, slot: int, rate: float, share: bool, start: object) -> None:
+    from clip_batch.encoders import use_threads
+
+    use_threads(1)
+    encoder, own = Stub(rate, "fast"), Slot(slot, WORKERS)
+    start.wait()  # type: ignore[attr-defined]
+    config = EmbedConfig(batch_size=BATCH, threads=1, device="cpu", share=share)
+    embed(out, config, partitions(Store(out), own), run=Run(slot=own), encoder=encoder)
+
+
+def wall(tars: list[str], out: str, samples: int, rates: list[float], share: bool) -> tuple[float, int]:
+    """Seconds from the start to the last commit; samples that were computed."""
+    plan = make_plan(PlanConfig(input=tars, model="fake:512", partition_samples=samples), out)
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(WORKERS + 1)
+    processes = [context.Process(target=work, args=(out, slot, rate, share, start)) for slot, rate in enumerate(rates)]
+    for process in processes:
+        process.start()
+    start.wait()
+    began = time.time()
+    for process in processes:
+        process.join()
+    commits = read_commits(Store(out))
+    assert len(commits) == len(plan.partitions), "not all is committed"
+    seconds = max(commit.finished for commit in commits.values()) - began
+    computed = sum(record.samples for record in read_records(Store(out)))
+    return seconds, computed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tars", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=1000, help="a tar")
+    parser.add_argument("--partition", type=int, default=250, help="samples of a partition")
+    parser.add_argument("--rate", type=float, default=200, help="images a second of a worker that is not slow")
+    options = parser.parse_args()
+    rates = [options.rate / SLOWER] + [options.rate] * (WORKERS - 1)
+    total = options.tars * options.samples
+    ideal = total / sum(rates)
+    found = {}
+    with tempfile.TemporaryDirectory() as home:
+        tars = write_tars(home, options.tars, options.samples)
+        for share in (True, False):
+            seconds, computed = wall(tars, f"{home}/out-{share}", options.partition, rates, share)
+            name = "share" if share else "no_share"
+            found[name] = {"seconds": round(seconds, 1), "over_ideal": round(seconds / ideal, 3)}
+            found[name]["computed_in_vain"] = round(computed / total - 1, 4)
+    cores = len(os.sched_getaffinity(0))
+    print(json.dumps({"benchmark": "slow_worker", "cores": cores, "samples": total, "ideal": round(ideal, 1), **found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The notebook of docs/ runs from its first cell to its last, and finds what it says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from clip_batch.documents import ROOT
+
+nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+
+NOTEBOOK = ROOT / "docs" / "getting_started.ipynb"
+
+
+def test_it_is_kept_without_outputs() -> None:
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the kernel's libraries have their own
+def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    for name, value in (("PATH", folders), ("TMPDIR", str(tmp_path)), ("IPYTHONDIR", str(tmp_path / "ipython"))):
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=tmp_path)
+    pieces = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(piece["text"] for piece in pieces if piece.output_type == "stream" and piece.name == "stdout")
+    assert "1,911 rows in 4 shards" in text
+    assert text.count("red apple. 红苹果") == 2, "English and Chinese find it"
+    assert "西瓜 0." in text and "watermelon. 西瓜" in text
+    assert sum("image/png" in piece.get("data", {}) for piece in pieces) == 7
+    assert not [piece for piece in pieces if piece.output_type == "error"]
