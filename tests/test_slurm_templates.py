@@ -19,6 +19,7 @@ from clip_batch.cli import main
 from clip_batch.demo import data
 from clip_batch.documents import ROOT
 from clip_batch.store import Store
+from clip_batch.workers import read_records
 from tests import corpus
 from tests.slurm_cluster import Slurm, mine
 
@@ -29,19 +30,25 @@ SMALL = ("--cpus-per-task=1", "--mem-per-cpu=500M")
 ALONE = "--export=ALL,TASKS=2,CLIP_BATCH_SHARE=false"  # or others do what a killed worker leaves
 
 
-def for_whole_nodes(folder: Path) -> Path:
-    """The templates, edited for whole nodes as they say; their folder."""
+def edited(folder: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of the templates with these changes to embed.sbatch; its folder."""
     copy = Path(shutil.copytree(ROOT / "slurm", folder / "slurm"))
     text = (copy / "embed.sbatch").read_text()
-    for old, new in (
-        ("#SBATCH --ntasks=1 ", "#"),
-        ("##SBATCH --exclusive", "#SBATCH --exclusive"),
-        ("##SBATCH --ntasks-per-node=8", "#SBATCH --ntasks-per-node=2"),
-    ):
+    for old, new in changes:
         assert text.count(old) == 1
         text = text.replace(old, new)
     (copy / "embed.sbatch").write_text(text)
     return copy
+
+
+def for_whole_nodes(folder: Path) -> Path:
+    """The templates, edited for whole nodes as they say; their folder."""
+    return edited(
+        folder,
+        ("#SBATCH --ntasks=1 ", "#"),
+        ("##SBATCH --exclusive", "#SBATCH --exclusive"),
+        ("##SBATCH --ntasks-per-node=8", "#SBATCH --ntasks-per-node=2"),
+    )
 
 
 @dataclass(frozen=True)
@@ -72,10 +79,14 @@ class Work:
         """Until each slot has committed something: all workers are at work then."""
         self.wait_for(lambda: {number % slots for number in self.committed()} == set(range(slots)))
 
+    def processes(self, job: str, task: int, worker: int = 0) -> set[int]:
+        """Process ids of a worker of an element."""
+        element = f"SLURM_ARRAY_JOB_ID={job}", f"SLURM_ARRAY_TASK_ID={task}"
+        return mine(self.slurm.folder, *element, "SLURM_STEP_ID=0", f"SLURM_PROCID={worker}")
+
     def kill(self, job: str, task: int, number: signal.Signals, worker: int = 0) -> None:
         """Signal a worker of an element behind SLURM's back."""
-        element = f"SLURM_ARRAY_JOB_ID={job}", f"SLURM_ARRAY_TASK_ID={task}"
-        (pid,) = mine(self.slurm.folder, *element, "SLURM_STEP_ID=0", f"SLURM_PROCID={worker}")
+        (pid,) = self.processes(job, task, worker)
         os.kill(pid, number)
 
     def logs(self) -> str:
@@ -211,13 +222,25 @@ def test_a_node_dies_and_its_elements_go_on_elsewhere(work: Work) -> None:
 
 def test_two_arrays_over_one_plan_preempted_by_a_higher_priority(work: Work) -> None:
     jobs = [work.sbatch("--array=0-1", "--export=ALL,TASKS=2") for _ in range(2)]
-    work.wait_for(lambda: len(work.committed()) > 4)
+    work.wait_for(lambda: len(read_records(Store(work.out))) == 4)  # all listen for signals
     urgent = work.slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", f"--chdir={work.folder}", "--wrap=:")
     assert work.slurm.wait(urgent) == {0: ("COMPLETED", 0)}
     assert len(work.committed()) < 41
     for job in jobs:
         assert work.slurm.wait(job) == dict.fromkeys(range(2), ("COMPLETED", 0)), work.logs()
         assert set(work.restarts(job).values()) == {1}
+    work.check()
+
+
+def test_a_worker_signalled_before_it_listens_is_requeued(work: Work) -> None:
+    late = "CLIP_BATCH=(bash -c 'sleep 3; exec clip-batch \"$@\"' late)\n"
+    script = str(edited(work.folder, ("CLIP_BATCH=(clip-batch)\n", late)) / "embed.sbatch")
+    job = work.sbatch("--array=0-1", "--export=ALL,TASKS=2", script=script)
+    work.wait_for(lambda: all(work.processes(job, task) for task in range(2)))
+    work.slurm.run("scancel", "--signal=TERM", f"{job}_0")  # as preemption does
+    work.slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_1")  # as the time limit's warning does
+    assert work.slurm.wait(job) == dict.fromkeys(range(2), ("COMPLETED", 0)), work.logs()
+    assert work.restarts(job) == {0: 1, 1: 1}
     work.check()
 
 
