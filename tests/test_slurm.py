@@ -181,6 +181,20 @@ def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
     cluster.check(48 * 8)
 
 
+def test_a_task_signalled_before_it_listens_is_requeued(cluster: Cluster) -> None:
+    cluster.plan(2, 5)
+    late = "import os, time\nif 'SLURM_STEP_ID' in os.environ: time.sleep(3)\n"
+    (cluster.folder / "sitecustomize.py").write_text(late)
+    (job,) = jobs(cluster.submit("--tasks", "2", "--setup", f"export PYTHONPATH={cluster.folder}")[1], "embed")
+    element = f"SLURM_ARRAY_JOB_ID={job}", "SLURM_STEP_ID=0"
+    cluster.until(lambda: all(mine(cluster.slurm.folder, *element, f"SLURM_ARRAY_TASK_ID={task}") for task in range(2)))
+    for task, number in enumerate(("TERM", "USR2")):  # preemption, the time limit's warning
+        cluster.slurm.run("scancel", f"--signal={number}", f"{job}_{task}")
+    assert set(cluster.slurm.wait(job).values()) == {("COMPLETED", 0)}, cluster.logs()
+    assert {int(fields["Restarts"]) for fields in cluster.slurm.job(job)} == {1}
+    cluster.check(10)
+
+
 def test_cancelled_tasks_stay_cancelled(cluster: Cluster) -> None:
     cluster.plan(8, 60, side=96)
     (job,) = jobs(cluster.submit("--tasks", "1", "--batch-size", "2")[1], "embed")

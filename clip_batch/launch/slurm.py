@@ -32,6 +32,13 @@ Say = Callable[[str], None]
 EMBED = "clip-batch-embed"
 """How the names of embed jobs begin."""
 
+_EARLY = """trap 'case $? in 140 | 143)
+  me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  me=${me:-$SLURM_JOB_ID}
+  [ "$(squeue --noheader --jobs "$me" --format %T)" = RUNNING ] && scontrol requeue "$me"
+esac' EXIT"""
+"""Shell lines before a task: one that SIGUSR2 or SIGTERM killed before `Task` listened is requeued too."""
+
 POLL = 5.0
 """Seconds between two looks at the queue."""
 
@@ -230,7 +237,7 @@ def _parameters(work: Work, config: SlurmConfig, before: list[str]) -> dict[str,
         "array_parallelism": config.concurrency,
         "stderr_to_stdout": True,
         "wckey": None,
-        "setup": ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *config.setup],
+        "setup": [_EARLY, "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *config.setup],
         "srun_args": ["--kill-on-bad-exit=0", f"--cpus-per-task={config.cpus_per_task}", *_pyxis(config)],
         "additional_parameters": {**more, **config.sbatch},
         **{name: value for name, value in named.items() if value},
