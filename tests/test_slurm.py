@@ -147,7 +147,7 @@ def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster)
 
 
 def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
-    cluster.plan(48, 8, side=1500)
+    cluster.plan(96, 8, side=1500)  # enough that none is done while another starts
     submitted = [
         "--tasks",
         "4",
@@ -171,14 +171,14 @@ def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
     cluster.slurm.kill_slurmd(other)
     try:
         ended = cluster.slurm.wait(job, 200)
-        assert len(cluster.committed()) < 48
+        assert len(cluster.committed()) < 96
         restarts = {int(fields["ArrayTaskId"]): int(fields["Restarts"]) for fields in cluster.slurm.job(job)}
     finally:
         cluster.slurm.start_slurmd(other)
     assert ended == {0: ("COMPLETED", 0), 1: ("FAILED", 137), 2: ("COMPLETED", 0), 3: ("COMPLETED", 0)}
     assert sorted(restarts.values()) == [1, 1, 2, 2], restarts
     cluster.submit("--wait", "--tasks", "2")
-    cluster.check(48 * 8)
+    cluster.check(96 * 8)
 
 
 def test_a_task_signalled_before_it_listens_is_requeued(cluster: Cluster) -> None:

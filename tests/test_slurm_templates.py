@@ -111,16 +111,16 @@ class Work:
 
 @pytest.fixture
 def work(slurm: Slurm, tmp_path: Path) -> Work:
-    """400 large pictures in 40 partitions, and a tar of bad ones: some 10 seconds for two cores."""
+    """800 large pictures in 40 partitions, and a tar of bad ones: enough that late workers find work."""
     picture = corpus.jpeg(1, side=1500)
     (tmp_path / "tars").mkdir()
     tars = []
     for tar in range(4):
-        files = [(f"{tar}-{number:04d}.jpg", picture) for number in range(100)]
+        files = [(f"{tar}-{number:04d}.jpg", picture) for number in range(200)]
         tars.append(corpus.write_tar(f"{tmp_path}/tars/{tar}.tar", files))
     bad = [(f"bad-{name}", content) for name, (content, _) in corpus.bad_images().items()]
     tars.append(corpus.write_tar(f"{tmp_path}/tars/poison.tar", bad))
-    plan = ["plan", "--input", f"{tmp_path}/tars", "--model", "fake:8", "--partition-samples", "10"]
+    plan = ["plan", "--input", f"{tmp_path}/tars", "--model", "fake:8", "--partition-samples", "20"]
     assert main([*plan, "--output", f"{tmp_path}/out"]) == 0
     options = {"OUT": f"{tmp_path}/out", "CLIP_BATCH_DEVICE": "cpu", "CLIP_BATCH_BATCH_SIZE": "2"}
     return Work(replace(slurm, env={**slurm.env, **options, "TASKS": "4"}), tmp_path, tars)
