@@ -24,6 +24,9 @@ _RASTER = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"
 FORMATS = tuple(name for name in _RASTER if name in Image.OPEN)
 """What is decoded, whatever the member's name says; not EPS and its like, which run programs."""
 
+JPEGS = ("JPEG", "MPO")
+"""Pillow's names of a JPEG: MPO is what phones write, with a preview or a depth map behind the picture."""
+
 MAX_DEPTH = 100
 """Nesting of a JSON side-car; deeper ones would meet Python's recursion limit when written again."""
 

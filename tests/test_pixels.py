@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_batch.decode import DecodeError, open_image
+from clip_batch.decode import DecodeError, open_image, read_header
 from tests import corpus
 
 pytestmark = pytest.mark.slow
@@ -125,6 +125,19 @@ def test_the_jpeg_decoder_agrees_with_pillow_or_leaves_it_to_pillow() -> None:
             taken += 1
     assert taken > 100
     assert all(pixels._decoded(data) is not None for data in whole)
+
+
+def test_a_phones_jpeg_of_several_pictures_is_decoded_as_a_jpeg() -> None:
+    from clip_batch.encoders import pixels
+
+    first, second = (Image.open(io.BytesIO(data)).convert("RGB") for data in demo_images()[:2])
+    several = corpus.encode(first, "MPO", save_all=True, append_images=[second])
+    header = read_header(several, LIMIT)
+    found = pixels._decoded(several)
+    assert header.format == "MPO"
+    assert pixels._is_plain(header)
+    assert found is not None
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(open_image(several, LIMIT)))
 
 
 @pytest.mark.parametrize("size", [*SIZES, (64, 65), (65, 64), (333, 224), (225, 449), (20, 3000)])

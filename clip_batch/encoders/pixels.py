@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from torchvision.transforms.v2.functional import center_crop_image, resize_image
 
-from clip_batch.decode import load_image, open_image, read_header
+from clip_batch.decode import JPEGS, load_image, open_image, read_header
 from clip_batch.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _whole(steps: Steps, shape: Shape, data: bytes | memoryview, image: Image) -
 
 
 def _is_plain(image: Image) -> bool:
-    return image.format == "JPEG" and image.mode in ("RGB", "L")
+    return image.format in JPEGS and image.mode in ("RGB", "L")
 
 
 def _array(made: Any) -> Pixels:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
-from clip_batch.decode import DecodeError, decode_caption, read_header
+from clip_batch.decode import JPEGS, DecodeError, decode_caption, read_header
 from clip_batch.errors import EncoderError, InputError
 from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
@@ -287,7 +287,7 @@ def _decode(
 def _side(sample: Sample, max_pixels: int) -> int:
     """The shorter side of a JPEG, 0 of another image."""
     image = read_header(sample.image or b"", max_pixels)
-    return min(image.size) if image.format == "JPEG" else 0
+    return min(image.size) if image.format in JPEGS else 0
 
 
 def _climb(
