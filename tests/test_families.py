@@ -253,13 +253,19 @@ def test_exports_give_their_models_vectors(kind: str, tmp_path: Path, request: p
         loaded(f"onnx:{to}", precision="bf16")
 
 
-def test_an_export_runs_on_the_gpu_that_was_named() -> None:
-    from clip_batch.encoders.runtime import _providers
+def test_an_export_runs_on_the_gpu_that_was_named_or_not_at_all(tmp_path: Path) -> None:
+    import torch
 
-    cpu, both = ["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert _providers("cpu", both) == _providers("cuda:1", cpu) == [("CPUExecutionProvider", {})]
-    for device, number in (("cuda:3", "3"), ("cuda", "0"), ("auto", "0")):
-        assert _providers(device, both)[0] == ("CUDAExecutionProvider", {"device_id": number})
+    from clip_batch.encoders import runtime
+
+    assert runtime._providers("cpu") == [("CPUExecutionProvider", {})]
+    for device, number in (("cuda:3", "3"), ("cuda", "0")):
+        assert runtime._providers(device)[0] == ("CUDAExecutionProvider", {"device_id": number})
+    layer = torch.nn.Linear(2, 2)
+    path = runtime._export(runtime.Side(layer, layer), torch.zeros(1, 2), str(tmp_path), quantize=False)
+    assert runtime.opened(path, "cpu").get_providers() == ["CPUExecutionProvider"]
+    with pytest.raises(EncoderError, match=r"no CUDA.* --device cpu"):
+        runtime.opened(path, "cuda:0")
 
 
 def _to_openvino(folder: str) -> bool:

@@ -98,7 +98,7 @@ def _graph(runtime: str, path: str, device: str) -> Graph:
 
 
 def _onnx(path: str, device: str) -> Graph:
-    """By ONNX Runtime, on CUDA where it has that and `device` allows it."""
+    """By ONNX Runtime."""
     from clip_batch.encoders.runtime import opened
 
     session = opened(path, device)

@@ -11,13 +11,13 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from clip_batch.encoders import threads
+from clip_batch.encoders import pick_device, threads
 from clip_batch.errors import EncoderError
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
@@ -55,23 +55,28 @@ def quantized(model: Any, encode: Tower, blank: torch.Tensor) -> Tower:
 
 
 def opened(path: str, device: str) -> Any:
-    """ONNX Runtime's session of an ONNX file, on CUDA where it has that and `device` is not cpu."""
+    """ONNX Runtime's session of an ONNX file, on the CPU or the GPU that `device` names; EncoderError without CUDA."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoding wants the cores
     options.log_severity_level = 3  # errors
-    providers = _providers(device, onnxruntime.get_available_providers())
-    return onnxruntime.InferenceSession(path, options, providers=providers)
+    device = pick_device(device)
+    wanted = [provider for provider in _providers(device) if provider[0] in onnxruntime.get_available_providers()]
+    session = onnxruntime.InferenceSession(path, options, providers=wanted)
+    if device != "cpu" and _CUDA not in session.get_providers():  # it would go on on the CPU, unasked
+        raise EncoderError(f"this ONNX Runtime has no CUDA for {path}: --device cpu, or pip install onnxruntime-gpu")
+    return session
 
 
-def _providers(device: str, there: Collection[str]) -> list[tuple[str, dict[str, str]]]:
-    """What of those that there are runs on a device, and its options: CUDA first, on the GPU of that number."""
-    wanted: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
-    if device != "cpu":
-        wanted.insert(0, ("CUDAExecutionProvider", {"device_id": device.partition(":")[2] or "0"}))
-    return [one for one in wanted if one[0] in there]
+_CUDA = "CUDAExecutionProvider"
+
+
+def _providers(device: str) -> list[tuple[str, dict[str, str]]]:
+    """ONNX Runtime's names of what runs on a device, and its options: CUDA first, on the GPU of that number."""
+    gpu = (_CUDA, {"device_id": device.partition(":")[2] or "0"})
+    return [*([gpu] if device != "cpu" else []), ("CPUExecutionProvider", {})]
 
 
 def _session(
