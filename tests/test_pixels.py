@@ -241,6 +241,24 @@ def test_a_batch_too_large_for_the_gpu_is_halved() -> None:
         in_halves(encode, batch)
 
 
+def test_texts_too_many_for_the_gpu_are_halved() -> None:
+    import torch
+
+    from clip_batch import encoders
+
+    encoder: Any = encoders.load(encoders.resolve("demo"), "cpu")
+    texts = ["a red apple", "一只猫", "the sky", "a dog", "x", "water"]
+    whole, tower = encoder.encode_texts(texts), encoder._texts
+
+    def narrow(some: list[str]) -> Any:
+        if len(some) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return tower(some)
+
+    encoder._texts = narrow
+    assert np.allclose(encoder.encode_texts(texts), whole, atol=1e-6)
+
+
 def test_threads_that_decode_take_one_core_each_and_the_one_that_encodes_all() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

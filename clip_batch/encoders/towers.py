@@ -100,10 +100,15 @@ class Towers:
             return self._host(tower(values))
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
-        if self._texts is None:
+        tower = self._texts
+        if tower is None:
             raise EncoderError(NO_TEXT)
-        with torch.inference_mode():
-            return self._host(self._texts(list(texts)))
+
+        def encode(some: list[str]) -> Array:
+            with torch.inference_mode():
+                return self._host(tower(some))
+
+        return in_halves(encode, list(texts))
 
     @staticmethod
     def _host(rows: torch.Tensor) -> Array:
@@ -123,7 +128,7 @@ def _compiled(model: Any, image: Tower, blank: torch.Tensor) -> Tower:
     return runtime.compiled(model, image, blank)
 
 
-def in_halves(encode: Callable[[Pixels], Array], batch: Pixels) -> Array:
+def in_halves(encode: Callable[[Any], Array], batch: Pixels | list[str]) -> Array:
     """`encode` of a batch, or of its halves where the GPU's memory cannot hold the whole; raises if not even one."""
     try:
         return encode(batch)
