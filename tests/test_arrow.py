@@ -17,8 +17,17 @@ PACKAGE = Path(__file__).parent.parent / "clip_batch"
 TABLE = pa.table({"key": [f"k{i}" for i in range(100)], "n": list(range(100)), "caption": [None, "a"] * 50})
 
 
+class Piece(bytes):
+    """Remembers which thread lets go of it."""
+
+    threads: set[int]
+
+    def __del__(self) -> None:
+        self.threads.add(threading.get_ident())
+
+
 class Watched(io.BytesIO):
-    """Remembers which threads touch it, and where they read."""
+    """Remembers which threads touch it and what it gave, and where they read."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -28,7 +37,9 @@ class Watched(io.BytesIO):
     def read(self, size: int | None = -1, /) -> bytes:
         self.threads.add(threading.get_ident())
         self.starts.append(self.tell())
-        return super().read(size)
+        piece = Piece(super().read(size))
+        piece.threads = self.threads
+        return piece
 
     def seek(self, *where: Any) -> int:
         self.threads.add(threading.get_ident())
