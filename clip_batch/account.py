@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_batch import part
+from clip_batch.arrow import ParquetFile
 from clip_batch.download import table_name
 from clip_batch.errors import CorruptError
 from clip_batch.store import Store
@@ -92,11 +93,11 @@ def _of_embed(frozen: UrlList, output: Store) -> tuple[npt.NDArray[np.uint8], di
     for commit in part.read_commits(output).values():
         if name := commit.file("metadata"):
             with output.open(name) as file:
-                numbers = frozen.rows(pq.read_table(file, columns=["key"])["key"])
+                numbers = frozen.rows(ParquetFile(file).read(["key"])["key"])
             np.add.at(embedded, numbers, 1)
         if name := commit.file(f"{part.HOME}/failures"):
             with output.open(name) as file:
-                table = pq.read_table(file)
+                table = ParquetFile(file).read()
             told = [row for row in table.to_pylist() if row["key"] is not None]  # others are of a shard
             numbers = frozen.rows(pa.array([row["key"] for row in told], pa.string()))
             count += len(told)
@@ -137,7 +138,7 @@ def _failures(
 def _of_download(home: Store, frozen: UrlList, shard: int) -> dict[int, tuple[str, str]]:
     """(reason, message) of the URLs of a shard, as img2dataset has them."""
     with home.open(table_name(shard)) as file:
-        table = pq.read_table(file, columns=["key", "status", "error_message"])
+        table = ParquetFile(file).read(["key", "status", "error_message"])
     numbers = frozen.rows(table["key"]).tolist()
     pairs = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)
     lost = ("lost", "img2dataset has its image, embed saw none")

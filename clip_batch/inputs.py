@@ -347,12 +347,12 @@ def _side_car(url: str, options: Options) -> int | None:
 
 
 def _count_rows(file: Any) -> int:
-    import pyarrow.parquet as pq
+    from clip_batch.arrow import ParquetFile
 
-    table = pq.ParquetFile(file)
-    if "status" not in table.schema_arrow.names:
+    table = ParquetFile(file)
+    if "status" not in table.schema.names:
         return int(table.metadata.num_rows)
-    return sum(batch.column(0).to_pylist().count("success") for batch in table.iter_batches(columns=["status"]))
+    return sum(piece["status"].to_pylist().count("success") for piece in table.pieces(65_536, ["status"]))
 
 
 def sample_fields(shards: Sequence[Shard], draft: Plan, options: Options) -> dict[str, str]:

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from clip_batch.arrow import ParquetFile
 from clip_batch.errors import CorruptError
 from clip_batch.store import Store, Unavailable
 
@@ -57,10 +57,10 @@ Rows = npt.NDArray[np.int64]
 
 
 @contextmanager
-def _open(store: Store, path: str) -> Iterator[Any]:
+def _open(store: Store, path: str) -> Iterator[ParquetFile]:
     try:
         with store.open(path) as file:
-            yield pq.ParquetFile(file, pre_buffer=True)
+            yield ParquetFile(file)
     except (Unavailable, PermissionError):  # that is not the file's fault
         raise
     except (OSError, pa.ArrowInvalid) as error:
@@ -70,19 +70,19 @@ def _open(store: Store, path: str) -> Iterator[Any]:
 def count(store: Store, path: str) -> tuple[int, int]:
     """(rows, rows with a caption) of a part's Parquet file, from its footer where that tells."""
     with _open(store, path) as file:
-        column = file.schema_arrow.names.index("caption")
+        column = file.schema.names.index("caption")
         groups = [file.metadata.row_group(i).column(column) for i in range(file.metadata.num_row_groups)]
         if all(group.is_stats_set and group.statistics.has_null_count for group in groups):
             missing = sum(group.statistics.null_count for group in groups)
         else:
-            missing = file.read(columns=["caption"])["caption"].null_count
+            missing = file.read(["caption"])["caption"].null_count
         return file.metadata.num_rows, file.metadata.num_rows - missing
 
 
 def without_caption(store: Store, path: str) -> npt.NDArray[np.bool_]:
     """Which rows (n,) of a part's Parquet file have no caption."""
     with _open(store, path) as file:
-        missing: npt.NDArray[np.bool_] = file.read(columns=["caption"])["caption"].is_null().to_numpy()
+        missing: npt.NDArray[np.bool_] = file.read(["caption"])["caption"].is_null().to_numpy()
     return missing
 
 
@@ -93,7 +93,7 @@ def read_rows(store: Store, path: str, partition: int, start: int, stop: int) ->
         if stop > ends[-1]:
             raise CorruptError(f"{store.display(path)} has only {ends[-1]} rows: run clip-batch verify, then repair")
         first, last = int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop, "left"))
-        table = file.read_row_groups(list(range(first, last + 1)))
+        table = file.read(groups=range(first, last + 1))
         before = int(ends[first - 1]) if first else 0
     table = table.slice(start - before, stop - start).replace_schema_metadata(None)
     rows = np.arange(start, stop, dtype=np.int32)

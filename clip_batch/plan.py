@@ -298,11 +298,9 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
 
 
 def _read_partitions(table: bytes) -> tuple[Partition, ...]:
-    import pyarrow.parquet as pq
+    from clip_batch.arrow import ParquetFile
 
-    # Without pyarrow's threads: a command that ends as soon as it has read them is aborted at exit now and then.
-    read = pq.ParquetFile(io.BytesIO(table), pre_buffer=False).read(use_threads=False)
-    columns = [column.to_pylist() for column in read.columns]
+    columns = [column.to_pylist() for column in ParquetFile(io.BytesIO(table)).read().columns]
     slices: list[list[Slice]] = []
     shard = Shard("")
     for partition, url, size, etag, total, start, stop, samples in zip(*columns, strict=True):

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clip_batch.arrow import ipc_schema
 from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.manifest import Manifest, current_version
 from clip_batch.store import Store, Unavailable
@@ -98,10 +99,10 @@ def state(store: Store) -> str:
 
 
 def read_schema(store: Store, name: str) -> pa.Schema:
-    """The columns of a metadata file, from its footer. CorruptError if it is not readable."""
+    """The columns of a metadata file. CorruptError if it is not readable."""
     try:
         with store.open(name) as file:
-            return pa.ipc.open_file(file).schema
+            return ipc_schema(file)
     except (Unavailable, PermissionError):  # that is not the file's fault
         raise
     except (OSError, pa.ArrowInvalid) as error:

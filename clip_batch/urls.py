@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clip_batch.arrow import ParquetFile
 from clip_batch.config import DownloadConfig
 from clip_batch.errors import ConfigError, InputError
 from clip_batch.store import Store, absolute
@@ -112,7 +113,7 @@ def read_frozen(home: Store, frozen: UrlList) -> Iterator[tuple[int, pa.Table]]:
     """(number of its first URL, table of url and refused) of each frozen file."""
     for start in range(0, frozen.urls, frozen.rows_of_file):
         with home.open(f"{FOLDER}/{start // frozen.rows_of_file:05d}.parquet") as file:
-            yield start, pq.read_table(file, columns=["url", "refused"])
+            yield start, ParquetFile(file).read(["url", "refused"])
 
 
 def _check(config: DownloadConfig) -> None:
@@ -174,7 +175,7 @@ def _columns(store: Store, name: str) -> pa.Schema:
         return schema
     with store.open(name) as file:
         try:
-            return pq.read_schema(file)
+            return ParquetFile(file).schema
         except pa.ArrowInvalid as error:
             raise _unreadable(store, name, error) from None
 
@@ -263,8 +264,7 @@ def _unzipped(file: IO[bytes], name: str) -> Any:
 
 
 def _read_parquet(file: IO[bytes]) -> Iterator[pa.Table]:
-    for batch in pq.ParquetFile(file).iter_batches(BATCH):
-        yield pa.Table.from_batches([batch])
+    return ParquetFile(file).pieces(BATCH)
 
 
 def _read_text(file: IO[bytes]) -> Iterator[pa.Table]:

@@ -28,6 +28,7 @@ LAYERS = {
     "cache": 1,
     "web": 1,
     "documents": 2,
+    "arrow": 2,
     "inputs": 2,
     "plan": 2,
     "part": 2,

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from clip_batch.arrow import ParquetFile
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.lineage import planned
 from clip_batch.metadata import write_ordered
@@ -221,12 +221,10 @@ def _filtered(store: Store, amount: int | None) -> _Found:
     about = store.read_json("filter.json")
     files = [f"rows/{name}" for name in store.list("rows") if name.endswith(".parquet")]
 
-    def read(names: Sequence[str] | None) -> Iterator[pa.Table]:
+    def read(names: Sequence[str]) -> Iterator[pa.Table]:
         for name in files:
             with store.open(name) as file:
-                parquet = pq.ParquetFile(file)
-                for batch in parquet.iter_batches(GROUP, columns=None if names is None else list(names)):
-                    yield pa.Table.from_batches([batch])
+                yield from ParquetFile(file).pieces(GROUP, names)
 
     def tables(names: Sequence[str]) -> Iterator[pa.Table]:
         for table in read([*names, "id", "score"]):
@@ -235,7 +233,7 @@ def _filtered(store: Store, amount: int | None) -> _Found:
     names = []
     if files:
         with store.open(files[0]) as file:
-            names = [name for name in pq.ParquetFile(file).schema_arrow.names if name not in OURS]
+            names = [name for name in ParquetFile(file).schema.names if name not in OURS]
     keep = None
     if amount is not None and amount < about["rows"]:
         scores = np.concatenate([table["score"].to_numpy() for table in read(["score"])])

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clip_batch import metadata
+from clip_batch.arrow import ParquetFile
 from clip_batch.errors import CorruptError
 from clip_batch.store import Store, Unavailable
 from clip_batch.types import KEY_COLUMNS
@@ -56,9 +56,9 @@ class Tables:
     def _footer(self, path: str) -> tuple[str, Footer]:
         try:
             with self.store.open(path) as file:
-                parquet = pq.ParquetFile(file)
+                parquet = ParquetFile(file)
                 groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-                return path, Footer(tuple(groups), parquet.schema_arrow)
+                return path, Footer(tuple(groups), parquet.schema)
         except (Unavailable, PermissionError):  # that is not the file's fault
             raise
         except (OSError, pa.ArrowInvalid) as error:

@@ -132,7 +132,8 @@ def _check_commit(store: Store, plan: Plan, commit: Commit, deep: bool, options:
 
 def _check_rows(store: Store, commit: Commit) -> str | None:
     import numpy as np
-    import pyarrow.parquet as pq
+
+    from clip_batch.arrow import ParquetFile
 
     if not commit.rows:
         return None
@@ -143,7 +144,7 @@ def _check_rows(store: Store, commit: Commit) -> str | None:
             if shape != (commit.rows, commit.dim) or dtype != np.float16:
                 return f"{commit.file(folder)} holds {dtype} {shape}, committed were {commit.rows} rows of {commit.dim}"
         with store.open(commit.file("metadata") or "") as file:
-            rows = pq.ParquetFile(file).metadata.num_rows
+            rows = ParquetFile(file).metadata.num_rows
         if rows != commit.rows:
             return f"{commit.file('metadata')} holds {rows} rows, committed were {commit.rows}"
     except (Unavailable, PermissionError):  # nothing that a repair would mend
@@ -201,12 +202,10 @@ def _check_input(store: Store, plan: Plan, commit: Commit, options: dict[str, An
 
 
 def _identities(store: Store, name: str | None) -> list[tuple[str | None, str, int | None]]:
-    import pyarrow.parquet as pq
+    from clip_batch.arrow import ParquetFile
 
     if name is None:
         return []
     with store.open(name) as file:
-        # Without Arrow's threads: they let go of what is Python's later, and abort a process that is ending.
-        parquet = pq.ParquetFile(file, pre_buffer=False)
-        columns = parquet.read(columns=["key", "shard", "offset"], use_threads=False)
+        columns = ParquetFile(file).read(["key", "shard", "offset"])
     return list(zip(*(column.to_pylist() for column in columns.columns), strict=True))

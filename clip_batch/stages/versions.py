@@ -213,11 +213,12 @@ def _parse(data: bytes, keys: str, column: str) -> list[str]:
 
 def _parquet_values(data: bytes, keys: str, column: str) -> list[str]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(io.BytesIO(data))
-    _check_column(column, file.schema_arrow.names, keys)
-    values = file.read(columns=[column])[column].drop_null()
+    from clip_batch.arrow import ParquetFile
+
+    file = ParquetFile(io.BytesIO(data))
+    _check_column(column, file.schema.names, keys)
+    values = file.read([column])[column].drop_null()
     kind: Any = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
         raise ConfigError(f"--keys {keys}: column {column!r} is {kind}: give text or whole numbers")
