@@ -6,11 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.hdfs_cluster import hdfs as hdfs
 from tests.slurm_cluster import slurm as slurm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Machines are slow at times, and a new clone first makes hypothesis's tables: no test is about time.
+settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import clip_batch.client as clients
@@ -385,7 +385,6 @@ def test_many_are_asked_only_as_they_are_taken() -> None:
 # What it waits, and what it loads
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_retry_after_is_a_bounded_pause_or_none(said: str) -> None:
     pause = retry_after(said)

@@ -178,7 +178,7 @@ def test_values_that_metadata_of_others_may_have(sql_url: str, prefix: str) -> N
 
 
 @given(st.lists(st.text(max_size=80), unique=True, max_size=12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_name_finds_one_that_all_databases_take(names: list[str]) -> None:
     names = [name.encode(errors="replace").decode() for name in names]
     found = columns_of(pa.schema([(name, pa.string()) for name in dict.fromkeys(names)]))
@@ -405,7 +405,7 @@ COLUMNS = st.sampled_from(["url", "xmin", "select", ODD, "caption", "🦊", "n" 
 
 
 @given(st.lists(st.tuples(COLUMNS, CONDITIONS), min_size=1, max_size=2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_filters_in_sql_are_those_of_arrow(index: str, both: Any, conditions: list[tuple[str, Any]]) -> None:
     searcher, backend = both
     filters = [Filter.model_validate({"column": column, **condition}) for column, condition in conditions]

@@ -300,7 +300,7 @@ def test_files_that_only_foreign_metadata_names_are_never_opened(
 # Sharding and resuming.
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(world=st.integers(1, 5), workers=st.integers(1, 4), epoch=st.integers(0, 3), shuffle=st.booleans())
 def test_every_row_once_over_ranks_and_workers(
     index: str, selection: str, world: int, workers: int, epoch: int, shuffle: bool
@@ -316,7 +316,7 @@ def test_every_row_once_over_ranks_and_workers(
     assert sorted(seen) == list(range(ROWS))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 40), max_size=4), st.integers(0, 2), st.integers(1, 100))
 def test_a_resumed_stream_is_the_uninterrupted_one(
     index: str, selection: str, stops: list[int], epoch: int, ahead: int

@@ -89,7 +89,7 @@ def test_the_bound_on_pixels_is_ours_alone() -> None:
         open_image(data, 14_000**2 - 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(ODD)), st.integers(0, 600), st.binary(max_size=20))
 def test_hostile_bytes_raise_only_decode_error(name: str, at: int, noise: bytes) -> None:
     data = ODD[name][:at] + noise + ODD[name][at + len(noise) :]

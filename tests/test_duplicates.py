@@ -72,7 +72,7 @@ def cells(count: int, dim: int) -> tuple[Vectors, duplicates.Callable[[Vectors],
     return centroids, lambda block: index.assign_nearest(centroids, block)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(sum),
     count=st.integers(1, 4),
@@ -96,7 +96,7 @@ def test_as_the_plain_greedy_way(sizes: list[int], count: int, threshold: float,
     assert (cosine >= threshold - 1e-5).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     cuts=st.lists(st.integers(0, 300), max_size=5),
     block=st.integers(10, 400),

@@ -137,7 +137,7 @@ def test_running_again_does_nothing(tars: list[str], out: str) -> None:
     assert rows(out) == before
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(first=st.integers(1, 4), second=st.integers(1, 7), cut=st.integers(0, 3))
 def test_slots_may_change_between_launches(
     first: int, second: int, cut: int, tmp_path_factory: pytest.TempPathFactory

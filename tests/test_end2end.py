@@ -283,7 +283,7 @@ def test_images_and_all_else_on_s3(
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n"), max_size=20)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(TEXT, st.none() | TEXT), min_size=1, max_size=30), st.sampled_from(range(6)), st.booleans())
 def test_a_list_is_frozen_alike_in_every_format(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str | None]], kind: int, zipped: bool

@@ -213,7 +213,7 @@ def test_a_deep_search_finds_what_others_do(key: str, gone: bool, monkeypatch: p
             np.testing.assert_array_equal(order, np.broadcast_to(np.arange(k), order.shape))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 120), share=st.floats(0, 1), k=st.integers(1, 130), seed=st.integers(0, 99))
 def test_kinds_without_a_selector_search_past_what_is_removed(rows: int, share: float, k: int, seed: int) -> None:
     """As many, and as good, as searching all rows and dropping the removed, whatever k and however many."""
@@ -288,7 +288,7 @@ def trial_of(queries: np.ndarray, vectors: np.ndarray, own: np.ndarray, drop: np
     return recall.measure(own, exact, [(scores, found, scores)])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 300), cut=st.integers(0, 300), seed=st.integers(0, 99), some=st.booleans())
 def test_trials_fold_into_the_trial_over_all_rows(rows: int, cut: int, seed: int, some: bool) -> None:
     rng = np.random.default_rng(seed)

@@ -58,7 +58,7 @@ def keys(images: np.ndarray, sizes: list[int]) -> list[str]:
     return [f"{part}-{row}" for part, size in enumerate(sizes) for row in range(size)]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=5).filter(sum),
     shard_rows=st.integers(20, 160),
@@ -100,7 +100,7 @@ def test_every_row_finds_itself(sizes: list[int], shard_rows: int, gaps: bool, k
                 np.testing.assert_allclose(stored, vectors[place], atol=1e-3)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(parts=st.integers(1, 6), shard_rows=st.integers(30, 200), k=st.integers(1, 30), seed=st.integers(0, 99))
 def test_the_cut_into_parts_and_shards_never_changes_the_answers(
     parts: int, shard_rows: int, k: int, seed: int

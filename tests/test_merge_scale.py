@@ -64,7 +64,7 @@ def sound(index: Path) -> None:
     shard_rows=st.integers(0, 10**6),
     key=st.sampled_from(["Flat", "IVF64,SQ8", "HNSW16"]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_shards_are_as_few_as_the_memory_allows(rows: int, memory: int, shard_rows: int, key: str) -> None:
     job = _job_of(rows, replace(CONFIG, max_memory=str(memory), shard_rows=shard_rows, index_key=key))
     fits = job.needs(min(shard_rows, rows)) <= memory
@@ -136,7 +136,7 @@ def test_the_template_is_counted_at_what_it_takes(tmp_path: Path) -> None:
 
 
 @given(cut=st.integers(60, 240), shard_rows=st.integers(30, 200), gaps=st.booleans(), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_an_addition_answers_as_one_merge_of_both_would(cut: int, shard_rows: int, gaps: bool, seed: int) -> None:
     images, texts = clustered(300, 8, 10, seed)
     if gaps:
@@ -278,7 +278,7 @@ def test_exact_scores_of_few_bits_by_reranking(tmp_path: Path) -> None:
     k=st.integers(1, 30),
     key=st.sampled_from(["IVF8,PQ4x4", "OPQ4_8,IVF8_HNSW4,PQ4", "IVF8,SQ4", "IVF8,PQ4x4fs", "RR16,IVF8,RaBitQfs4"]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_best_candidates_of_all_shards_are_scored_once_whatever_the_layout(
     cut: int, shard_rows: int, factor: int, k: int, key: str
 ) -> None:

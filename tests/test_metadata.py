@@ -32,7 +32,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> metadata.MetadataFile:
     return metadata.open_table(path)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=st.lists(st.integers(0, 999), max_size=200), ascending=st.booleans())
 def test_take_gives_the_rows_in_the_order_asked(shard: metadata.MetadataFile, rows: list[int], ascending: bool) -> None:
     rows = sorted(rows) if ascending else rows
@@ -50,7 +50,7 @@ def test_rows_that_are_not_there(shard: metadata.MetadataFile, rows: list[int]) 
         shard.take(rows)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 50), group=st.integers(1, 20), cuts=st.tuples(st.integers(0, 50), st.integers(0, 50)))
 def test_a_run_of_a_part_with_its_lineage(
     tmp_path_factory: pytest.TempPathFactory, rows: int, group: int, cuts: tuple[int, int]
@@ -98,7 +98,7 @@ COLUMNS = st.integers(0, 60).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(columns=COLUMNS, batch=st.integers(1, 30), run=st.sampled_from([0, 1, 8, 1024]), data=st.data())
 def test_write_and_take_are_the_naive_reorder_and_take(
     tmp_path_factory: pytest.TempPathFactory,

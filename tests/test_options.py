@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_batch import options
@@ -154,9 +154,6 @@ def test_usage_errors_are_one_line_and_exit_2(
     assert captured.out == ""
 
 
-@settings(
-    deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)  # on a new clone hypothesis first makes its tables
 @given(st.data())
 def test_flags_made_of_a_section_give_it_back(data: st.DataObject) -> None:
     section = data.draw(st.sampled_from([EmbedConfig, MergeConfig, SlurmConfig, SparkConfig]))

@@ -9,7 +9,7 @@ from clip_batch import order
 from clip_batch.order import best
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     pairs=st.lists(
         st.tuples(

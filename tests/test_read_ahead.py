@@ -219,7 +219,7 @@ def test_a_stop_ends_a_download_that_hangs(tars: list[str], out: str) -> None:
     hanging.set()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(entries, st.sampled_from(sorted(FORMATS)), st.sampled_from([512, 1024, 4096]), st.booleans(), st.data())
 def test_headers_by_jumps_are_those_of_the_whole(
     items: list[tuple[str, int, str]], format: str, short: int, flip: bool, data: st.DataObject

@@ -42,7 +42,7 @@ def changed(tar: bytes, edits: list[tuple[int, int, int, bool]]) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     entries, st.sampled_from(sorted(FORMATS)), changes, st.sampled_from([1, 2, 5]), st.integers(0, 600), st.integers(0)
 )
@@ -84,7 +84,7 @@ def test_a_run_ends_before_a_header_that_does_not_fit_its_checksum() -> None:
         assert list(members(flipped)) == strict(flipped)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0), st.integers(1, 255)), max_size=3))
 def test_long_tars_with_damage_anywhere(flips: list[tuple[int, int]]) -> None:
     tar = bytearray(build([(f"{number // 3}.{number % 3}", number % 700, "f") for number in range(300)], 0))

@@ -75,7 +75,7 @@ def build(items: list[tuple[str, int, str]], format: int, ends: bool = True) -> 
     return buffer.getvalue() if ends else buffer.getvalue()[:end]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(entries, st.sampled_from(sorted(FORMATS)), st.booleans())
 def test_members_are_those_of_tarfile(items: list[tuple[str, int, str]], format: str, ends: bool) -> None:
     data = build(items, FORMATS[format], ends)
@@ -90,7 +90,7 @@ def test_members_are_those_of_tarfile(items: list[tuple[str, int, str]], format:
     assert found == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(entries, st.sampled_from(sorted(FORMATS)))
 def test_any_cut_gives_the_samples_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory, items: list[tuple[str, int, str]], format: str
@@ -281,7 +281,7 @@ def test_a_cut_caption_or_json_is_absent(tar: str) -> None:
     assert [item.caption is None for item in corpus.samples(tar)] == [False, False, True]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 11_000))
 def test_cut_anywhere_no_whole_sample_is_lost(tmp_path_factory: pytest.TempPathFactory, size: int) -> None:
     path = corpus.write_tar(str(tmp_path_factory.mktemp("t") / "a.tar"), [(f"{i}.jpg", b"x" * 700) for i in range(7)])
@@ -305,7 +305,7 @@ def test_a_flipped_header_bit_costs_one_member(tar: str, format: str, number: in
     assert damage.length == 512 + (len(corpus.jpeg(number)) + 511) // 512 * 512
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=3000), st.integers(0, 5000), st.booleans())
 def test_hostile_bytes_never_raise(noise: bytes, at: int, inside: bool) -> None:
     tar = bytearray(build([("a.jpg", 600, "f"), ("漢" * 80 + ".txt", 5, "f")], tarfile.PAX_FORMAT))

@@ -12,7 +12,7 @@ from clip_batch.vectors import filled, unit, widen
 from tests.fabricated import clustered
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.integers(1, 60), queries=st.integers(1, 5), found=st.integers(1, 40), k=st.integers(1, 50),
     seed=st.integers(0, 99),

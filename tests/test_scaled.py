@@ -40,7 +40,7 @@ def photos(width: int, height: int) -> list[bytes]:
     return [corpus.encode(enlarged(image, width, height), quality=90) for image in images]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SIDES, SIDES, st.integers(1, 40), st.integers(1, 40), st.booleans())
 @example(7, 7, 1, 1, False)
 @example(1, 200, 1, 1, True)
@@ -60,7 +60,7 @@ def test_what_is_decoded_is_never_less_than_the_gap_asks(
         assert any(n / 2 * whole < 8 * 2 * least for whole, least in zip((height, width), size, strict=True))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SIDES, SIDES, st.lists(st.integers(1, 300), min_size=1, max_size=2))
 def test_the_resized_size_is_torchvisions(height: int, width: int, size: list[int]) -> None:
     import torch
@@ -74,7 +74,7 @@ def test_the_resized_size_is_torchvisions(height: int, width: int, size: list[in
     assert pixels.resized(size, height, width) == list(made.shape[1:])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SIDES, SIDES, st.integers(1, 64), st.sampled_from(["shortest", "squash"]))
 def test_images_under_twice_the_gap_are_as_fast_has_them(width: int, height: int, side: int, mode: str) -> None:
     data = corpus.encode(corpus.picture(width).resize((width, height)))

@@ -121,7 +121,7 @@ def test_reconstruct(searcher: Searcher) -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(some=st.sets(st.integers(0, 399)), exact=st.booleans(), k=st.sampled_from([1, 7, 500]), row=st.integers(0, 399))
 def test_only_selected_rows_are_found(folder: str, some: set[int], exact: bool, k: int, row: int) -> None:
     with pytest.MonkeyPatch.context() as patch, Searcher(f"{folder}/index") as searcher:

@@ -39,7 +39,7 @@ class Recorder:
         return np.array(items, np.float32)[:, None]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 1000), max_size=9), max_size=12), st.integers(1, 8))
 def test_each_gets_its_own_vector_in_bounded_batches(requests: list[list[int]], most: int) -> None:
     encode = Recorder()

@@ -273,7 +273,7 @@ def test_no_request_of_the_schema_makes_a_500(index: str) -> None:
             modes = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
             valid, invalid = (operation.as_strategy(generation_mode=mode) for mode in modes)
 
-            @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+            @settings(max_examples=50, suppress_health_check=list(HealthCheck), database=None)
             @given(case=valid | invalid)
             def ask(case: Any) -> None:
                 answer = case.call()
@@ -301,7 +301,7 @@ bodies = st.dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(["/v1/search", "/v1/embed", "/knn-service", "/metadata"]), bodies)
 def test_no_body_makes_a_500(client: TestClient, path: str, body: Any) -> None:
     answer = client.post(path, content=json.dumps(body).encode())
@@ -310,7 +310,7 @@ def test_no_body_makes_a_500(client: TestClient, path: str, body: Any) -> None:
         assert answer.json()["detail"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_no_bytes_make_a_500(client: TestClient, body: bytes) -> None:
     assert client.post("/v1/search", content=body).status_code == 422

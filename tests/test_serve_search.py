@@ -140,7 +140,7 @@ def test_columns(client: TestClient, index: str) -> None:
         assert (answer.status_code, answer.json()["field"]) == (400, "columns.0")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     hnp.arrays(np.float32, st.tuples(st.integers(1, 40), st.just(3)), elements=st.floats(-1, 1, width=16)),
     st.floats(0.5, 0.999),

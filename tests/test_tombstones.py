@@ -81,7 +81,7 @@ TEXTS = st.builds(make, st.just("key"), st.lists(st.sampled_from(["", "a", "b", 
 NUMBERS = st.builds(make, st.just("n"), st.lists(st.sampled_from(["1", "2", "02", "9", "-3"])))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     files=st.lists(st.tuples(st.lists(ROWS, max_size=3), st.booleans(), st.booleans()), max_size=3),
     lists=st.lists(TEXTS | NUMBERS, max_size=4),

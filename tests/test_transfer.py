@@ -41,7 +41,7 @@ def test_pieces_tile_their_range(start: int, length: int, size: int) -> None:
     assert all(0 < last - first <= size for first, last in found)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 3_000), st.integers(0, 3_000), st.integers(100, 2_000), st.integers())
 def test_short_answers_and_errors_at_random_lose_no_byte(a: int, b: int, size: int, seed: int) -> None:
     chance = random.Random(seed)
