@@ -21,7 +21,7 @@ test: $(STAMP) check services spark35 clip-retrieval img2dataset ## everything
 	$(BIN)/python -m pytest
 
 services:               ## Chromium, SLURM, Java, HDFS's libraries, databases: where apt cannot install what is missing, its tests are skipped
-	@PATH="$$PATH:/usr/sbin"; for need in chromium:chromium slurmctld:slurm-wlm java:default-jre-headless mariadbd:mariadb-server-core pg_ctlcluster:postgresql \
+	@PATH="$$PATH:/usr/sbin"; for need in chromium:chromium slurmctld:slurm-wlm java:default-jre-headless mariadbd:mariadb-server-core my_print_defaults:mariadb-client-core pg_ctlcluster:postgresql \
 	  jersey1-server.jar:libjersey1-core-java,libjersey1-server-java,libjersey1-servlet-java,libjersey1-json-java,libjsr311-api-java \
 	  jetty9-server.jar:libjetty9-java servlet-api.jar:libservlet-api-java commons-daemon.jar:libcommons-daemon-java commons-codec.jar:libcommons-codec-java \
 	  jackson-databind.jar:libjackson2-databind-java,libjackson2-annotations-java,libjackson2-core-java; do \

@@ -51,7 +51,7 @@ _FEW = 4
 def choose_key(rows: int, dim: int, max_memory: int, flat_rows: int) -> str:
     """The key for `rows` vectors: "Flat" up to `flat_rows`, above that autofaiss's choice.
 
-    `max_memory` (bytes) is what the index may take when served. ConfigError if nothing fits.
+    `max_memory` (bytes) is what the index may take when served. ConfigError if nothing fits, or without autofaiss.
     """
     if rows <= flat_rows:
         return "Flat"
@@ -60,7 +60,13 @@ def choose_key(rows: int, dim: int, max_memory: int, flat_rows: int) -> str:
     load()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from autofaiss.external.optimize import get_optimal_index_keys_v2
+        try:
+            from autofaiss.external.optimize import get_optimal_index_keys_v2
+        except ImportError as error:
+            raise ConfigError(
+                f"--index-key auto for {rows:,} rows is autofaiss's choice, and autofaiss is not installed, as "
+                "clip-batch[merge] brings it up to Python 3.12 alone: give --index-key; clip-batch sweep recommends one"
+            ) from error
     logging.getLogger("autofaiss").setLevel(logging.ERROR)
     keys = get_optimal_index_keys_v2(rows, dim, f"{max_memory}B", should_be_memory_mappable=True)
     if not keys:

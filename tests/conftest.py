@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ def _no_options_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("CLIP_BATCH_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def autofaiss() -> None:
+    """Skips a test that asks autofaiss, where Python is too new for it."""
+    if sys.version_info >= (3, 13):
+        pytest.skip("autofaiss does not run on Python 3.13")
 
 
 @pytest.fixture

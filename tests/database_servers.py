@@ -69,8 +69,9 @@ def _set_up(command: Sequence[str], folder: Path, owner: str | None = None) -> N
 @pytest.fixture(scope="session")
 def mariadb() -> Iterator[str]:
     """The URL of an empty database of a MariaDB, with a password in it."""
-    server, install = (shutil.which(name, path=_SEARCHED) for name in ("mariadbd", "mariadb-install-db"))
-    if not server or not install:
+    names = ("mariadbd", "mariadb-install-db", "my_print_defaults")  # the last is called by the second
+    server, install, defaults = (shutil.which(name, path=_SEARCHED) for name in names)
+    if not server or not install or not defaults:
         pytest.skip("MariaDB is not installed: make services")
     pymysql = pytest.importorskip("pymysql")
     with _folder(None) as folder:

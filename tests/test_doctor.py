@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from clip_batch.config import PlanConfig
-from clip_batch.doctor import Check, doctor
+from clip_batch.doctor import TESTED, Check, doctor
 from clip_batch.plan import make_plan
 from clip_batch.store import Store
 
@@ -105,6 +105,7 @@ def test_packages(found: str | None, ok: bool | None, monkeypatch: pytest.Monkey
         return found
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setitem(TESTED, "numpy", ("1.26", "2", ""))
     assert report(None)["numpy"].ok is ok
 
 

@@ -81,6 +81,7 @@ def test_it_is_complete_and_its_metadata_finds_the_bytes(out: str) -> None:
     assert row["name_zh"]
 
 
+@pytest.mark.usefixtures("autofaiss")
 def test_embedding_reader_and_autofaiss_read_it_as_their_own(out: str, tmp_path: Path) -> None:
     script = f"""
 import glob

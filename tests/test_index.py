@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from clip_batch import index, recall
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.stages.sweep import default_keys
 from tests.fabricated import clustered, unit
 
 AVX512 = "avx512f avx512bw avx512dq avx512vl avx512cd"
@@ -262,6 +263,7 @@ def test_an_empty_index_finds_nothing(tmp_path: Path) -> None:
         assert (ids == -1).all()
 
 
+@pytest.mark.usefixtures("autofaiss")
 def test_choice_of_key() -> None:
     assert index.choose_key(50_000, 512, 10**9, 50_000) == "Flat"
     assert index.choose_key(200_000, 128, 10**9, 50_000) == "IVF2048,Flat"
@@ -269,6 +271,14 @@ def test_choice_of_key() -> None:
     with pytest.raises(ConfigError, match="raise --max-memory"):
         index.choose_key(200_000, 128, 10**6, 50_000)
     assert [index.lists(key) for key in ("Flat", "OPQ16_112,IVF4096_HNSW32,PQ16x8", "IVF64k,SQ8")] == [0, 4096, 65536]
+
+
+def test_auto_without_autofaiss_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "autofaiss.external.optimize", None)
+    assert index.choose_key(1000, 64, 10**9, 1000) == "Flat"
+    with pytest.raises(ConfigError, match=r"auto for 1,001 rows.*autofaiss is not installed.*give --index-key"):
+        index.choose_key(1001, 64, 10**9, 1000)
+    assert len(default_keys(10**6, 64, 2 * 10**9)) == 8, "a sweep does without"
 
 
 def test_faiss_errors_are_one_line(tmp_path: Path) -> None:

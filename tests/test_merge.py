@@ -371,6 +371,7 @@ def test_ivf_effort_is_tuned_for_the_target(tmp_path: Path) -> None:
     assert abs(share - high.recall["image"]["text"]["10"]) < 0.005
 
 
+@pytest.mark.usefixtures("autofaiss")
 def test_auto_takes_the_choice_of_autofaiss(tmp_path: Path) -> None:
     images, texts = clustered(12_000, 32, 300)
     texts[::7] = 0

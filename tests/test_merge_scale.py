@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from clip_batch import index as faiss_index
@@ -283,6 +283,7 @@ def test_the_best_candidates_of_all_shards_are_scored_once_whatever_the_layout(
     cut: int, shard_rows: int, factor: int, k: int, key: str
 ) -> None:
     """Of few shards, of many, of one file, and of what was added to either."""
+    assume("OPQ" not in key or cut >= 300)  # faiss trains it to 256 centroids, of the rows that are not queries
     images, texts = clustered(1200, 16, 40)
     config = replace(CONFIG, index_key=key, rerank=factor, modalities=["image"])
     ways = [replace(config, shard_rows=1000), replace(config, shard_rows=shard_rows)]

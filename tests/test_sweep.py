@@ -97,6 +97,7 @@ def test_lists_are_scaled_so_that_they_are_as_long() -> None:
     assert stage.scaled("HNSW32", 0.1) == "HNSW32"
 
 
+@pytest.mark.usefixtures("autofaiss")
 def test_default_keys_are_ones_that_faiss_knows() -> None:
     keys = stage.default_keys(10**6, 64, 2 * 10**9)
     assert len(keys) == 9

@@ -176,7 +176,7 @@ def default_keys(rows: int, dim: int, memory: int) -> list[str]:
     keys += [f"RR{dim},{ivf},RaBitQfs", f"RR{dim},{ivf},RaBitQfs4", "HNSW32"]
     try:
         return [index.choose_key(rows, dim, memory, 0), *keys]
-    except ConfigError:  # autofaiss knows none that fits
+    except ConfigError:  # autofaiss knows none that fits, or is not there
         return keys
 
 
