@@ -36,3 +36,16 @@ def large_reads_go_past_the_client(
     store.remove("a b+c?.tar")
     with pytest.raises(FileNotFoundError):
         copy_range(remote, 0, 10, str(target), 0)
+
+
+def an_upload_goes_through_faults(store: Store, server: Proxied, uploads: Callable[[str, str], bool]) -> None:
+    with server.fault("reset", uploads, times=3) as fault, store.writer("large.npy") as file:
+        file.truncate(120 * 2**20)
+        file.seek(110 * 2**20)
+        file.write(b"end")
+    assert fault.hits == 3
+    assert store.size("large.npy") == 120 * 2**20
+    with store.open("large.npy") as stored:
+        stored.seek(110 * 2**20)
+        assert stored.read(4) == b"end\0"
+    store.remove("large.npy")

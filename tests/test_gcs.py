@@ -165,16 +165,7 @@ def test_an_upload_that_fails_publishes_nothing(store: Store, gcs: Gcs, monkeypa
 
 
 def test_an_upload_goes_through_faults(store: Store, gcs: Gcs) -> None:
-    with gcs.fault("reset", is_upload, times=3) as fault, store.writer("large.npy") as file:
-        file.truncate(120 * 2**20)
-        file.seek(110 * 2**20)
-        file.write(b"end")
-    assert fault.hits == 3
-    assert store.size("large.npy") == 120 * 2**20
-    with store.open("large.npy") as stored:
-        stored.seek(110 * 2**20)
-        assert stored.read(4) == b"end\0"
-    store.remove("large.npy")
+    store_checks.an_upload_goes_through_faults(store, gcs, is_upload)
 
 
 def test_doctor_says_which_kind_it_is(store: Store, gcs: Gcs) -> None:

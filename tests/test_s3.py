@@ -135,16 +135,7 @@ def test_gc_ends_the_uploads_that_the_dead_left(store: Store) -> None:
 
 
 def test_an_upload_goes_through_faults(store: Store, s3: S3) -> None:
-    with s3.fault("reset", is_put, times=3) as fault, store.writer("large.npy") as file:
-        file.truncate(120 * 2**20)
-        file.seek(110 * 2**20)
-        file.write(b"end")
-    assert fault.hits == 3
-    assert store.size("large.npy") == 120 * 2**20
-    with store.open("large.npy") as stored:
-        stored.seek(110 * 2**20)
-        assert stored.read(4) == b"end\0"
-    store.remove("large.npy")
+    store_checks.an_upload_goes_through_faults(store, s3, is_put)
 
 
 def test_a_server_that_cannot_refuse_keeps_the_last_pointer(store: Store, s3: S3) -> None:
