@@ -14,7 +14,6 @@ EXTRAS = {
     "simplejpeg": "embed",
     "faiss": "merge",
     "autofaiss": "merge",
-    "embedding_reader": "merge",
     "fastapi": "serve",
     "uvicorn": "serve",
     "starlette": "serve",

@@ -24,7 +24,6 @@ BROUGHT = {
     "py4j": "pyspark",
     "grpc": "pymilvus",
     "typing_extensions": "pydantic",
-    "embedding_reader": "autofaiss",
     "tokenizers": "transformers",
     "starlette": "fastapi",
     "botocore": "s3fs",
