@@ -207,6 +207,17 @@ def test_a_killed_worker_of_a_whole_node_leaves_the_others_alone(work: Work) -> 
     work.check()
 
 
+def test_a_warned_node_goes_on_whatever_one_of_its_workers_died_of(work: Work) -> None:
+    script = str(for_whole_nodes(work.folder) / "embed.sbatch")
+    job = work.sbatch("--array=0", "--export=ALL,TASKS=1,CLIP_BATCH_SHARE=false", script=script)
+    work.wait_for_commits(2)
+    work.kill(job, 0, signal.SIGKILL, worker=1)
+    work.slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    assert work.slurm.wait(job) == {0: ("COMPLETED", 0)}, work.logs()
+    assert work.restarts(job) == {0: 1}
+    work.check()
+
+
 def test_a_node_dies_and_its_elements_go_on_elsewhere(work: Work) -> None:
     job = work.sbatch("--array=0-3")
     work.wait_for_commits(4)
