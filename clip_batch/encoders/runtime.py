@@ -22,6 +22,8 @@ from clip_batch.errors import EncoderError
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
 
+_CUDA = "CUDAExecutionProvider"
+
 
 class Side(torch.nn.Module):
     """One side of a model, a function that uses its weights, as what can be exported."""
@@ -68,9 +70,6 @@ def opened(path: str, device: str) -> Any:
     if device != "cpu" and _CUDA not in session.get_providers():  # it would go on on the CPU, unasked
         raise EncoderError(f"this ONNX Runtime has no CUDA for {path}: --device cpu, or pip install onnxruntime-gpu")
     return session
-
-
-_CUDA = "CUDAExecutionProvider"
 
 
 def _providers(device: str) -> list[tuple[str, dict[str, str]]]:
