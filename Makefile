@@ -64,10 +64,10 @@ check: $(STAMP)         ## style, types, generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m clip_batch.documents --check
+	$(BIN)/python -m docs.generate --check
 
 docs: $(STAMP)          ## regenerate configs/reference.yaml and docs/config.md
-	$(BIN)/python -m clip_batch.documents
+	$(BIN)/python -m docs.generate
 
 BENCHES ?= tar text data_path dataset engines embed worker slow_worker scaling plan merge memory metadata metadata_provider remote serve status sweep compare laion
 bench: $(STAMP)         ## the benchmarks, an hour of them; each prints JSON; BENCHES="tar text" for some

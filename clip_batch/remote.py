@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from clip_batch import extras
+from clip_batch.config import extras
 from clip_batch.errors import ClipBatchError, InputError
 from clip_batch.retry import retried
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_batch.documents import ROOT
+from tests import ROOT
 
 DEFINITION = ROOT / "slurm/clip-batch.def"
 SCRIPTS = sorted(

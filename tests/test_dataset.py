@@ -37,7 +37,7 @@ from clip_batch.dataset import Query, deal, together
 from clip_batch.dataset.fetch import Fetch
 from clip_batch.dataset.select import mix
 from clip_batch.demo import data
-from clip_batch.documents import ROOT
+from tests import ROOT
 from clip_batch.errors import ConfigError, InputError
 from clip_batch.filter import filter_rows
 from clip_batch.stages.search import Searcher

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from clip_batch import part
-from clip_batch.documents import ROOT
+from tests import ROOT
 from clip_batch.manifest import load_manifest
 from clip_batch.stages.search import Searcher
 from clip_batch.store import Store

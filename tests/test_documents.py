@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clip_batch.cli import COMMANDS, main
-from clip_batch.documents import ROOT
+from tests import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("s*/README.md")])
 

@@ -14,8 +14,8 @@ from clip_batch import footprint, job
 from clip_batch.cli import COMMANDS, main
 from clip_batch.config import parse_bytes
 from clip_batch.demo import data
-from clip_batch.documents import ROOT
-from clip_batch.options import read_file
+from tests import ROOT
+from clip_batch.config.options import read_file
 from clip_batch.store import Store
 from tests.s3_server import BUCKET, S3
 from tests.s3_server import s3 as s3

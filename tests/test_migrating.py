@@ -15,7 +15,7 @@ import pytest
 
 from clip_batch.cli import COMMANDS, main
 from clip_batch.demo import data
-from clip_batch.documents import ROOT
+from tests import ROOT
 from clip_batch.serve.heads import load_head
 
 PAGE = ROOT / "docs/migrating.md"

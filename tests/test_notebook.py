@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_batch.documents import ROOT
+from tests import ROOT
 
 nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_batch import options
+from clip_batch.config import options
 from clip_batch.cli import COMMANDS, main
 from clip_batch.config import (
     EmbedConfig,
@@ -22,7 +22,8 @@ from clip_batch.config import (
     TargetConfig,
     parse_bytes,
 )
-from clip_batch.documents import GENERATED, ROOT
+from docs.generate import GENERATED
+from tests import ROOT
 from clip_batch.errors import ConfigError
 
 ALL = [*options.SECTIONS.values(), TargetConfig]

@@ -17,7 +17,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from clip_batch.extras import EXTRAS, mend
+from clip_batch.config.extras import EXTRAS, mend
 
 ROOT = Path(__file__).parent.parent
 BROUGHT = {

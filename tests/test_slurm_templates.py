@@ -17,7 +17,7 @@ import pytest
 from clip_batch import part
 from clip_batch.cli import main
 from clip_batch.demo import data
-from clip_batch.documents import ROOT
+from tests import ROOT
 from clip_batch.store import Store
 from clip_batch.workers import read_records
 from tests import corpus

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from clip_batch import extras
+from clip_batch.config import extras
 from clip_batch.cli.arguments import Options
 from clip_batch.cli.commands import COMMANDS, Command
 from clip_batch.config import StorageConfig, TargetConfig
@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(name: str, command: Command) -> _Parser:
-    from clip_batch import options
+    from clip_batch.config import options
 
     parser = _Parser(prog=f"clip-batch {name}", description=command.run.__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; see configs/reference.yaml")
@@ -94,7 +94,7 @@ def _run(name: str, arguments: list[str]) -> int:
         raise ConfigError(f"no such command; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     flags = vars(_parser(name, command).parse_args(arguments))
-    from clip_batch import options
+    from clip_batch.config import options
 
     file = options.read_file(flags["config"]) if flags["config"] else {}
     used = (TargetConfig, StorageConfig, *command.sections, *(section for section, _ in command.fewer))

@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_batch import errors, options, submission
+from clip_batch import errors, submission
+from clip_batch.config import options
 from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConfig, SubmitConfig, TargetConfig
 from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError
 from clip_batch.launch.executor import Status, Work, embed_slot, merge_task

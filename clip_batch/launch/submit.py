@@ -19,7 +19,7 @@ from clip_batch.config import (
     StorageConfig,
     SubmitConfig,
 )
-from clip_batch.options import to_flags
+from clip_batch.config.options import to_flags
 from clip_batch.plan import count_partitions
 from clip_batch.store import Store, absolute, local_path
 

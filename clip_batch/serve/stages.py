@@ -31,7 +31,7 @@ from clip_batch.errors import (
     Preempted,
 )
 from clip_batch.job import Job, open_job
-from clip_batch.options import default, helps
+from clip_batch.config.options import default, helps
 from clip_batch.plan import count_partitions, load_plan, make_plan
 from clip_batch.serve.allow import Allowed
 from clip_batch.serve.errors import Busy, Refused

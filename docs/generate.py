@@ -1,11 +1,11 @@
-"""Writes what is generated from config.py; `--check` fails where a file is stale instead."""
+"""Writes the generated documents; `python -m docs.generate --check` fails where one is stale instead."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from clip_batch.options import reference_markdown, reference_yaml
+from clip_batch.config.options import reference_markdown, reference_yaml
 
 ROOT = Path(__file__).parent.parent
 GENERATED = {"configs/reference.yaml": reference_yaml, "docs/config.md": reference_markdown}
