@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_batch import part
-from clip_batch.arrow import ParquetFile
 from clip_batch.download import table_name
-from clip_batch.errors import CorruptError
-from clip_batch.store import Store
+from clip_batch.errors import CorruptError, one_line
+from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.store import Store
 from clip_batch.urls import UrlList, read_frozen
 
 FAILURES = "failures.parquet"
@@ -143,6 +143,6 @@ def _of_download(home: Store, frozen: UrlList, shard: int) -> dict[int, tuple[st
     pairs = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)
     lost = ("lost", "img2dataset has its image, embed saw none")
     return {
-        number: lost if status == "success" else (status, " ".join(str(message).split()))
+        number: lost if status == "success" else (status, one_line(message))
         for number, (status, message) in zip(numbers, pairs, strict=True)
     }

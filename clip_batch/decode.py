@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clip_batch.errors import one_line
+
 # Our own check of the header counts pixels; Pillow's would refuse what `max_pixels` allows.
 Image.MAX_IMAGE_PIXELS = None
 # Pillow warns of corrupt EXIF and the like, image by image; what decodes is embedded.
@@ -81,7 +83,7 @@ def _refused() -> Iterator[None]:
     except DecodeError:
         raise
     except Exception as error:
-        words = re.sub(r" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))[:200]
+        words = re.sub(r" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))[:200]
         raise DecodeError("undecodable_image", f"{type(error).__name__}: {words}") from None
 
 

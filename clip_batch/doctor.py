@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_batch.config import StorageConfig
-from clip_batch.errors import ClipBatchError, PlanError
-from clip_batch.store import Store
+from clip_batch.errors import ClipBatchError, PlanError, one_line
+from clip_batch.storage.store import Store
 
 TESTED = {
     "numpy": ("1.26", "2", ""),
@@ -84,7 +84,7 @@ def _run(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return one_line(f"{type(error).__name__}: {error}", 300)
 
 
 def _python() -> Iterator[Check]:
@@ -158,7 +158,7 @@ def _slurm() -> Iterator[Check]:
         return
     asked = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
     if asked.returncode:
-        told = " ".join(asked.stderr.split())[:200]
+        told = one_line(asked.stderr, 200)
         yield Check("slurm", None, f"the controller does not answer ({told}): only `submit slurm` needs it")
         return
     found = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", asked.stdout, re.MULTILINE))

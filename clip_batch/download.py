@@ -19,8 +19,8 @@ from typing import Any
 
 from clip_batch.config import DownloadConfig
 from clip_batch.errors import ConfigError, IncompleteError
-from clip_batch.remote import own_options
-from clip_batch.store import Store
+from clip_batch.storage.filesystem import own_options
+from clip_batch.storage.store import Store
 from clip_batch.urls import FOLDER, IMAGES, UrlList
 
 Say = Callable[[str], None]

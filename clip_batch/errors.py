@@ -80,3 +80,12 @@ class Preempted(ClipBatchError):
 
     def __init__(self) -> None:
         super().__init__("stopped by a signal; what is committed stays, run the same command again")
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+    """An error's message on one line, at most `limit` characters; an exception without a message gives its type's name.
+
+    Example: `one_line(OSError("disk\\nfull"))` is "disk full".
+    """
+    text = " ".join(str(error).split())
+    return (text or (type(error).__name__ if isinstance(error, BaseException) else ""))[:limit]

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from clip_batch import lineage
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 
 GROUP = 10_000
 """Rows held in memory, of a Parquet row group, and of a tar."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clip_batch import ondisk
-from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.errors import ConfigError, CorruptError, one_line
 from clip_batch.footprint import code_bytes as code_bytes
 from clip_batch.footprint import template_bytes as template_bytes
 from clip_batch.libfaiss import Index as Index
@@ -336,7 +336,7 @@ def read(path: str, mapped: bool = False) -> Index:
             return ondisk.open_joined(path)
         return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[-120:]
+        reason = one_line(error)[-120:]
         raise CorruptError(f"{path} is not a readable faiss index ({reason}): delete it and merge again") from None
 
 

@@ -24,9 +24,11 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from clip_batch.errors import ConfigError, InputError
-from clip_batch.remote import ask, filesystem
-from clip_batch.store import Store, absolute, is_local
-from clip_batch.transfer import etag_of
+from clip_batch.storage.filesystem import filesystem
+from clip_batch.storage.paths import absolute, is_local
+from clip_batch.storage.retry import ask
+from clip_batch.storage.store import Store
+from clip_batch.storage.transfer import etag_of
 from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Plan, Sample, Shard, Slice
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -347,7 +349,7 @@ def _side_car(url: str, options: Options) -> int | None:
 
 
 def _count_rows(file: Any) -> int:
-    from clip_batch.arrow import ParquetFile
+    from clip_batch.storage.arrow import ParquetFile
 
     table = ParquetFile(file)
     if "status" not in table.schema.names:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from clip_batch.errors import ConfigError
+from clip_batch.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,5 +79,5 @@ def key_errors(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = re.sub(r"^.*? at \S+?:\d+: (Error: )?", "", " ".join(str(error).split()))
+        reason = re.sub(r"^.*? at \S+?:\d+: (Error: )?", "", one_line(error))
         raise ConfigError(f"{what}: {reason}; mend --index-key (or leave it auto)") from None

@@ -20,8 +20,9 @@ from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.manifest import IndexShard, Manifest, Source
 from clip_batch.part import read_commits
 from clip_batch.plan import count_partitions
-from clip_batch.store import Store, Unavailable
-from clip_batch.transfer import has_ranges, read_range
+from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.store import Store
+from clip_batch.storage.transfer import has_ranges, read_range
 from clip_batch.types import partition_name
 from clip_batch.vectors import FOLDER, npy_header
 

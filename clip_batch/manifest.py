@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 
 FORMAT = 2

@@ -22,9 +22,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_batch.arrow import ParquetFile
 from clip_batch.errors import CorruptError
-from clip_batch.store import Store, Unavailable
+from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.store import Store
 
 LINEAGE = ("partition", "row")
 """int32 columns that say where an index row came from: the partition, and the row in its files."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
-from clip_batch.store import Store, stream_digest
+from clip_batch.storage.store import Store, stream_digest
 from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Commit, Failure, Plan, Sample
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from typing import Any
 from clip_batch import inputs
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
 from clip_batch.errors import ConfigError, CorruptError, PlanError
-from clip_batch.store import Store, is_local
+from clip_batch.storage.paths import is_local
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
 FORMAT = 1
@@ -298,7 +299,7 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
 
 
 def _read_partitions(table: bytes) -> tuple[Partition, ...]:
-    from clip_batch.arrow import ParquetFile
+    from clip_batch.storage.arrow import ParquetFile
 
     columns = [column.to_pylist() for column in ParquetFile(io.BytesIO(table)).read().columns]
     slices: list[list[Slice]] = []

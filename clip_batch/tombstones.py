@@ -24,10 +24,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_batch.arrow import ipc_schema
 from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.manifest import Manifest, current_version
-from clip_batch.store import Store, Unavailable
+from clip_batch.storage.arrow import ipc_schema
+from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.store import Store
 from clip_batch.vectors import npy_header
 
 FOLDER = "tombstones"

@@ -24,10 +24,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clip_batch.arrow import ParquetFile
 from clip_batch.config import DownloadConfig
-from clip_batch.errors import ConfigError, InputError
-from clip_batch.store import Store, absolute
+from clip_batch.errors import ConfigError, InputError, one_line
+from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.paths import absolute
+from clip_batch.storage.store import Store
 
 FROZEN = "urls.json"
 FOLDER = "urls"
@@ -255,7 +256,7 @@ def _read(store: Store, names: Iterable[str]) -> Generator[pa.Table]:
 
 
 def _unreadable(store: Store, name: str, error: Exception) -> InputError:
-    said = " ".join(str(error).split())[:300]
+    said = one_line(error, 300)
     return InputError(f"{store.display(name)} cannot be read as a {_format(name)} list: {said}; mend it or its name")
 
 

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from clip_batch import metadata
 from clip_batch.errors import CorruptError, IncompleteError
 from clip_batch.part import read_commits
-from clip_batch.store import Store, Unavailable
+from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.store import Store
 from clip_batch.types import Commit, Plan, format_numbers
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clip_batch import part
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import Commit
 
 WORKERS = f"{part.HOME}/workers"

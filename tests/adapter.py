@@ -9,7 +9,7 @@ from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 from clip_batch.encoders import pixels
 from clip_batch.encoders.towers import Towers, placed
 from clip_batch.errors import EncoderError
-from clip_batch.store import file_digest
+from clip_batch.storage.store import file_digest
 
 SIDE = 16
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from clip_batch import plan as plans
 from clip_batch.config import PlanConfig
 from clip_batch.part import PartWriter
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
 Vectors = npt.NDArray[np.float32]

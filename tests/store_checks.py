@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_batch.store import Store
-from clip_batch.transfer import copy_range, source
+from clip_batch.storage.store import Store
+from clip_batch.storage.transfer import copy_range, source
 from tests.proxy import Proxied
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_batch.arrow import ParquetFile, ipc_schema
+from clip_batch.storage.arrow import ParquetFile, ipc_schema
 
 PACKAGE = Path(__file__).parent.parent / "clip_batch"
 

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 
 import clip_batch.client as clients
 from clip_batch.client import AsyncClient, Client, back_off, retry_after
-from tests import ROOT
 from clip_batch.errors import ClipBatchError, ConfigError, ServiceError, ServiceUnavailable
 from clip_batch.stages.search import Searcher
 from clip_batch.types import Hit
+from tests import ROOT
 from tests.corpus import good_tar, jpeg
 from tests.serving import index_of, running
 

@@ -27,7 +27,7 @@ from clip_batch.export.clip_retrieval import export_clip_retrieval
 from clip_batch.metadata import open_table
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 from tests.corpus import good_tar
 from tests.fabricated import ENCODER, clustered, make_out

@@ -35,7 +35,7 @@ from clip_batch.serve.schema import Filter
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from clip_batch.stages.versions import remove
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.vectors import unit
 from tests.corpus import jpeg, write_tar
 from tests.database_servers import PASSWORD

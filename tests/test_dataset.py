@@ -37,12 +37,11 @@ from clip_batch.dataset import Query, deal, together
 from clip_batch.dataset.fetch import Fetch
 from clip_batch.dataset.select import mix
 from clip_batch.demo import data
-from tests import ROOT
 from clip_batch.errors import ConfigError, InputError
 from clip_batch.filter import filter_rows
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
-from tests import corpus
+from clip_batch.storage.store import Store
+from tests import ROOT, corpus
 from tests.s3_server import BUCKET, S3
 from tests.s3_server import s3 as s3
 from tests.s3_server import s3_server as s3_server
@@ -640,7 +639,7 @@ def test_reads_of_local_tars_are_bounded_too(index: str, selection: str, monkeyp
 
 
 def test_tars_on_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clip_batch import retry
+    from clip_batch.storage import retry
 
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)

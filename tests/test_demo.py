@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from clip_batch import part
-from tests import ROOT
 from clip_batch.manifest import load_manifest
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
+from tests import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ import pytest
 from clip_batch.config import PlanConfig
 from clip_batch.doctor import TESTED, Check, doctor
 from clip_batch.plan import make_plan
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 
 
 def report(output: str | None) -> dict[str, Check]:

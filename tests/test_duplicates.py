@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clip_batch import duplicates, index, vectors
 from clip_batch.duplicates import Duplicates, find, write_report
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from tests.fabricated import Vectors, make_out, unit
 
 

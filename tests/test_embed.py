@@ -31,7 +31,7 @@ from clip_batch.stages.embed import Outcome, embed
 from clip_batch.stages.repair import gc, repair
 from clip_batch.stages.status import status
 from clip_batch.stages.verify import verify_output
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import Plan
 from clip_batch.workers import Run, read_records
 from tests import corpus

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from clip_batch.cli import main
 from clip_batch.config import DownloadConfig
 from clip_batch.errors import ClipBatchError, ConfigError, InputError
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.urls import freeze, read_frozen
 from tests.processes import free_ports, kept, mine
 from tests.s3_server import BUCKET, S3

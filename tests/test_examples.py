@@ -13,10 +13,10 @@ import pytest
 from clip_batch import footprint, job
 from clip_batch.cli import COMMANDS, main
 from clip_batch.config import parse_bytes
-from clip_batch.demo import data
-from tests import ROOT
 from clip_batch.config.options import read_file
-from clip_batch.store import Store
+from clip_batch.demo import data
+from clip_batch.storage.store import Store
+from tests import ROOT
 from tests.s3_server import BUCKET, S3
 from tests.s3_server import s3 as s3
 from tests.s3_server import s3_server as s3_server

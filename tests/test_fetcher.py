@@ -20,8 +20,8 @@ from clip_batch.errors import InputError, Preempted
 from clip_batch.read import ahead, read_slice
 from clip_batch.read.ahead import Ahead
 from clip_batch.read.fetcher import Fetcher, apart
-from clip_batch.store import Store
-from clip_batch.transfer import Source, copy_range, pieces, source
+from clip_batch.storage.store import Store
+from clip_batch.storage.transfer import Source, copy_range, pieces, source
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus
 from tests.gcs_server import gcs as gcs
@@ -167,7 +167,7 @@ def test_it_ends_with_the_process_that_began_it(web: str, tmp_path: Path) -> Non
     script = """
 import sys, threading, time
 from clip_batch.read.fetcher import Fetcher
-from clip_batch.transfer import source
+from clip_batch.storage.transfer import source
 fetcher = Fetcher()
 copy = threading.Thread(target=fetcher.copy, args=(source(sys.argv[1]), 0, 10, sys.argv[2], 0), daemon=True)
 copy.start()

@@ -18,7 +18,7 @@ from clip_batch.filter import filter_rows
 from clip_batch.inputs import expand_inputs
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from tests import corpus
 from tests.fabricated import clustered, make_out
 

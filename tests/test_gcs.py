@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_batch import part, retry
+from clip_batch import part
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.doctor import doctor
 from clip_batch.errors import InputError
@@ -18,8 +18,9 @@ from clip_batch.stages.merge import merge
 from clip_batch.stages.repair import gc, repair
 from clip_batch.stages.verify import verify_index, verify_output
 from clip_batch.stages.versions import drop, remove, use, versions
-from clip_batch.store import Store
-from clip_batch.transfer import copy_range, source, version
+from clip_batch.storage import retry
+from clip_batch.storage.store import Store
+from clip_batch.storage.transfer import copy_range, source, version
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus, fabricated, store_checks
 from tests.gcs_server import BUCKET, SECRET, Gcs, hurry

@@ -20,7 +20,7 @@ from clip_batch.demo import data
 from clip_batch.plan import load_plan, make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.verify import verify_output
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 
 pytestmark = pytest.mark.slow
 

@@ -12,15 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from clip_batch.remote import filesystem
-from clip_batch.store import TEMPORARY, Store
+from clip_batch.storage.filesystem import filesystem
+from clip_batch.storage.paths import TEMPORARY
+from clip_batch.storage.store import Store
 from tests.hdfs_cluster import Hdfs
 
 pytestmark = pytest.mark.slow
 
 WRITE = """
 import sys
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 store = Store(sys.argv[1])
 store.replace("started", b"")
 with store.writer("large") as file:

@@ -21,7 +21,7 @@ from clip_batch.plan import load_plan, make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from tests import corpus
 from tests.fabricated import ENCODER, clustered, make_out
 from tests.flaky import Flaky

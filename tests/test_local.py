@@ -13,7 +13,7 @@ import pytest
 from clip_batch import part
 from clip_batch.cli import main
 from clip_batch.launch import local
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from tests import corpus
 
 

@@ -31,7 +31,8 @@ from clip_batch.stages import merge as stage
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from clip_batch.stages.verify import verify_index
-from clip_batch.store import TEMPORARY, Store, file_digest
+from clip_batch.storage.paths import TEMPORARY
+from clip_batch.storage.store import Store, file_digest
 from tests import fabricated
 from tests.fabricated import clustered, make_out, unit
 
@@ -645,7 +646,7 @@ import os, sys
 from clip_batch.config import MergeConfig
 from clip_batch.stages.merge import merge
 from clip_batch import store
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 
 left = int(sys.argv[3])
 

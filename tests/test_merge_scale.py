@@ -26,7 +26,7 @@ from clip_batch.rerank import candidates
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from clip_batch.stages.verify import verify_index
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from tests.bench.rerank import Counted
 from tests.fabricated import ENCODER, Vectors, clustered, commit, make_out, make_plan, unit
 

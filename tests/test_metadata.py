@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clip_batch import metadata
 from clip_batch.errors import CorruptError
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 
 
 def table_of(rows: int, first: int = 0) -> pa.Table:

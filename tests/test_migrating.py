@@ -15,8 +15,8 @@ import pytest
 
 from clip_batch.cli import COMMANDS, main
 from clip_batch.demo import data
-from tests import ROOT
 from clip_batch.serve.heads import load_head
+from tests import ROOT
 
 PAGE = ROOT / "docs/migrating.md"
 SECTIONS = dict(re.findall(r"^##+ ([^\n]+)\n(.*?)(?=^## |^### |\Z)", PAGE.read_text(), re.S | re.M))

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_batch.config import options
 from clip_batch.cli import COMMANDS, main
 from clip_batch.config import (
     EmbedConfig,
@@ -20,11 +19,12 @@ from clip_batch.config import (
     SparkConfig,
     StorageConfig,
     TargetConfig,
+    options,
     parse_bytes,
 )
+from clip_batch.errors import ConfigError
 from docs.generate import GENERATED
 from tests import ROOT
-from clip_batch.errors import ConfigError
 
 ALL = [*options.SECTIONS.values(), TargetConfig]
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from clip_batch.config import PlanConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError
 from clip_batch.plan import Cut, load_plan, make_plan, pack
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import Partition, Plan, Shard, Slice
 
 GRAIN = 7

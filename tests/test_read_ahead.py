@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch import retry
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.errors import InputError, Preempted
 from clip_batch.plan import make_plan
@@ -25,6 +24,7 @@ from clip_batch.read.headers import Damage, Member, members
 from clip_batch.read.scan import jump, scan_tar
 from clip_batch.read.tar import cuts, cuts_among
 from clip_batch.stages.embed import embed
+from clip_batch.storage import retry
 from clip_batch.types import Sample, Shard, Slice
 from clip_batch.workers import Run
 from tests import corpus

@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from clip_batch import part, retry
+from clip_batch import part
 from clip_batch.config import MergeConfig, PlanConfig, StorageConfig
 from clip_batch.doctor import doctor
 from clip_batch.errors import ConfigError
@@ -28,7 +28,9 @@ from clip_batch.stages.embed import embed
 from clip_batch.stages.merge import merge
 from clip_batch.stages.repair import gc
 from clip_batch.stages.verify import verify_index, verify_output
-from clip_batch.store import TEMPORARY, Store
+from clip_batch.storage import retry
+from clip_batch.storage.paths import TEMPORARY
+from clip_batch.storage.store import Store
 from tests import corpus, serving
 from tests.gcs_server import gcs as gcs
 from tests.gcs_server import gcs_server as gcs_server

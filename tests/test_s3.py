@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from clip_batch import retry
 from clip_batch.config import StorageConfig
 from clip_batch.doctor import doctor
 from clip_batch.errors import ClipBatchError
 from clip_batch.stages.repair import gc
-from clip_batch.store import Store
-from clip_batch.transfer import copy_range, source
+from clip_batch.storage import retry
+from clip_batch.storage.store import Store
+from clip_batch.storage.transfer import copy_range, source
 from tests import fabricated, store_checks
 from tests.s3_server import BUCKET, S3, SECRET
 from tests.s3_server import s3 as s3

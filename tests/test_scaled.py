@@ -17,7 +17,7 @@ from clip_batch.cli import main
 from clip_batch.decode import DecodeError
 from clip_batch.errors import EncoderError
 from clip_batch.plan import load_plan
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 from tests import corpus
 from tests.test_pixels import BAD, LIMIT, ODD, demo, demo_images, prepare, transform

@@ -13,13 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clip_batch import retry, tombstones, transfer
+from clip_batch import tombstones
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.stages import search
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
+from clip_batch.storage import retry, transfer
+from clip_batch.storage.store import Store
 from tests.fabricated import clustered, make_out
 from tests.flaky import Flaky, put
 

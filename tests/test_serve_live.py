@@ -18,7 +18,7 @@ from clip_batch.encoders.fake import FakeEncoder
 from clip_batch.errors import ConfigError
 from clip_batch.serve.app import create_app, parse_indices
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from tests.serving import ROWS, make_index, served
 
 

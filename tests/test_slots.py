@@ -15,7 +15,7 @@ from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.plan import make_plan
 from clip_batch.slots import LOOK, MANY, Look, Slot, partitions, spare
 from clip_batch.stages.embed import embed
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.workers import BEAT, SILENT, WORKERS, Record, Run
 from tests import fabricated
 from tests.corpus import good_tar

@@ -19,7 +19,7 @@ from clip_batch import part, submission
 from clip_batch.cli import main
 from clip_batch.demo import data
 from clip_batch.stages.status import status
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.workers import read_records
 from tests import corpus
 from tests.slurm_cluster import MAX_ARRAY_SIZE, NODES, Slurm, mine

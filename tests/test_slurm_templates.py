@@ -17,10 +17,9 @@ import pytest
 from clip_batch import part
 from clip_batch.cli import main
 from clip_batch.demo import data
-from tests import ROOT
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.workers import read_records
-from tests import corpus
+from tests import ROOT, corpus
 from tests.slurm_cluster import Slurm, mine
 
 pytestmark = pytest.mark.slow

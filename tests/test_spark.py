@@ -28,7 +28,7 @@ from clip_batch.launch import executor, spark
 from clip_batch.launch.executor import Status, Work, embed_slot, pin
 from clip_batch.plan import load_plan
 from clip_batch.stages.embed import Outcome
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.workers import read_records
 from tests import corpus, spark_cluster
 from tests.spark_cluster import Spark, finish, until

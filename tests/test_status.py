@@ -16,7 +16,7 @@ from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.plan import make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.status import describe, status
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.workers import Record
 from tests import corpus
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_batch import retry
 from clip_batch.errors import InputError
-from clip_batch.remote import ask, filesystem, own_options, put_if_absent, redact
-from clip_batch.store import Store, Unavailable
+from clip_batch.storage import retry
+from clip_batch.storage.filesystem import filesystem, own_options, put_if_absent
+from clip_batch.storage.retry import Unavailable, ask, redact
+from clip_batch.storage.store import Store
 from clip_batch.types import format_numbers, parse_numbers
 
 

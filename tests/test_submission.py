@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from clip_batch import submission
 from clip_batch.cli import main
 from clip_batch.errors import PlanError
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from tests import fabricated
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from clip_batch import tombstones
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.manifest import CURRENT, Manifest
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.tombstones import Tombstones, make
 from tests.fabricated import ENCODER
 from tests.flaky import Flaky

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch import retry, transfer
 from clip_batch.errors import InputError, Preempted
-from clip_batch.retry import TRIES, retried, transient
-from clip_batch.transfer import Download, download, has_ranges, pieces, read_range, source, version
+from clip_batch.storage import retry, transfer
+from clip_batch.storage.retry import TRIES, retried, transient
+from clip_batch.storage.transfer import Download, download, has_ranges, pieces, read_range, source, version
 from tests.flaky import Flaky, put
 
 DATA = random.Random(0).randbytes(100_000)

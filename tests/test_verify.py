@@ -14,7 +14,7 @@ from clip_batch.stages.embed import embed
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from clip_batch.stages.verify import verify_index
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from tests import corpus
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_batch import index as faiss_index
-from clip_batch import retry, tombstones
+from clip_batch import tombstones
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.manifest import CURRENT, MANIFEST, Manifest, current_version, load_manifest
@@ -27,7 +27,8 @@ from clip_batch.metadata import open_table
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from clip_batch.stages.versions import describe, drop, read_values, remove, use, versions
-from clip_batch.store import Store
+from clip_batch.storage import retry
+from clip_batch.storage.store import Store
 from tests.fabricated import clustered, make_out
 from tests.flaky import Flaky
 from tests.s3_server import BUCKET, S3

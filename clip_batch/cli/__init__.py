@@ -8,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from clip_batch.config import extras
 from clip_batch.cli.arguments import Options
 from clip_batch.cli.commands import COMMANDS, Command
-from clip_batch.config import StorageConfig, TargetConfig
+from clip_batch.config import StorageConfig, TargetConfig, extras
 from clip_batch.errors import ClipBatchError, ConfigError
 
 __all__ = ["COMMANDS", "main"]

@@ -38,7 +38,7 @@ def prefetch(options: Options) -> int:
     """Fetch a model's files into this machine's caches, once for all workers: --model's, or the plan's of --output."""
     from clip_batch import encoders
     from clip_batch.plan import load_plan
-    from clip_batch.store import Store
+    from clip_batch.storage.store import Store
 
     how, stored = options.plan, options.storage.storage_options
     if options.target.output:

@@ -49,7 +49,7 @@ def sweep(options: Options) -> int:
 def versions(options: Options) -> int:
     """The versions of an index, and which one is live; --use makes another one live."""
     from clip_batch.stages import versions as stage
-    from clip_batch.store import Store
+    from clip_batch.storage.store import Store
 
     store = Store(options.index, options.storage.storage_options)
     if options.target.use:

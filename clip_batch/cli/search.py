@@ -26,7 +26,7 @@ def filter(options: Options) -> int:
     """Every row over a --threshold, or the k best, as Parquet in OUTPUT; their images too, if asked."""
     from clip_batch.filter import filter_rows
     from clip_batch.stages.search import Searcher
-    from clip_batch.store import Store
+    from clip_batch.storage.store import Store
 
     how = _one_query(options)
     with Searcher(options.index, options.storage, config=how) as searcher:
@@ -51,7 +51,7 @@ def _one_query(options: Options) -> SearchConfig:
 def _query(searcher: Any, target: TargetConfig) -> Any:
     import numpy as np
 
-    from clip_batch.store import read_url
+    from clip_batch.storage.store import read_url
 
     if target.text:
         return searcher.encode_text([target.text])

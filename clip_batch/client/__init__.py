@@ -22,7 +22,7 @@ import httpx2
 
 from clip_batch.client import ask
 from clip_batch.client.ask import Ask, Image, Query, T
-from clip_batch.errors import ConfigError, ServiceError, ServiceUnavailable
+from clip_batch.errors import ConfigError, ServiceError, ServiceUnavailable, one_line
 from clip_batch.types import Hit
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class _Calls:
         try:
             return request.read(answer.content if request.raw else answer.json())
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            what = _one_line(f"{type(error).__name__}: {error}")
+            what = one_line(f"{type(error).__name__}: {error}", 500)
             raise ServiceError(f"{self.url}/{request.path} answers what no clip-batch service does ({what})") from error
 
     def _judge(self, attempt: int, result: httpx2.Response | httpx2.HTTPError) -> float | httpx2.Response:
@@ -69,7 +69,7 @@ class _Calls:
         if isinstance(result, httpx2.HTTPError):
             # After a read timeout the service is still at it: asking again would only load it more.
             if last or not isinstance(result, (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ConnectTimeout)):
-                why = _one_line(str(result) or type(result).__name__)
+                why = one_line(str(result) or type(result).__name__, 500)
                 raise ServiceUnavailable(f"{self.url} does not answer: {why}") from result
             return back_off(attempt)
         if result.is_success:
@@ -255,8 +255,4 @@ def _detail(answer: httpx2.Response) -> str:
             detail = "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in detail)
     except (ValueError, TypeError, KeyError):
         detail = answer.text or answer.reason_phrase
-    return _one_line(str(detail))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:500]
+    return one_line(str(detail), 500)

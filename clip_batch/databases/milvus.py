@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch.errors import ConfigError, DatabaseError
+from clip_batch.errors import ConfigError, DatabaseError, one_line
 from clip_batch.order import best
-from clip_batch.remote import redact
+from clip_batch.storage.retry import redact
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -76,7 +76,7 @@ class Milvus:
         try:
             yield
         except (MilvusException, RpcError) as error:
-            said = " ".join(str(getattr(error, "message", "") or error).split())[:500]
+            said = one_line(getattr(error, "message", "") or error, 500)
             said = redact(said.replace(self._token, "...") if self._token else said)
             hint = ": another process has it open, or it is no milvus-lite file" if "Open local" in said else ""
             raise DatabaseError(f"{self}: {said}{hint}") from None

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.databases.columns import Column, values
-from clip_batch.errors import ConfigError, DatabaseError
+from clip_batch.errors import ConfigError, DatabaseError, one_line
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -95,7 +95,7 @@ class Sql:
         try:
             yield
         except sa.exc.SQLAlchemyError as error:
-            said = " ".join(str(getattr(error, "orig", None) or error).split())[:500]
+            said = one_line(getattr(error, "orig", None) or error, 500)
             for secret in self._secrets:
                 said = said.replace(secret, "...")
             raise DatabaseError(f"{self}: {said}") from None

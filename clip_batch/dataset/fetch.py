@@ -7,12 +7,12 @@ import os
 import threading
 from typing import Any, NamedTuple
 
-from clip_batch import web
-from clip_batch.errors import InputError, Preempted
+from clip_batch.errors import InputError, Preempted, one_line
 from clip_batch.read.headers import stated
 from clip_batch.read.plain import BLOCK
-from clip_batch.store import is_local, local_path
-from clip_batch.transfer import has_ranges, read_range, source
+from clip_batch.storage import web
+from clip_batch.storage.paths import is_local, local_path
+from clip_batch.storage.transfer import has_ranges, read_range, source
 
 OPEN = 64
 """Local tars that are kept open."""
@@ -85,9 +85,9 @@ class Fetch:
         except FileNotFoundError:
             raise Lost("missing_tar", f"{place.shard} is not there: put it back, or plan again") from None
         except (InputError, ValueError) as error:
-            raise Lost("changed_tar", " ".join(str(error).split())) from None
+            raise Lost("changed_tar", one_line(error)) from None
         except OSError as error:
-            raise Lost("unavailable", " ".join(str(error).split())) from None
+            raise Lost("unavailable", one_line(error)) from None
         if not _is_of(data, place):
             told = f"{place.shard} has no member {place.key} of {place.length} bytes at byte {place.offset} any more"
             raise Lost("changed_tar", f"{told}: put the planned tar back, or plan again")

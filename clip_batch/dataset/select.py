@@ -24,11 +24,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_batch.arrow import ParquetFile
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.lineage import planned
 from clip_batch.metadata import write_ordered
-from clip_batch.store import Store, absolute, is_local, read_url
+from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.paths import absolute, is_local
+from clip_batch.storage.store import Store, read_url
 
 if TYPE_CHECKING:
     from clip_batch.config import SearchConfig, StorageConfig

@@ -31,7 +31,7 @@ from clip_batch.decode import DecodeError
 from clip_batch.encoders import use_threads
 from clip_batch.errors import ConfigError
 from clip_batch.metadata import open_table
-from clip_batch.store import absolute
+from clip_batch.storage.paths import absolute
 
 TAKE = 256
 """Rows whose metadata is read at once."""

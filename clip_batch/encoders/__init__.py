@@ -15,10 +15,10 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clip_batch.cache import local_copy
 from clip_batch.encoders import hub
 from clip_batch.errors import EncoderError, InputError
-from clip_batch.store import is_local, local_path
+from clip_batch.storage.cache import local_copy
+from clip_batch.storage.paths import is_local, local_path
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from clip_batch.errors import EncoderError
+from clip_batch.errors import EncoderError, one_line
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,7 +30,7 @@ def compiled(encode: Tower, blank: torch.Tensor) -> Tower:
     try:
         tower(blank)
     except Exception as error:  # torch's compiler raises what it likes
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         mend = "install g++ and Python's headers, or leave out --compile"
         raise EncoderError(f"torch cannot compile the image tower here ({line}): {mend}") from None
     return tower

@@ -22,7 +22,7 @@ import numpy as np
 
 from clip_batch.encoders import hub, threads
 from clip_batch.errors import EncoderError
-from clip_batch.store import file_digest
+from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:

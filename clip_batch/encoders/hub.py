@@ -11,8 +11,8 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from clip_batch.errors import EncoderError
-from clip_batch.store import file_digest
+from clip_batch.errors import EncoderError, one_line
+from clip_batch.storage.store import file_digest
 
 _TEXTS = (".json", ".txt", ".model", ".jinja")
 _NO_PARTS = ("LICENSE.txt", "requirements.txt")
@@ -108,7 +108,7 @@ def combine(parts: Sequence[str]) -> str:
 
 def line(error: Exception) -> str:
     """What a library says of an error, in one line."""
-    return " ".join(str(error).split())[:300]
+    return one_line(error, 300)
 
 
 def _has_weights(path: str) -> bool:

@@ -12,7 +12,7 @@ from clip_batch.encoders import hub
 from clip_batch.encoders.hub import combine, line
 from clip_batch.encoders.text import TextTower
 from clip_batch.errors import EncoderError
-from clip_batch.store import file_digest
+from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from clip_batch.encoders import pick_device, threads
-from clip_batch.errors import EncoderError
+from clip_batch.errors import EncoderError, one_line
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
 
@@ -92,7 +92,7 @@ def _session(
             path = _export(Side(model, encode), blank, folder, quantize)
             session = opened(path, "cpu")
         except Exception as error:  # exporter and runtime raise what they like
-            line = " ".join(str(error).split())[:200]
+            line = one_line(error, 200)
             raise EncoderError(f"{what}: ONNX Runtime cannot run this model ({line}): {instead}") from None
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_batch.encoders import hub
 from clip_batch.errors import EncoderError
-from clip_batch.store import file_digest
+from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:

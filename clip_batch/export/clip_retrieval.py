@@ -23,7 +23,8 @@ from clip_batch.concatenate import concatenate
 from clip_batch.config import StorageConfig
 from clip_batch.errors import ConfigError
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store, is_local
+from clip_batch.storage.paths import is_local
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 
 INDICES = "indices_paths.json"

@@ -18,7 +18,7 @@ from clip_batch.job import digest, open_source
 from clip_batch.manifest import IndexShard
 from clip_batch.metadata import LINEAGE
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.vectors import Embeddings, gather, read_vectors, unit
 
 Ids = npt.NDArray[np.int64]

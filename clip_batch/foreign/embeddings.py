@@ -24,8 +24,9 @@ from clip_batch import metadata
 from clip_batch.errors import CorruptError
 from clip_batch.foreign.tables import Tables, without_metadata
 from clip_batch.plan import PLAN
-from clip_batch.store import Store, Unavailable
-from clip_batch.transfer import version
+from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.store import Store
+from clip_batch.storage.transfer import version
 from clip_batch.types import Commit, EncoderSpec, Partition, Plan
 from clip_batch.vectors import FOLDER, Embeddings, npy_header
 

@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 
 from clip_batch import index, metadata
-from clip_batch.cache import home, local_copy
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.foreign.embeddings import version_tag
 from clip_batch.foreign.tables import Tables
 from clip_batch.manifest import CURRENT, IndexShard, Manifest
-from clip_batch.store import Store
+from clip_batch.storage.cache import home, local_copy
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 
 MODEL, PRETRAINED = "ViT-B-32-quickgelu", "openai"

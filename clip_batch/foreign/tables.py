@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_batch import metadata
-from clip_batch.arrow import ParquetFile
-from clip_batch.errors import CorruptError
-from clip_batch.store import Store, Unavailable
+from clip_batch.errors import CorruptError, one_line
+from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.store import Store
 from clip_batch.types import KEY_COLUMNS
 
 TEXT = pa.string()
@@ -62,7 +63,7 @@ class Tables:
         except (Unavailable, PermissionError):  # that is not the file's fault
             raise
         except (OSError, pa.ArrowInvalid) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise CorruptError(
                 f"{self.store.display(path)} is not readable Parquet ({reason}): copy it again"
             ) from None

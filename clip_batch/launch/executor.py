@@ -19,7 +19,7 @@ from clip_batch.config import EmbedConfig, MergeConfig, StorageConfig
 from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.plan import load_plan
 from clip_batch.stages.embed import Outcome, compiled_size, embed
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.submission import Submission
 from clip_batch.types import EncoderSpec, Plan
 from clip_batch.workers import Run

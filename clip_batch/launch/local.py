@@ -19,7 +19,7 @@ from clip_batch.launch.progress import Counts, shown
 from clip_batch.plan import load_plan
 from clip_batch.slots import Slot, partitions
 from clip_batch.stages.embed import Outcome, embed
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import Commit
 from clip_batch.workers import Run
 

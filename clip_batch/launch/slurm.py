@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_batch.config import SlurmConfig
-from clip_batch.errors import ConfigError, Preempted
+from clip_batch.errors import ConfigError, Preempted, one_line
 
 Main = Callable[[Sequence[str]], int]
 """The command line: arguments to exit code."""
@@ -182,7 +182,7 @@ def _array_limit() -> int:
 def _reason(error: Exception) -> str:
     """An error on one line, with what the command said where it said anything."""
     said = getattr(error, "stderr", "") or str(error)
-    return " ".join(str(said).split())[-300:]
+    return one_line(said)[-300:]
 
 
 def _executor(work: Work, config: SlurmConfig, folder: Path, before: list[str]) -> Any:

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_batch import errors, submission
-from clip_batch.config import options
-from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConfig, SubmitConfig, TargetConfig
-from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError
+from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConfig, SubmitConfig, TargetConfig, options
+from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError, one_line
 from clip_batch.launch.executor import Status, Work, embed_slot, merge_task
 from clip_batch.manifest import Manifest, load_manifest
-from clip_batch.store import Store, absolute
+from clip_batch.storage.paths import absolute
+from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +96,7 @@ def _map(spark: Any, task: Callable[[int], Iterable[Any]], count: int) -> list[A
     try:
         rows = spark.range(0, count, 1, count).mapInArrow(run, "answer string").collect()
     except (Py4JError, PySparkException) as error:
-        told = " ".join(str(error).split())[:400]
+        told = one_line(error, 400)
         raise IncompleteError(f"Spark aborted the job: {told} ... what is committed stays, run it again") from None
     return [json.loads(row.answer) for row in rows]
 

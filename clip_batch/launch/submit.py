@@ -21,7 +21,8 @@ from clip_batch.config import (
 )
 from clip_batch.config.options import to_flags
 from clip_batch.plan import count_partitions
-from clip_batch.store import Store, absolute, local_path
+from clip_batch.storage.paths import absolute, local_path
+from clip_batch.storage.store import Store
 
 Say = Callable[[str], None]
 

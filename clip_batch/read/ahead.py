@@ -18,8 +18,8 @@ from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.read.fetcher import Fetcher, apart
-from clip_batch.store import absolute, is_local
-from clip_batch.transfer import THREADS, Copy, Download, copy_range, source, version
+from clip_batch.storage.paths import absolute, is_local
+from clip_batch.storage.transfer import THREADS, Copy, Download, copy_range, source, version
 from clip_batch.types import Shard, Slice
 
 LARGE = 16 * 2**20

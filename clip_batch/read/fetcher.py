@@ -1,6 +1,6 @@
 """A process that fetches: in the one that reads, each network packet would wait for the interpreter lock.
 
-Both sides copy ranges with `clip_batch.transfer.copy_range`. Requests and answers are pickled, over
+Both sides copy ranges with `clip_batch.storage.transfer.copy_range`. Requests and answers are pickled, over
 pipes: nobody else sees the store's options, and the process ends with the one that started it.
 """
 
@@ -20,8 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
-from clip_batch.remote import REFUSING
-from clip_batch.transfer import THREADS, Source, Wait, copy_range, source
+from clip_batch.storage.paths import REFUSING
+from clip_batch.storage.transfer import THREADS, Source, Wait, copy_range, source
 
 _POLL = 0.25  # seconds until a request to stop is noticed
 
@@ -54,7 +54,7 @@ class Fetcher:
         self._over = False
 
     def copy(self, source: Source, start: int, stop: int, target: str, at: int, wait: Wait = time.sleep) -> None:
-        """See `clip_batch.transfer.copy_range`; `wait` is called every quarter of a second and may raise."""
+        """See `clip_batch.storage.transfer.copy_range`; `wait` is called every quarter of a second and may raise."""
         try:
             answer = self._ask(source.url, source.options, start, stop, target, at)
             while not futures.wait([answer], _POLL).done:

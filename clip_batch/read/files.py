@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clip_batch.errors import InputError
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import Failure, Plan, Sample, Slice
 
 

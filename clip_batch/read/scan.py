@@ -13,8 +13,8 @@ from clip_batch.read.ahead import Ahead
 from clip_batch.read.headers import Damage, Member, members
 from clip_batch.read.plain import BLOCK
 from clip_batch.read.tar import GZIP_MAGIC, cuts, cuts_among
-from clip_batch.store import is_local
-from clip_batch.transfer import has_ranges, read_range, source
+from clip_batch.storage.paths import is_local
+from clip_batch.storage.transfer import has_ranges, read_range, source
 from clip_batch.types import Shard, Slice
 
 SHORT, LONG = 64 * 2**10, 8 * 2**20

@@ -17,7 +17,7 @@ from clip_batch.errors import ClipBatchError, InputError
 from clip_batch.read.ahead import Ahead
 from clip_batch.read.group import Group, group
 from clip_batch.read.headers import Damage, Member, members, runs
-from clip_batch.store import is_local
+from clip_batch.storage.paths import is_local
 from clip_batch.types import Failure, Plan, Sample, Slice
 
 __all__ = ["Damage", "Member", "cuts", "cuts_among", "members", "read_tar"]

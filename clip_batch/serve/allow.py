@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from clip_batch.errors import ConfigError
 from clip_batch.inputs import expand_braces
 from clip_batch.serve.errors import Refused
-from clip_batch.store import absolute, is_local
+from clip_batch.storage.paths import absolute, is_local
 
 _GLOB = "*?["
 

@@ -36,7 +36,7 @@ from clip_batch.stages.search import (
     load_encoder,
     selection,
 )
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Encoder

@@ -1,9 +1,9 @@
-"""Fetch an image that a request names by URL (see `clip_batch.web`)."""
+"""Fetch an image that a request names by URL (see `clip_batch.storage.web`)."""
 
 from __future__ import annotations
 
-from clip_batch import web
 from clip_batch.serve.errors import Refused
+from clip_batch.storage import web
 
 
 def fetch(url: str, limit: int, timeout: float, private: bool = False) -> bytes:

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.errors import ConfigError
-from clip_batch.store import is_local, read_url
+from clip_batch.storage.paths import is_local
+from clip_batch.storage.store import read_url
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig, StorageConfig

@@ -24,7 +24,7 @@ from clip_batch.serve.batching import Encoding
 from clip_batch.serve.errors import Refused
 from clip_batch.serve.prefilter import Prefilter
 from clip_batch.stages.search import Searcher
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig, StorageConfig

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, create_model
 
 from clip_batch import encoders, part
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
+from clip_batch.config.options import default, helps
 from clip_batch.encoders import Encoder
 from clip_batch.errors import (
     ClipBatchError,
@@ -29,9 +30,9 @@ from clip_batch.errors import (
     InputError,
     PlanError,
     Preempted,
+    one_line,
 )
 from clip_batch.job import Job, open_job
-from clip_batch.config.options import default, helps
 from clip_batch.plan import count_partitions, load_plan, make_plan
 from clip_batch.serve.allow import Allowed
 from clip_batch.serve.errors import Busy, Refused
@@ -43,7 +44,7 @@ from clip_batch.serve.schema import Request as Fields
 from clip_batch.stages import embed as embed_stage
 from clip_batch.stages import merge as merge_stage
 from clip_batch.stages.status import status
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, partition_name
 from clip_batch.workers import Run
 
@@ -179,7 +180,7 @@ def refused(error: Exception) -> Refused:
         return Busy("stopped, and nothing is half done", after=AGAIN)
     if isinstance(error, ClipBatchError):
         return Refused(422, str(error))
-    return Busy(" ".join(f"{type(error).__name__}: {error}".split()), after=AGAIN)
+    return Busy(one_line(f"{type(error).__name__}: {error}"), after=AGAIN)
 
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.decode import JPEGS, DecodeError, decode_caption, read_header
-from clip_batch.errors import EncoderError, InputError
+from clip_batch.errors import EncoderError, InputError, one_line
 from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
 from clip_batch.read.ahead import Ahead
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import Failure, Plan, Sample, Slice
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def _climb(
         except RuntimeError as error:
             if rungs and "out of memory" in str(error):
                 break
-            told = " ".join(str(error).split())[:200]
+            told = one_line(error, 200)
             raise EncoderError(f"the model fails on {size} images at once: {told}; try another --device") from None
         if rungs[-1][1] < GAIN * before:
             break

@@ -23,7 +23,7 @@ from clip_batch.errors import ClipBatchError, PartitionFailed, PlanError, Preemp
 from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
 from clip_batch.read.ahead import Ahead
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample, Slice
 from clip_batch.workers import Run, recorded
 

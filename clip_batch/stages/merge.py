@@ -27,7 +27,7 @@ from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.job import ATTEMPTS, DUPLICATES, TRUTH, Attempt, Job, open_job
 from clip_batch.manifest import MANIFEST, IndexShard, Manifest, Source, load_manifest, make_current, publish_manifest
-from clip_batch.store import file_digest
+from clip_batch.storage.store import file_digest
 from clip_batch.template import assigner, left_out, make_template, order_modality, read_queries, read_template
 from clip_batch.types import format_numbers
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from clip_batch import part, workers
 from clip_batch.plan import load_plan
-from clip_batch.store import TEMPORARY, Store
+from clip_batch.storage.paths import TEMPORARY
+from clip_batch.storage.store import Store
 
 
 def repair(store: Store, problems: dict[str, str]) -> list[int]:

@@ -19,15 +19,15 @@ import pyarrow as pa
 
 from clip_batch import encoders, foreign, tombstones
 from clip_batch import index as faiss_index
-from clip_batch.cache import IndexCache
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.decode import DecodeError
-from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.errors import ConfigError, CorruptError, one_line
 from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import MetadataFile, common_schema, open_table, take_as
 from clip_batch.order import best
 from clip_batch.rerank import candidates, rerank
-from clip_batch.store import Store
+from clip_batch.storage.cache import IndexCache
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Hit
 from clip_batch.vectors import Stacked, blocks, open_matrix, unit
 
@@ -84,7 +84,7 @@ class Searcher:
     """The live version of INDEX, open for search until `close`; a context manager.
 
     INDEX may be a folder that clip-retrieval's own `index` made (see `clip_batch.foreign`).
-    A remote INDEX is first copied to a local cache (see `clip_batch.cache`). Rows that were removed (see
+    A remote INDEX is first copied to a local cache (see `clip_batch.storage.cache`). Rows that were removed (see
     `clip_batch.tombstones`) are in no answer; their ids are refused. `indices` are the opened faiss indices of
     a modality, `tables` the metadata of each shard, both in the order of ids.
     Errors: as `load_manifest`; CorruptError where a file is absent or not of its recorded size (or, as
@@ -413,6 +413,6 @@ def describe_hits(hits: Sequence[Hit]) -> str:
     """Hits as lines for people: rank, score, key, caption."""
     lines = []
     for rank, hit in enumerate(hits, 1):
-        caption = " ".join(str(hit.metadata.get("caption") or "").split())[:100]
+        caption = one_line(hit.metadata.get("caption") or "", 100)
         lines.append(f"{rank:3d}  {hit.score:.3f}  {hit.metadata.get('key')}  {caption}".rstrip())
     return "\n".join(lines) or "no hits"

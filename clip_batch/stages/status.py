@@ -13,7 +13,7 @@ from typing import Any
 
 from clip_batch import part, submission, workers
 from clip_batch.plan import count_partitions
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import format_numbers
 
 LONGEST_COMMAND = 2000

@@ -25,7 +25,7 @@ from clip_batch.errors import ConfigError
 from clip_batch.plan import load_plan
 from clip_batch.rerank import candidates as depth
 from clip_batch.rerank import rerank, score
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 
 FACTORS = (0, 10, 30)
 """Re-ranking that is tried with codes that lose something."""

@@ -13,7 +13,8 @@ from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import open_table
 from clip_batch.plan import load_plan
 from clip_batch.read import read_slice
-from clip_batch.store import Store, Unavailable
+from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.store import Store
 from clip_batch.types import Commit, Plan, Sample
 from clip_batch.vectors import npy_header, open_matrix
 
@@ -133,7 +134,7 @@ def _check_commit(store: Store, plan: Plan, commit: Commit, deep: bool, options:
 def _check_rows(store: Store, commit: Commit) -> str | None:
     import numpy as np
 
-    from clip_batch.arrow import ParquetFile
+    from clip_batch.storage.arrow import ParquetFile
 
     if not commit.rows:
         return None
@@ -202,7 +203,7 @@ def _check_input(store: Store, plan: Plan, commit: Commit, options: dict[str, An
 
 
 def _identities(store: Store, name: str | None) -> list[tuple[str | None, str, int | None]]:
-    from clip_batch.arrow import ParquetFile
+    from clip_batch.storage.arrow import ParquetFile
 
     if name is None:
         return []

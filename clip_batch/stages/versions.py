@@ -17,9 +17,9 @@ from typing import Any
 
 from clip_batch import tombstones
 from clip_batch.config import StorageConfig
-from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.errors import ConfigError, CorruptError, one_line
 from clip_batch.manifest import CURRENT, MANIFEST, Manifest, current_version, load_manifest, make_current
-from clip_batch.store import Store, read_url
+from clip_batch.storage.store import Store, read_url
 
 EXAMPLES = 5
 """Values without a row that a report names."""
@@ -193,7 +193,7 @@ def read_values(keys: str, column: str, storage: StorageConfig = StorageConfig()
         data = read_url(keys, storage.storage_options)
         values = [value for value in _parse(data, keys, column) if value]
     except (OSError, ValueError, csv.Error) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ConfigError(f"--keys {keys} cannot be read ({reason}): give text, Parquet or CSV") from None
     if not values:
         raise ConfigError(f"--keys {keys} has no value: nothing to remove")
@@ -214,7 +214,7 @@ def _parse(data: bytes, keys: str, column: str) -> list[str]:
 def _parquet_values(data: bytes, keys: str, column: str) -> list[str]:
     import pyarrow as pa
 
-    from clip_batch.arrow import ParquetFile
+    from clip_batch.storage.arrow import ParquetFile
 
     file = ParquetFile(io.BytesIO(data))
     _check_column(column, file.schema.names, keys)

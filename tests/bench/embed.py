@@ -24,7 +24,7 @@ from clip_batch.demo import data
 from clip_batch.plan import load_plan, make_plan
 from clip_batch.read import read_slice
 from clip_batch.stages.embed import embed
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.types import Sample
 from tests.bench.data_path import write_tars
 

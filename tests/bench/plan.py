@@ -25,7 +25,7 @@ from fsspec.spec import AbstractFileSystem
 from clip_batch.config import PlanConfig, StorageConfig
 from clip_batch.inputs import expand_inputs
 from clip_batch.plan import load_plan, make_plan, pack
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 
 T = TypeVar("T")
 

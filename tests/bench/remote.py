@@ -36,8 +36,8 @@ from clip_batch.inputs import expand_inputs
 from clip_batch.read import read_slice
 from clip_batch.read.ahead import Ahead
 from clip_batch.read.scan import scan_tar
-from clip_batch.store import Store
-from clip_batch.transfer import THREADS, pieces, read_range, source
+from clip_batch.storage.store import Store
+from clip_batch.storage.transfer import THREADS, pieces, read_range, source
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus
 

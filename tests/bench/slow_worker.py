@@ -20,7 +20,7 @@ from clip_batch.part import read_commits
 from clip_batch.plan import make_plan
 from clip_batch.slots import Slot, partitions
 from clip_batch.stages.embed import embed
-from clip_batch.store import Store
+from clip_batch.storage.store import Store
 from clip_batch.workers import Run, read_records
 from tests.bench.data_path import write_tars
 from tests.bench.embed import BATCH, Stub

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.store import Store, file_digest
-from clip_batch.transfer import fetch_pieces, source, version
+from clip_batch.storage.store import Store, file_digest
+from clip_batch.storage.transfer import fetch_pieces, source, version
 
 _LOCKS = (".used", ".copied")
 

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from clip_batch.retry import transient
+from clip_batch.storage.retry import transient
 
 _BUFFER = 256 * 2**10  # bytes; what stays in a core's cache is copied on the fastest
 _TIMEOUT = 60.0  # seconds, botocore's own

@@ -14,9 +14,10 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from clip_batch.direct import s3_chunks
 from clip_batch.errors import InputError, Preempted
-from clip_batch.remote import ask, filesystem
+from clip_batch.storage.direct import s3_chunks
+from clip_batch.storage.filesystem import filesystem
+from clip_batch.storage.retry import ask
 
 PIECE = 16 * 2**20
 """Bytes of one ranged read: long enough that a round trip of 30 ms costs little."""
@@ -45,7 +46,7 @@ class Source(NamedTuple):
     options: dict[str, Any]
 
     def ask(self, what: str, call: Callable[[], T], wait: Wait = time.sleep) -> T:
-        """See `clip_batch.remote.ask`."""
+        """See `clip_batch.storage.retry.ask`."""
         return ask(call, f"{what} {self.url}", self.options, wait)
 
 

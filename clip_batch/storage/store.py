@@ -20,33 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import IO, Any, TypeVar
 
-from clip_batch import remote
 from clip_batch.errors import InputError
-from clip_batch.ranged import open_ranged
-from clip_batch.remote import TEMPORARY as TEMPORARY
-from clip_batch.remote import Unavailable as Unavailable
-from clip_batch.remote import ask, filesystem, move, put_if_absent
-from clip_batch.transfer import Source, download
+from clip_batch.storage.filesystem import abort, filesystem, move, put_if_absent, uploads
+from clip_batch.storage.paths import TEMPORARY, absolute, is_local
+from clip_batch.storage.ranged import open_ranged
+from clip_batch.storage.retry import ask
+from clip_batch.storage.transfer import Source, download
 
 T = TypeVar("T")
 
 _ONE_REQUEST = 64 * 2**20
 """Bytes up to which a file is published by one request."""
-
-
-def is_local(url: str) -> bool:
-    """True for a plain path or a `file://` URL."""
-    return "://" not in url or url.startswith("file://")
-
-
-def local_path(url: str) -> str:
-    """The path of a local URL."""
-    return url[7:] if url.startswith("file://") else url
-
-
-def absolute(url: str) -> str:
-    """A local path made absolute, so that a plan means the same wherever it is read; URLs as is."""
-    return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url
 
 
 def read_url(url: str, options: dict[str, Any] | None = None) -> bytes:
@@ -246,10 +230,10 @@ class Store:
         """End S3's unfinished uploads to files of a folder of which `orphan` is true; their names in the folder."""
         if self.local:
             return []
-        found = self._ask("listing uploads of", folder, lambda: remote.uploads(self._fs, self._at(folder)))
+        found = self._ask("listing uploads of", folder, lambda: uploads(self._fs, self._at(folder)))
         ended = [(path, id) for path, id in found if orphan(path.rpartition("/")[2])]
         for path, id in ended:
-            self._ask("ending an upload of", path, partial(remote.abort, self._fs, path, id))
+            self._ask("ending an upload of", path, partial(abort, self._fs, path, id))
         return [path.rpartition("/")[2] for path, _ in ended]
 
     def rename(self, old: str, new: str) -> None:
@@ -283,7 +267,7 @@ class Store:
             return stream_digest(file)
 
     def remote(self, name: str) -> Source:
-        """A file of a remote store, as `clip_batch.transfer` reads it."""
+        """A file of a remote store, as `clip_batch.storage.transfer` reads it."""
         return Source(self._fs, self._at(name), self.display(name), self.options)
 
     @contextlib.contextmanager

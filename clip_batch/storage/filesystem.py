@@ -8,30 +8,18 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import re
-import time
-from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from clip_batch.config import extras
-from clip_batch.errors import ClipBatchError, InputError
-from clip_batch.retry import retried
+from clip_batch.errors import InputError
+from clip_batch.storage.paths import REFUSING
+from clip_batch.storage.retry import codes, first_line, redact
 
 T = TypeVar("T")
 
-TEMPORARY = ".tmp-"
-"""Marks a file that is being written; nothing but `gc` looks at such names."""
-
-REFUSING = ("s3", "s3a", "gs", "gcs", "hdfs", "viewfs")
-"""Protocols whose `pipe_file(mode="create")` is one atomic request; an S3 server may ignore it all the same."""
 
 _NAMES = ({"s3", "s3a"}, {"gs", "gcs"})
 """Protocols that are one."""
-
-_SECRET = re.compile(r"key|secret|token|password|credential|signature|sas", re.IGNORECASE)
-_IN_URLS = re.compile(
-    r"(?i)((?:x-amz-|x-goog-)[a-z-]+|sig|signature|token|awsaccesskeyid)=[^&\s'\"]+|(?<=://)[^/\s@]+@"
-)
 
 
 def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
@@ -48,19 +36,19 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
     wanted = own_options(protocol, options or {})
     try:
         if protocol in ("hdfs", "viewfs") and importlib.util.find_spec("hdfs_native"):
-            from clip_batch.hdfs import open_hdfs
+            from clip_batch.storage.hdfs import open_hdfs
 
             return open_hdfs(url, {name: str(value) for name, value in wanted.items() if "." in name})
         if protocol in ("s3", "s3a"):  # `ask` repeats; botocore's own five tries at each request would multiply
             config = {"retries": {"total_max_attempts": 1}, **_signing(url), **wanted.get("config_kwargs", {})}
             wanted = {**wanted, "config_kwargs": config}
         if protocol in ("gs", "gcs") and importlib.util.find_spec("gcsfs"):
-            from clip_batch.gcs import open_gcs
+            from clip_batch.storage.gcs import open_gcs
 
             return open_gcs(url, {"use_listings_cache": False, **wanted})
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **wanted)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        said = redact(_first_line(error), options)
+        said = redact(first_line(error), options)
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
         mend = extras.mend(missing) or "install the package it names, or mend the URL or --storage-options"
         raise InputError(f"cannot open {redact(url)}: {said}; {mend}") from None
@@ -83,90 +71,6 @@ def own_options(protocol: str, options: dict[str, Any]) -> dict[str, Any]:
     names = next((names for names in _NAMES if protocol in names), {protocol})
     own = {name: value for section in sorted(names & sections) for name, value in options[section].items()}
     return {**general, **own}
-
-
-class Unavailable(OSError):
-    """The store did not do it, for now: that says nothing of what it holds."""
-
-
-def ask(
-    call: Callable[[], T],
-    what: str,
-    options: dict[str, Any] | None = None,
-    wait: Callable[[float], object] = time.sleep,
-) -> T:
-    """What an operation of a remote filesystem gives, tried again while its trouble may pass.
-
-    Every error of the store comes out as an OSError (FileNotFoundError, FileExistsError, PermissionError
-    where it is one, else Unavailable) of one line that says `what` was done where, without credentials.
-    InputError where the URL or an option is wrong, which some find out at the first request only.
-    """
-    try:
-        return retried(call, what, wait)
-    except (ClipBatchError, AssertionError, AttributeError, LookupError, NotImplementedError):  # no word of a store's
-        raise
-    except (TypeError, ValueError) as error:
-        said = redact(f"{what}: {_first_line(error)}", options)
-        raise InputError(f"{said}; mend the URL or --storage-options") from None
-    except Exception as error:
-        raise _told(error, what, options) from None
-
-
-def _told(error: Exception, what: str, options: dict[str, Any] | None) -> OSError:
-    said = re.sub(r"\[Errno \d+\] ", "", redact(_first_line(error).removeprefix(f"{what}: "), options))
-    what = redact(what)
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{what}: there is no such file")
-    if isinstance(error, FileExistsError):
-        return FileExistsError(f"{what}: it is there already")
-    if isinstance(error, PermissionError) or _about_credentials(error):
-        mend = "renew the credentials (environment or --storage-options) or get the right, then run it again"
-        return PermissionError(f"{what}: refused: {said}; {mend}")
-    told = Unavailable(f"{what}: {said}")
-    told.errno = getattr(error, "errno", None)
-    return told
-
-
-def _about_credentials(error: Exception) -> bool:
-    names = " ".join([type(error).__name__, *codes(error)])
-    return bool(re.search(r"Credential|Token|401|403", names)) or "AccessControlException" in str(error)  # HDFS's word
-
-
-def codes(error: BaseException) -> Iterator[str]:
-    """What an error and its causes carry as codes: the store's word for it, the HTTP status, both or none."""
-    cause: BaseException | None = error
-    while cause is not None:
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            yield str(response.get("Error", {}).get("Code", ""))
-            yield str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-        status = getattr(cause, "status", None) or getattr(cause, "code", None)  # aiohttp's `code` warns
-        if isinstance(status, int):
-            yield str(status)
-        cause = cause.__cause__
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, without Java's stack."""
-    said = re.sub(r"(\\n\\t|\s+)at [\w.$<>/]+\([^)]*\)", "", str(error))
-    return " ".join(said.split()) or type(error).__name__
-
-
-def redact(text: str, options: dict[str, Any] | None = None) -> str:
-    """A text without the secret values of options, and without credentials within URLs."""
-    for value in _secrets(options or {}):
-        for form in (value, " ".join(value.split())):  # a key of several lines, in what became one
-            text = text.replace(form, "...")
-    return _IN_URLS.sub(lambda found: f"{found[1]}=..." if found[1] else "...@", text)
-
-
-def _secrets(options: dict[str, Any], secret: bool = False) -> Iterator[str]:
-    for name, value in options.items():
-        hidden = secret or bool(_SECRET.search(name))
-        if isinstance(value, dict):
-            yield from _secrets(value, hidden)
-        elif hidden and isinstance(value, str) and len(value) > 3:
-            yield value
 
 
 def put_if_absent(fs: Any, path: str, data: bytes) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from hdfs_native import WriteOptions
 from hdfs_native.fsspec import HdfsFileSystem, ViewfsFileSystem
 
-from clip_batch.remote import TEMPORARY
+from clip_batch.storage.paths import TEMPORARY
 
 _PIECE = 16 * 2**20
 

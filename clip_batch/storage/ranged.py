@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import IO, TYPE_CHECKING
 
-from clip_batch.transfer import Source, has_ranges, read_range, version
+from clip_batch.storage.transfer import Source, has_ranges, read_range, version
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

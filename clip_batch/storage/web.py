@@ -16,6 +16,8 @@ import time
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+from clip_batch.errors import one_line
+
 REDIRECTS = 5
 
 _SAFE = "/%:@!$&'()*+,;=?~"
@@ -63,7 +65,7 @@ def fetch(url: str, limit: int, timeout: float, private: bool = False) -> bytes:
             url = found
     except (OSError, ValueError, http.client.HTTPException) as error:
         late = time.monotonic() >= deadline or isinstance(error, TimeoutError)
-        said = f"no answer within {timeout:g} s" if late else " ".join(str(error).split())[:200]
+        said = f"no answer within {timeout:g} s" if late else one_line(error, 200)
         reason = "timeout" if late else "bad_url" if isinstance(error, ValueError) else "unreachable"
         raise FetchError(reason, f"cannot be fetched: {said or type(error).__name__}") from None
     raise FetchError("http_error", f"leads through more than {REDIRECTS} redirects")

@@ -11,7 +11,7 @@ from fsspec import AbstractFileSystem
 from gcsfs.core import GCSFileSystem, UnclosableBytesIO
 from gcsfs.retry import retry_request
 
-from clip_batch import direct
+from clip_batch.storage import direct
 
 _TRIES = 3
 """Of one request: with none but `ask`'s, one lost part would send all of a large file again; gcsfs's six take long."""
@@ -41,7 +41,7 @@ class Gcs(GCSFileSystem):  # type: ignore[misc]
     mv = AbstractFileSystem.mv  # its own takes a name with brackets for a pattern
 
     def chunks(self, path: str, start: int, stop: int) -> Iterator[memoryview]:
-        """See `clip_batch.direct.chunks`."""
+        """See `clip_batch.storage.direct.chunks`."""
         if not (self.session_kwargs or self.requester_pays):  # proxies and certificates of one's own, whom to bill
             headers: dict[str, str] = {}
             self.credentials.apply(headers)
