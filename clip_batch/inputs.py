@@ -320,7 +320,7 @@ def count_tars(shards: Sequence[Shard], options: Options, scan: Callable[[Shard]
 
 def count_folder(folder: Shard, images: Sequence[str], captions: Sequence[str], options: Options) -> Shard:
     """A folder with its number of samples, and a version made of their names."""
-    from clip_batch.read.files import list_samples
+    from clip_batch.samples.files import list_samples
 
     found = list_samples(folder.url, tuple(images), tuple(captions), options)
     if not found:
@@ -362,7 +362,7 @@ def sample_fields(shards: Sequence[Shard], draft: Plan, options: Options) -> dic
 
     What cannot be read adds nothing: `embed` reports it, sample by sample.
     """
-    from clip_batch.read import read_slice
+    from clip_batch.samples import read_slice
 
     def records(shard: Shard) -> list[dict[str, Any]]:
         found = []

@@ -161,7 +161,7 @@ def _split_folder(folder: Shard, places: Sequence[float]) -> list[Cut]:
 
 
 def _tar_splitter(target: dict[str, int], options: dict[str, Any]) -> Split:
-    from clip_batch.read.scan import scan_tar
+    from clip_batch.samples.tar.scan import scan_tar
 
     def split(tar: Shard, places: Sequence[float]) -> list[Cut]:
         cuts = [cut for cut in scan_tar(tar, options)[0] if 0 < cut[0] < (tar.size or 0)]
@@ -178,7 +178,7 @@ def _nearest(axis: Sequence[int], place: float) -> int:
 
 def _count(tars: list[Shard], needed: bool, options: dict[str, Any]) -> list[Shard]:
     """Counts, if they are needed to pack, or cheap."""
-    from clip_batch.read.scan import scan_tar
+    from clip_batch.samples.tar.scan import scan_tar
 
     if needed:
         return inputs.count_tars(tars, options, lambda tar: scan_tar(tar, options)[1])

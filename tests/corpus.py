@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_batch.read import read_slice
+from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Failure, Partition, Plan, Sample, Shard, Slice
 
 Files = Sequence[tuple[str, bytes]]

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from clip_batch.errors import InputError, Preempted
-from clip_batch.read import ahead, read_slice
-from clip_batch.read.ahead import Ahead
-from clip_batch.read.fetcher import Fetcher, apart
+from clip_batch.samples import prefetch, read_slice
+from clip_batch.samples.fetch_process import Fetcher, apart
+from clip_batch.samples.prefetch import Ahead
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import Source, copy_range, pieces, source
 from clip_batch.types import Sample, Shard, Slice
@@ -166,7 +166,7 @@ def test_an_end_is_at_once(web: str, fetcher: Fetcher, tmp_path: Path) -> None:
 def test_it_ends_with_the_process_that_began_it(web: str, tmp_path: Path) -> None:
     script = """
 import sys, threading, time
-from clip_batch.read.fetcher import Fetcher
+from clip_batch.samples.fetch_process import Fetcher
 from clip_batch.storage.transfer import source
 fetcher = Fetcher()
 copy = threading.Thread(target=fetcher.copy, args=(source(sys.argv[1]), 0, 10, sys.argv[2], 0), daemon=True)
@@ -204,7 +204,7 @@ def test_large_slices_of_a_store_come_through_it(
 ) -> None:
     server: Proxied = request.getfixturevalue(kind)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr(ahead, "LARGE", 1)
+    monkeypatch.setattr(prefetch, "LARGE", 1)
     tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 30, seed=number) for number in range(4)]
     store = Store(f"{server.bucket}/fetched", server.options)
     for tar in tars:

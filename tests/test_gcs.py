@@ -12,8 +12,8 @@ from clip_batch import part
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.doctor import doctor
 from clip_batch.errors import InputError
-from clip_batch.read import read_slice
-from clip_batch.read.ahead import Ahead
+from clip_batch.samples import read_slice
+from clip_batch.samples.prefetch import Ahead
 from clip_batch.stages.merge import merge
 from clip_batch.stages.repair import gc, repair
 from clip_batch.stages.verify import verify_index, verify_output

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.errors import InputError, Preempted
 from clip_batch.plan import make_plan
-from clip_batch.read import read_slice
-from clip_batch.read.ahead import Ahead
-from clip_batch.read.headers import Damage, Member, members
-from clip_batch.read.scan import jump, scan_tar
-from clip_batch.read.tar import cuts, cuts_among
+from clip_batch.samples import read_slice
+from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.tar.headers import Damage, Member, members
+from clip_batch.samples.tar.reader import cuts, cuts_among
+from clip_batch.samples.tar.scan import jump, scan_tar
 from clip_batch.stages.embed import embed
 from clip_batch.storage import retry
 from clip_batch.types import Sample, Shard, Slice

@@ -8,8 +8,8 @@ import fsspec
 import pytest
 
 from clip_batch.errors import InputError
-from clip_batch.read import read_slice
-from clip_batch.read.files import list_samples
+from clip_batch.samples import read_slice
+from clip_batch.samples.files import list_samples
 from clip_batch.types import Failure, Sample, Shard, Slice
 from tests import corpus
 

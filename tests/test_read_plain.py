@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch.read import headers, plain
-from clip_batch.read.headers import Damage, Member, members
-from clip_batch.read.plain import MOST, Run, plain_run
+from clip_batch.samples.tar import fast_headers, headers
+from clip_batch.samples.tar.fast_headers import MOST, Run, plain_run
+from clip_batch.samples.tar.headers import Damage, Member, members
 from tests.test_read_tar import FORMATS, build, entries
 
 FIELDS = [0, 1, 40, 99, 100, 124, 130, 134, 135, 148, 150, 153, 154, 155, 156, 257, 262, 345, 346, 500]
@@ -57,7 +57,7 @@ def test_runs_are_what_the_strict_parser_finds(
     tar = changed(build(items, FORMATS[format]), edits)
     data = b"x" * before + tar
     stop = len(data) - cut % len(tar) if cut % 3 else None
-    with patch.multiple(plain, _LEAST=least, MOST=5), patch.object(headers, "MOST", 5):
+    with patch.multiple(fast_headers, _LEAST=least, MOST=5), patch.object(headers, "MOST", 5):
         assert list(members(data, before, stop)) == strict(data, before, stop)
 
 

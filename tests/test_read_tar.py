@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.errors import InputError
-from clip_batch.read import read_slice
-from clip_batch.read.tar import Damage, Member, cuts, members
+from clip_batch.samples import read_slice
+from clip_batch.samples.tar.reader import Damage, Member, cuts, members
 from clip_batch.types import Failure, Sample, Shard, Slice
 from tests import corpus
 

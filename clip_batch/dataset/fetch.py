@@ -8,8 +8,8 @@ import threading
 from typing import Any, NamedTuple
 
 from clip_batch.errors import InputError, Preempted, one_line
-from clip_batch.read.headers import stated
-from clip_batch.read.plain import BLOCK
+from clip_batch.samples.tar.fast_headers import BLOCK
+from clip_batch.samples.tar.headers import stated
 from clip_batch.storage import web
 from clip_batch.storage.paths import is_local, local_path
 from clip_batch.storage.transfer import has_ranges, read_range, source
@@ -30,7 +30,7 @@ class Lost(Exception):
 
 
 REASONS = ("no_place", "missing_tar", "changed_tar", "unavailable", *web.REASONS)
-"""Besides those of decoding (see `clip_batch.decode`)."""
+"""Besides those of decoding (see `clip_batch.samples.decode`)."""
 
 
 class Place(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from clip_batch.decode import open_image
 from clip_batch.encoders.pixels import composed, preparing, split
 from clip_batch.errors import ConfigError
+from clip_batch.samples.decode import open_image
 
 Decode = Literal["tensor", "pil", "raw"]
 

@@ -27,10 +27,10 @@ from clip_batch.dataset.fetch import Fetch, Lost, Place
 from clip_batch.dataset.loader import Loader, collate
 from clip_batch.dataset.pictures import Decode, pictures
 from clip_batch.dataset.select import PLACE, Query, select
-from clip_batch.decode import DecodeError
 from clip_batch.encoders import use_threads
 from clip_batch.errors import ConfigError
 from clip_batch.metadata import open_table
+from clip_batch.samples.decode import DecodeError
 from clip_batch.storage.paths import absolute
 
 TAKE = 256

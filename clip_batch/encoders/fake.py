@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clip_batch.decode import open_image
 from clip_batch.errors import EncoderError
+from clip_batch.samples.decode import open_image
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:

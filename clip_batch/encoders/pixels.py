@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from torchvision.transforms.v2.functional import center_crop_image, resize_image
 
-from clip_batch.decode import JPEGS, load_image, open_image, read_header
 from clip_batch.errors import EncoderError
+from clip_batch.samples.decode import JPEGS, load_image, open_image, read_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.config import DatabaseConfig, parse_bytes
-from clip_batch.decode import DecodeError
 from clip_batch.encoders import NO_TEXT
+from clip_batch.samples.decode import DecodeError
 from clip_batch.serve.errors import Refused
 from clip_batch.serve.fetch import fetch
 from clip_batch.serve.heads import load_heads

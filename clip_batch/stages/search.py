@@ -20,12 +20,12 @@ import pyarrow as pa
 from clip_batch import encoders, foreign, tombstones
 from clip_batch import index as faiss_index
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
-from clip_batch.decode import DecodeError
 from clip_batch.errors import ConfigError, CorruptError, one_line
 from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import MetadataFile, common_schema, open_table, take_as
 from clip_batch.order import best
 from clip_batch.rerank import candidates, rerank
+from clip_batch.samples.decode import DecodeError
 from clip_batch.storage.cache import IndexCache
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Hit

@@ -12,7 +12,7 @@ from clip_batch import part
 from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import open_table
 from clip_batch.plan import load_plan
-from clip_batch.read import read_slice
+from clip_batch.samples import read_slice
 from clip_batch.storage.retry import Unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import Commit, Plan, Sample

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_batch.read import read_slice
+from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Plan, Sample, Shard, Slice
 from tests import corpus
 from tests.bench.text import captions

@@ -25,7 +25,7 @@ from clip_batch import FilteredDataset
 from clip_batch.config import MergeConfig
 from clip_batch.dataset.pictures import pictures
 from clip_batch.encoders import use_threads
-from clip_batch.read import read_slice
+from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Plan, Shard, Slice
 from tests.bench.data_path import cpu_seconds, write_tars
 from tests.serving import index_of

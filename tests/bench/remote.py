@@ -31,11 +31,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_batch.decode import open_image
 from clip_batch.inputs import expand_inputs
-from clip_batch.read import read_slice
-from clip_batch.read.ahead import Ahead
-from clip_batch.read.scan import scan_tar
+from clip_batch.samples import read_slice
+from clip_batch.samples.decode import open_image
+from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.tar.scan import scan_tar
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import THREADS, pieces, read_range, source
 from clip_batch.types import Sample, Shard, Slice
@@ -101,7 +101,9 @@ def spent(servers: list[int]) -> tuple[float, float, float, float]:
         return sum(int(one[11]) + int(one[12]) for one in fields) / tick
 
     children = [int(one) for path in Path("/proc/self/task").glob("*/children") for one in path.read_text().split()]
-    fetchers = [one for one in children if b"clip_batch.read.fetcher" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    fetchers = [
+        one for one in children if b"clip_batch.samples.fetch_process" in Path(f"/proc/{one}/cmdline").read_bytes()
+    ]
     return (user + nice + system + sum(rest)) / tick, time.process_time(), of(fetchers), of(servers)
 
 

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from clip_batch.read import read_slice
+from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Plan, Shard, Slice
 
 

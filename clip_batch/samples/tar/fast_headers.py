@@ -1,4 +1,4 @@
-"""Runs of plain tar headers, verified together: the shortcut of `clip_batch.read.headers`.
+"""Runs of plain tar headers, verified together: the shortcut of `clip_batch.samples.tar.headers`.
 
 Only what nearly all headers are is known here: a regular file with its size and checksum as tar,
 Python, Go and Rust write them, without a prefix or an extended header. All else is left to the
@@ -21,7 +21,7 @@ _SIZE_AND_TYPE = struct.Struct("124x11s21xs")
 _PLACES = 8 ** np.arange(5, -1, -1, np.uint32)
 
 Fields = tuple[str, int, int, int]
-"""The fields of a `clip_batch.read.headers.Member`: name, offset, size, header."""
+"""The fields of a `clip_batch.samples.tar.headers.Member`: name, offset, size, header."""
 
 
 class Run(NamedTuple):

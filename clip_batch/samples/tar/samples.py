@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from clip_batch.read.headers import Damage
-from clip_batch.read.plain import BLOCK, Fields
+from clip_batch.samples.tar.fast_headers import BLOCK, Fields
+from clip_batch.samples.tar.headers import Damage
 
 _WIDTH = 7
 _OTHER = (0, 0, 0)

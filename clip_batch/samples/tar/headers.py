@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_batch.read.plain import BLOCK, MOST, Fields, plain_run
+from clip_batch.samples.tar.fast_headers import BLOCK, MOST, Fields, plain_run
 
 _LONGEST_EXTENDED = 2**20  # bytes of a PAX or long-name record that are believed
 _HEADER = struct.Struct("100s24x12s12x8ss100x8s80x155s12x")  # name, size, checksum, type, magic, prefix

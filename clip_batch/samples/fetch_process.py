@@ -112,7 +112,7 @@ class Fetcher:
 
 def _start() -> subprocess.Popen[bytes]:
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    command = [sys.executable, "-P", "-m", "clip_batch.read.fetcher"]
+    command = [sys.executable, "-P", "-m", "clip_batch.samples.fetch_process"]
     environment = {**_SETTINGS, **os.environ, "PYTHONPATH": path}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 

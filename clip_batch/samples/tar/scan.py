@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from clip_batch.errors import InputError
-from clip_batch.read.ahead import Ahead
-from clip_batch.read.headers import Damage, Member, members
-from clip_batch.read.plain import BLOCK
-from clip_batch.read.tar import GZIP_MAGIC, cuts, cuts_among
+from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.tar.fast_headers import BLOCK
+from clip_batch.samples.tar.headers import Damage, Member, members
+from clip_batch.samples.tar.reader import GZIP_MAGIC, cuts, cuts_among
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.transfer import has_ranges, read_range, source
 from clip_batch.types import Shard, Slice

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from clip_batch.errors import InputError
-from clip_batch.read.fetcher import Fetcher, apart
+from clip_batch.samples.fetch_process import Fetcher, apart
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.transfer import THREADS, Copy, Download, copy_range, source, version
 from clip_batch.types import Shard, Slice

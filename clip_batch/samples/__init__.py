@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from clip_batch.types import Failure, Plan, Sample, Slice
 
 if TYPE_CHECKING:
-    from clip_batch.read.ahead import Ahead
+    from clip_batch.samples.prefetch import Ahead
 
 
 def read_slice(
@@ -22,9 +22,9 @@ def read_slice(
     InputError: the shard is missing or not what was planned. OSError: the store does not answer.
     """
     if plan.format == "files":
-        from clip_batch.read.files import read_files
+        from clip_batch.samples.files import read_files
 
         return read_files(piece, plan, options)
-    from clip_batch.read.tar import read_tar
+    from clip_batch.samples.tar.reader import read_tar
 
     return read_tar(piece, plan, options, files)

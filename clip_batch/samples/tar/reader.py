@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from clip_batch.errors import ClipBatchError, InputError
-from clip_batch.read.ahead import Ahead
-from clip_batch.read.group import Group, group
-from clip_batch.read.headers import Damage, Member, members, runs
+from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.tar.headers import Damage, Member, members, runs
+from clip_batch.samples.tar.samples import Group, group
 from clip_batch.storage.paths import is_local
 from clip_batch.types import Failure, Plan, Sample, Slice
 

@@ -34,7 +34,7 @@ def list_samples(
 
 
 def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Sample | Failure]:
-    """The samples [start, stop) of a folder's sorted listing; see `clip_batch.read.read_slice`."""
+    """The samples [start, stop) of a folder's sorted listing; see `clip_batch.samples.read_slice`."""
     url = piece.shard.url
     store = Store(url, options)
     samples = list_samples(url, plan.image_extensions, plan.caption_extensions, options)

@@ -1,0 +1,1 @@
+"""Webdataset tars: headers checked block by block, grouped into samples over a memory map."""
