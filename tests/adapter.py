@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
-from clip_batch.encoders import pixels
+from clip_batch.encoders import preprocess
 from clip_batch.encoders.towers import Towers, placed
 from clip_batch.errors import EncoderError
 from clip_batch.storage.store import file_digest
@@ -37,6 +37,6 @@ def load(spec, device, compiled):
         ]
         return layer(torch.tensor(np.stack(counts)).to(*place))
 
-    transform = Compose([Resize((SIDE, SIDE)), pixels.rgb, ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
-    steps, last = pixels.split(transform)
-    return Towers(spec, layer, image, texts, pixels.preparing(spec.preprocess, steps, last), last, place, compiled)
+    transform = Compose([Resize((SIDE, SIDE)), preprocess.rgb, ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
+    steps, last = preprocess.split(transform)
+    return Towers(spec, layer, image, texts, preprocess.preparing(spec.preprocess, steps, last), last, place, compiled)

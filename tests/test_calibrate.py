@@ -217,7 +217,7 @@ def test_no_image_can_be_decoded(tmp_path: Path, out: str) -> None:
 def test_without_plan_or_weights(planned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlanError, match="no plan"):
         calibrate(f"{tmp_path}/nowhere")
-    monkeypatch.setattr("clip_batch.encoders.fake.weights_digest", lambda *_: "f" * 64)
+    monkeypatch.setattr("clip_batch.encoders.families.fake.weights_digest", lambda *_: "f" * 64)
     with pytest.raises(EncoderError, match="planned were"):
         calibrate(planned)
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from clip_batch.demo import data
 from clip_batch.demo.captions import caption, name_forms, plain
+from clip_batch.encoders.embedded import model_path
 
 ROWS = 1911
 
@@ -29,7 +30,7 @@ def rows() -> list[dict[str, Any]]:
 def model_name(monkeypatch: pytest.MonkeyPatch) -> str:
     """The embedded model's name to open_clip, with the network forbidden to its libraries."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return f"local-dir:{data.model_path()}"
+    return f"local-dir:{model_path()}"
 
 
 def test_table_has_every_emoji_with_both_names(rows: list[dict[str, Any]]) -> None:
@@ -59,7 +60,7 @@ def test_held_out_names_are_no_trained_text(rows: list[dict[str, Any]]) -> None:
 
 
 def test_embedded_files_are_small() -> None:
-    folder = Path(data.model_path())
+    folder = Path(model_path())
     assert Path(data.table_path()).stat().st_size < 3_000_000
     assert (folder / "open_clip_model.safetensors").stat().st_size < 10_000_000
     assert sum(path.stat().st_size for path in folder.iterdir()) < 12_000_000

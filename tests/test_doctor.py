@@ -87,7 +87,7 @@ def test_a_clock_that_is_off_is_a_warning(planned: str, monkeypatch: pytest.Monk
 
 
 def test_other_weights_than_planned_fail(planned: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip_batch.encoders.fake.weights_digest", lambda *_: "f" * 64)
+    monkeypatch.setattr("clip_batch.encoders.families.fake.weights_digest", lambda *_: "f" * 64)
     found = report(planned)["weights"]
     assert found.ok is False and "fake:8 has ffffffffffff here" in found.message
 

@@ -208,7 +208,7 @@ def test_multilingual_text_towers_beside_an_image_space(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig
 
-    from clip_batch.demo.data import model_path
+    from clip_batch.encoders.embedded import model_path
 
     folder = tiny.mclip(tmp_path)
     encoder = loaded(f"mclip:{folder}+local-dir:{model_path()}")
@@ -233,7 +233,7 @@ def siglip(tmp_path: Path) -> str:
 @pytest.mark.parametrize("kind", ["demo", "siglip"])
 def test_exports_give_their_models_vectors(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("onnxscript")
-    from clip_batch.encoders.exporting import export_onnx
+    from clip_batch.encoders.onnx_export import export_onnx
 
     model = "demo" if kind == "demo" else request.getfixturevalue(kind)
     to = str(tmp_path / "export")
@@ -256,16 +256,16 @@ def test_exports_give_their_models_vectors(kind: str, tmp_path: Path, request: p
 def test_an_export_runs_on_the_gpu_that_was_named_or_not_at_all(tmp_path: Path) -> None:
     import torch
 
-    from clip_batch.encoders import runtime
+    from clip_batch.encoders import onnx_runtime
 
-    assert runtime._providers("cpu") == [("CPUExecutionProvider", {})]
+    assert onnx_runtime._providers("cpu") == [("CPUExecutionProvider", {})]
     for device, number in (("cuda:3", "3"), ("cuda", "0")):
-        assert runtime._providers(device)[0] == ("CUDAExecutionProvider", {"device_id": number})
+        assert onnx_runtime._providers(device)[0] == ("CUDAExecutionProvider", {"device_id": number})
     layer = torch.nn.Linear(2, 2)
-    path = runtime._export(runtime.Side(layer, layer), torch.zeros(1, 2), str(tmp_path), quantize=False)
-    assert runtime.opened(path, "cpu").get_providers() == ["CPUExecutionProvider"]
+    path = onnx_runtime._export(onnx_runtime.Side(layer, layer), torch.zeros(1, 2), str(tmp_path), quantize=False)
+    assert onnx_runtime.opened(path, "cpu").get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(EncoderError, match=r"no CUDA.* --device cpu"):
-        runtime.opened(path, "cuda:0")
+        onnx_runtime.opened(path, "cuda:0")
 
 
 def _to_openvino(folder: str) -> bool:

@@ -17,6 +17,7 @@ import pytest
 from clip_batch import part
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.demo import data
+from clip_batch.encoders.embedded import model_path
 from clip_batch.plan import load_plan, make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.verify import verify_output
@@ -46,8 +47,8 @@ def test_rows_equal_a_plain_open_clip_loop(out: str) -> None:
     import torch
     from PIL import Image
 
-    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{data.model_path()}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{data.model_path()}")
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{model_path()}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{model_path()}")
     model.eval()
     images, texts = [], []
     with torch.inference_mode():
@@ -107,7 +108,7 @@ def test_another_model_at_the_same_place_is_refused(out: str, tmp_path: Path) ->
     from clip_batch.errors import EncoderError
 
     folder = tmp_path / "model"
-    shutil.copytree(data.model_path(), folder)
+    shutil.copytree(model_path(), folder)
     spec = resolve(f"local-dir:{folder}", preprocess="fast")
     assert spec.fingerprint == load_plan(Store(out)).encoder.fingerprint, "the same bytes are the same encoder"
     weights = folder / "open_clip_model.safetensors"
@@ -170,7 +171,7 @@ def test_cutting_captions_changes_nothing(kind: str, tower: dict[str, Any], cut:
     import open_clip
     import torch
 
-    from clip_batch.encoders.text import TextTower
+    from clip_batch.encoders.text_tower import TextTower
 
     torch.manual_seed(1)
     vision = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}

@@ -28,9 +28,9 @@ def transform(side: int = 64, **options: Any) -> Any:
 
 
 def prepare(mode: str, whole: Any) -> Callable[[bytes, int], np.ndarray]:
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
-    return pixels.preparing(mode, *pixels.split(whole))
+    return preprocess.preparing(mode, *preprocess.split(whole))
 
 
 @cache
@@ -67,14 +67,14 @@ def odd_sizes() -> dict[str, bytes]:
 def test_exact_is_open_clips_own_bit_for_bit(name: str, options: dict[str, str]) -> None:
     import torch
 
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
     whole, data = transform(32, **options), {**ODD, **odd_sizes()}[name]
     found = prepare("exact", whole)(data, LIMIT)
     assert (found.dtype, found.shape) == (np.uint8, (3, 32, 32))
-    last = pixels.split(whole)[1]
+    last = preprocess.split(whole)[1]
     assert last is not None
-    normalized = pixels.normalizer(last, torch.device("cpu"))(torch.from_numpy(np.stack([found])))
+    normalized = preprocess.normalizer(last, torch.device("cpu"))(torch.from_numpy(np.stack([found])))
     assert normalized.dtype == torch.float32
     assert torch.equal(normalized[0], whole(open_image(data, LIMIT)))
 
@@ -97,7 +97,7 @@ def test_what_is_refused_is_refused_alike(name: str, mode: str) -> None:
 
 
 def test_the_jpeg_decoder_agrees_with_pillow_or_leaves_it_to_pillow() -> None:
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
     draw = np.random.default_rng(0)
     noisy = Image.fromarray(draw.integers(0, 256, (61, 47, 3), dtype=np.uint8))
@@ -119,23 +119,23 @@ def test_the_jpeg_decoder_agrees_with_pillow_or_leaves_it_to_pillow() -> None:
             with pytest.raises(DecodeError):
                 prepare("fast", transform())(data, LIMIT)
             continue
-        found = pixels._decoded(data)
+        found = preprocess._decoded(data)
         if found is not None and expected.format == "JPEG" and expected.mode in ("RGB", "L"):
             assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(expected.convert("RGB")))
             taken += 1
     assert taken > 100
-    assert all(pixels._decoded(data) is not None for data in whole)
+    assert all(preprocess._decoded(data) is not None for data in whole)
 
 
 def test_a_phones_jpeg_of_several_pictures_is_decoded_as_a_jpeg() -> None:
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
     first, second = (Image.open(io.BytesIO(data)).convert("RGB") for data in demo_images()[:2])
     several = corpus.encode(first, "MPO", save_all=True, append_images=[second])
     header = read_header(several, LIMIT)
-    found = pixels._decoded(several)
+    found = preprocess._decoded(several)
     assert header.format == "MPO"
-    assert pixels._is_plain(header)
+    assert preprocess._is_plain(header)
     assert found is not None
     assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(open_image(several, LIMIT)))
 
@@ -195,23 +195,23 @@ def test_a_transform_that_fast_does_not_know_is_refused_by_name() -> None:
 def test_a_transform_that_ends_otherwise_keeps_its_floats() -> None:
     from torchvision.transforms import Compose
 
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
     whole = transform()
     odd = Compose([*whole.transforms, lambda tensor: tensor * 2])
-    assert pixels.split(odd)[1] is None
+    assert preprocess.split(odd)[1] is None
     found = prepare("exact", odd)(corpus.jpeg(), LIMIT)
     assert np.array_equal(found, odd(open_image(corpus.jpeg(), LIMIT)).numpy())
 
 
 def test_floats_and_bytes_give_the_same_vectors() -> None:
     from clip_batch import encoders
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
     from clip_batch.encoders.towers import Towers
 
     encoder = demo("exact")
     whole = transform(64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    prepared = pixels.preparing("exact", lambda image: whole(image), None)
+    prepared = preprocess.preparing("exact", lambda image: whole(image), None)
     place = encoder._device, encoder._dtype
     odd = Towers(encoders.resolve("demo"), None, encoder._tower, None, prepared, None, place)
     bytes_, floats = (one.preprocess(corpus.jpeg(3, 90), LIMIT)[None] for one in (encoder, odd))

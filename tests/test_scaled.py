@@ -47,12 +47,12 @@ def photos(width: int, height: int) -> list[bytes]:
 def test_what_is_decoded_is_never_less_than_the_gap_asks(
     height: int, width: int, side: int, other: int, squash: bool
 ) -> None:
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
-    size = pixels.resized([side, other] if squash else [side], height, width)
-    n = pixels.eighths(height, width, size, 2.0)
+    size = preprocess.resized([side, other] if squash else [side], height, width)
+    n = preprocess.eighths(height, width, size, 2.0)
     sides = -(-height * n // 8), -(-width * n // 8)
-    found = pixels._decoded(corpus.encode(Image.new("RGB", (width, height), "teal")), *sides)
+    found = preprocess._decoded(corpus.encode(Image.new("RGB", (width, height), "teal")), *sides)
     assert found is not None and tuple(found.shape) == (3, *sides)
     if n < 8:
         assert all(got >= 2 * least for got, least in zip(found.shape[1:], size, strict=True))
@@ -66,12 +66,12 @@ def test_the_resized_size_is_torchvisions(height: int, width: int, size: list[in
     import torch
     from torchvision.transforms import InterpolationMode, Resize
 
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
     if max(height, width) > 20 * min(height, width):
         return
     made = Resize(size if len(size) == 2 else size[0], InterpolationMode.NEAREST)(torch.zeros(1, height, width))
-    assert pixels.resized(size, height, width) == list(made.shape[1:])
+    assert preprocess.resized(size, height, width) == list(made.shape[1:])
 
 
 @settings(max_examples=100)
@@ -124,11 +124,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", [*KINDS, "grey"])
 def test_every_kind_of_jpeg_is_decoded_to_less(kind: str) -> None:
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
     image = enlarged(corpus.picture(1, 16), 700, 512).convert("L" if kind == "grey" else "RGB")
     data = corpus.encode(image, quality=95, **KINDS.get(kind, {}))
-    found = pixels._decoded(data, 128, 175)
+    found = preprocess._decoded(data, 128, 175)
     assert found is not None and tuple(found.shape) == (3, 128, 175)
     scaled, exact = (prepare(mode, transform())(data, LIMIT).astype(int) for mode in ("scaled", "exact"))
     assert np.abs(scaled - exact).max() <= 4
@@ -158,7 +158,7 @@ def outcome(mode: str, data: bytes) -> np.ndarray | tuple[str, str]:
 
 def test_what_is_refused_is_refused_as_by_fast() -> None:
     """Cut and changed JPEGs too; those that Pillow takes though they are not clean are not scaled."""
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
     draw, image = np.random.default_rng(0), enlarged(corpus.picture(3, 16), 307, 261)
     files = [data for data, _ in BAD.values()]
@@ -173,7 +173,7 @@ def test_what_is_refused_is_refused_as_by_fast() -> None:
         fast, scaled = (outcome(mode, data) for mode in ("fast", "scaled"))
         if isinstance(fast, tuple) or isinstance(scaled, tuple):
             assert fast == scaled
-        elif pixels._decoded(data) is None:
+        elif preprocess._decoded(data) is None:
             assert np.array_equal(fast, scaled)
             unclean += 1
     assert unclean > 5
@@ -220,5 +220,5 @@ def test_plan_and_embed(tmp_path: Path, out: str) -> None:
     assert main(["embed", "--output", out, "--device", "cpu", "--no-progress"]) == 0
     assert load_plan(Store(out)).encoder.preprocess == "scaled"
     rows = np.load(next(Path(out, "img_emb").iterdir())).astype(np.float32)
-    pixels = np.stack([demo("scaled").preprocess(data, LIMIT) for data in photos(683, 512)])
-    assert np.abs(rows - demo("exact").encode_images(pixels)).max() < 1e-3
+    preprocess = np.stack([demo("scaled").preprocess(data, LIMIT) for data in photos(683, 512)])
+    assert np.abs(rows - demo("exact").encode_images(preprocess)).max() < 1e-3

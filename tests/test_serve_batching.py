@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.config import ServeConfig
-from clip_batch.encoders.fake import FakeEncoder
+from clip_batch.encoders.families.fake import FakeEncoder
 from clip_batch.serve.batching import Encoding, Lane, TextCache
 from clip_batch.serve.errors import Busy
 from clip_batch.serve.metrics import Metrics

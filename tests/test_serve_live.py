@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 
 from clip_batch import tombstones
 from clip_batch.config import ServeConfig, StorageConfig
-from clip_batch.encoders.fake import FakeEncoder
+from clip_batch.encoders.families.fake import FakeEncoder
 from clip_batch.errors import ConfigError
 from clip_batch.serve.app import create_app, parse_indices
 from clip_batch.stages.search import Searcher

@@ -45,7 +45,7 @@ def _checked(options: Options, export: Callable[..., Any]) -> int:
 
 def onnx(options: Options) -> int:
     """Write a model as ONNX files in a folder, which --model onnx:FOLDER takes."""
-    from clip_batch.encoders.exporting import export_onnx
+    from clip_batch.encoders.onnx_export import export_onnx
 
     if not options.target.to:
         raise ConfigError("export needs --to FOLDER")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from clip_batch.encoders.pixels import composed, preparing, split
+from clip_batch.encoders.preprocess import composed, preparing, split
 from clip_batch.errors import ConfigError
 from clip_batch.samples.decode import open_image
 

@@ -24,11 +24,6 @@ def table_path() -> str:
     return str(files(__package__) / "emoji.parquet")
 
 
-def model_path() -> str:
-    """The folder of the embedded model: open_clip loads it as "local-dir:" and this path."""
-    return str(files(__package__) / "model")
-
-
 def load() -> pa.Table:
     """The embedded table, one row for each of 1,911 emoji.
 

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from clip_batch.demo.captions import LANGUAGES
-from clip_batch.demo.data import load, model_path
+from clip_batch.demo.data import load
+from clip_batch.encoders.embedded import model_path
 
 SETS = (
     "name_en",

@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clip_batch.encoders import hub
+from clip_batch.encoders.embedded import model_path
 from clip_batch.errors import EncoderError, InputError
 from clip_batch.storage.cache import local_copy
 from clip_batch.storage.paths import is_local, local_path
@@ -67,15 +68,15 @@ class Family(Protocol):
 
 
 FAMILIES = {
-    "fake": "clip_batch.encoders.fake",
-    "hf-hub": "clip_batch.encoders.open_clip",
-    "local-dir": "clip_batch.encoders.open_clip",
-    "hf": "clip_batch.encoders.hf",
-    "timm": "clip_batch.encoders.timm",
-    "cn-clip": "clip_batch.encoders.cn_clip",
-    "mclip": "clip_batch.encoders.mclip",
-    "onnx": "clip_batch.encoders.exported",
-    "openvino": "clip_batch.encoders.exported",
+    "fake": "clip_batch.encoders.families.fake",
+    "hf-hub": "clip_batch.encoders.families.open_clip",
+    "local-dir": "clip_batch.encoders.families.open_clip",
+    "hf": "clip_batch.encoders.families.hf",
+    "timm": "clip_batch.encoders.families.timm",
+    "cn-clip": "clip_batch.encoders.families.cn_clip",
+    "mclip": "clip_batch.encoders.families.mclip",
+    "onnx": "clip_batch.encoders.families.onnx",
+    "openvino": "clip_batch.encoders.families.onnx",
 }
 """The module of each family, by what stands before the colon in a model's name; without a colon it is open_clip's."""
 
@@ -86,7 +87,7 @@ ENTRY_POINTS = "clip_batch.encoders"
 def _family(model: str) -> Family:
     """The module of a model's family; EncoderError if there is none."""
     prefix, colon, _ = model.partition(":")
-    module = FAMILIES.get(prefix) if colon else "clip_batch.encoders.open_clip"
+    module = FAMILIES.get(prefix) if colon else "clip_batch.encoders.families.open_clip"
     if module is None:
         module = next((found.value for found in entry_points(group=ENTRY_POINTS) if found.name == prefix), None)
     if module is None:
@@ -162,7 +163,6 @@ def _located(model: str) -> str:
     """`demo` stands for the embedded model, wherever this package lies."""
     if model != "demo":
         return model
-    from clip_batch.demo.data import model_path
 
     return f"local-dir:{model_path()}"
 

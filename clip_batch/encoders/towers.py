@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clip_batch.encoders import NO_TEXT, pick_device, pixels
+from clip_batch.encoders import NO_TEXT, pick_device, preprocess
 from clip_batch.errors import EncoderError
 from clip_batch.types import EncoderSpec
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torchvision.transforms import Normalize
 
     from clip_batch.encoders import Array, Pixels
-    from clip_batch.encoders.pixels import Prepare
+    from clip_batch.encoders.preprocess import Prepare
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
 """Pixels (n, 3, h, w), as the model wants them, to rows (n, d)."""
@@ -62,20 +62,20 @@ class Towers:
         self.has_text = texts is not None
         self._tower, self._texts, self._prepare = image, texts, prepare
         self._device, self._dtype = place
-        self._normalized = pixels.normalizer(last, self._device) if last else None
+        self._normalized = preprocess.normalizer(last, self._device) if last else None
         self._compiled, self._size = image, 0  # the one for batches of so many images
         if compiled:
             self._compiled, self._size = _compiled(model, image, self._blank(compiled)), compiled
         if spec.precision == "int8":
-            from clip_batch.encoders.runtime import quantized
+            from clip_batch.encoders.onnx_runtime import quantized
 
             self._tower = self._compiled = quantized(model, image, self._blank(1))
-        grey = self._prepare(pixels.GREY, pixels.GREY_SIDE**2)[None]
+        grey = self._prepare(preprocess.GREY, preprocess.GREY_SIDE**2)[None]
         self.dim = int((self.encode_texts(["a"]) if texts else self.encode_images(grey)).shape[1])
 
     def _blank(self, size: int) -> torch.Tensor:
         """So many images (size, 3, h, w) of the model's size, all zero."""
-        shape = self._prepare(pixels.GREY, pixels.GREY_SIDE**2).shape
+        shape = self._prepare(preprocess.GREY, preprocess.GREY_SIDE**2).shape
         with torch.inference_mode():  # as all batches are: else they would be of another kind to the compiler
             return torch.zeros(size, *shape, device=self._device, dtype=self._dtype)
 
@@ -120,12 +120,12 @@ class Towers:
 def _compiled(model: Any, image: Tower, blank: torch.Tensor) -> Tower:
     """By inductor on CUDA, by ONNX Runtime on a CPU, where inductor gains nothing."""
     if blank.device.type == "cuda":
-        from clip_batch.encoders.compiled import compiled
+        from clip_batch.encoders.inductor import compiled
 
         return compiled(image, blank)
-    from clip_batch.encoders import runtime
+    from clip_batch.encoders import onnx_runtime
 
-    return runtime.compiled(model, image, blank)
+    return onnx_runtime.compiled(model, image, blank)
 
 
 def in_halves(encode: Callable[[Any], Array], batch: Pixels | list[str]) -> Array:

@@ -70,9 +70,9 @@ def write_tars(folder: str, tars: int, samples: int, side: int = 256) -> list[st
 def ours(tars: list[str], mode: str, cores: int) -> Batches:
     from open_clip.transform import image_transform
 
-    from clip_batch.encoders import pixels, use_threads
+    from clip_batch.encoders import preprocess, use_threads
 
-    prepare = pixels.preparing(mode, *pixels.split(image_transform(224, is_train=False)))
+    prepare = preprocess.preparing(mode, *preprocess.split(image_transform(224, is_train=False)))
     plan = Plan((), EncoderSpec("fake:8", "", ""))
 
     def taken() -> Iterator[Any]:

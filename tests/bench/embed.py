@@ -49,9 +49,12 @@ class Stub:
     def __init__(self, rate: float, mode: str) -> None:
         from open_clip.transform import image_transform
 
-        from clip_batch.encoders import pixels
+        from clip_batch.encoders import preprocess
 
-        self.rate, self.preprocess = rate, pixels.preparing(mode, *pixels.split(image_transform(224, is_train=False)))
+        self.rate, self.preprocess = (
+            rate,
+            preprocess.preparing(mode, *preprocess.split(image_transform(224, is_train=False))),
+        )
         self.row = np.zeros((1, self.dim), np.float32)
         self.row[0, 0] = 1
 
@@ -94,12 +97,12 @@ def main() -> None:
             return [item for piece in pieces for item in read_slice(piece, plan) if isinstance(item, Sample)]
 
         samples = read()
-        pixels = np.stack([encoder.preprocess(sample.image or b"", 10**8) for sample in samples])
+        preprocess = np.stack([encoder.preprocess(sample.image or b"", 10**8) for sample in samples])
         captions = [bytes(sample.caption or b"").decode() for sample in samples]
 
         def model() -> None:
-            for start in range(0, len(pixels), BATCH):
-                encoder.encode_images(pixels[start : start + BATCH])
+            for start in range(0, len(preprocess), BATCH):
+                encoder.encode_images(preprocess[start : start + BATCH])
                 encoder.encode_texts(captions[start : start + BATCH])
 
         def decode() -> None:

@@ -41,7 +41,7 @@ def main() -> None:
     import open_clip
     import torch
 
-    from clip_batch.encoders.text import TextTower
+    from clip_batch.encoders.text_tower import TextTower
 
     draw = random.Random(0)
     texts = captions(draw, options.batch)

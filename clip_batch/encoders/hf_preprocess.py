@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, Normalize
 
-from clip_batch.encoders import pixels
+from clip_batch.encoders import preprocess
 
 if TYPE_CHECKING:
-    from clip_batch.encoders.pixels import Prepare
+    from clip_batch.encoders.preprocess import Prepare
 
 PATCHES = "spatial_shapes"
 """What a processor also gives that cuts an image into patches in a grid of its own (SigLIP 2's NaFlex)."""
@@ -40,7 +40,7 @@ def preparing(processor: Any, mode: str) -> tuple[Prepare, Normalize | None]:
     settings = {"do_rescale": False, "do_normalize": False} if last else {}
 
     def steps(image: Image.Image) -> Any:
-        made = processor(pixels.rgb(image), return_tensors="np", **settings)
+        made = processor(preprocess.rgb(image), return_tensors="np", **settings)
         if PATCHES not in made:
             return np.ascontiguousarray(made["pixel_values"][0])
         patches, mask, shape = (made[name][0] for name in ("pixel_values", "pixel_attention_mask", PATCHES))
@@ -49,8 +49,8 @@ def preparing(processor: Any, mode: str) -> tuple[Prepare, Normalize | None]:
 
     shape = _shape(processor) if mode != "exact" and last else None
     if mode != "exact" and not shape:
-        raise pixels.unknown(type(processor).__name__)
-    return pixels.preparing(mode, steps, last, shape), last
+        raise preprocess.unknown(type(processor).__name__)
+    return preprocess.preparing(mode, steps, last, shape), last
 
 
 def grids(values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -72,11 +72,11 @@ def _normalize(processor: Any) -> Normalize | None:
     every = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (16, 16, 3))
     plain = {"do_resize": False, "do_center_crop": False, "do_pad": False}
     theirs = processor(Image.fromarray(every), return_tensors="np", **plain)["pixel_values"]
-    ours = pixels.normalizer(last, torch.device("cpu"))(torch.from_numpy(every.transpose(2, 0, 1)[None].copy()))
+    ours = preprocess.normalizer(last, torch.device("cpu"))(torch.from_numpy(every.transpose(2, 0, 1)[None].copy()))
     return last if theirs.shape == ours.shape and np.array_equal(theirs, ours.numpy()) else None
 
 
-def _shape(processor: Any) -> pixels.Shape | None:
+def _shape(processor: Any) -> preprocess.Shape | None:
     """Its resizing and cropping by torch; None where it does something else besides, or in a way torch has not."""
     size, crop = (
         {name: value for name, value in dict(getattr(processor, field, None) or {}).items() if value}
@@ -101,7 +101,7 @@ def _shape(processor: Any) -> pixels.Shape | None:
         top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
         return image[:, top : top + height, left : left + width].clone()
 
-    return pixels.Shape(resized, way, centred)
+    return preprocess.Shape(resized, way, centred)
 
 
 def _is_usual(processor: Any) -> bool:

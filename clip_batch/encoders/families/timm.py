@@ -46,13 +46,13 @@ def _repository(name: str) -> str:
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
     """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
     from clip_batch.encoders.towers import Towers, placed
 
     place = placed(spec, device, compiled)
     model, transform = read(spec.model, spec.pretrained)
-    model, (steps, last) = model.to(*place), pixels.split(transform)
-    return Towers(spec, model, model, None, pixels.preparing(spec.preprocess, steps, last), last, place, compiled)
+    model, (steps, last) = model.to(*place), preprocess.split(transform)
+    return Towers(spec, model, model, None, preprocess.preparing(spec.preprocess, steps, last), last, place, compiled)
 
 
 def read(model: str, pretrained: str) -> tuple[Any, Any]:
@@ -60,7 +60,7 @@ def read(model: str, pretrained: str) -> tuple[Any, Any]:
     import timm
     from torchvision.transforms import Compose
 
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
     name, more = model.removeprefix("timm:"), {"pretrained_cfg_overlay": {"file": pretrained}} if pretrained else {}
     if not pretrained:
@@ -70,4 +70,4 @@ def read(model: str, pretrained: str) -> tuple[Any, Any]:
     except Exception as error:
         raise EncoderError(f"timm cannot load {model} {pretrained}: {hub.line(error)}") from None
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(made), is_training=False)
-    return made, Compose([pixels.rgb, *transform.transforms])
+    return made, Compose([preprocess.rgb, *transform.transforms])

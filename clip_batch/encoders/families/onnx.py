@@ -67,7 +67,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
     """Load the graphs; EncoderError if they cannot be, or if more is asked than to run them as they are."""
     import torch
 
-    from clip_batch.encoders import pixels, processor
+    from clip_batch.encoders import hf_preprocess, preprocess
     from clip_batch.encoders.towers import Towers
 
     if spec.precision != "fp32" or compiled:
@@ -81,10 +81,10 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
             config.get("text")
         ) else None  # fmt: skip
         if "pixels" in config:
-            steps, last = pixels.split(pixels.composed(config["pixels"]))
-            prepare = pixels.preparing(spec.preprocess, steps, last)
+            steps, last = preprocess.split(preprocess.composed(config["pixels"]))
+            prepare = preprocess.preparing(spec.preprocess, steps, last)
         else:
-            prepare, last = processor.preparing(processor.read(folder), spec.preprocess)
+            prepare, last = hf_preprocess.preparing(hf_preprocess.read(folder), spec.preprocess)
     except (EncoderError, ImportError):
         raise
     except Exception as error:  # runtimes raise what they like
@@ -99,7 +99,7 @@ def _graph(runtime: str, path: str, device: str) -> Graph:
 
 def _onnx(path: str, device: str) -> Graph:
     """By ONNX Runtime."""
-    from clip_batch.encoders.runtime import opened
+    from clip_batch.encoders.onnx_runtime import opened
 
     session = opened(path, device)
     kinds = {"tensor(float)": "f4", "tensor(float16)": "f2", "tensor(int64)": "i8", "tensor(int32)": "i4"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_batch.encoders import hub
 from clip_batch.encoders.hub import combine, line
-from clip_batch.encoders.text import TextTower
+from clip_batch.encoders.text_tower import TextTower
 from clip_batch.errors import EncoderError
 from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
@@ -106,14 +106,14 @@ def _fetch_text(model: str, settings: dict[str, Any]) -> None:
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
     """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
     from clip_batch.encoders.towers import Towers, placed
 
     place = placed(spec, device, compiled)
     model, transform, tokenizer = read(spec.model, spec.pretrained, spec.precision, place[0])
     tower = TextTower(model)
-    steps, last = pixels.split(transform)
-    prepare = pixels.preparing(spec.preprocess, steps, last)
+    steps, last = preprocess.split(transform)
+    prepare = preprocess.preparing(spec.preprocess, steps, last)
 
     def texts(lines: Sequence[str]) -> torch.Tensor:
         rows: torch.Tensor = tower(tokenizer(lines).to(place[0]))

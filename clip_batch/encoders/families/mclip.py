@@ -11,7 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from clip_batch.encoders import hub, open_clip
+from clip_batch.encoders import hub
+from clip_batch.encoders.families import open_clip
 from clip_batch.errors import EncoderError
 from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
@@ -51,14 +52,14 @@ def _config(folder: str) -> dict[str, Any]:
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
     """Load both sides onto a device, compiled for batches of so many images (0: not); EncoderError."""
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
     from clip_batch.encoders.towers import Towers, placed
 
     place = placed(spec, device, compiled)
     text, image = _names(spec.model)
     model, transform, _ = open_clip.read(image, spec.pretrained, spec.precision, place[0])
-    steps, last = pixels.split(transform)
-    prepare = pixels.preparing(spec.preprocess, steps, last)
+    steps, last = preprocess.split(transform)
+    prepare = preprocess.preparing(spec.preprocess, steps, last)
     try:
         texts = _texts(hub.folder(text), *place)
     except EncoderError:
@@ -72,7 +73,7 @@ def _texts(folder: str, device: torch.device, dtype: torch.dtype) -> Texts:
     import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    from clip_batch.encoders.hf import context
+    from clip_batch.encoders.families.hf import context
 
     config = _config(folder)
     base = AutoConfig.from_pretrained(os.path.dirname(hub.file(config["modelBase"], "config.json")))

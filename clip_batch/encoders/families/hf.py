@@ -47,18 +47,18 @@ def _in_processor(folder: str, name: str) -> bool:
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
     """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
-    from clip_batch.encoders import processor
+    from clip_batch.encoders import hf_preprocess
     from clip_batch.encoders.towers import Towers, placed
 
     folder = hub.folder(spec.model.removeprefix("hf:"))
     place = placed(spec, device, compiled)
     model = read(folder).to(*place)
     try:
-        found = processor.read(folder)
+        found = hf_preprocess.read(folder)
         texts = text_side(model, folder, place[0]) if hasattr(model, "get_text_features") else None
     except Exception as error:
         raise EncoderError(f"transformers cannot load {spec.model}: {hub.line(error)}") from None
-    prepare, last = processor.preparing(found, spec.preprocess)
+    prepare, last = hf_preprocess.preparing(found, spec.preprocess)
     return Towers(spec, model, image_side(model), texts, prepare, last, place, compiled)
 
 
@@ -82,13 +82,13 @@ def read(folder: str) -> Any:
 
 def image_side(model: Any) -> Tower:
     """Pixels to image features; of a model without a text side to its pooled output, or else its class token."""
-    from clip_batch.encoders import processor
+    from clip_batch.encoders import hf_preprocess
 
     encode = getattr(model, "get_image_features", model)
-    flexible = processor.PATCHES in inspect.signature(getattr(encode, "forward", encode)).parameters
+    flexible = hf_preprocess.PATCHES in inspect.signature(getattr(encode, "forward", encode)).parameters
 
     def side(pixels: torch.Tensor) -> torch.Tensor:
-        return rows(encode(**processor.grids(pixels)) if flexible else encode(pixels))
+        return rows(encode(**hf_preprocess.grids(pixels)) if flexible else encode(pixels))
 
     return side
 

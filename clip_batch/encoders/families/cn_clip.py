@@ -63,13 +63,13 @@ def _vocabulary(pretrained: str) -> str:
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
     """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
     from clip_batch.encoders.towers import Towers, placed
 
     place = placed(spec, device, compiled)
     model, transform = read(spec.model, spec.pretrained)
-    model, (steps, last) = model.to(*place), pixels.split(transform)
-    prepare, words = pixels.preparing(spec.preprocess, steps, last), tokenizer(spec.pretrained)
+    model, (steps, last) = model.to(*place), preprocess.split(transform)
+    prepare, words = preprocess.preparing(spec.preprocess, steps, last), tokenizer(spec.pretrained)
 
     def texts(lines: Sequence[str]) -> torch.Tensor:
         options = {"padding": True, "truncation": True, "max_length": CONTEXT, "split_special_tokens": True}
@@ -84,7 +84,7 @@ def read(model: str, pretrained: str) -> tuple[Any, Any]:
     import torch
     from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-    from clip_batch.encoders import pixels
+    from clip_batch.encoders import preprocess
 
     try:
         weights = torch.load(pretrained, map_location="cpu", weights_only=True)["state_dict"]
@@ -97,7 +97,7 @@ def read(model: str, pretrained: str) -> tuple[Any, Any]:
         raise EncoderError(f"{pretrained} is no checkpoint of {model}: {hub.line(error)}") from None
     wide: Any = towers["visual"].image_size
     size = (wide, wide) if isinstance(wide, int) else tuple(wide)
-    steps = [Resize(size, InterpolationMode.BICUBIC), pixels.rgb, ToTensor(), Normalize(MEAN, STD)]
+    steps = [Resize(size, InterpolationMode.BICUBIC), preprocess.rgb, ToTensor(), Normalize(MEAN, STD)]
     return towers.eval(), Compose(steps)
 
 

@@ -1,4 +1,4 @@
-"""Exports a model of open_clip, `hf:`, `timm:` or `cn-clip:` to ONNX, as `clip_batch.encoders.exported` reads it."""
+"""Exports a model of open_clip, `hf:`, `timm:` or `cn-clip:` to ONNX, as `clip_batch.encoders.families.onnx` reads it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from clip_batch.encoders import _located, cn_clip, hf, hub, open_clip, pixels, processor, timm
-from clip_batch.encoders.exported import CONFIG
-from clip_batch.encoders.runtime import Side
+from clip_batch.encoders import _located, hf_preprocess, hub, preprocess
+from clip_batch.encoders.families import cn_clip, hf, open_clip, timm
+from clip_batch.encoders.families.onnx import CONFIG
+from clip_batch.encoders.onnx_runtime import Side
 from clip_batch.errors import EncoderError
 
 
@@ -70,10 +71,10 @@ def _hf(model: str, pretrained: str, to: str) -> _Sides:
     folder = hub.folder(model.removeprefix("hf:"))
     made = hf.read(folder)
     _copy(folder, to)
-    prepare, last = processor.preparing(processor.read(folder), "exact")
+    prepare, last = hf_preprocess.preparing(hf_preprocess.read(folder), "exact")
     if last is None:
         raise EncoderError(f"{model} cannot be exported: its images are not of one size")
-    blank = torch.zeros(2, *prepare(pixels.GREY, pixels.GREY_SIDE**2).shape)
+    blank = torch.zeros(2, *prepare(preprocess.GREY, preprocess.GREY_SIDE**2).shape)
     if not hasattr(made, "get_text_features"):
         return _Sides(made, hf.image_side(made), blank)
     tokenizer, length = hf.tokenizer(made, folder)
@@ -107,7 +108,7 @@ def _cn_clip(model: str, pretrained: str, to: str) -> _Sides:
 
 
 def _pixels(transform: Any) -> dict[str, Any]:
-    return {"pixels": pixels.described(*pixels.split(transform))}
+    return {"pixels": preprocess.described(*preprocess.split(transform))}
 
 
 def _blank(config: dict[str, Any]) -> torch.Tensor:
