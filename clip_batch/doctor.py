@@ -251,7 +251,7 @@ def _clean(store: Store, name: str, made: list[str]) -> None:
 def _plan(store: Store, works: bool) -> Iterator[Check]:
     from clip_batch import encoders
     from clip_batch.encoders import hub
-    from clip_batch.plan import load_plan
+    from clip_batch.plan.plan import load_plan
 
     try:
         plan = load_plan(store)

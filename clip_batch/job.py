@@ -19,7 +19,7 @@ from clip_batch import footprint, foreign, index, vectors
 from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
 from clip_batch.errors import ConfigError
 from clip_batch.manifest import Manifest, current_version, load_manifest
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store, file_digest
 from clip_batch.types import EncoderSpec
 

@@ -19,7 +19,7 @@ from clip_batch.config import StorageConfig
 from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.manifest import IndexShard, Manifest, Source
 from clip_batch.part import read_commits
-from clip_batch.plan import count_partitions
+from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.retry import Unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import has_ranges, read_range

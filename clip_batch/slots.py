@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from clip_batch import part, submission
 from clip_batch.errors import PlanError
-from clip_batch.plan import count_partitions
+from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.store import Store
 from clip_batch.workers import BEAT, SILENT, read_records
 

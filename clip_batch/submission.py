@@ -15,7 +15,7 @@ from functools import cached_property
 
 from clip_batch import part
 from clip_batch.errors import PlanError
-from clip_batch.plan import count_partitions
+from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.store import Store
 from clip_batch.types import format_numbers, parse_numbers
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch import plan as plans
 from clip_batch.config import PlanConfig
 from clip_batch.part import PartWriter
+from clip_batch.plan import plan as plans
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 

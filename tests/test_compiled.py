@@ -15,7 +15,7 @@ from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.demo import data
 from clip_batch.errors import EncoderError
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.stages.embed import embed
 
 pytestmark = pytest.mark.slow

@@ -671,7 +671,7 @@ def corpus_bytes(folder: Path, n: int) -> bytes:
 def index_of_remote(tar: str, folder: Path, storage: StorageConfig) -> str:
     from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig
     from clip_batch.launch.local import run_worker
-    from clip_batch.plan import make_plan
+    from clip_batch.plan.plan import make_plan
     from clip_batch.stages.merge import merge
 
     output, index = str(folder / "out"), str(folder / "index")

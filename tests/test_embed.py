@@ -25,7 +25,7 @@ from clip_batch import encoders, part
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.errors import EncoderError, PlanError, Preempted
 from clip_batch.part import committed
-from clip_batch.plan import load_plan, make_plan
+from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.slots import Slot, partitions
 from clip_batch.stages.embed import Outcome, embed
 from clip_batch.stages.repair import gc, repair

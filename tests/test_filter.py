@@ -15,7 +15,7 @@ from clip_batch import index as faiss_index
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig
 from clip_batch.filter import filter_rows
-from clip_batch.inputs import expand_inputs
+from clip_batch.plan.specs import expand_inputs
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from clip_batch.storage.store import Store

@@ -18,7 +18,7 @@ from clip_batch import part
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.demo import data
 from clip_batch.encoders.embedded import model_path
-from clip_batch.plan import load_plan, make_plan
+from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.verify import verify_output
 from clip_batch.storage.store import Store

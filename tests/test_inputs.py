@@ -18,15 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_batch.errors import ConfigError, InputError
-from clip_batch.inputs import (
-    count_folder,
-    count_tars,
-    expand_braces,
-    expand_inputs,
-    infer_fields,
-    sample_fields,
-    unpiped,
-)
+from clip_batch.plan.counts import count_folder, count_tars
+from clip_batch.plan.schema import infer_fields, sample_fields
+from clip_batch.plan.specs import expand_braces, expand_inputs, unpiped
 from clip_batch.types import EncoderSpec, Plan, Shard
 
 ENCODER = EncoderSpec("fake:8", "", "0" * 64)

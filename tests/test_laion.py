@@ -10,7 +10,7 @@ import pytest
 
 from clip_batch.config import EmbedConfig, PlanConfig, SlurmConfig, StorageConfig
 from clip_batch.launch.local import run_worker
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.slots import Slot, choose
 from clip_batch.storage.store import Store
 from clip_batch.types import Plan

@@ -17,7 +17,7 @@ from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.lineage import Lineage, embedding, image, planned, shard_of, where
 from clip_batch.manifest import IndexShard, Manifest, Source
 from clip_batch.part import COMMITS, read_commits
-from clip_batch.plan import load_plan, make_plan
+from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from clip_batch.config import PlanConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError
-from clip_batch.plan import Cut, load_plan, make_plan, pack
+from clip_batch.plan.pack import Cut, pack
+from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import Partition, Plan, Shard, Slice
 

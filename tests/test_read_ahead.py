@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.errors import InputError, Preempted
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.samples import read_slice
 from clip_batch.samples.prefetch import Ahead
 from clip_batch.samples.tar.headers import Damage, Member, members

@@ -23,7 +23,7 @@ from clip_batch import part
 from clip_batch.config import MergeConfig, PlanConfig, StorageConfig
 from clip_batch.doctor import doctor
 from clip_batch.errors import ConfigError
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.merge import merge
 from clip_batch.stages.repair import gc

@@ -12,7 +12,7 @@ import pytest
 
 from clip_batch import part
 from clip_batch.config import EmbedConfig, PlanConfig
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.slots import LOOK, MANY, Look, Slot, partitions, spare
 from clip_batch.stages.embed import embed
 from clip_batch.storage.store import Store

@@ -26,7 +26,7 @@ from clip_batch.demo import data
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.launch import executor, spark
 from clip_batch.launch.executor import Status, Work, embed_slot, pin
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.stages.embed import Outcome
 from clip_batch.storage.store import Store
 from clip_batch.workers import read_records

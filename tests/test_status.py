@@ -13,7 +13,7 @@ import pytest
 from clip_batch import part, submission, workers
 from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, PlanConfig
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.status import describe, status
 from clip_batch.storage.store import Store

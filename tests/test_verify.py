@@ -9,7 +9,7 @@ import pytest
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig
 from clip_batch.errors import ClipBatchError
 from clip_batch.manifest import load_manifest
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher

@@ -24,7 +24,7 @@ def plan(options: Options) -> int:
 
 def planned(options: Options) -> tuple[dict[str, Any], str]:
     """What was planned, as values and as text."""
-    from clip_batch.plan import make_plan
+    from clip_batch.plan.plan import make_plan
 
     if not options.plan.input:
         raise ConfigError("plan needs --input: paths, URLs, globs or brace patterns of tars")
@@ -37,7 +37,7 @@ def planned(options: Options) -> tuple[dict[str, Any], str]:
 def prefetch(options: Options) -> int:
     """Fetch a model's files into this machine's caches, once for all workers: --model's, or the plan's of --output."""
     from clip_batch import encoders
-    from clip_batch.plan import load_plan
+    from clip_batch.plan.plan import load_plan
     from clip_batch.storage.store import Store
 
     how, stored = options.plan, options.storage.storage_options

@@ -1,4 +1,4 @@
-"""Exports a model of open_clip, `hf:`, `timm:` or `cn-clip:` to ONNX, as `clip_batch.encoders.families.onnx` reads it."""
+"""Exports a model of open_clip, `hf:`, `timm:` or `cn-clip:` to ONNX, for the family `onnx:` to read."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 from clip_batch import metadata
 from clip_batch.errors import CorruptError
 from clip_batch.foreign.tables import Tables, without_metadata
-from clip_batch.plan import PLAN
+from clip_batch.plan.plan import PLAN
 from clip_batch.storage.retry import Unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import version

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clip_batch import encoders, part
 from clip_batch.config import EmbedConfig, MergeConfig, StorageConfig
 from clip_batch.errors import ClipBatchError, ConfigError
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.stages.embed import Outcome, compiled_size, embed
 from clip_batch.storage.store import Store
 from clip_batch.submission import Submission

@@ -16,7 +16,7 @@ from typing import Any
 from clip_batch import part
 from clip_batch.config import EmbedConfig, StorageConfig
 from clip_batch.launch.progress import Counts, shown
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.slots import Slot, partitions
 from clip_batch.stages.embed import Outcome, embed
 from clip_batch.storage.store import Store

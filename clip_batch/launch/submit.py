@@ -20,7 +20,7 @@ from clip_batch.config import (
     SubmitConfig,
 )
 from clip_batch.config.options import to_flags
-from clip_batch.plan import count_partitions
+from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.paths import absolute, local_path
 from clip_batch.storage.store import Store
 

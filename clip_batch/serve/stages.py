@@ -33,7 +33,7 @@ from clip_batch.errors import (
     one_line,
 )
 from clip_batch.job import Job, open_job
-from clip_batch.plan import count_partitions, load_plan, make_plan
+from clip_batch.plan.plan import count_partitions, load_plan, make_plan
 from clip_batch.serve.allow import Allowed
 from clip_batch.serve.errors import Busy, Refused
 from clip_batch.serve.jobs import AGAIN, Jobs

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.errors import EncoderError, InputError, one_line
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
 from clip_batch.samples.decode import JPEGS, DecodeError, decode_caption, read_header
 from clip_batch.samples.prefetch import Ahead

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from clip_batch import encoders, part, slots
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.errors import ClipBatchError, PartitionFailed, PlanError, Preempted
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
 from clip_batch.samples.decode import DecodeError, decode_caption, decode_json
 from clip_batch.samples.prefetch import Ahead

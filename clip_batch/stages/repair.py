@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clip_batch import part, workers
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.storage.paths import TEMPORARY
 from clip_batch.storage.store import Store
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from clip_batch import part, submission, workers
-from clip_batch.plan import count_partitions
+from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.store import Store
 from clip_batch.types import format_numbers
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from clip_batch import index, recall, vectors
 from clip_batch.config import MergeConfig, StorageConfig, SweepConfig, parse_bytes
 from clip_batch.errors import ConfigError
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.rerank import candidates as depth
 from clip_batch.rerank import rerank, score
 from clip_batch.storage.store import Store

@@ -11,7 +11,7 @@ from clip_batch import index as faiss_index
 from clip_batch import part
 from clip_batch.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.metadata import open_table
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
 from clip_batch.storage.retry import Unavailable
 from clip_batch.storage.store import Store

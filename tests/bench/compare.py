@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from clip_batch import vectors
 from clip_batch.config import parse_bytes
-from clip_batch.plan import load_plan
+from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from tests.bench.realistic import realistic
 from tests.fabricated import commit, make_plan

@@ -32,7 +32,7 @@ import fsspec
 
 from clip_batch import slots, submission
 from clip_batch.config import EmbedConfig, PlanConfig, SlurmConfig, StorageConfig, parse_bytes
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.stages.embed import _Order
 from clip_batch.storage.transfer import PIECE
 from clip_batch.types import Partition, Plan

@@ -23,8 +23,9 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from clip_batch.config import PlanConfig, StorageConfig
-from clip_batch.inputs import expand_inputs
-from clip_batch.plan import load_plan, make_plan, pack
+from clip_batch.plan.pack import pack
+from clip_batch.plan.plan import load_plan, make_plan
+from clip_batch.plan.specs import expand_inputs
 from clip_batch.storage.store import Store
 
 T = TypeVar("T")

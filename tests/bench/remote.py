@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_batch.inputs import expand_inputs
+from clip_batch.plan.specs import expand_inputs
 from clip_batch.samples import read_slice
 from clip_batch.samples.decode import open_image
 from clip_batch.samples.prefetch import Ahead

@@ -21,7 +21,7 @@ import fsspec
 import numpy as np
 
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.stages.embed import embed
 from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher

@@ -17,7 +17,7 @@ import time
 
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.part import read_commits
-from clip_batch.plan import make_plan
+from clip_batch.plan.plan import make_plan
 from clip_batch.slots import Slot, partitions
 from clip_batch.stages.embed import embed
 from clip_batch.storage.store import Store

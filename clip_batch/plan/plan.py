@@ -9,18 +9,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from itertools import accumulate, pairwise
-from math import ceil
 from typing import Any
 
-from clip_batch import inputs
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
 from clip_batch.errors import ConfigError, CorruptError, PlanError
-from clip_batch.storage.paths import is_local
+from clip_batch.plan import specs
+from clip_batch.plan.counts import count_folder, count_samples
+from clip_batch.plan.pack import Cut, Split, nearest, pack, split_folder
+from clip_batch.plan.schema import sample_fields
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
@@ -30,13 +28,6 @@ PLAN, SLICES, CONFIG = (f"_clip_batch/{name}" for name in ("plan.json", "plan.pa
 FILES_SAMPLES = 10_000
 """Samples of a partition with `--format files` where neither samples nor a count are asked for."""
 
-MOST_PARTITIONS = 1_000_000
-
-Cut = tuple[int, int]
-"""A place between two samples of a shard: (byte, or with files the sample's number; samples before it)."""
-
-Split = Callable[[Shard, Sequence[float]], Sequence[Cut]]
-"""The cuts of a shard nearest to the wanted places, which are in the unit of the target; [] if it has none."""
 
 Say = Callable[[str], None]
 
@@ -59,17 +50,17 @@ def make_plan(
         tuple(name.lower().lstrip(".") for name in names)
         for names in (config.image_extensions, config.caption_extensions)
     )
-    shards = inputs.expand_inputs(config.input, config.format, options)
+    shards = specs.expand_inputs(config.input, config.format, options)
     if config.format == "files":
-        shards = [inputs.count_folder(shard, images, captions, options) for shard in shards]
+        shards = [count_folder(shard, images, captions, options) for shard in shards]
     say(f"{len(shards):,} inputs found")
     encoder = encoders.resolve(config.model, config.pretrained, config.preprocess, config.precision, options)
     draft = Plan((), encoder, config.format, {}, images, captions)
     if not store.exists(PLAN):
         if config.format == "tar":
-            shards = _count(shards, "samples" in target, options)
-        partitions = pack(shards, target, _split_folder if config.format == "files" else _tar_splitter(target, options))
-        fields = inputs.sample_fields(shards, draft, options)
+            shards = count_samples(shards, "samples" in target, options)
+        partitions = pack(shards, target, split_folder if config.format == "files" else _tar_splitter(target, options))
+        fields = sample_fields(shards, draft, options)
         plan = replace(draft, partitions=partitions, fields=fields)
         plan = replace(plan, digest=_digest(plan))
         if _write(store, plan, shards, target, config):
@@ -92,98 +83,15 @@ def load_plan(store: Store) -> Plan:
     return _load(store)[0]
 
 
-def pack(
-    shards: Sequence[Shard], target: dict[str, int], split: Split = lambda shard, places: ()
-) -> tuple[Partition, ...]:
-    """Pack shards into partitions, in order; every shard once, or as slices that tile it.
-
-    `target` is {"bytes": n} or {"samples": n} a partition, or {"partitions": n}. With a total of T
-    and n = ceil(T / target) partitions, the ends lie at k * T / n, moved to the nearest end of a
-    shard; or inside it, where the shard is larger than the target and `split` finds cuts. So a
-    partition is off T / n by less than one shard. Ends that meet are one: shards that cannot be
-    split may make fewer partitions than n.
-    """
-    ((unit, value),) = target.items()
-    weights = _weights(shards, unit)
-    ends = list(accumulate(weights))
-    total = ends[-1]
-    count = value if unit == "partitions" else max(1, ceil(total / value))
-    if count > MOST_PARTITIONS:
-        raise ConfigError(f"{count:,} partitions are over {MOST_PARTITIONS:,}: raise the partition target")
-    # Of a count, the target is only what follows from it: a shard 10 % larger is not worth a header scan.
-    largest = 1.1 * total / count if unit == "partitions" else value
-    bounds = {(0, 0, 0), (len(shards), 0, 0)}  # (number of the shard, place in it, samples before the place)
-    inside: dict[int, list[float]] = {}
-    for k in range(1, count):
-        number = min(bisect_right(ends, total * k / count), len(shards) - 1)
-        place = total * k / count - (ends[number] - weights[number])
-        if weights[number] > largest:
-            inside.setdefault(number, []).append(place)
-        else:
-            bounds.add(_nearest_end(number, place, weights[number]))
-    with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda number: split(shards[number], inside[number]), inside)
-        for (number, places), cuts in zip(inside.items(), found, strict=True):
-            bounds.update((number, *cut) for cut in cuts)
-            if not cuts:
-                bounds.update(_nearest_end(number, place, weights[number]) for place in places)
-    pairs = pairwise(sorted(bounds))
-    return tuple(Partition(id, tuple(_slices(shards, first, last))) for id, (first, last) in enumerate(pairs))
-
-
-def _weights(shards: Sequence[Shard], unit: str) -> list[float]:
-    """Bytes or samples of each shard; the mean of the others where one is unknown, 1 where all are."""
-    by_samples = unit == "samples" or all(shard.size is None for shard in shards)
-    weights = [shard.samples if by_samples else shard.size for shard in shards]
-    known = [weight for weight in weights if weight is not None]
-    mean = sum(known) / len(known) if known else 1
-    return [mean if weight is None else weight for weight in weights]
-
-
-def _nearest_end(number: int, place: float, weight: float) -> tuple[int, int, int]:
-    return number + (place > weight / 2), 0, 0
-
-
-def _slices(shards: Sequence[Shard], first: tuple[int, int, int], last: tuple[int, int, int]) -> Iterator[Slice]:
-    number, start, before = first
-    while number < last[0]:
-        total = shards[number].samples
-        yield Slice(shards[number], start, None, None if total is None else max(total - before, 0))
-        number, start, before = number + 1, 0, 0
-    if last[1]:
-        yield Slice(shards[number], start, last[1], last[2] - before)
-
-
-def _split_folder(folder: Shard, places: Sequence[float]) -> list[Cut]:
-    """A folder can be cut before any sample but the first."""
-    cuts = {min(max(round(place), 1), (folder.samples or 1) - 1) for place in places}
-    return [(cut, cut) for cut in sorted(cuts) if cut > 0]
-
-
 def _tar_splitter(target: dict[str, int], options: dict[str, Any]) -> Split:
     from clip_batch.samples.tar.scan import scan_tar
 
     def split(tar: Shard, places: Sequence[float]) -> list[Cut]:
         cuts = [cut for cut in scan_tar(tar, options)[0] if 0 < cut[0] < (tar.size or 0)]
         axis = [samples if "samples" in target else byte for byte, samples in cuts]
-        return [cuts[_nearest(axis, place)] for place in places] if cuts else []
+        return [cuts[nearest(axis, place)] for place in places] if cuts else []
 
     return split
-
-
-def _nearest(axis: Sequence[int], place: float) -> int:
-    after = min(bisect_left(axis, place), len(axis) - 1)
-    return after - (after > 0 and place - axis[after - 1] < axis[after] - place)
-
-
-def _count(tars: list[Shard], needed: bool, options: dict[str, Any]) -> list[Shard]:
-    """Counts, if they are needed to pack, or cheap."""
-    from clip_batch.samples.tar.scan import scan_tar
-
-    if needed:
-        return inputs.count_tars(tars, options, lambda tar: scan_tar(tar, options)[1])
-    cheap = len(tars) <= inputs.CHEAP_COUNTS and all(is_local(tar.url) for tar in tars)
-    return inputs.count_tars(tars, options, lambda tar: None) if cheap else tars
 
 
 def _target(config: PlanConfig) -> dict[str, int]:
@@ -326,7 +234,7 @@ def _differences(
     ]
     kinds = (("added", [url for url in new if url not in old]), ("removed", [url for url in old if url not in new]))
     found = [
-        f"{len(urls)} inputs {kind}: {inputs.some(urls, 3)}" for kind, urls in (*kinds, ("changed", changed)) if urls
+        f"{len(urls)} inputs {kind}: {specs.some(urls, 3)}" for kind, urls in (*kinds, ("changed", changed)) if urls
     ]
     if not found and list(old) != list(new):
         found.append("inputs in another order")

@@ -8,10 +8,7 @@ SPECs, a brace pattern's in its own, a glob's and a folder's sorted.
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import hashlib
-import json
 import os
 import re
 import shlex
@@ -19,8 +16,6 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from clip_batch.errors import ConfigError, InputError
@@ -29,7 +24,7 @@ from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.retry import ask
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import etag_of
-from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Plan, Sample, Shard, Slice
+from clip_batch.types import Shard
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 """What a folder is searched for."""
@@ -40,15 +35,7 @@ SIDE_CARS = ("_stats.json", ".parquet")
 THREADS = 32
 """Requests in flight: a stat or HEAD waits, it does not work."""
 
-CHEAP_COUNTS = 100_000
-"""Up to this many local tars, side-cars are read though no one asked for counts (20 us each)."""
 
-SCHEMA_SHARDS, SCHEMA_SAMPLES = 32, 20
-"""How many shards, and samples of each, the JSON schema is inferred from."""
-
-_SCHEMA_BYTES = 8 * 2**20
-_MOST_FIELDS = 256
-_TAKEN = {*KEY_COLUMNS, EXTRA_COLUMN, "partition", "row"}
 _LONGEST_RANGE = 10_000_000
 
 T = TypeVar("T")
@@ -215,7 +202,7 @@ def _shards(entries: Iterable[Entry], folders: bool, options: Options) -> list[S
 def _look(names: Sequence[str], options: Options) -> Iterable[Entry]:
     """Entries of exact names, in order; InputError names all that are missing."""
     missing: list[str] = []
-    entries = _threaded(_stat if is_local(names[0]) else _info(names[0], options), names)
+    entries = threaded(_stat if is_local(names[0]) else _info(names[0], options), names)
     for name, entry in zip(names, entries, strict=True):
         if entry is None:
             missing.append(name)
@@ -299,113 +286,10 @@ def _listing(url: str, call: str, options: Options) -> list[Entry]:
     return sorted(_entry(prefix + name, found.pop(name)) for name in list(found))
 
 
-def _threaded(work: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
+def threaded(work: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
     """`map` over threads, in order, several items a task so that a million items stay cheap."""
     step = max(1, min(256, len(items) // THREADS))
     with ThreadPoolExecutor(min(THREADS, len(items))) as pool:
         chunks = (items[at : at + step] for at in range(0, len(items), step))
         for results in pool.map(lambda chunk: [work(item) for item in chunk], chunks):
             yield from results
-
-
-def count_tars(shards: Sequence[Shard], options: Options, scan: Callable[[Shard], int | None]) -> list[Shard]:
-    """The shards with `samples` from img2dataset's side-cars, else from `scan`."""
-
-    def count(shard: Shard) -> Shard:
-        samples = _side_car(shard.url, options)
-        return replace(shard, samples=scan(shard) if samples is None else samples)
-
-    return list(_threaded(count, shards))
-
-
-def count_folder(folder: Shard, images: Sequence[str], captions: Sequence[str], options: Options) -> Shard:
-    """A folder with its number of samples, and a version made of their names."""
-    from clip_batch.samples.files import list_samples
-
-    found = list_samples(folder.url, tuple(images), tuple(captions), options)
-    if not found:
-        raise InputError(f"{folder.url} holds no sample with extensions {' '.join(images)}: name another folder")
-    return replace(folder, samples=len(found), etag=hashlib.sha256(repr(found).encode()).hexdigest()[:16])
-
-
-def _side_car(url: str, options: Options) -> int | None:
-    """Successes of NAME_stats.json, else the rows of NAME.parquet whose status is success, else None."""
-    folder, _, name = url.rpartition("/")
-    suffix = next((suffix for suffix in reversed(TAR_SUFFIXES) if name.endswith(suffix)), "")
-    stem = name.removesuffix(suffix)
-    store = Store(folder or "/", options)
-    try:
-        count = json.loads(store.read(stem + SIDE_CARS[0]))["successes"]
-        return count if isinstance(count, int) else None
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    try:
-        with store.open(stem + SIDE_CARS[1]) as file:
-            return _count_rows(file)
-    except (OSError, ValueError):  # pyarrow's errors are ValueErrors
-        return None
-
-
-def _count_rows(file: Any) -> int:
-    from clip_batch.storage.arrow import ParquetFile
-
-    table = ParquetFile(file)
-    if "status" not in table.schema.names:
-        return int(table.metadata.num_rows)
-    return sum(piece["status"].to_pylist().count("success") for piece in table.pieces(65_536, ["status"]))
-
-
-def sample_fields(shards: Sequence[Shard], draft: Plan, options: Options) -> dict[str, str]:
-    """The schema of the JSON side-cars, from the first samples of shards spread over the input.
-
-    What cannot be read adds nothing: `embed` reports it, sample by sample.
-    """
-    from clip_batch.samples import read_slice
-
-    def records(shard: Shard) -> list[dict[str, Any]]:
-        found = []
-        # A remote tar is asked for its first bytes only; a gz must be read from the start anyway.
-        near = is_local(shard.url) or shard.url.endswith("gz") or (shard.size or 0) <= _SCHEMA_BYTES
-        stop = SCHEMA_SAMPLES if draft.format == "files" else None if near else _SCHEMA_BYTES
-        with contextlib.suppress(Exception):
-            for item in islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES):
-                with contextlib.suppress(ValueError, RecursionError):
-                    value = json.loads(item.json) if isinstance(item, Sample) and item.json else None
-                    found += [value] if isinstance(value, dict) else []
-        return found
-
-    count = min(len(shards), SCHEMA_SHARDS)
-    spread = [shards[(len(shards) - 1) * k // max(count - 1, 1)] for k in range(count)]
-    return infer_fields(record for found in _threaded(records, spread) for record in found)
-
-
-def infer_fields(records: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Field -> "string", "int64", "double", "bool" or "json", sorted by name.
-
-    Whole numbers and fractions mix to double; any other mix, lists, objects and whole numbers
-    beyond 64 bits are json; nothing but null is string. Left to the `extra` column: names that
-    are metadata columns already, names that UTF-8 cannot hold, and all but the commonest 256.
-    """
-    kinds: dict[str, set[str]] = {}
-    seen: Counter[str] = Counter()
-    for record in records:
-        for name, value in record.items():
-            kinds.setdefault(name, set()).add(_kind(value))
-            seen[name] += 1
-    commonest = sorted(kinds, key=lambda name: (-seen[name], name))
-    fit = [name for name in commonest if name not in _TAKEN and name.isprintable() and name][:_MOST_FIELDS]
-    return {name: _merge(kinds[name] - {"null"}) for name in sorted(fit)}
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return "int64" if -(2**63) <= value < 2**63 else "json"
-    return {type(None): "null", bool: "bool", float: "double", str: "string"}.get(type(value), "json")
-
-
-def _merge(kinds: set[str]) -> str:
-    if len(kinds) == 1:
-        return next(iter(kinds))
-    return "string" if not kinds else "double" if kinds == {"int64", "double"} else "json"

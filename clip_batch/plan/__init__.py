@@ -1,0 +1,1 @@
+"""The frozen plan: what `--input` names, packed into partitions."""
