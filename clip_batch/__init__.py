@@ -14,9 +14,9 @@ from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, SearchConfig
 if TYPE_CHECKING:
     from clip_batch.client import Client
     from clip_batch.dataset import FilteredDataset
+    from clip_batch.embeddings.embed import embed
+    from clip_batch.index.merge.merge import merge
     from clip_batch.plan.plan import make_plan
-    from clip_batch.stages.embed import embed
-    from clip_batch.stages.merge import merge
     from clip_batch.stages.search import Searcher
 
 __version__ = "0.1.0"

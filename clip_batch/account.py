@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_batch import part
 from clip_batch.download import table_name
+from clip_batch.embeddings.commits import HOME, read_commits
 from clip_batch.errors import CorruptError, one_line
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.store import Store
@@ -90,12 +90,12 @@ def _of_embed(frozen: UrlList, output: Store) -> tuple[npt.NDArray[np.uint8], di
     """How often each URL was embedded (n,): 0 or 1; and (reason, message) of those whose image it could not use."""
     embedded, unreadable = np.zeros(frozen.urls, np.uint8), dict[int, tuple[str, str]]()
     count = 0
-    for commit in part.read_commits(output).values():
+    for commit in read_commits(output).values():
         if name := commit.file("metadata"):
             with output.open(name) as file:
                 numbers = frozen.rows(ParquetFile(file).read(["key"])["key"])
             np.add.at(embedded, numbers, 1)
-        if name := commit.file(f"{part.HOME}/failures"):
+        if name := commit.file(f"{HOME}/failures"):
             with output.open(name) as file:
                 table = ParquetFile(file).read()
             told = [row for row in table.to_pylist() if row["key"] is not None]  # others are of a shard

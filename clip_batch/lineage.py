@@ -16,15 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.config import StorageConfig
+from clip_batch.embeddings.commits import read_commits
+from clip_batch.embeddings.reader import FOLDER
 from clip_batch.errors import ConfigError, CorruptError, InputError
-from clip_batch.manifest import IndexShard, Manifest, Source
-from clip_batch.part import read_commits
+from clip_batch.index.manifest import IndexShard, Manifest, Source
 from clip_batch.plan.plan import count_partitions
+from clip_batch.storage.npy import npy_header
 from clip_batch.storage.retry import Unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import has_ranges, read_range
 from clip_batch.types import partition_name
-from clip_batch.vectors import FOLDER, npy_header
 
 Vectors = npt.NDArray[np.float32]
 
@@ -143,7 +144,7 @@ def _committed(store: Store, origin: Source, folder: str, partition: int) -> str
 
 
 def _numbered(store: Store, origin: Source, folder: str, partition: int) -> str:
-    """The npy file of that number, in a folder without commits (see `clip_batch.foreign`)."""
+    """The npy file of that number, in a folder without commits (see `clip_batch.embeddings.clip_retrieval`)."""
     pattern = rf"{folder}_0*{partition}(-[0-9a-f]{{8}})?\.npy"
     if len(found := [name for name in store.list(folder) if re.fullmatch(pattern, name)]) != 1:
         raise CorruptError(f"{store.display(folder)} has {len(found)} files of number {partition}: merge again")

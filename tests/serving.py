@@ -16,10 +16,10 @@ from typing import Any
 from fastapi.testclient import TestClient
 
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, ServeConfig, StorageConfig
+from clip_batch.index.merge.merge import merge
 from clip_batch.launch.local import run_worker
 from clip_batch.plan.plan import make_plan
 from clip_batch.serve.app import create_app
-from clip_batch.stages.merge import merge
 from tests.corpus import good_tar
 from tests.processes import free_ports
 

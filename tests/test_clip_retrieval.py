@@ -19,13 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_batch import foreign, index, tombstones, vectors
-from clip_batch.concatenate import concatenate
 from clip_batch.config import MergeConfig, SearchConfig
+from clip_batch.embeddings import reader
+from clip_batch.embeddings.clip_retrieval import Foreign, is_folder, open_folder
 from clip_batch.errors import ConfigError, CorruptError, EncoderError
 from clip_batch.export.clip_retrieval import export_clip_retrieval
-from clip_batch.metadata import open_table
-from clip_batch.stages.merge import merge
+from clip_batch.index import removals
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann.concatenate import concatenate
+from clip_batch.index.merge.merge import merge
+from clip_batch.index.metadata import open_table
+from clip_batch.search.clip_retrieval import is_index, open_index
 from clip_batch.stages.search import Searcher
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
@@ -63,8 +67,8 @@ def theirs(tmp_path: Path) -> Path:
     return tmp_path / "theirs"
 
 
-def read(folder: Path) -> foreign.Foreign:
-    return foreign.open_folder(Store(str(folder)), ENCODER)
+def read(folder: Path) -> Foreign:
+    return open_folder(Store(str(folder)), ENCODER)
 
 
 def test_rows_are_in_the_order_of_the_numbers(theirs: Path) -> None:
@@ -72,16 +76,16 @@ def test_rows_are_in_the_order_of_the_numbers(theirs: Path) -> None:
     images, texts = clustered(550, DIM, 8)
     assert (source.rows, source.dim, source.verified) == (550, DIM, False)
     assert [commit.partition for commit in source.commits] == list(range(11))
-    assert vectors.check_files(source, ("image", "text")) == [50] * 11
-    vectors.check_all(source, ("image", "text"))
+    assert reader.check_files(source, ("image", "text")) == [50] * 11
+    reader.check_all(source, ("image", "text"))
     for kind, wanted in (("image", images), ("text", texts)):
-        assert np.array_equal(vectors.read_vectors(source, kind, 30, 530), wanted[30:530].astype(np.float16))
-    rows, drawn = vectors.draw(source, "image", [50] * 11, 200, seed=1)
+        assert np.array_equal(reader.read_vectors(source, kind, 30, 530), wanted[30:530].astype(np.float16))
+    rows, drawn = reader.draw(source, "image", [50] * 11, 200, seed=1)
     assert np.array_equal(drawn, images[rows].astype(np.float16))
 
 
 def test_metadata_gets_one_schema(theirs: Path) -> None:
-    table = pa.concat_tables(vectors.read_metadata(read(theirs), 40, 210))
+    table = pa.concat_tables(reader.read_metadata(read(theirs), 40, 210))
     assert table.schema.names[:5] == ["key", "shard", "offset", "length", "caption"]
     assert table.schema.names[-2:] == ["partition", "row"]
     assert "__index_level_0__" not in table.schema.names
@@ -112,9 +116,9 @@ def test_one_modality_without_metadata(theirs: Path, kind: str) -> None:
         shutil.rmtree(theirs / folder)
     source = read(theirs)
     modality = "image" if kind == "img_emb" else "text"
-    assert vectors.check_files(source, (modality,)) == [50] * 11
-    vectors.check_all(source, (modality,))
-    table = pa.concat_tables(vectors.read_metadata(source, 549, 550))
+    assert reader.check_files(source, (modality,)) == [50] * 11
+    reader.check_all(source, (modality,))
+    table = pa.concat_tables(reader.read_metadata(source, 549, 550))
     shard = str(theirs / kind / f"{kind}_10.npy")
     assert table.to_pylist()[0] == {
         "key": "49", "shard": shard, "offset": None, "length": None, "caption": None, "partition": 10, "row": 49,
@@ -125,15 +129,15 @@ def test_our_own_folder_without_its_commits_keeps_its_metadata(tmp_path: Path) -
     images, texts = clustered(sum(SIZES), DIM, 8)
     texts[::7] = 0
     plan = make_out(tmp_path / "out", images, texts, SIZES)
-    ours = vectors.open_embeddings(Store(str(tmp_path / "out")), plan)
+    ours = reader.open_embeddings(Store(str(tmp_path / "out")), plan)
     shutil.copytree(tmp_path / "out", tmp_path / "copy", ignore=shutil.ignore_patterns("_clip_batch"))
-    assert not foreign.is_folder(ours.store)
-    assert foreign.is_folder(Store(str(tmp_path / "copy")))
+    assert not is_folder(ours.store)
+    assert is_folder(Store(str(tmp_path / "copy")))
     source = read(tmp_path / "copy")
-    assert vectors.check_files(source, ("image", "text")) == vectors.check_files(ours, ("image", "text"))
-    vectors.check_all(source, ("image", "text"))
-    wanted = pa.concat_tables(vectors.read_metadata(ours, 0, ours.rows)).to_pylist()
-    assert pa.concat_tables(vectors.read_metadata(source, 0, ours.rows)).to_pylist() == wanted
+    assert reader.check_files(source, ("image", "text")) == reader.check_files(ours, ("image", "text"))
+    reader.check_all(source, ("image", "text"))
+    wanted = pa.concat_tables(reader.read_metadata(ours, 0, ours.rows)).to_pylist()
+    assert pa.concat_tables(reader.read_metadata(source, 0, ours.rows)).to_pylist() == wanted
 
 
 def test_a_changed_file_changes_its_tag(theirs: Path) -> None:
@@ -205,7 +209,7 @@ def test_rows_that_are_not_unit_are_refused_by_name(theirs: Path, value: float, 
     rows[7, 0] = value
     np.save(path, rows)
     with pytest.raises(CorruptError, match=rf"img_emb_3.npy: row 7 has norm {norm}, not 1: write that file again"):
-        vectors.check_all(read(theirs), ("image",))
+        reader.check_all(read(theirs), ("image",))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -230,38 +234,38 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gone", [[], [3, 299, 300, 601]])
 def test_one_index_of_many_finds_what_they_find(tmp_path: Path, key: str, exact: bool, gone: list[int]) -> None:
     images, queries = clustered(900, DIM, 8)
-    template = index.train(key, images)
-    index.write(template, str(tmp_path / "template"))
+    template = faiss_index.train(key, images)
+    faiss_index.write(template, str(tmp_path / "template"))
     parts, present = [], np.arange(900) % 300 >= 2  # as texts without a caption
     for shard in range(3):
-        made = index.with_ids(index.read(str(tmp_path / "template")))
+        made = faiss_index.with_ids(faiss_index.read(str(tmp_path / "template")))
         rows = np.flatnonzero(present[300 * shard : 300 * (shard + 1)])
-        index.add(made, images[300 * shard + rows], rows)
-        index.write(made, str(tmp_path / f"{shard}"))
-        parts.append((index.read(str(tmp_path / f"{shard}"), mapped=True), 300 * shard))
+        faiss_index.add(made, images[300 * shard + rows], rows)
+        faiss_index.write(made, str(tmp_path / f"{shard}"))
+        parts.append((faiss_index.read(str(tmp_path / f"{shard}"), mapped=True), 300 * shard))
     removed = np.array(gone, dtype=np.int64)
     effort = 512 if key.startswith("HNSW") else 16
-    scores, ids = zip(*(index.search(part, queries[:50], 20, effort, removed[removed // 300 == i] - offset)
+    scores, ids = zip(*(faiss_index.search(part, queries[:50], 20, effort, removed[removed // 300 == i] - offset)
                         for i, (part, offset) in enumerate(parts)), strict=True)  # fmt: skip
     scores, ids = np.hstack(scores), np.hstack([one + 300 * i for i, one in enumerate(ids)])
     best = np.argsort(-scores, axis=1, kind="stable")[:, :10]
     wanted = np.take_along_axis(ids, best, 1)
     concatenate(parts, removed, effort, str(tmp_path / "whole"))
-    whole = index.read(str(tmp_path / "whole"))
+    whole = faiss_index.read(str(tmp_path / "whole"))
     assert whole.ntotal == present.sum() - len(removed[present[removed]])
-    found = index.search(whole, queries[:50], 10)[1]  # with the effort of the file
+    found = faiss_index.search(whole, queries[:50], 10)[1]  # with the effort of the file
     assert np.mean(found == wanted) > (0.999 if exact else 0.9)
-    everything = index.search(whole, queries[:1], 900, 900)[1]
+    everything = faiss_index.search(whole, queries[:1], 900, 900)[1]
     assert not np.isin(everything, removed).any()
     for row in (2, 302, 899):
-        index.prepare_reconstruct(whole)
-        assert index.reconstruct(whole, row) is not None
+        faiss_index.prepare_reconstruct(whole)
+        assert faiss_index.reconstruct(whole, row) is not None
 
 
 def test_fast_scan_codes_are_refused_by_name(tmp_path: Path) -> None:
     images, _ = clustered(900, DIM, 8)
-    made = index.train("IVF16,PQ4x4fs", images)
-    index.add(made, images, np.arange(900))
+    made = faiss_index.train("IVF16,PQ4x4fs", images)
+    faiss_index.add(made, images, np.arange(900))
     with pytest.raises(ConfigError, match="fast-scan codes cannot be exported"):
         concatenate([(made, 0)], np.empty(0, dtype=np.int64), 4, str(tmp_path / "whole"))
     assert not (tmp_path / "whole").exists()
@@ -274,7 +278,7 @@ def ours(tmp_path: Path) -> Path:
     texts[::7] = 0
     make_out(tmp_path / "out", images, texts, SIZES)
     merge(str(tmp_path / "out"), str(tmp_path / "index"), MergeConfig(shard_rows=200, queries=20))
-    tombstones.add(Store(str(tmp_path / "index")), "key", ["0-5", "3-70", "2-1"])
+    removals.add(Store(str(tmp_path / "index")), "key", ["0-5", "3-70", "2-1"])
     return tmp_path / "index"
 
 
@@ -297,7 +301,7 @@ def test_an_export_has_the_rows_and_vectors_of_the_index(ours: Path, tmp_path: P
                 assert row == {**kept, "image_path": kept["key"]}
         for modality in ("image", "text"):
             scores, ids = searcher.search_ids(queries, 10, modality)
-            found = index.search(index.read(str(tmp_path / f"export/{modality}.index")), queries, 10)
+            found = faiss_index.search(faiss_index.read(str(tmp_path / f"export/{modality}.index")), queries, 10)
             assert np.array_equal(found[1], ids)
             assert np.allclose(found[0], scores, atol=1e-6)
     with pytest.raises(ConfigError, match="is there already"):
@@ -316,8 +320,8 @@ def test_an_index_on_disk_is_exported_as_one_file(tmp_path: Path) -> None:
     with Searcher(str(tmp_path / "index")) as searcher:
         wanted = searcher.search_ids(texts[:30], 10)[1]
     shutil.rmtree(tmp_path / "index")
-    whole = index.read(str(tmp_path / "export/image.index"))
-    assert np.array_equal(index.search(whole, texts[:30], 10)[1], wanted)
+    whole = faiss_index.read(str(tmp_path / "export/image.index"))
+    assert np.array_equal(faiss_index.search(whole, texts[:30], 10)[1], wanted)
 
 
 @pytest.fixture
@@ -326,31 +330,31 @@ def their_index(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(theirs / "metadata", tmp_path / "their_index/metadata")
     for kind in ("img", "text"):
-        vectors = np.concatenate([np.load(file) for file in sorted((theirs / f"{kind}_emb").iterdir())])
-        made = index.train("HNSW15", vectors.astype(np.float32))
-        index.add(made, vectors.astype(np.float32), np.arange(len(vectors)))
-        index.write(made, str(tmp_path / f"their_index/{'image' if kind == 'img' else kind}.index"))
+        reader = np.concatenate([np.load(file) for file in sorted((theirs / f"{kind}_emb").iterdir())])
+        made = faiss_index.train("HNSW15", reader.astype(np.float32))
+        faiss_index.add(made, reader.astype(np.float32), np.arange(len(reader)))
+        faiss_index.write(made, str(tmp_path / f"their_index/{'image' if kind == 'img' else kind}.index"))
     (tmp_path / "their_index/image.json").write_text('{"index_key": "HNSW15", "nb vectors": 550}')
     return tmp_path / "their_index"
 
 
 def test_their_index_reads_as_one_shard(their_index: Path, tmp_path: Path) -> None:
     store = Store(str(their_index))
-    assert foreign.is_index(store)
-    opened = foreign.open_index(store, "fake:16")
+    assert is_index(store)
+    opened = open_index(store, "fake:16")
     manifest = opened.manifest
     assert (manifest.rows, manifest.dim, len(manifest.shards)) == (550, DIM, 1)
     assert manifest.key == {"image": "HNSW15", "text": "unknown"}
     assert manifest.effort == {"image": None, "text": None}
     assert manifest.encoder == EncoderSpec("fake:16", "", "")
-    assert foreign.open_index(store).manifest.encoder.pretrained == "openai"
+    assert open_index(store).manifest.encoder.pretrained == "openai"
     table = open_table(opened.files[f"{manifest.version}/metadata/0000.arrow"])
     parts = [0, 1, 10, *range(2, 10)]
     assert table.take(range(550), ["key"])["key"].to_pylist() == [f"{50 * p + i:09d}" for p in parts for i in range(50)]
     assert table.take([149], ["partition", "row"]).to_pylist() == [{"partition": 10, "row": 49}]
     images = clustered(550, DIM, 8)[0]
-    made = index.read(opened.files[f"{manifest.version}/image/0000.index"], mapped=True)
-    ids = index.search(made, images, 1, manifest.effort["image"])[1][:, 0]
+    made = faiss_index.read(opened.files[f"{manifest.version}/image/0000.index"], mapped=True)
+    ids = faiss_index.search(made, images, 1, manifest.effort["image"])[1][:, 0]
     keys = table.take(ids, ["key"])["key"].to_pylist()
     assert np.mean([int(key) == row for row, key in enumerate(keys)]) > 0.99
     with Searcher(str(their_index), config=SearchConfig(model="fake:16")) as searcher:
@@ -362,7 +366,7 @@ def test_their_index_reads_as_one_shard(their_index: Path, tmp_path: Path) -> No
 
 def test_their_metadata_is_converted_once_for_each_state(their_index: Path, tmp_path: Path) -> None:
     def converted() -> tuple[str, int]:
-        foreign.open_index(Store(str(their_index)))
+        open_index(Store(str(their_index)))
         (file,) = (tmp_path / "cache/clip_batch/clip-retrieval").iterdir()
         return file.name, file.stat().st_mtime_ns
 
@@ -376,16 +380,16 @@ def test_what_is_wrong_in_their_index_is_refused_by_name(their_index: Path) -> N
     store = Store(str(their_index))
     (their_index / "metadata/metadata_4.parquet").unlink()
     with pytest.raises(CorruptError, match=r"image.index has 550 rows, .*metadata has 500"):
-        foreign.open_index(store)
+        open_index(store)
     shutil.rmtree(their_index / "metadata")
     with pytest.raises(ConfigError, match="metadata has no Parquet files"):
-        foreign.open_index(store)
+        open_index(store)
     (their_index / "text.index").unlink()
     (their_index / "text.index").mkdir()
     (their_index / "text.index/populated.index").touch()
     with pytest.raises(ConfigError, match=r"text.index is a folder"):
-        foreign.open_index(store)
-    assert not foreign.is_index(Store(str(their_index / "nowhere")))
+        open_index(store)
+    assert not is_index(Store(str(their_index / "nowhere")))
 
 
 def test_merge_reads_a_folder_without_commits(theirs: Path, tmp_path: Path) -> None:
@@ -401,22 +405,22 @@ def test_merge_reads_a_folder_without_commits(theirs: Path, tmp_path: Path) -> N
 
 
 def test_what_is_added_is_of_the_encoder_that_was_named(theirs: Path, tmp_path: Path) -> None:
-    index, later = str(tmp_path / "index"), shutil.copytree(theirs, str(tmp_path / "later"))
+    faiss_index, later = str(tmp_path / "index"), shutil.copytree(theirs, str(tmp_path / "later"))
     for folder in ("img_emb", "text_emb", "metadata"):
         next(Path(later, folder).glob("*_0.*")).unlink()
-    merge(str(theirs), index, MergeConfig(queries=20, made_by=["fake:16", "one"]))
+    merge(str(theirs), faiss_index, MergeConfig(queries=20, made_by=["fake:16", "one"]))
     with pytest.raises(ConfigError, match="encoder fake:16 two"):
-        merge(later, index, MergeConfig(queries=20, add=True, made_by=["fake:16", "two"]))
-    again = merge(later, index, MergeConfig(queries=20, add=True, made_by=["fake:16", "one"]))
+        merge(later, faiss_index, MergeConfig(queries=20, add=True, made_by=["fake:16", "two"]))
+    again = merge(later, faiss_index, MergeConfig(queries=20, add=True, made_by=["fake:16", "one"]))
     assert again.rows == 1050
 
 
 def test_the_encoder_of_what_clip_retrieval_made_can_be_named_later(theirs: Path, tmp_path: Path) -> None:
-    index = str(tmp_path / "index")
-    merge(str(theirs), index, MergeConfig(queries=20, made_by=["of-another-time"]))
-    with Searcher(index) as searcher, pytest.raises(EncoderError):
+    faiss_index = str(tmp_path / "index")
+    merge(str(theirs), faiss_index, MergeConfig(queries=20, made_by=["of-another-time"]))
+    with Searcher(faiss_index) as searcher, pytest.raises(EncoderError):
         searcher.encode_text(["a"])
-    with Searcher(index, config=SearchConfig(model="fake:16")) as searcher:
+    with Searcher(faiss_index, config=SearchConfig(model="fake:16")) as searcher:
         assert searcher.encode_text(["a"]).shape == (1, 16)
 
 
@@ -444,15 +448,15 @@ def test_an_index_of_clip_retrieval_itself(
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    opened = foreign.open_index(Store(str(tmp_path / "at")))
+    opened = open_index(Store(str(tmp_path / "at")))
     manifest = opened.manifest
     assert manifest.rows == 2000
     assert set(manifest.key) == {"image", "text"}
     assert "unknown" not in manifest.key.values()
     table = open_table(opened.files[f"{manifest.version}/metadata/0000.arrow"])
     for modality, queries in (("image", images), ("text", texts)):
-        made = index.read(opened.files[f"{manifest.version}/{modality}/0000.index"], mapped=True)
-        ids = index.search(made, queries, 1, manifest.effort[modality])[1][:, 0]
+        made = faiss_index.read(opened.files[f"{manifest.version}/{modality}/0000.index"], mapped=True)
+        ids = faiss_index.search(made, queries, 1, manifest.effort[modality])[1][:, 0]
         keys = table.take(ids, ["key"])["key"].to_pylist()
         assert keys == [f"{part}-{row}" for part in range(12) for row in range(180 if part < 11 else 20)]
 

@@ -28,15 +28,15 @@ from clip_batch.databases.sql import Record, Sql
 from clip_batch.errors import ConfigError, DatabaseError
 from clip_batch.export.databases import describe, export_milvus, export_sql
 from clip_batch.export.rows import VectorRows
-from clip_batch.manifest import current_version
+from clip_batch.index.manifest import current_version
+from clip_batch.index.merge.merge import merge
+from clip_batch.index.versions import remove
 from clip_batch.serve.app import create_app
 from clip_batch.serve.databases import DatabaseBackend
 from clip_batch.serve.schema import Filter
-from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
-from clip_batch.stages.versions import remove
+from clip_batch.storage.npy import unit
 from clip_batch.storage.store import Store
-from clip_batch.vectors import unit
 from tests.corpus import jpeg, write_tar
 from tests.database_servers import PASSWORD
 from tests.database_servers import mariadb as mariadb

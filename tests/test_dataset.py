@@ -31,7 +31,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from clip_batch import FilteredDataset
-from clip_batch import index as faiss_index
 from clip_batch.config import StorageConfig
 from clip_batch.dataset import Query, deal, together
 from clip_batch.dataset.fetch import Fetch
@@ -39,6 +38,7 @@ from clip_batch.dataset.select import mix
 from clip_batch.demo import data
 from clip_batch.errors import ConfigError, InputError
 from clip_batch.filter import filter_rows
+from clip_batch.index.ann import faiss_index
 from clip_batch.stages.search import Searcher
 from clip_batch.storage.store import Store
 from tests import ROOT, corpus
@@ -670,9 +670,9 @@ def corpus_bytes(folder: Path, n: int) -> bytes:
 
 def index_of_remote(tar: str, folder: Path, storage: StorageConfig) -> str:
     from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig
+    from clip_batch.index.merge.merge import merge
     from clip_batch.launch.local import run_worker
     from clip_batch.plan.plan import make_plan
-    from clip_batch.stages.merge import merge
 
     output, index = str(folder / "out"), str(folder / "index")
     make_plan(PlanConfig(input=[tar], model="fake:8"), output, storage)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_batch import part
-from clip_batch.manifest import load_manifest
+from clip_batch.embeddings.commits import committed, read_commits
+from clip_batch.index.manifest import load_manifest
 from clip_batch.stages.search import Searcher
 from clip_batch.storage.store import Store
 from tests import ROOT
@@ -95,18 +95,18 @@ def test_every_row_finds_itself_after_kill_and_resume_with_other_slots(folder: P
         [sys.executable, "-m", "clip_batch", "worker", "--output", out, "--slot", "0", "--slots", "1"],
         stderr=subprocess.DEVNULL,
     )
-    while not part.committed(Store(out)) and process.poll() is None:
+    while not committed(Store(out)) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = part.committed(Store(out))
+    done = committed(Store(out))
     assert 0 < len(done) < 20
     for slot in range(3):
         run("worker", "--output", out, "--slot", str(slot), "--slots", "3")
     run("merge", "--output", out, "--index", index, "--shard-rows", "700")
     store = Store(out)
     where = {}
-    for number, commit in part.read_commits(store).items():
+    for number, commit in read_commits(store).items():
         for row, vector in enumerate(np.load(store.path(commit.file("img_emb") or "")).astype(np.float32)):
             where[number, row] = vector
     assert len(where) == 1911

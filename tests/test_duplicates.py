@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch import duplicates, index, vectors
-from clip_batch.duplicates import Duplicates, find, write_report
+from clip_batch.embeddings import reader
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.merge import duplicates
+from clip_batch.index.merge.duplicates import Duplicates, find, write_report
 from clip_batch.storage.store import Store
 from tests.fabricated import Vectors, make_out, unit
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    index.use_threads(1)
+    faiss_index.use_threads(1)
 
 
 def crowded(rows: int, dim: int, seed: int, share: float = 0.5) -> Vectors:
@@ -31,9 +33,9 @@ def crowded(rows: int, dim: int, seed: int, share: float = 0.5) -> Vectors:
     return made.astype(np.float16).astype(np.float32)
 
 
-def opened(folder: str | Path, images: Vectors, sizes: list[int], texts: Vectors | None = None) -> vectors.Embeddings:
+def opened(folder: str | Path, images: Vectors, sizes: list[int], texts: Vectors | None = None) -> reader.Embeddings:
     plan = make_out(folder, images, images if texts is None else texts, sizes)
-    return vectors.open_embeddings(Store(str(folder)), plan)
+    return reader.open_embeddings(Store(str(folder)), plan)
 
 
 def greedy(images: Vectors, lists: np.ndarray, threshold: float) -> tuple[list[int], list[int], list[float]]:
@@ -67,9 +69,9 @@ def same(found: Duplicates, wanted: tuple[list[int], list[int], list[float]]) ->
     assert (found.rows.dtype, found.kept.dtype, found.score.dtype) == (np.int64, np.int64, np.float32)
 
 
-def cells(count: int, dim: int) -> tuple[Vectors, duplicates.Callable[[Vectors], vectors.Rows]]:
+def cells(count: int, dim: int) -> tuple[Vectors, duplicates.Callable[[Vectors], reader.Rows]]:
     centroids = unit(np.random.default_rng(7).standard_normal((count, dim)))
-    return centroids, lambda block: index.assign_nearest(centroids, block)
+    return centroids, lambda block: faiss_index.assign_nearest(centroids, block)
 
 
 @settings(max_examples=40)
@@ -123,7 +125,7 @@ def test_equal_rows_are_found_in_different_lists(tmp_path: Path) -> None:
     scatter = iter(range(10_000))
     lines: list[str] = []
 
-    def assign(block: Vectors) -> vectors.Rows:
+    def assign(block: Vectors) -> reader.Rows:
         return np.array([next(scatter) for _ in block])
 
     source = opened(tmp_path, images, [20, 40])
@@ -199,7 +201,9 @@ def test_few_near_pairs_are_missed_on_the_border_of_lists(tmp_path: Path) -> Non
     first = unit(rng.standard_normal((1000, 32)))
     images = unit(np.concatenate([first, first + rng.standard_normal((1000, 32)) * 0.1 / 32**0.5]))
     images = images.astype(np.float16).astype(np.float32)
-    centroids = index.cluster(images, 20)
-    found = find(opened(tmp_path, images, [2000]), "image", lambda block: index.assign_nearest(centroids, block), 0.98)
+    centroids = faiss_index.cluster(images, 20)
+    found = find(
+        opened(tmp_path, images, [2000]), "image", lambda block: faiss_index.assign_nearest(centroids, block), 0.98
+    )
     assert 850 < len(found.rows) <= 1000
     assert (found.kept == found.rows - 1000).all()

@@ -21,19 +21,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch import encoders, part
+from clip_batch import encoders
 from clip_batch.config import EmbedConfig, PlanConfig
+from clip_batch.embeddings.commits import committed, read_commits
+from clip_batch.embeddings.embed import Outcome, embed
+from clip_batch.embeddings.metadata import metadata_row, metadata_schema
+from clip_batch.embeddings.repair import gc, repair
+from clip_batch.embeddings.slots import Slot, partitions
+from clip_batch.embeddings.status import status
+from clip_batch.embeddings.verify import verify_output
+from clip_batch.embeddings.workers import Run, read_records
 from clip_batch.errors import EncoderError, PlanError, Preempted
-from clip_batch.part import committed
 from clip_batch.plan.plan import load_plan, make_plan
-from clip_batch.slots import Slot, partitions
-from clip_batch.stages.embed import Outcome, embed
-from clip_batch.stages.repair import gc, repair
-from clip_batch.stages.status import status
-from clip_batch.stages.verify import verify_output
 from clip_batch.storage.store import Store
 from clip_batch.types import Plan
-from clip_batch.workers import Run, read_records
 from tests import corpus
 
 SMALL = EmbedConfig(batch_size=16, threads=2)
@@ -53,7 +54,7 @@ def rows(out: str) -> list[tuple[str, bytes, bytes]]:
     """Every committed row, in partition order: key and both vectors."""
     store = Store(out)
     found = []
-    for _, commit in sorted(part.read_commits(store).items()):
+    for _, commit in sorted(read_commits(store).items()):
         if commit.rows:
             images, texts = (np.load(store.path(commit.file(name) or "")) for name in ("img_emb", "text_emb"))
             keys = pq.read_table(store.path(commit.file("metadata") or ""))["key"].to_pylist()
@@ -117,7 +118,7 @@ def test_vectors_are_unit_and_zero_without_a_caption(tmp_path: Path, out: str) -
     tar = corpus.good_tar(str(tmp_path / "a.tar"), 20, seed=1, captions=[i % 2 == 0 for i in range(20)])
     plan([tar], out)
     embed(out, SMALL)
-    commit = part.read_commits(Store(out))[0]
+    commit = read_commits(Store(out))[0]
     norms = [
         np.linalg.norm(np.load(f"{out}/{commit.file(name)}").astype(np.float32), axis=1)
         for name in ("img_emb", "text_emb")
@@ -177,8 +178,8 @@ def kill_after_a_commit(out: str, pause: float) -> bool:
     """Start a worker, kill -9 it `pause` seconds after its first new commit; whether it was still running."""
     command = [sys.executable, "-m", "clip_batch", "worker", "--output", out, "--slot", "0", "--slots", "1"]
     process = subprocess.Popen([*command, "--batch-size", "4"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    before = part.committed(Store(out))
-    while part.committed(Store(out)) == before and process.poll() is None:
+    before = committed(Store(out))
+    while committed(Store(out)) == before and process.poll() is None:
         time.sleep(0.002)
     time.sleep(pause)
     process.send_signal(signal.SIGKILL)
@@ -240,7 +241,7 @@ def test_stop_keeps_what_is_committed(tars: list[str], out: str) -> None:
     store = Store(out)
 
     def watch() -> None:
-        while not part.committed(store):
+        while not committed(store):
             time.sleep(0.001)
         run.stop.set()
 
@@ -249,7 +250,7 @@ def test_stop_keeps_what_is_committed(tars: list[str], out: str) -> None:
     try:
         embed(out, EmbedConfig(batch_size=1), run=run)
     except Preempted:
-        assert part.committed(store)
+        assert committed(store)
     watcher.join()
     embed(out, SMALL)
     assert len(rows(out)) == 240
@@ -302,11 +303,11 @@ def test_schema_drift_loses_nothing(tmp_path: Path, out: str) -> None:
     names = list(load_plan(Store(out)).fields)
     assert names == ["url", "width"]
     values = {"width": "wide", "url": None, "new": [1, {"deep": "x"}], "caption": "other", "big": 2**70}
-    row = part.metadata_row(next(corpus.samples(first)), "a caption", values, load_plan(Store(out)).fields)
+    row = metadata_row(next(corpus.samples(first)), "a caption", values, load_plan(Store(out)).fields)
     assert row["url"] is None
     assert "width" not in row
     assert json.loads(row["extra"]) == {"width": "wide", "new": [1, {"deep": "x"}], "caption": "other", "big": 2**70}
-    pa.Table.from_pylist([row], schema=part.metadata_schema(load_plan(Store(out)).fields))
+    pa.Table.from_pylist([row], schema=metadata_schema(load_plan(Store(out)).fields))
 
 
 def test_wrong_weights_are_refused(tars: list[str], out: str) -> None:
@@ -325,7 +326,7 @@ def test_damage_is_found_and_repaired(tars: list[str], out: str) -> None:
     embed(out, SMALL)
     before = rows(out)
     store = Store(out)
-    commits = part.read_commits(store)
+    commits = read_commits(store)
     os.truncate(store.path(commits[1].file("img_emb") or ""), 300)
     flip = Path(store.path(commits[2].file("text_emb") or ""))
     data = bytearray(flip.read_bytes())
@@ -366,7 +367,7 @@ def test_a_full_disk_fails_the_partition_and_publishes_nothing(tars: list[str], 
     assert "partition 2 failed: OSError" in limited.stderr
     assert "gives up" in limited.stderr
     assert os.listdir(f"{out}/img_emb") == []
-    assert part.committed(Store(out)) == set()
+    assert committed(Store(out)) == set()
     assert status(Store(out))["failed"] == [0, 1, 2]
     assert {outcome.state for outcome in embed(out, SMALL)} == {"committed"}
     assert len(rows(out)) == 240
@@ -440,7 +441,7 @@ def test_the_zoo_of_bad_input_is_embedded_or_listed(tmp_path: Path, out: str) ->
     assert found["warnings"]["bad_utf8"] == found["warnings"]["bad_json"] == 1
     report = verify_output(Store(out), deep=True)
     assert report.problems == {}
-    commits = part.read_commits(Store(out)).values()
+    commits = read_commits(Store(out)).values()
     table = pa.concat_tables(pq.read_table(f"{out}/{commit.file('metadata')}") for commit in commits if commit.rows)
     rowed = {(row["shard"].rpartition("/")[2], row["key"], row["offset"]): row for row in table.to_pylist()}
     assert len(rowed) == found["rows"]

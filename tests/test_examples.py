@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from clip_batch import footprint, job
 from clip_batch.cli import COMMANDS, main
 from clip_batch.config import parse_bytes
 from clip_batch.config.options import read_file
 from clip_batch.demo import data
+from clip_batch.index.ann import footprint
+from clip_batch.index.merge import job
 from clip_batch.storage.store import Store
 from tests import ROOT
 from tests.s3_server import BUCKET, S3

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from clip_batch import part
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.doctor import doctor
+from clip_batch.embeddings.commits import read_commits
+from clip_batch.embeddings.repair import gc, repair
+from clip_batch.embeddings.verify import verify_output
 from clip_batch.errors import InputError
+from clip_batch.index.merge.merge import merge
+from clip_batch.index.verify import verify_index
+from clip_batch.index.versions import drop, remove, use, versions
 from clip_batch.samples import read_slice
 from clip_batch.samples.prefetch import Ahead
-from clip_batch.stages.merge import merge
-from clip_batch.stages.repair import gc, repair
-from clip_batch.stages.verify import verify_index, verify_output
-from clip_batch.stages.versions import drop, remove, use, versions
 from clip_batch.storage import retry
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import copy_range, source, version
@@ -208,7 +209,7 @@ def test_what_verify_finds_is_repaired_and_versions_come_and_go(store: Store, gc
     images, texts = fabricated.clustered(80, 8, 4)
     plan = fabricated.make_out(out, images, texts, [40, 40])
     first = merge(out.url, index.url, config, storage).version
-    retired = dict(part.read_commits(out)[1].files)
+    retired = dict(read_commits(out)[1].files)
     gone = next(name for name in retired if name.startswith("img_emb"))
     out.remove(gone)
     assert repair(out, verify_output(out).problems) == [1]

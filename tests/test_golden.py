@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from clip_batch import part
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.demo import data
+from clip_batch.embeddings.commits import read_commits
+from clip_batch.embeddings.embed import embed
+from clip_batch.embeddings.verify import verify_output
 from clip_batch.encoders.embedded import model_path
 from clip_batch.plan.plan import load_plan, make_plan
-from clip_batch.stages.embed import embed
-from clip_batch.stages.verify import verify_output
 from clip_batch.storage.store import Store
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def stacked(out: str, folder: str) -> np.ndarray:
-    commits = sorted(part.read_commits(Store(out)).items())
+    commits = sorted(read_commits(Store(out)).items())
     return np.concatenate([np.load(f"{out}/{commit.file(folder)}") for _, commit in commits]).astype(np.float32)
 
 
@@ -72,7 +72,7 @@ def test_it_is_complete_and_its_metadata_finds_the_bytes(out: str) -> None:
     report = verify_output(Store(out), deep=True)
     assert report.problems == {}
     assert report.rows == 1911
-    commit = part.read_commits(Store(out))[2]
+    commit = read_commits(Store(out))[2]
     row = pq.read_table(f"{out}/{commit.file('metadata')}").slice(7, 1).to_pylist()[0]
     with open(row["shard"], "rb") as file:
         file.seek(row["offset"])

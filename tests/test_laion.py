@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from clip_batch.config import EmbedConfig, PlanConfig, SlurmConfig, StorageConfig
+from clip_batch.embeddings.slots import Slot, choose
 from clip_batch.launch.local import run_worker
 from clip_batch.plan.plan import make_plan
-from clip_batch.slots import Slot, choose
 from clip_batch.storage.store import Store
 from clip_batch.types import Plan
 from tests.bench.laion import A_PARTITION, A_TAR, CALM, Cluster, Simulation, make

@@ -11,15 +11,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from clip_batch import index as faiss_index
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
+from clip_batch.embeddings.commits import COMMITS, read_commits
+from clip_batch.embeddings.embed import embed
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.manifest import IndexShard, Manifest, Source
+from clip_batch.index.merge.merge import merge
 from clip_batch.lineage import Lineage, embedding, image, planned, shard_of, where
-from clip_batch.manifest import IndexShard, Manifest, Source
-from clip_batch.part import COMMITS, read_commits
 from clip_batch.plan.plan import load_plan, make_plan
-from clip_batch.stages.embed import embed
-from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from clip_batch.storage.store import Store
 from tests import corpus

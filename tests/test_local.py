@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_batch import part
 from clip_batch.cli import main
+from clip_batch.embeddings.commits import committed
 from clip_batch.launch import local
 from clip_batch.storage.store import Store
 from tests import corpus
@@ -43,12 +43,12 @@ def test_sigterm_stops_all_workers_and_exits_75(tmp_path: Path, out: str) -> Non
     assert main(["plan", *inputs, "--output", out]) == 0
     command = [sys.executable, "-m", "clip_batch", "embed", "--output", out, "--workers", "2", "--batch-size", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not part.committed(Store(out)) and process.poll() is None:
+    while not committed(Store(out)) and process.poll() is None:
         time.sleep(0.01)
     process.terminate()
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 75, errors
-    assert len(os.listdir(f"{out}/img_emb")) == len(part.committed(Store(out)))
+    assert len(os.listdir(f"{out}/img_emb")) == len(committed(Store(out)))
     assert subprocess.run([*command[:-2], "--no-progress"], capture_output=True).stderr == b""
     assert main(["verify", "--output", out, "--deep"]) == 0
 

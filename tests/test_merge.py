@@ -20,17 +20,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clip_batch import index as faiss_index
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig
+from clip_batch.embeddings import reader
+from clip_batch.embeddings.commits import read_commits
 from clip_batch.errors import ConfigError, CorruptError, IncompleteError
-from clip_batch.job import Job, open_job
-from clip_batch.manifest import Manifest, load_manifest
-from clip_batch.part import read_commits
-from clip_batch.stages import merge as stage
-from clip_batch.stages.merge import merge
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.manifest import Manifest, load_manifest
+from clip_batch.index.merge import merge as stage
+from clip_batch.index.merge.job import Job, open_job
+from clip_batch.index.merge.merge import merge
+from clip_batch.index.verify import verify_index
 from clip_batch.stages.search import Searcher
-from clip_batch.stages.verify import verify_index
 from clip_batch.storage.paths import TEMPORARY
 from clip_batch.storage.store import Store, file_digest
 from tests import fabricated
@@ -393,15 +394,14 @@ def test_held_out_rows_are_not_trained_on_and_every_part_gives_its_share(tmp_pat
     texts[::3] = 0
     make_out(tmp_path / "out", images, texts, [100, 300, 600])
     job = open_job(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, queries=50))
-    from clip_batch import vectors
 
-    rows, drawn = vectors.draw(job.source, "image", [100, 300, 600], 50, 0)
+    rows, drawn = reader.draw(job.source, "image", [100, 300, 600], 50, 0)
     assert np.bincount(np.digitize(rows, [100, 400])).tolist() == [5, 15, 30]
     np.testing.assert_array_equal(drawn, images.astype(np.float16)[rows])
-    more, _ = vectors.draw(job.source, "image", [100, 300, 600], 1000, 0, without=rows)
+    more, _ = reader.draw(job.source, "image", [100, 300, 600], 1000, 0, without=rows)
     assert sorted([*rows, *more]) == list(range(1000))
     captioned = [int(part.any(axis=1).sum()) for part in np.split(texts, [100, 400])]
-    rows, drawn = vectors.draw(job.source, "text", captioned, 60, 0)
+    rows, drawn = reader.draw(job.source, "text", captioned, 60, 0)
     assert len(rows) == 60
     assert drawn.any(axis=1).all()
 
@@ -644,7 +644,7 @@ def test_merges_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 KILL = """
 import os, sys
 from clip_batch.config import MergeConfig
-from clip_batch.stages.merge import merge
+from clip_batch.index.merge.merge import merge
 from clip_batch import store
 from clip_batch.storage.store import Store
 

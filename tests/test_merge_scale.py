@@ -15,17 +15,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clip_batch import index as faiss_index
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.job import BASE_BYTES, Job
-from clip_batch.libfaiss import load, make
-from clip_batch.manifest import Manifest
-from clip_batch.rerank import candidates
-from clip_batch.stages.merge import merge
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann.libfaiss import load, make
+from clip_batch.index.ann.rerank import candidates
+from clip_batch.index.manifest import Manifest
+from clip_batch.index.merge.job import BASE_BYTES, Job
+from clip_batch.index.merge.merge import merge
+from clip_batch.index.verify import verify_index
 from clip_batch.stages.search import Searcher
-from clip_batch.stages.verify import verify_index
 from clip_batch.storage.store import Store
 from tests.bench.rerank import Counted
 from tests.fabricated import ENCODER, Vectors, clustered, commit, make_out, make_plan, unit
@@ -82,8 +82,8 @@ def test_shards_are_as_few_as_the_memory_allows(rows: int, memory: int, shard_ro
 
 
 def _job_of(rows: int, config: MergeConfig) -> Job:
+    from clip_batch.embeddings.reader import Embeddings
     from clip_batch.types import Commit
-    from clip_batch.vectors import Embeddings
 
     one = Commit(0, "0" * 8, rows, 64, "", "", {}, [], {}, {}, 0.0, 0.0, "")
     source = Embeddings(Store("/nowhere"), None, (one,), (0, rows), ())  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def test_training_rows_fit_the_memory(tmp_path: Path) -> None:
 
 READ = """
 import re, sys
-from clip_batch import index, libfaiss
+from clip_batch.index.ann import faiss_index as index, libfaiss
 def memory():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 libfaiss.load()

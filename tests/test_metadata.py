@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch import metadata
+from clip_batch.embeddings.metadata import count, read_rows
 from clip_batch.errors import CorruptError
+from clip_batch.index import metadata
 from clip_batch.storage.store import Store
 
 
@@ -60,21 +61,21 @@ def test_a_run_of_a_part_with_its_lineage(
     store = Store(str(folder))
     start, stop = sorted(min(cut, rows) for cut in cuts)
     start, stop = (start - 1, stop) if start == stop == rows else (start, max(stop, start + 1))
-    found = metadata.read_rows(store, "a.parquet", 7, start, stop)
+    found = read_rows(store, "a.parquet", 7, start, stop)
     assert found["n"].to_pylist() == found["row"].to_pylist() == list(range(start, stop))
     assert found["partition"].to_pylist() == [7] * (stop - start)
     assert found.schema.field("row").type == pa.int32()
-    assert metadata.count(store, "a.parquet") == (rows, rows - len(range(0, rows, 3)))
+    assert count(store, "a.parquet") == (rows, rows - len(range(0, rows, 3)))
 
 
 def test_captions_are_counted_without_statistics(tmp_path: Path) -> None:
     pq.write_table(table_of(10), tmp_path / "a.parquet", write_statistics=False)
-    assert metadata.count(Store(str(tmp_path)), "a.parquet") == (10, 6)
+    assert count(Store(str(tmp_path)), "a.parquet") == (10, 6)
 
 
 def test_a_side_car_field_gives_way_to_the_lineage(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["a"], "row": ["their own"], "caption": ["x"]}), tmp_path / "a.parquet")
-    found = metadata.read_rows(Store(str(tmp_path)), "a.parquet", 2, 0, 1)
+    found = read_rows(Store(str(tmp_path)), "a.parquet", 2, 0, 1)
     assert found.to_pylist() == [{"key": "a", "json_row": "their own", "caption": "x", "partition": 2, "row": 0}]
 
 
@@ -244,10 +245,10 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match=r"a\.arrow is not a readable Arrow file"):
         metadata.open_table(str(tmp_path / "a.arrow"))
     with pytest.raises(CorruptError, match=r"b\.parquet is not readable"):
-        metadata.count(Store(str(tmp_path)), "b.parquet")
+        count(Store(str(tmp_path)), "b.parquet")
     pq.write_table(table_of(5), tmp_path / "c.parquet")
     with pytest.raises(CorruptError, match="has only 5 rows"):
-        metadata.read_rows(Store(str(tmp_path)), "c.parquet", 0, 3, 6)
+        read_rows(Store(str(tmp_path)), "c.parquet", 0, 3, 6)
     (tmp_path / "d.arrow").touch()
     with pytest.raises(CorruptError, match=r"d\.arrow is not a readable Arrow file"):
         metadata.open_table(str(tmp_path / "d.arrow"))

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_batch import index
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.index.ann import faiss_index
 from tests.fabricated import clustered
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -17,19 +17,19 @@ Arrays = tuple[np.ndarray, np.ndarray]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    index.use_threads(1)
+    faiss_index.use_threads(1)
 
 
 def make_shards(folder: Path, key: str, vectors: np.ndarray, ends: list[int], skip: int = 0) -> list[tuple[str, int]]:
     """A template and shards of rows [ends[i], ends[i + 1]); every `skip`-th row has no vector."""
-    index.write(index.train(key, vectors), str(folder / "template.index"))
+    faiss_index.write(faiss_index.train(key, vectors), str(folder / "template.index"))
     shards = []
     for number, (low, high) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
-        made = index.read(str(folder / "template.index"))
+        made = faiss_index.read(str(folder / "template.index"))
         ids = np.arange(high - low)
         ids = ids[ids % skip > 0] if skip else ids
-        index.add(made, vectors[low:high][ids], ids)
-        index.write(made, path := str(folder / f"{number}.index"))
+        faiss_index.add(made, vectors[low:high][ids], ids)
+        faiss_index.write(made, path := str(folder / f"{number}.index"))
         shards.append((path, low))
     return shards
 
@@ -38,7 +38,7 @@ def gather(shards: list[tuple[str, int]], queries: np.ndarray, k: int, effort: i
     """What a Searcher does: ask each shard, keep the best."""
     parts = []
     for path, offset in shards:
-        scores, ids = index.search(index.read(path, mapped=True), queries, k, effort)
+        scores, ids = faiss_index.search(faiss_index.read(path, mapped=True), queries, k, effort)
         parts.append((np.where(ids >= 0, scores, -np.inf), np.where(ids >= 0, ids + offset, -1)))
     scores, ids = (np.hstack([part[at] for part in parts]) for at in (0, 1))
     best = np.lexsort((ids, -scores), axis=-1)[:, :k]
@@ -53,23 +53,23 @@ def test_the_joined_index_answers_as_its_shards_do(
     vectors, queries = clustered(3000, 32, 30)
     (tmp_path / "made").mkdir()
     shards = make_shards(tmp_path / "made", key, vectors, [0, 1700, 1701, 1701, 3000], skip)
-    index.join(str(tmp_path / "made" / "template.index"), shards, str(tmp_path / "made" / "all.index"))
+    faiss_index.join(str(tmp_path / "made" / "template.index"), shards, str(tmp_path / "made" / "all.index"))
     (tmp_path / "made").rename(tmp_path / "moved")
     moved = [(path.replace("/made/", "/moved/"), offset) for path, offset in shards]
     for mapped in (True, False):
-        whole = index.read(str(tmp_path / "moved" / "all.index"), mapped)
-        assert whole.ntotal == sum(index.read(path).ntotal for path, _ in moved)
+        whole = faiss_index.read(str(tmp_path / "moved" / "all.index"), mapped)
+        assert whole.ntotal == sum(faiss_index.read(path).ntotal for path, _ in moved)
         for effort in (1, 4, 16):
-            scores, ids = index.search(whole, queries[:100], 20, effort)
+            scores, ids = faiss_index.search(whole, queries[:100], 20, effort)
             wanted_scores, wanted = gather(moved, queries[:100], 20, effort)
             np.testing.assert_allclose(np.where(ids >= 0, scores, -np.inf), wanted_scores, atol=1e-6)
             assert np.mean(ids == wanted) > 0.99  # equal codes may change places
     removed = np.arange(0, 3000, 2)
-    assert not np.isin(index.search(whole, queries[:50], 10, 16, removed)[1], removed).any()
-    index.prepare_reconstruct(whole)
-    vector = index.reconstruct(whole, 1702)
+    assert not np.isin(faiss_index.search(whole, queries[:50], 10, 16, removed)[1], removed).any()
+    faiss_index.prepare_reconstruct(whole)
+    vector = faiss_index.reconstruct(whole, 1702)
     assert vector is not None and vector @ vectors[1702] > 0.3
-    assert index.reconstruct(whole, 3000) is None
+    assert faiss_index.reconstruct(whole, 3000) is None
     data = tmp_path / "moved" / "all.index.ivfdata"
     assert data.stat().st_blocks * 512 >= data.stat().st_size  # no holes
     assert str(tmp_path).encode() not in (tmp_path / "moved" / "all.index").read_bytes()
@@ -89,26 +89,26 @@ def test_kinds_that_cannot_be_joined(key: str, message: str, tmp_path: Path) -> 
     vectors, _ = clustered(400, 16, 5)
     shards = make_shards(tmp_path, key, vectors, [0, 200, 400])
     with pytest.raises(ConfigError, match=message):
-        index.join(str(tmp_path / "template.index"), shards, str(tmp_path / "all.index"))
+        faiss_index.join(str(tmp_path / "template.index"), shards, str(tmp_path / "all.index"))
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     vectors, _ = clustered(400, 16, 5)
     shards = make_shards(tmp_path, "IVF4,Flat", vectors, [0, 400])
     template, path = str(tmp_path / "template.index"), tmp_path / "all.index"
-    index.join(template, shards, str(path))
+    faiss_index.join(template, shards, str(path))
     data = path.with_name("all.index.ivfdata")
     data.write_bytes(data.read_bytes()[:-8])
     with pytest.raises(CorruptError, match=r"all\.index\.ivfdata does not belong to"):
-        index.read(str(path), mapped=True)
-    index.write(index.train("IVF8,Flat", vectors), template)
+        faiss_index.read(str(path), mapped=True)
+    faiss_index.write(faiss_index.train("IVF8,Flat", vectors), template)
     with pytest.raises(CorruptError, match=r"0\.index is not of the template"):
-        index.join(template, shards, str(path))
+        faiss_index.join(template, shards, str(path))
 
 
 MEASURED = """
 import sys
-from clip_batch import index
+from clip_batch.index.ann import faiss_index as index
 def anonymous():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 template, path, *shards = sys.argv[1:]
@@ -124,10 +124,10 @@ def test_joining_takes_no_memory_and_little_time(tmp_path: Path) -> None:
     """4096 lists of 8 shards: 400,000 rows of 264 bytes."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((50_000, 64)).astype(np.float32)
-    template = index.train("IVF4096_HNSW32,Flat", vectors[:8192])
-    index.write(template, str(tmp_path / "template.index"))
-    index.add(template, vectors, np.arange(50_000))
-    index.write(template, str(tmp_path / "0.index"))
+    template = faiss_index.train("IVF4096_HNSW32,Flat", vectors[:8192])
+    faiss_index.write(template, str(tmp_path / "template.index"))
+    faiss_index.add(template, vectors, np.arange(50_000))
+    faiss_index.write(template, str(tmp_path / "0.index"))
     names = [str(tmp_path / name) for name in ("template.index", "all.index", *["0.index"] * 8)]
     start = time.monotonic()
     run = [sys.executable, "-c", MEASURED, *names]

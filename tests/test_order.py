@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch import order
-from clip_batch.order import best
+from clip_batch.index.ann import order
+from clip_batch.index.ann.order import best
 
 
 @settings(max_examples=100)

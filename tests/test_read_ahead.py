@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.config import EmbedConfig, PlanConfig
+from clip_batch.embeddings.embed import embed
+from clip_batch.embeddings.workers import Run
 from clip_batch.errors import InputError, Preempted
 from clip_batch.plan.plan import make_plan
 from clip_batch.samples import read_slice
@@ -23,10 +25,8 @@ from clip_batch.samples.prefetch import Ahead
 from clip_batch.samples.tar.headers import Damage, Member, members
 from clip_batch.samples.tar.reader import cuts, cuts_among
 from clip_batch.samples.tar.scan import jump, scan_tar
-from clip_batch.stages.embed import embed
 from clip_batch.storage import retry
 from clip_batch.types import Sample, Shard, Slice
-from clip_batch.workers import Run
 from tests import corpus
 from tests.flaky import Flaky, put
 from tests.test_embed import rows

@@ -19,15 +19,16 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from clip_batch import part
 from clip_batch.config import MergeConfig, PlanConfig, StorageConfig
 from clip_batch.doctor import doctor
+from clip_batch.embeddings.commits import HOME, committed, read_commits
+from clip_batch.embeddings.embed import embed
+from clip_batch.embeddings.repair import gc
+from clip_batch.embeddings.verify import verify_output
 from clip_batch.errors import ConfigError
+from clip_batch.index.merge.merge import merge
+from clip_batch.index.verify import verify_index
 from clip_batch.plan.plan import make_plan
-from clip_batch.stages.embed import embed
-from clip_batch.stages.merge import merge
-from clip_batch.stages.repair import gc
-from clip_batch.stages.verify import verify_index, verify_output
 from clip_batch.storage import retry
 from clip_batch.storage.paths import TEMPORARY
 from clip_batch.storage.store import Store
@@ -158,10 +159,10 @@ def test_of_eight_racing_workers_one_commits(place: Place, tmp_path: Path) -> No
     assert states.count("committed") == 1
     assert set(states) <= {"committed", "lost"}
     store = place.store("out")
-    [commit] = part.read_commits(store).values()
+    [commit] = read_commits(store).values()
     named = set(commit.files)
-    assert {name for name in store.walk() if not name.startswith(part.HOME)} == {
-        name for name in named if not name.startswith(part.HOME)
+    assert {name for name in store.walk() if not name.startswith(HOME)} == {
+        name for name in named if not name.startswith(HOME)
     }, "losers removed their files"
     assert verify_output(store, deep=True, options=place.options).ok
 
@@ -176,7 +177,7 @@ def reading(place: Place) -> Iterator[list[str]]:
         out, index = place.store("out"), place.store("index")
         while not stop.is_set():
             with contextlib.suppress(OSError, RuntimeError):  # the faults are for readers too
-                for commit in part.read_commits(out).values():
+                for commit in read_commits(out).values():
                     for name, file in commit.files.items():
                         data = out.read(name)
                         if (len(data), hashlib.sha256(data).hexdigest()) != (file["bytes"], file["sha256"]):
@@ -221,7 +222,7 @@ def test_with_faults_at_random(place: Place, tmp_path: Path) -> None:
         assert [outcome.state for outcome in outcomes] == ["failed"] * 3, "the third in a row ends the worker"
         assert all("renew the credentials" in outcome.error for outcome in outcomes)
         assert not any(SECRET in outcome.error for outcome in outcomes)
-        assert part.committed(place.store("out")) == set()
+        assert committed(place.store("out")) == set()
         with contextlib.ExitStack() as faults:
             on = [
                 faults.enter_context(place.server.fault(kind, share=0.06, seconds=0.05))
@@ -270,6 +271,6 @@ def test_a_full_disk_fails_partitions_and_nothing_else(place: Place, tmp_path: P
     told = place.run("embed", "--output", store.url, "--no-progress", code=1, before=limited)
     assert "File too large" in told
     assert store.list("img_emb") == []
-    assert part.committed(store) == set()
+    assert committed(store) == set()
     place.run("embed", "--output", store.url)
     assert verify_output(store, deep=True, options=place.options).ok

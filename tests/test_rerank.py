@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch.recall import TOP
-from clip_batch.rerank import MOST, PAIRS, candidates, rerank
-from clip_batch.vectors import filled, unit, widen
+from clip_batch.index.ann.recall import TOP
+from clip_batch.index.ann.rerank import MOST, PAIRS, candidates, rerank
+from clip_batch.storage.npy import filled, unit, widen
 from tests.fabricated import clustered
 
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clip_batch import tombstones
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.index import removals
+from clip_batch.index.merge.merge import merge
 from clip_batch.stages import search
-from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from clip_batch.storage import retry, transfer
 from clip_batch.storage.store import Store
@@ -143,7 +143,7 @@ def test_a_selection_has_no_removed_rows(tmp_path: Path) -> None:
     merge(str(tmp_path / "out"), index, MergeConfig(queries=20))
     with Searcher(index) as searcher:
         keys = [row["key"] for row in searcher.metadata([5, 7])]
-    tombstones.add(Store(index), "key", keys)
+    removals.add(Store(index), "key", keys)
     with Searcher(index) as searcher:
         selection = searcher.select(np.arange(30))
         assert set(range(30)) - set(selection.ids.tolist()) == {5, 7}

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from clip_batch import tombstones
 from clip_batch.config import ServeConfig, StorageConfig
 from clip_batch.encoders.families.fake import FakeEncoder
 from clip_batch.errors import ConfigError
+from clip_batch.index import removals
 from clip_batch.serve.app import create_app, parse_indices
 from clip_batch.stages.search import Searcher
 from clip_batch.storage.store import Store
@@ -128,7 +128,7 @@ def test_a_version_of_another_encoder_brings_it_along(made: Path, index: str) ->
 def test_rows_that_are_removed_vanish_without_a_new_version(index: str) -> None:
     with served(index, poll=0.05) as client:
         first = client.post("/v1/search", json={"id": 0, "k": 1}).json()["hits"][0]
-        tombstones.add(Store(index), "key", [first["metadata"]["key"]])
+        removals.add(Store(index), "key", [first["metadata"]["key"]])
         wait(lambda: len(client.post("/v1/search", json={"text": "a", "k": 1000}).json()["hits"]) == ROWS - 1)
         assert client.get(first["image"]).status_code in (400, 404)
         assert client.post("/v1/search", json={"id": 0}).status_code == 400

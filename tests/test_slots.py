@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from clip_batch import part
 from clip_batch.config import EmbedConfig, PlanConfig
+from clip_batch.embeddings.commits import COMMITS, commit_names
+from clip_batch.embeddings.embed import embed
+from clip_batch.embeddings.slots import LOOK, MANY, Look, Slot, partitions, spare
+from clip_batch.embeddings.workers import BEAT, SILENT, WORKERS, Record, Run
 from clip_batch.plan.plan import make_plan
-from clip_batch.slots import LOOK, MANY, Look, Slot, partitions, spare
-from clip_batch.stages.embed import embed
 from clip_batch.storage.store import Store
-from clip_batch.workers import BEAT, SILENT, WORKERS, Record, Run
 from tests import fabricated
 from tests.corpus import good_tar
 
@@ -108,9 +108,9 @@ def test_a_wrong_look_costs_work_alone(tmp_path: Path) -> None:
     count = len(make_plan(PlanConfig(input=tars, model="fake:8", partition_samples=1), out).partitions)
     store, slot = Store(out), Slot(1, count)
     embed(out, config, range(0, count, 2))
-    before = {name: store.read(f"{part.COMMITS}/{name}.json") for name in part.commit_names(store)}
+    before = {name: store.read(f"{COMMITS}/{name}.json") for name in commit_names(store)}
     store.replace(LOOK, json.dumps(Look(time.time(), [[*range(count)]])._asdict()).encode())
     found = embed(out, config, partitions(store, slot), run=Run(slot=slot))
     assert {outcome.state for outcome in found} == {"committed"}
     assert {1} < {outcome.partition for outcome in found} <= set(range(1, count, 2))
-    assert {name: store.read(f"{part.COMMITS}/{name}.json") for name in before} == before
+    assert {name: store.read(f"{COMMITS}/{name}.json") for name in before} == before

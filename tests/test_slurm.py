@@ -15,12 +15,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from clip_batch import part, submission
 from clip_batch.cli import main
 from clip_batch.demo import data
-from clip_batch.stages.status import status
+from clip_batch.embeddings import commits, submission
+from clip_batch.embeddings.commits import read_commits
+from clip_batch.embeddings.status import status
+from clip_batch.embeddings.workers import read_records
 from clip_batch.storage.store import Store
-from clip_batch.workers import read_records
 from tests import corpus
 from tests.slurm_cluster import MAX_ARRAY_SIZE, NODES, Slurm, mine
 from tests.spark_cluster import finish, installed, local_cluster
@@ -53,7 +54,7 @@ class Cluster:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("out/_clip_batch/logs/*/*.out")))
 
     def committed(self) -> set[int]:
-        return part.committed(Store(self.out))
+        return commits.committed(Store(self.out))
 
     def until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
         end = time.monotonic() + timeout
@@ -66,7 +67,7 @@ class Cluster:
         assert main(["verify", "--output", self.out, "--deep"]) == 0
         keys = [
             (row["shard"], row["key"])
-            for commit in part.read_commits(Store(self.out)).values()
+            for commit in read_commits(Store(self.out)).values()
             for row in pq.read_table(f"{self.out}/{commit.file('metadata')}", columns=["shard", "key"]).to_pylist()
         ]
         assert len(keys) == len(set(keys)) == rows

@@ -14,11 +14,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from clip_batch import part
 from clip_batch.cli import main
 from clip_batch.demo import data
+from clip_batch.embeddings import commits
+from clip_batch.embeddings.commits import read_commits
+from clip_batch.embeddings.workers import read_records
 from clip_batch.storage.store import Store
-from clip_batch.workers import read_records
 from tests import ROOT, corpus
 from tests.slurm_cluster import Slurm, mine
 
@@ -66,7 +67,7 @@ class Work:
         return self.slurm.sbatch(f"--chdir={self.folder}", *SMALL, *arguments, script)
 
     def committed(self) -> set[int]:
-        return part.committed(Store(self.out))
+        return commits.committed(Store(self.out))
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 60) -> None:
         until = time.monotonic() + timeout
@@ -99,7 +100,7 @@ class Work:
         assert main(["verify", "--output", self.out, "--deep"]) == 0
         store = Store(self.out)
         keys, failed = list[str](), list[str]()
-        for commit in part.read_commits(store).values():
+        for commit in read_commits(store).values():
             for folder, found in (("metadata", keys), ("failures", failed)):
                 if name := commit.file(folder):
                     found += pq.read_table(store.path(name), columns=["key"])["key"].to_pylist()

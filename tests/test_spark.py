@@ -19,17 +19,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from clip_batch import part, submission
 from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, SparkConfig, StorageConfig
 from clip_batch.demo import data
+from clip_batch.embeddings import submission
+from clip_batch.embeddings.commits import committed, read_commit
+from clip_batch.embeddings.embed import Outcome
+from clip_batch.embeddings.workers import read_records
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.launch import executor, spark
 from clip_batch.launch.executor import Status, Work, embed_slot, pin
 from clip_batch.plan.plan import load_plan
-from clip_batch.stages.embed import Outcome
 from clip_batch.storage.store import Store
-from clip_batch.workers import read_records
 from tests import corpus, spark_cluster
 from tests.spark_cluster import Spark, finish, until
 
@@ -128,7 +129,7 @@ def check_every_row_once(out: str) -> None:
     assert main(["verify", "--output", out, "--deep"]) == 0
     store = Store(out)
     for number, partition in enumerate(load_plan(store).partitions):
-        commit = part.read_commit(store, f"{number:04d}")
+        commit = read_commit(store, f"{number:04d}")
         keys = [key for piece in partition.slices for key in corpus.tar_keys(piece.shard.url)]
         assert pq.read_table(store.path(commit.file("metadata") or ""))["key"].to_pylist() == keys
         assert np.load(store.path(commit.file("img_emb") or "")).shape == (len(keys), 8)
@@ -176,7 +177,7 @@ def test_what_is_not_the_datas_fault_raises_but_not_to_the_end(task: Any, monkey
     for attempt in (0, 1):
         with pytest.raises(RuntimeError, match="partition 1: OSError: disk full"):
             run(attempt)
-        assert part.committed(Store(out)) == {0, 2}
+        assert committed(Store(out)) == {0, 2}
     status = {status.partition: status for status in run(2)}[1]
     assert (status.state, status.error, status.again) == ("failed", "OSError: disk full", True)
     monkeypatch.setattr(executor, "embed", real)
@@ -326,7 +327,7 @@ def test_a_process_that_dies_of_its_partition_takes_no_other_with_it(cluster: Sp
     text = cluster.run("--output", out, "--device", "cpu", code=1, **faulty(tmp_path, "poison"))
     assert "5 of 6 partitions committed" in text
     assert "partition 1 failed: RuntimeError: 3 attempts died" in text
-    assert part.committed(Store(out)) == {0, 2, 3, 4, 5}
+    assert committed(Store(out)) == {0, 2, 3, 4, 5}
     assert main(["worker", "--output", out, "--partitions", "1"]) == 0
     check_every_row_once(out)
 
@@ -336,11 +337,11 @@ def test_killed_executors_and_python_workers(cluster: Spark, tmp_path: Path) -> 
     out = make_plan(tmp_path / "tars", 6, 30)
     conf = faulty(tmp_path, "slow")
     process = cluster.submit("--output", out, "--device", "cpu", "--batch-size", "1", **conf)
-    until(lambda: part.committed(Store(out)) or process.poll() is not None, 90)
+    until(lambda: committed(Store(out)) or process.poll() is not None, 90)
     time.sleep(1)  # into the next partition: each takes three seconds
     os.kill(spark_cluster.python_workers(cluster)[0], signal.SIGKILL)
-    before = part.committed(Store(out))
-    until(lambda: part.committed(Store(out)) > before or process.poll() is not None, 90)
+    before = committed(Store(out))
+    until(lambda: committed(Store(out)) > before or process.poll() is not None, 90)
     time.sleep(1)
     os.kill(spark_cluster.executors(cluster)[0], signal.SIGKILL)
     text = finish(process)
@@ -373,7 +374,7 @@ def test_two_drivers_and_a_worker_drain_one_plan(cluster: Spark, tmp_path: Path)
     out = make_plan(tmp_path / "tars", 12, 100, side=64)
     flags = ["--output", out, "--device", "cpu", "--batch-size", "4"]
     drivers = [cluster.submit(*flags, spark__cores__max=1) for _ in range(2)]
-    until(lambda: part.committed(Store(out)), 90)
+    until(lambda: committed(Store(out)), 90)
     worker = [sys.executable, "-m", "clip_batch", "worker", *flags, "--slot", "0", "--slots", "1"]
     assert subprocess.run(worker, capture_output=True).returncode == 0
     for driver in drivers:

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from clip_batch import part, submission, workers
 from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, PlanConfig
+from clip_batch.embeddings import submission, workers
+from clip_batch.embeddings.commits import COMMITS, read_commit
+from clip_batch.embeddings.embed import embed
+from clip_batch.embeddings.status import describe, status
+from clip_batch.embeddings.workers import Record
 from clip_batch.plan.plan import make_plan
-from clip_batch.stages.embed import embed
-from clip_batch.stages.status import describe, status
 from clip_batch.storage.store import Store
-from clip_batch.workers import Record
 from tests import corpus
 
 CONFIG = EmbedConfig(batch_size=4, threads=2)
@@ -51,14 +52,14 @@ def test_records_and_commits_tell_the_same(store: Store, monkeypatch: pytest.Mon
     name, kept = record(store)
     assert kept.ended and sorted(kept.committed) == ["0", "1", "2"]
     with monkeypatch.context() as patch:  # records alone suffice
-        patch.setattr(part, "Commit", None)
+        patch.setattr("clip_batch.embeddings.commits.Commit", None)
         assert status(store) == told
     store.remove(name)
     assert without_times(status(store)) == without_times(told)
 
 
 def test_what_is_not_committed_any_more_does_not_count(store: Store) -> None:
-    store.remove(f"{part.COMMITS}/0001.json")
+    store.remove(f"{COMMITS}/0001.json")
     found = status(store)
     assert (found["done"], found["missing"], found["rows"]) == (2, [1, 3], 20)
 
@@ -88,7 +89,7 @@ def test_a_record_that_cannot_be_written_does_not_stop_the_worker(
 
 
 def test_repair_forgets_what_records_told(store: Store) -> None:
-    commit = part.read_commit(store, "0001")
+    commit = read_commit(store, "0001")
     Path(store.path(commit.file("img_emb") or "")).unlink()
     assert main(["repair", "--output", store.url, "--batch-size", "4"]) == 0
     assert len(store.list(workers.WORKERS)) == 1
@@ -115,7 +116,7 @@ def test_a_commit_whose_answer_was_lost_keeps_its_files(store: Store, monkeypatc
         raise OSError("connection reset")
 
     for liar, states in ((deny, ["committed"]), (break_off, ["failed"])):
-        store.remove(f"{part.COMMITS}/0003.json")
+        store.remove(f"{COMMITS}/0003.json")
         with monkeypatch.context() as patch:
             patch.setattr(Store, "create", liar)
             assert [outcome.state for outcome in embed(store.url, CONFIG)] == states

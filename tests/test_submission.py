@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_batch import submission
 from clip_batch.cli import main
+from clip_batch.embeddings import submission
 from clip_batch.errors import PlanError
 from clip_batch.storage.store import Store
 from tests import fabricated

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_batch import index
 from clip_batch.config import MergeConfig, SweepConfig
 from clip_batch.errors import ConfigError
-from clip_batch.stages import sweep as stage
-from clip_batch.stages.sweep import Candidate, Sweep, Try, sweep
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.merge import sweep as stage
+from clip_batch.index.merge.sweep import Candidate, Sweep, Try, sweep
 from tests.fabricated import clustered, make_out
 
 CONFIG = MergeConfig(modalities=["image"], queries=40, index_memory="1GB", recall_target=0.95)
@@ -60,8 +60,8 @@ def test_what_is_measured(found: Sweep) -> None:
 
 def test_sizes_are_those_of_all_rows(found: Sweep) -> None:
     for one in found.candidates:
-        size = index.code_bytes(one.key, DIM)
-        assert (one.bytes_per_vector, one.memory) == (size, ROWS * size + index.template_bytes(one.key, DIM))
+        size = faiss_index.code_bytes(one.key, DIM)
+        assert (one.bytes_per_vector, one.memory) == (size, ROWS * size + faiss_index.template_bytes(one.key, DIM))
         assert one.disk == (ROWS * DIM * 2 if one.rerank else 0)
         assert one.fits
 
@@ -102,7 +102,7 @@ def test_default_keys_are_ones_that_faiss_knows() -> None:
     keys = stage.default_keys(10**6, 64, 2 * 10**9)
     assert len(keys) == 9
     for key in keys:
-        assert index.code_bytes(key.replace("{}", "16"), 64) > 0
+        assert faiss_index.code_bytes(key.replace("{}", "16"), 64) > 0
     assert len(stage.default_keys(10**6, 64, 10**5)) == 8  # nothing fits, says autofaiss
 
 

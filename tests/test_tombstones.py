@@ -14,11 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clip_batch import tombstones
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.manifest import CURRENT, Manifest
+from clip_batch.index import removals
+from clip_batch.index.manifest import CURRENT, Manifest
+from clip_batch.index.removals import Tombstones, make
 from clip_batch.storage.store import Store
-from clip_batch.tombstones import Tombstones, make
 from tests.fabricated import ENCODER
 from tests.flaky import Flaky
 
@@ -97,7 +97,7 @@ def test_resolve_is_a_search_row_by_row(
             write_shard(f"{folder}/{number}", batches, dictionary, wide)
             shards.append((f"{folder}/{number}", len(rows)))
             rows += [row for batch in batches for row in batch]
-        found = tombstones.resolve(lists, shards)
+        found = removals.resolve(lists, shards)
     for one, (ids, missing) in zip(lists, found, strict=True):
         wanted: set[Any] = set(one.values) if one.column == "key" else {int(value) for value in one.values}
         column = [row[0 if one.column == "key" else 1] for row in rows]
@@ -114,75 +114,75 @@ def test_a_dictionary_that_grows_from_batch_to_batch(tmp_path: Path) -> None:
         for indices, entries in (([0, 1, None], ["a", "b"]), ([2, 0], ["a", "b", "c"])):
             column = pa.DictionaryArray.from_arrays(pa.array(indices, pa.int8()), entries)
             writer.write_batch(pa.record_batch([column], schema=schema))
-    (found,) = tombstones.resolve([make("key", ["a", "c", "d"])], [(path, 10)])
+    (found,) = removals.resolve([make("key", ["a", "c", "d"])], [(path, 10)])
     assert found.ids.tolist() == [10, 13, 14]
     assert found.missing == ("d",)
 
 
 def test_a_list_is_one_file_whatever_its_order(store: Store) -> None:
-    assert tombstones.names(store) == []
+    assert removals.names(store) == []
     with ThreadPoolExecutor(8) as pool:
-        same = set(pool.map(lambda i: tombstones.add(store, "key", ["b", "a", "b"][i % 2 :]), range(16)))
-        other = set(pool.map(lambda i: tombstones.add(store, "key", [f"{i % 4}"]), range(16)))
+        same = set(pool.map(lambda i: removals.add(store, "key", ["b", "a", "b"][i % 2 :]), range(16)))
+        other = set(pool.map(lambda i: removals.add(store, "key", [f"{i % 4}"]), range(16)))
     assert len(same) == 1 and len(other) == 4
-    assert tombstones.names(store) == sorted(same | other)
-    assert tombstones.load(store, same.pop()) == Tombstones("key", ("a", "b"))
-    tombstones.add(store, "n", ["a", "b"])  # the column counts too
-    assert len(tombstones.names(store)) == 6
+    assert removals.names(store) == sorted(same | other)
+    assert removals.load(store, same.pop()) == Tombstones("key", ("a", "b"))
+    removals.add(store, "n", ["a", "b"])  # the column counts too
+    assert len(removals.names(store)) == 6
 
 
 def test_the_files_name_is_what_the_formats_say(store: Store, tmp_path: Path) -> None:
-    digest = tombstones.add(store, "key", ["b", "a"])
+    digest = removals.add(store, "key", ["b", "a"])
     text = (tmp_path / f"index/tombstones/{digest}.json").read_bytes()
     assert json.loads(text) == {"column": "key", "values": ["a", "b"]}
     assert digest == hashlib.sha256(text).hexdigest()[:16]
     for stranger in (f".{digest}.json.tmp-12345678", "README", "abc.json", f"{digest}.npy"):
         (tmp_path / "index/tombstones" / stranger).write_text("")
-    assert tombstones.names(store) == [digest]
+    assert removals.names(store) == [digest]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"column": "key"}', '{"column": "key", "values": ["other"]}'])
 def test_a_damaged_list_is_refused(store: Store, shards: list[tuple[str, int]], tmp_path: Path, text: str) -> None:
-    digest = tombstones.add(store, "key", ["a"])
+    digest = removals.add(store, "key", ["a"])
     (tmp_path / f"index/tombstones/{digest}.json").write_text(text)
     with pytest.raises(CorruptError, match=f"{digest}.json is not the list of its name"):
-        tombstones.removed(store, manifest_of("v", 6), shards)
+        removals.removed(store, manifest_of("v", 6), shards)
 
 
 def test_removed_is_the_union_and_is_scanned_for_once(store: Counting, shards: list[tuple[str, int]]) -> None:
     first, second = manifest_of("first", 6), manifest_of("second", 4)
-    assert tombstones.removed(store, first, untouched()).tolist() == []
-    tombstones.add(store, "key", ["e", "a", "nowhere"])
-    tombstones.add(store, "n", ["4", "2"])
-    assert tombstones.removed_if_known(store, first) is None
-    assert tombstones.removed(store, first, shards).tolist() == [0, 2, 4]
+    assert removals.removed(store, first, untouched()).tolist() == []
+    removals.add(store, "key", ["e", "a", "nowhere"])
+    removals.add(store, "n", ["4", "2"])
+    assert removals.removed_if_known(store, first) is None
+    assert removals.removed(store, first, shards).tolist() == [0, 2, 4]
     store.listed = 0
-    assert tombstones.removed(store, first, untouched()).tolist() == [0, 2, 4]
+    assert removals.removed(store, first, untouched()).tolist() == [0, 2, 4]
     assert store.listed == 2
-    assert np.array_equal(tombstones.removed_if_known(store, first), [0, 2, 4])
+    assert np.array_equal(removals.removed_if_known(store, first), [0, 2, 4])
     # another version has ids of its own, and only a later list is scanned for
-    assert tombstones.removed(store, second, [(shards[1][0], 0)]).tolist() == [1]
-    tombstones.add(store, "key", ["b"])
-    assert tombstones.removed(store, first, shards).tolist() == [0, 1, 2, 4]
+    assert removals.removed(store, second, [(shards[1][0], 0)]).tolist() == [1]
+    removals.add(store, "key", ["b"])
+    assert removals.removed(store, first, shards).tolist() == [0, 1, 2, 4]
 
 
 @given(st.sets(st.integers(0, 20)), st.lists(st.integers(0, 20)))
 def test_contains(removed: set[int], ids: list[int]) -> None:
-    found = tombstones.contains(np.array(sorted(removed), np.int64), np.array(ids, np.int64))
+    found = removals.contains(np.array(sorted(removed), np.int64), np.array(ids, np.int64))
     assert found.tolist() == [id in removed for id in ids]
 
 
 def test_a_cache_alone_removes_nothing(store: Store, shards: list[tuple[str, int]]) -> None:
-    digest = tombstones.add(store, "key", ["a"])
-    assert tombstones.removed(store, manifest_of("v", 6), shards).tolist() == [0]
+    digest = removals.add(store, "key", ["a"])
+    assert removals.removed(store, manifest_of("v", 6), shards).tolist() == [0]
     store.remove(f"tombstones/{digest}.json")
-    assert tombstones.removed(store, manifest_of("v", 6), untouched()).tolist() == []
+    assert removals.removed(store, manifest_of("v", 6), untouched()).tolist() == []
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "unsorted", "beyond", "int32", "matrix"])
 def test_a_damaged_cache_is_made_anew(store: Store, shards: list[tuple[str, int]], tmp_path: Path, damage: str) -> None:
-    digest, manifest = tombstones.add(store, "key", ["a", "e"]), manifest_of("v", 6)
-    tombstones.removed(store, manifest, shards)
+    digest, manifest = removals.add(store, "key", ["a", "e"]), manifest_of("v", 6)
+    removals.removed(store, manifest, shards)
     path = tmp_path / f"index/v/tombstones/{digest}.npy"
     whole = path.read_bytes()
     if damage in ("empty", "cut"):
@@ -195,48 +195,48 @@ def test_a_damaged_cache_is_made_anew(store: Store, shards: list[tuple[str, int]
             "matrix": np.array([[0, 4]]),
         }
         np.save(path, wrong[damage])
-    assert tombstones.removed(store, manifest, shards).tolist() == [0, 4]
+    assert removals.removed(store, manifest, shards).tolist() == [0, 4]
     assert path.read_bytes() == whole
 
 
 def test_an_index_that_cannot_be_written_is_served_without_a_cache(
     store: Counting, shards: list[tuple[str, int]]
 ) -> None:
-    tombstones.add(store, "key", ["c"])
+    removals.add(store, "key", ["c"])
     store.full = True
     for _ in range(2):
-        assert tombstones.removed(store, manifest_of("v", 6), shards).tolist() == [2]
+        assert removals.removed(store, manifest_of("v", 6), shards).tolist() == [2]
     assert not store.exists("v/tombstones")
 
 
 def test_on_a_remote_store(shards: list[tuple[str, int]]) -> None:
     Flaky.reset()
     store, manifest = Store("flaky://home/index"), manifest_of("v", 6)
-    assert tombstones.names(store) == []
-    digest = tombstones.add(store, "key", ["c", "f"])
-    assert tombstones.add(store, "key", ["f", "c"]) == digest
-    before = tombstones.state(store)
-    assert tombstones.removed(store, manifest, shards).tolist() == [2, 5]
-    assert tombstones.removed(store, manifest, untouched()).tolist() == [2, 5]
-    assert tombstones.state(store) == before  # a cache is no news
+    assert removals.names(store) == []
+    digest = removals.add(store, "key", ["c", "f"])
+    assert removals.add(store, "key", ["f", "c"]) == digest
+    before = removals.state(store)
+    assert removals.removed(store, manifest, shards).tolist() == [2, 5]
+    assert removals.removed(store, manifest, untouched()).tolist() == [2, 5]
+    assert removals.state(store) == before  # a cache is no news
     with open(shards[1][0], "rb") as file:
         store.replace("v/metadata/1.arrow", file.read())
-    assert tombstones.read_schema(store, "v/metadata/1.arrow").names == ["key", "n"]
+    assert removals.read_schema(store, "v/metadata/1.arrow").names == ["key", "n"]
     Flaky.reset()
 
 
 def test_state_changes_with_the_version_and_with_each_list(store: Store) -> None:
-    states = [tombstones.state(store)]
+    states = [removals.state(store)]
     store.replace(CURRENT, b"v1\n")
-    states.append(tombstones.state(store))
+    states.append(removals.state(store))
     for value in ("a", "b"):
-        tombstones.add(store, "key", [value])
-        states.append(tombstones.state(store))
+        removals.add(store, "key", [value])
+        states.append(removals.state(store))
     store.replace(CURRENT, b"v2\n")
-    states.append(tombstones.state(store))
+    states.append(removals.state(store))
     assert len(set(states)) == 5
-    tombstones.add(store, "key", ["b"])
-    assert tombstones.state(store) == states[-1]
+    removals.add(store, "key", ["b"])
+    assert removals.state(store) == states[-1]
     assert len(states[-1]) < 40
 
 
@@ -251,11 +251,11 @@ def test_what_cannot_be_looked_for_is_refused_by_name(tmp_path: Path, shards: li
         (make("n", ["7", "40000"]), shards[0][0], "'40000' is no int16"),
     ):
         with pytest.raises(ConfigError, match=message):
-            tombstones.resolve([one], [(shard, 0)])
+            removals.resolve([one], [(shard, 0)])
         with pytest.raises(ConfigError, match=message):
-            tombstones.check(one, tombstones.read_schema(Store(str(tmp_path)), Path(shard).name))
+            removals.check(one, removals.read_schema(Store(str(tmp_path)), Path(shard).name))
     Path(path).write_bytes(b"not Arrow")
     with pytest.raises(CorruptError, match=r"x.arrow is not a readable Arrow file"):
-        tombstones.resolve([make("key", ["a"])], [(path, 0)])
+        removals.resolve([make("key", ["a"])], [(path, 0)])
     with pytest.raises(CorruptError, match=r"x.arrow is not a readable Arrow file"):
-        tombstones.read_schema(Store(str(tmp_path)), "x.arrow")
+        removals.read_schema(Store(str(tmp_path)), "x.arrow")

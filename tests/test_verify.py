@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig
+from clip_batch.embeddings.embed import embed
 from clip_batch.errors import ClipBatchError
-from clip_batch.manifest import load_manifest
+from clip_batch.index.manifest import load_manifest
+from clip_batch.index.merge.merge import merge
+from clip_batch.index.verify import verify_index
 from clip_batch.plan.plan import make_plan
-from clip_batch.stages.embed import embed
-from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
-from clip_batch.stages.verify import verify_index
 from clip_batch.storage.store import Store
 from tests import corpus
 

@@ -18,15 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_batch import index as faiss_index
-from clip_batch import tombstones
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.manifest import CURRENT, MANIFEST, Manifest, current_version, load_manifest
-from clip_batch.metadata import open_table
-from clip_batch.stages.merge import merge
+from clip_batch.index import removals
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.manifest import CURRENT, MANIFEST, Manifest, current_version, load_manifest
+from clip_batch.index.merge.merge import merge
+from clip_batch.index.metadata import open_table
+from clip_batch.index.versions import describe, drop, read_values, remove, use, versions
 from clip_batch.stages.search import Searcher
-from clip_batch.stages.versions import describe, drop, read_values, remove, use, versions
 from clip_batch.storage import retry
 from clip_batch.storage.store import Store
 from tests.fabricated import clustered, make_out
@@ -87,7 +87,7 @@ def shown(store: Store, version: str | None = None) -> set[str]:
     ]
     keys = np.array([row["key"] for path, _ in shards for row in rows_of(path)])
     alive = np.ones(manifest.rows, dtype=bool)
-    alive[tombstones.removed(store, manifest, shards)] = False
+    alive[removals.removed(store, manifest, shards)] = False
     return set(keys[alive].tolist())
 
 
@@ -162,13 +162,13 @@ def test_removed_rows_stay_removed_back_and_forth_and_through_a_merge(store: Sto
 
 def test_a_search_opened_after_a_removal_has_none_of_its_rows(store: Store, home: Path, first: str) -> None:
     with Searcher(store.url) as searcher:
-        before = tombstones.state(store)
+        before = removals.state(store)
         everything = searcher.search(searcher.reconstruct([0]), k=120)[0]
         assert len(everything) == 120
         remove(store.url, key_file(home, *(hit.metadata["key"] for hit in everything[:50])))
         assert len(searcher.search(searcher.reconstruct([0]), k=120)[0]) == 120  # its state is of when it opened
         query = searcher.reconstruct([0])
-    assert tombstones.state(store) != before
+    assert removals.state(store) != before
     with Searcher(store.url) as searcher:
         for modality in ("image", "text"):
             found = searcher.search(query, k=120, modality=modality)[0]
@@ -198,7 +198,7 @@ def test_what_cannot_be_removed_is_refused_and_leaves_no_list(store: Store, home
     ):
         with pytest.raises(ConfigError, match=message):
             remove(store.url, keys, column)
-    assert tombstones.names(store) == []
+    assert removals.names(store) == []
     many = remove(store.url, key_file(home, *(f"x{number}" for number in range(30))))  # that is no mistake
     assert (many.rows, many.missing, many.examples) == (0, 30, ("x0", "x1", "x10", "x11", "x12"))
     with pytest.raises(ConfigError, match="no index at"):
@@ -235,7 +235,7 @@ def test_key_files(tmp_path: Path) -> None:
 def test_removals_at_once(store: Store, home: Path) -> None:
     """In processes, as people would: the same list and different ones."""
     lists = [key_file(home, "0-1", "0-2"), key_file(home, "0-2", "0-3"), key_file(home, "1-1")]
-    code = "import sys; from clip_batch.stages.versions import remove; print(remove(*sys.argv[1:]).digest)"
+    code = "import sys; from clip_batch.index.versions import remove; print(remove(*sys.argv[1:]).digest)"
     racing = [
         subprocess.Popen([sys.executable, "-c", code, store.url, keys], stdout=subprocess.PIPE, text=True)
         for keys in [*lists, *lists]
@@ -243,7 +243,7 @@ def test_removals_at_once(store: Store, home: Path) -> None:
     digests = [process.communicate()[0].strip() for process in racing]
     assert [process.returncode for process in racing] == [0] * 6
     assert digests[:3] == digests[3:]
-    assert tombstones.names(store) == sorted(digests[:3])
+    assert removals.names(store) == sorted(digests[:3])
     assert shown(store) == all_keys("second") - {"0-1", "0-2", "0-3", "1-1"}
     assert not list(home.rglob("*.tmp-*"))
 
@@ -281,16 +281,16 @@ def test_removals_while_a_merge_publishes(store: Store, home: Path) -> None:
 @pytest.mark.slow
 def test_a_kill_between_the_list_and_its_cache(store: Store, home: Path) -> None:
     code = (
-        "import os, sys; from clip_batch import tombstones; from clip_batch.stages.versions import remove\n"
+        "import os, sys; from clip_batch import tombstones; from clip_batch.index.versions import remove\n"
         "tombstones.keep = lambda *_: os.kill(os.getpid(), 9)\n"
         "remove(*sys.argv[1:])"
     )
     done = subprocess.run([sys.executable, "-c", code, store.url, key_file(home, "0-5")], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert len(tombstones.names(store)) == 1
+    assert len(removals.names(store)) == 1
     assert not store.exists(f"{current_version(store)}/tombstones")
     assert shown(store) == all_keys("second") - {"0-5"}
-    assert store.exists(f"{current_version(store)}/tombstones/{tombstones.names(store)[0]}.npy")
+    assert store.exists(f"{current_version(store)}/tombstones/{removals.names(store)[0]}.npy")
 
 
 def test_only_a_whole_version_is_used(store: Store, home: Path, first: str, second: str) -> None:
@@ -308,7 +308,7 @@ def test_only_a_whole_version_is_used(store: Store, home: Path, first: str, seco
     with pytest.raises(CorruptError, match=r"0001.index is missing: use another version"):
         use(store, first)
     index.write_bytes(whole)
-    digest = tombstones.add(store, "not_there", ["x"])  # opted out by a column that this version cannot tell of
+    digest = removals.add(store, "not_there", ["x"])  # opted out by a column that this version cannot tell of
     with pytest.raises(ConfigError, match=rf"no metadata column 'not_there' .*{digest}"):
         use(store, first)
     assert current_version(store) == second
@@ -426,7 +426,7 @@ def test_on_s3_with_lost_answers_races_and_no_right_to_write(
         reports = list(pool.map(lambda keys: remove(remote.url, keys, storage=storage), lists))
     assert lost.hits == 3
     assert reports[:2] == reports[2:] and [report.rows for report in reports[:2]] == [2, 2]
-    assert len(tombstones.names(remote)) == 2
+    assert len(removals.names(remote)) == 2
     with s3.fault("expired", lambda method, path: method == "PUT" and "tombstones" in path) as refused:
         use(remote, first)  # the cache cannot be written
     assert refused.hits == 2

@@ -43,8 +43,8 @@ def _doctor_on_node(options: Options) -> list[dict[str, Any]]:
 
 def _calibrate(options: Options) -> int:
     """Measure what embed is bound by, here or on a compute node."""
+    from clip_batch.embeddings.calibrate import calibrate, describe
     from clip_batch.launch import local
-    from clip_batch.stages.calibrate import calibrate, describe
 
     output, workers = options.output, options.target.slots or 1
     if options.target.on_node and "SLURM_JOB_ID" not in os.environ:

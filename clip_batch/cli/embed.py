@@ -12,8 +12,8 @@ from clip_batch.config import TargetConfig
 from clip_batch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from clip_batch.slots import Slot
-    from clip_batch.stages.embed import Outcome
+    from clip_batch.embeddings.embed import Outcome
+    from clip_batch.embeddings.slots import Slot
 
 
 def plan(options: Options) -> int:
@@ -93,7 +93,7 @@ def _numbers(text: str) -> list[int]:
 
 def _slot(target: TargetConfig) -> Slot:
     """The slot of a submission, or of the whole plan."""
-    from clip_batch.slots import Slot
+    from clip_batch.embeddings.slots import Slot
 
     assert target.slot is not None
     if bool(target.submission) == (target.slots is not None):

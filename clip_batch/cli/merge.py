@@ -11,8 +11,8 @@ from clip_batch.errors import ConfigError
 
 def merge(options: Options) -> int:
     """Build sharded indices and metadata in index order, and measure their recall."""
-    from clip_batch.job import open_job
-    from clip_batch.stages import merge as stage
+    from clip_batch.index.merge import merge as stage
+    from clip_batch.index.merge.job import open_job
 
     task, slot, slots = options.target.task, options.target.slot, options.target.slots
     if {slot is None, slots is None} != {task != "shards"}:
@@ -39,7 +39,7 @@ def merge(options: Options) -> int:
 
 def sweep(options: Options) -> int:
     """Try index keys on a sample of OUT: recall, ms a query, bytes a vector, and which one to take."""
-    from clip_batch.stages import sweep as stage
+    from clip_batch.index.merge import sweep as stage
 
     found = stage.sweep(options.output, options.merge, options.storage, options.sweep, say)
     answer(options, asdict(found), stage.describe(found))
@@ -48,7 +48,7 @@ def sweep(options: Options) -> int:
 
 def versions(options: Options) -> int:
     """The versions of an index, and which one is live; --use makes another one live."""
-    from clip_batch.stages import versions as stage
+    from clip_batch.index import versions as stage
     from clip_batch.storage.store import Store
 
     store = Store(options.index, options.storage.storage_options)
@@ -63,7 +63,7 @@ def versions(options: Options) -> int:
 
 def remove(options: Options) -> int:
     """Remove rows from every search, now and in later versions, by a list of keys."""
-    from clip_batch.stages import versions as stage
+    from clip_batch.index import versions as stage
 
     if not options.target.keys:
         raise ConfigError("remove needs --keys FILE: one value of --column a line")

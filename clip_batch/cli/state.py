@@ -11,7 +11,7 @@ from clip_batch.cli.embed import report
 
 def status(options: Options) -> int:
     """Done, failed, missing, rate, ETA, and the command that relaunches what is missing."""
-    from clip_batch.stages.status import describe, status
+    from clip_batch.embeddings.status import describe, status
     from clip_batch.storage.store import Store
 
     found = status(Store(options.output, options.storage.storage_options))
@@ -21,7 +21,8 @@ def status(options: Options) -> int:
 
 def verify(options: Options) -> int:
     """Prove that OUT, or an index, is complete and sound; exit 1 and the names of what is not."""
-    from clip_batch.stages.verify import verify_index, verify_output
+    from clip_batch.embeddings.verify import verify_output
+    from clip_batch.index.verify import verify_index
     from clip_batch.storage.store import Store
 
     store_options = options.storage.storage_options
@@ -40,9 +41,9 @@ def verify(options: Options) -> int:
 
 def repair(options: Options) -> int:
     """Run again only what verify names."""
+    from clip_batch.embeddings.repair import repair
+    from clip_batch.embeddings.verify import verify_output
     from clip_batch.launch import local
-    from clip_batch.stages.repair import repair
-    from clip_batch.stages.verify import verify_output
     from clip_batch.storage.store import Store
 
     store_options = options.storage.storage_options
@@ -53,7 +54,7 @@ def repair(options: Options) -> int:
 
 def gc(options: Options) -> int:
     """Remove what no commit names."""
-    from clip_batch.stages.repair import gc
+    from clip_batch.embeddings.repair import gc
     from clip_batch.storage.store import Store
 
     removed = gc(Store(options.output, options.storage.storage_options), options.target.everything)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from clip_batch.errors import ConfigError, DatabaseError
-from clip_batch.manifest import Manifest
+from clip_batch.index.manifest import Manifest
 
 
 def table_name(prefix: str, version: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.errors import ConfigError, DatabaseError, one_line
-from clip_batch.order import best
+from clip_batch.index.ann.order import best
 from clip_batch.storage.retry import redact
 
 Vectors = npt.NDArray[np.float32]

@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.index.metadata import write_ordered
 from clip_batch.lineage import planned
-from clip_batch.metadata import write_ordered
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.store import Store, read_url

@@ -29,7 +29,7 @@ from clip_batch.dataset.pictures import Decode, pictures
 from clip_batch.dataset.select import PLACE, Query, select
 from clip_batch.encoders import use_threads
 from clip_batch.errors import ConfigError
-from clip_batch.metadata import open_table
+from clip_batch.index.metadata import open_table
 from clip_batch.samples.decode import DecodeError
 from clip_batch.storage.paths import absolute
 

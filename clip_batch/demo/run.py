@@ -7,9 +7,9 @@ import time
 
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, ServeConfig, StorageConfig
 from clip_batch.demo import data
+from clip_batch.index.merge.merge import merge
 from clip_batch.launch.local import run_worker
 from clip_batch.plan.plan import make_plan
-from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher, describe_hits
 
 QUERIES = ("red apple", "a cat laughing", "flag of Brazil", "火车", "下雨的云")

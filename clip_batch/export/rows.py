@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from clip_batch.embeddings.metadata import LINEAGE
+from clip_batch.embeddings.reader import Embeddings, gather, read_vectors
 from clip_batch.errors import ClipBatchError, ConfigError, CorruptError
-from clip_batch.job import digest, open_source
-from clip_batch.manifest import IndexShard
-from clip_batch.metadata import LINEAGE
+from clip_batch.index.manifest import IndexShard
+from clip_batch.index.merge.job import digest, open_source
 from clip_batch.stages.search import Searcher
+from clip_batch.storage.npy import unit
 from clip_batch.storage.store import Store
-from clip_batch.vectors import Embeddings, gather, read_vectors, unit
 
 Ids = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]

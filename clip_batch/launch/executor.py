@@ -14,15 +14,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from clip_batch import encoders, part
+from clip_batch import encoders
 from clip_batch.config import EmbedConfig, MergeConfig, StorageConfig
+from clip_batch.embeddings.commits import read_commit
+from clip_batch.embeddings.embed import Outcome, compiled_size, embed
+from clip_batch.embeddings.submission import Submission
+from clip_batch.embeddings.workers import Run
 from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.plan.plan import load_plan
-from clip_batch.stages.embed import Outcome, compiled_size, embed
 from clip_batch.storage.store import Store
-from clip_batch.submission import Submission
 from clip_batch.types import EncoderSpec, Plan
-from clip_batch.workers import Run
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Encoder
@@ -104,7 +105,7 @@ def _committed(store: Store, plan: Plan, partitions: Iterable[int]) -> dict[int,
     found = {}
     for partition in partitions:
         try:
-            commit = part.read_commit(store, plan.name(partition))
+            commit = read_commit(store, plan.name(partition))
         except FileNotFoundError:
             continue
         failed, seconds = sum(commit.failed.values()), commit.finished - commit.started
@@ -152,8 +153,8 @@ def merge_task(
 
     What trying again cannot mend is an answer, the error's name and message, and does not raise.
     """
-    from clip_batch.job import open_job
-    from clip_batch.stages import merge
+    from clip_batch.index.merge import merge
+    from clip_batch.index.merge.job import open_job
 
     try:
         job = open_job(output, index, config, storage)

@@ -13,15 +13,15 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from clip_batch import part
 from clip_batch.config import EmbedConfig, StorageConfig
+from clip_batch.embeddings.commits import committed, read_commit
+from clip_batch.embeddings.embed import Outcome, embed
+from clip_batch.embeddings.slots import Slot, partitions
+from clip_batch.embeddings.workers import Run
 from clip_batch.launch.progress import Counts, shown
 from clip_batch.plan.plan import load_plan
-from clip_batch.slots import Slot, partitions
-from clip_batch.stages.embed import Outcome, embed
 from clip_batch.storage.store import Store
 from clip_batch.types import Commit
-from clip_batch.workers import Run
 
 
 def run_worker(
@@ -68,7 +68,7 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
     """`workers` processes, each a slot of as many; returns the worst exit code. Their errors go to our stderr."""
     store = Store(output, storage.storage_options)
     plan = load_plan(store)
-    before = part.committed(store)
+    before = committed(store)
     commits: dict[int, Commit] = {}
     cuda = config.device.startswith("cuda") or (config.device == "auto" and gpus() > 0)
     threads = config.threads or max(1, cores() // workers)
@@ -83,8 +83,8 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
     total = len(plan.partitions) - len(before)
 
     def read() -> Counts:
-        for number in part.committed(store) - before - set(commits):
-            commits[number] = part.read_commit(store, plan.name(number))
+        for number in committed(store) - before - set(commits):
+            commits[number] = read_commit(store, plan.name(number))
         failed = sum(sum(commit.failed.values()) for commit in commits.values())
         return total, len(commits), sum(commit.rows for commit in commits.values()), failed
 

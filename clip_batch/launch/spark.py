@@ -25,11 +25,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_batch import errors, submission
+from clip_batch import errors
 from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConfig, SubmitConfig, TargetConfig, options
+from clip_batch.embeddings import submission
 from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError, one_line
+from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.launch.executor import Status, Work, embed_slot, merge_task
-from clip_batch.manifest import Manifest, load_manifest
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
 

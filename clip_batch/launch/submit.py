@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clip_batch import part, submission
 from clip_batch.config import (
     EmbedConfig,
     MergeConfig,
@@ -20,6 +19,8 @@ from clip_batch.config import (
     SubmitConfig,
 )
 from clip_batch.config.options import to_flags
+from clip_batch.embeddings import submission
+from clip_batch.embeddings.commits import committed
 from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.paths import absolute, local_path
 from clip_batch.storage.store import Store
@@ -111,14 +112,14 @@ def spark(request: Request, config: SparkConfig, say: Say) -> int:
 
 
 def _progress(store: Store) -> str:
-    return f"{len(part.committed(store)):,} of {count_partitions(store):,} partitions done"
+    return f"{len(committed(store)):,} of {count_partitions(store):,} partitions done"
 
 
 def _complete(request: Request, say: Say) -> int:
     """0 if every partition is committed and, with an index, merged; else 1, and what is not is said."""
-    from clip_batch.job import open_job
-    from clip_batch.stages.merge import finished
-    from clip_batch.stages.status import describe, status
+    from clip_batch.embeddings.status import describe, status
+    from clip_batch.index.merge.job import open_job
+    from clip_batch.index.merge.merge import finished
 
     found = status(request.store)
     say(describe(found))

@@ -17,7 +17,7 @@ from clip_batch.stages.search import Ids, Selection, Vectors
 if TYPE_CHECKING:
     from clip_batch.config import StorageConfig
     from clip_batch.encoders import Encoder
-    from clip_batch.manifest import Manifest
+    from clip_batch.index.manifest import Manifest
 
 
 class Backend(Protocol):

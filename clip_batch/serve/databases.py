@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch import tombstones
 from clip_batch.config import DatabaseConfig, SearchConfig, StorageConfig
 from clip_batch.databases import check_identity, identity, table_name
 from clip_batch.databases.columns import schema_of
 from clip_batch.databases.milvus import MOST, Milvus
 from clip_batch.databases.sql import ASKED, Sql, SqlTable
 from clip_batch.errors import ConfigError, DatabaseError
-from clip_batch.manifest import load_manifest
-from clip_batch.order import best
+from clip_batch.index import removals
+from clip_batch.index.ann.order import best
+from clip_batch.index.manifest import load_manifest
 from clip_batch.serve.schema import Filter
 from clip_batch.stages.search import (
     Ids,
@@ -64,7 +64,7 @@ class DatabaseBackend:
         self.storage, self._config = storage, config
         # What merge measured and tuned is of faiss's index, not of Milvus's.
         self.manifest = replace(manifest, recall={}, effort=dict.fromkeys(manifest.effort))
-        removed = tombstones.removed_if_known(store, manifest)
+        removed = removals.removed_if_known(store, manifest)
         if removed is None:
             raise DatabaseError(
                 f"{store.url}: the rows of a removal are not known yet: run clip-batch export sql again"
@@ -128,7 +128,7 @@ class DatabaseBackend:
             return best(np.empty((len(wanted), 0), np.float32), np.empty((len(wanted), 0), np.int64), k)
         asked = min(k + self._surplus, self.manifest.rows)
         scores, ids = self._vectors.search(wanted, asked, modality, effort, among.ids if among else None)
-        gone = tombstones.contains(self._removed, ids)
+        gone = removals.contains(self._removed, ids)
         return best(np.where(gone, -np.inf, scores), np.where(gone, -1, ids), k)
 
     def where(self, conditions: Sequence[Filter]) -> Ids:

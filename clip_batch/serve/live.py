@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_batch import tombstones
 from clip_batch.config import DatabaseConfig, SearchConfig
 from clip_batch.errors import ClipBatchError, ConfigError, EncoderError
+from clip_batch.index import removals
+from clip_batch.index.manifest import current_version
 from clip_batch.lineage import is_planned
-from clip_batch.manifest import current_version
 from clip_batch.serve.backend import Backend
 from clip_batch.serve.batching import Encoding
 from clip_batch.serve.errors import Refused
@@ -207,7 +207,7 @@ class Indices:
     def _state(self, index: _Index) -> State:
         """What changes when the index must be opened anew, by a merge or a `remove`; read before it is opened."""
         store = Store(index.url, self._storage.storage_options)
-        return current_version(store), *tombstones.names(store)
+        return current_version(store), *removals.names(store)
 
     def _opened(self, index: _Index) -> Version:
         config = self._config

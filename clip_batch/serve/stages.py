@@ -18,9 +18,13 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, create_model
 
-from clip_batch import encoders, part
+from clip_batch import encoders
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
 from clip_batch.config.options import default, helps
+from clip_batch.embeddings import embed as embed_stage
+from clip_batch.embeddings.commits import read_commit
+from clip_batch.embeddings.status import status
+from clip_batch.embeddings.workers import Run
 from clip_batch.encoders import Encoder
 from clip_batch.errors import (
     ClipBatchError,
@@ -32,7 +36,8 @@ from clip_batch.errors import (
     Preempted,
     one_line,
 )
-from clip_batch.job import Job, open_job
+from clip_batch.index.merge import merge as merge_stage
+from clip_batch.index.merge.job import Job, open_job
 from clip_batch.plan.plan import count_partitions, load_plan, make_plan
 from clip_batch.serve.allow import Allowed
 from clip_batch.serve.errors import Busy, Refused
@@ -41,12 +46,8 @@ from clip_batch.serve.limits import answer, read
 from clip_batch.serve.openapi import REFUSALS, takes
 from clip_batch.serve.schema import Problem
 from clip_batch.serve.schema import Request as Fields
-from clip_batch.stages import embed as embed_stage
-from clip_batch.stages import merge as merge_stage
-from clip_batch.stages.status import status
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, partition_name
-from clip_batch.workers import Run
 
 MOST_BYTES = 20_000_000
 """Of a request: a plan may name many inputs."""
@@ -113,7 +114,7 @@ class Stages:
         if partition >= count:
             raise PlanError(f"partition {partition} does not exist: the plan has 0 to {count - 1}")
         try:
-            return {"commit": asdict(part.read_commit(store, partition_name(partition, count)))}
+            return {"commit": asdict(read_commit(store, partition_name(partition, count)))}
         except FileNotFoundError:
             return None
 

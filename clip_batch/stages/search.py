@@ -17,19 +17,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clip_batch import encoders, foreign, tombstones
-from clip_batch import index as faiss_index
+from clip_batch import encoders
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
+from clip_batch.embeddings.reader import blocks
 from clip_batch.errors import ConfigError, CorruptError, one_line
-from clip_batch.manifest import IndexShard, Manifest, load_manifest
-from clip_batch.metadata import MetadataFile, common_schema, open_table, take_as
-from clip_batch.order import best
-from clip_batch.rerank import candidates, rerank
+from clip_batch.index import removals
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann.order import best
+from clip_batch.index.ann.rerank import candidates, rerank
+from clip_batch.index.ann.rows import Stacked
+from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
+from clip_batch.index.metadata import MetadataFile, common_schema, open_table, take_as
 from clip_batch.samples.decode import DecodeError
+from clip_batch.search import clip_retrieval
 from clip_batch.storage.cache import IndexCache
+from clip_batch.storage.npy import open_matrix, unit
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Hit
-from clip_batch.vectors import Stacked, blocks, open_matrix, unit
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Encoder
@@ -83,9 +87,9 @@ class Selection:
 class Searcher:
     """The live version of INDEX, open for search until `close`; a context manager.
 
-    INDEX may be a folder that clip-retrieval's own `index` made (see `clip_batch.foreign`).
+    INDEX may be a folder that clip-retrieval's own `index` made (see `clip_batch.search.clip_retrieval`).
     A remote INDEX is first copied to a local cache (see `clip_batch.storage.cache`). Rows that were removed (see
-    `clip_batch.tombstones`) are in no answer; their ids are refused. `indices` are the opened faiss indices of
+    `clip_batch.index.removals`) are in no answer; their ids are refused. `indices` are the opened faiss indices of
     a modality, `tables` the metadata of each shard, both in the order of ids.
     Errors: as `load_manifest`; CorruptError where a file is absent or not of its recorded size (or, as
     it is copied, sha256); ConfigError where the encoder's dimension is not the index's.
@@ -103,8 +107,8 @@ class Searcher:
     ) -> None:
         store = Store(index, storage.storage_options)
         self._files: dict[str, str] = {}
-        if foreign.is_index(store):
-            found = foreign.open_index(store, config.model, config.pretrained)
+        if clip_retrieval.is_index(store):
+            found = clip_retrieval.open_index(store, config.model, config.pretrained)
             self._files = found.files
         self.manifest: Manifest = found.manifest if self._files else load_manifest(store)
         self.storage, self.config = storage, config
@@ -171,7 +175,7 @@ class Searcher:
             self.indices[modality].insert(0, OpenedIndex(faiss_index.read(paths[0], mapped=True), 0, rows))
         self._stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
         self.schema = common_schema([one.schema for one in self.tables])
-        self.removed = tombstones.removed(store, self.manifest, metadata)
+        self.removed = removals.removed(store, self.manifest, metadata)
         for modality, opened in self.indices.items():
             self.indices[modality] = [replace(one, removed=self._removed(one.offset, one.rows)) for one in opened]
 
@@ -295,7 +299,7 @@ class Searcher:
                 continue
             for block in blocks(shard.rows):
                 ids = np.arange(block.start, block.stop) + shard.offset
-                ids = ids[~tombstones.contains(self.removed, ids)]
+                ids = ids[~removals.contains(self.removed, ids)]
                 scores = unit(stored[ids]) @ wanted[0]
                 yield scores[scores >= threshold], ids[scores >= threshold]
 
@@ -387,7 +391,7 @@ def checked_ids(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> Ids:
         return np.empty(0, dtype=np.int64)
     if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= manifest.rows:
         raise ConfigError(f"ids are whole numbers from 0 to {manifest.rows - 1}")
-    if (gone := tombstones.contains(removed, wanted)).any():
+    if (gone := removals.contains(removed, wanted)).any():
         raise ConfigError(f"row {wanted[gone][0]} was removed from this index")
     return wanted.astype(np.int64)
 
@@ -397,7 +401,7 @@ def selection(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> Selection
     found = np.unique(np.asarray(ids, dtype=np.int64))
     if len(found) and (found[0] < 0 or found[-1] >= manifest.rows):
         raise ConfigError(f"ids are 0 to {manifest.rows - 1}")
-    return Selection(found[~tombstones.contains(removed, found)])
+    return Selection(found[~removals.contains(removed, found)])
 
 
 def load_encoder(spec: EncoderSpec, config: SearchConfig, storage: StorageConfig) -> Encoder:

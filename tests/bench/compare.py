@@ -33,9 +33,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch import vectors
 from clip_batch.config import parse_bytes
+from clip_batch.embeddings import reader
 from clip_batch.plan.plan import load_plan
+from clip_batch.storage import npy
 from clip_batch.storage.store import Store
 from tests.bench.realistic import realistic
 from tests.fabricated import commit, make_plan
@@ -55,7 +56,7 @@ TARGET = 0.95
 
 def fabricate(home: Path, rows: int, dim: int) -> None:
     """home/out, a committed OUT; home/queries.npy, captions of other images; home/truth.npy, the rows to find."""
-    from clip_batch import index
+    from clip_batch.index.ann import faiss_index
 
     parts = -(-rows // PART_ROWS)
     plan = make_plan(home / "out", parts)
@@ -63,11 +64,11 @@ def fabricate(home: Path, rows: int, dim: int) -> None:
     for partition in range(parts):
         commit(home / "out", plan, partition, *next(made))
     queries = next(made)[1]
-    source = vectors.open_embeddings(Store(str(home / "out")), plan)
+    source = reader.open_embeddings(Store(str(home / "out")), plan)
     scores, ids = np.empty((len(queries), 0), dtype=np.float32), np.empty((len(queries), 0), dtype=np.int64)
     for start in range(0, rows, PART_ROWS):
         stop = min(start + PART_ROWS, rows)
-        more, places = index.nearest(queries, vectors.unit(vectors.read_vectors(source, "image", start, stop)), K)
+        more, places = faiss_index.nearest(queries, npy.unit(reader.read_vectors(source, "image", start, stop)), K)
         scores, ids = np.hstack([scores, more]), np.hstack([ids, places + start])
         best = np.argsort(-scores, axis=1, kind="stable")[:, :K]
         scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
@@ -225,7 +226,7 @@ def _ours(folder: Path, home: Path) -> tuple[Search, int, list[int], dict[str, A
 
     searcher = Searcher(str(folder))
     out = Store(str(home / "out"))
-    source = vectors.open_embeddings(out, load_plan(out))
+    source = reader.open_embeddings(out, load_plan(out))
     starts = {part.partition: start for part, start in zip(source.commits, source.starts, strict=False)}
     lineage = searcher.metadata(np.arange(source.rows), ["partition", "row"])
     rows = np.array([starts[row["partition"]] + row["row"] for row in lineage], dtype=np.int64)

@@ -21,9 +21,9 @@ import numpy as np
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.demo import data
+from clip_batch.embeddings.embed import embed
 from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.samples import read_slice
-from clip_batch.stages.embed import embed
 from clip_batch.storage.store import Store
 from clip_batch.types import Sample
 from tests.bench.data_path import write_tars

@@ -29,10 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, PlanConfig
+from clip_batch.embeddings.embed import embed
 from clip_batch.encoders.hub import line
 from clip_batch.errors import EncoderError
 from clip_batch.plan.plan import make_plan
-from clip_batch.stages.embed import embed
 from clip_batch.types import EncoderSpec
 from tests.bench.data_path import photo, write_tars
 from tests.bench.engines import checkpoint

@@ -30,13 +30,13 @@ from typing import Any
 
 import fsspec
 
-from clip_batch import slots, submission
 from clip_batch.config import EmbedConfig, PlanConfig, SlurmConfig, StorageConfig, parse_bytes
+from clip_batch.embeddings import slots, submission
+from clip_batch.embeddings.embed import _Order
+from clip_batch.embeddings.workers import BEAT, SILENT
 from clip_batch.plan.plan import make_plan
-from clip_batch.stages.embed import _Order
 from clip_batch.storage.transfer import PIECE
 from clip_batch.types import Partition, Plan
-from clip_batch.workers import BEAT, SILENT
 from tests.bench.plan import Listing
 
 Process = Iterator[float]

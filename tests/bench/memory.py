@@ -22,7 +22,7 @@ import numpy as np
 
 from clip_batch.config import MergeConfig
 from clip_batch.config.options import to_flags
-from clip_batch.job import open_job
+from clip_batch.index.merge.job import open_job
 from tests.fabricated import clustered, make_out
 
 PARTS = 20

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from clip_batch.config import MergeConfig
-from clip_batch.stages.merge import merge
+from clip_batch.index.merge.merge import merge
 from clip_batch.stages.search import Searcher
 from tests.fabricated import clustered, make_out
 

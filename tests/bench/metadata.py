@@ -27,7 +27,7 @@ import pyarrow as pa
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from clip_batch import metadata
+from clip_batch.index import metadata
 
 PART = 100_000
 LISTS = 4096

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from clip_batch import metadata
+from clip_batch.index import metadata
 from tests.bench.metadata import parts
 
 COLUMNS = ["url", "caption"]

@@ -17,13 +17,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from clip_batch import index as faiss_index
 from clip_batch.config import MergeConfig
-from clip_batch.order import best
-from clip_batch.rerank import candidates, rerank
-from clip_batch.stages.merge import merge
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann.order import best
+from clip_batch.index.ann.rerank import candidates, rerank
+from clip_batch.index.ann.rows import Stacked
+from clip_batch.index.merge.merge import merge
 from clip_batch.stages.search import Ids, Searcher, Vectors
-from clip_batch.vectors import Stacked, unit
+from clip_batch.storage.npy import unit
 from tests.bench.realistic import realistic
 from tests.fabricated import make_out
 

@@ -21,9 +21,9 @@ import fsspec
 import numpy as np
 
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
+from clip_batch.embeddings.embed import embed
+from clip_batch.index.merge.merge import merge
 from clip_batch.plan.plan import make_plan
-from clip_batch.stages.embed import embed
-from clip_batch.stages.merge import merge
 from clip_batch.stages.search import Searcher
 from tests.bench.data_path import write_tars
 from tests.bench.embed import Stub

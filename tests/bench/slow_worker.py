@@ -16,12 +16,12 @@ import tempfile
 import time
 
 from clip_batch.config import EmbedConfig, PlanConfig
-from clip_batch.part import read_commits
+from clip_batch.embeddings.commits import read_commits
+from clip_batch.embeddings.embed import embed
+from clip_batch.embeddings.slots import Slot, partitions
+from clip_batch.embeddings.workers import Run, read_records
 from clip_batch.plan.plan import make_plan
-from clip_batch.slots import Slot, partitions
-from clip_batch.stages.embed import embed
 from clip_batch.storage.store import Store
-from clip_batch.workers import Run, read_records
 from tests.bench.data_path import write_tars
 from tests.bench.embed import BATCH, Stub
 

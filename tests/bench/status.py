@@ -19,7 +19,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from clip_batch import part, workers
+from clip_batch.embeddings import workers
+from clip_batch.embeddings.commits import COMMITS
 from clip_batch.types import Commit
 from tests import fabricated
 
@@ -27,7 +28,7 @@ from tests import fabricated
 def fill(out: Path, partitions: int, share: int) -> None:
     """A plan, a commit for all but `share` partitions, and a record a worker of `share` partitions."""
     plan = fabricated.make_plan(out, partitions)
-    for folder in (part.COMMITS, workers.WORKERS):
+    for folder in (COMMITS, workers.WORKERS):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for first in range(0, partitions, share):
         told = {}
@@ -40,7 +41,7 @@ def fill(out: Path, partitions: int, share: int) -> None:
                 number, "0a1b2c3d", 10_000, 512, "0" * 16, plan.digest, files, counts, failed, {}, 0, 60.0, "n"
             )
             if number:
-                (out / part.COMMITS / f"{plan.name(number)}.json").write_text(json.dumps(asdict(commit), indent=1))
+                (out / COMMITS / f"{plan.name(number)}.json").write_text(json.dumps(asdict(commit), indent=1))
             told[str(number)] = {
                 key: getattr(commit, key) for key in ("rows", "failed", "warnings", "started", "finished")
             }

@@ -17,7 +17,7 @@ from dataclasses import asdict
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from clip_batch.config import MergeConfig, SweepConfig
-from clip_batch.stages.sweep import describe, sweep
+from clip_batch.index.merge.sweep import describe, sweep
 from tests.fabricated import clustered, make_out
 
 

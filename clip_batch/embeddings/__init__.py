@@ -1,0 +1,1 @@
+"""OUT, the folder of embeddings: how partitions are embedded, committed, read, counted, verified and repaired."""

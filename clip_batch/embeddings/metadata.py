@@ -1,0 +1,129 @@
+"""The metadata files of OUT: the row schema that every partition writes, and how the rows are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from clip_batch.errors import CorruptError
+from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.store import Store
+from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Sample
+
+LINEAGE = ("partition", "row")
+"""int32 columns that say where an index row came from: the partition, and the row in its files."""
+
+
+@contextmanager
+def _open(store: Store, path: str) -> Iterator[ParquetFile]:
+    try:
+        with store.open(path) as file:
+            yield ParquetFile(file)
+    except (Unavailable, PermissionError):  # that is not the file's fault
+        raise
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CorruptError(f"{store.display(path)} is not readable ({error}): run clip-batch verify") from None
+
+
+def count(store: Store, path: str) -> tuple[int, int]:
+    """(rows, rows with a caption) of a part's Parquet file, from its footer where that tells."""
+    with _open(store, path) as file:
+        column = file.schema.names.index("caption")
+        groups = [file.metadata.row_group(i).column(column) for i in range(file.metadata.num_row_groups)]
+        if all(group.is_stats_set and group.statistics.has_null_count for group in groups):
+            missing = sum(group.statistics.null_count for group in groups)
+        else:
+            missing = file.read(["caption"])["caption"].null_count
+        return file.metadata.num_rows, file.metadata.num_rows - missing
+
+
+def without_caption(store: Store, path: str) -> npt.NDArray[np.bool_]:
+    """Which rows (n,) of a part's Parquet file have no caption."""
+    with _open(store, path) as file:
+        missing: npt.NDArray[np.bool_] = file.read(["caption"])["caption"].is_null().to_numpy()
+    return missing
+
+
+def read_rows(store: Store, path: str, partition: int, start: int, stop: int) -> pa.Table:
+    """Rows [start, stop) of a part's Parquet file, with the lineage columns. Reads only the row groups it needs."""
+    with _open(store, path) as file:
+        ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)])
+        if stop > ends[-1]:
+            raise CorruptError(f"{store.display(path)} has only {ends[-1]} rows: run clip-batch verify, then repair")
+        first, last = int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop, "left"))
+        table = file.read(groups=range(first, last + 1))
+        before = int(ends[first - 1]) if first else 0
+    table = table.slice(start - before, stop - start).replace_schema_metadata(None)
+    rows = np.arange(start, stop, dtype=np.int32)
+    for name, values in zip(LINEAGE, (np.full_like(rows, partition), rows), strict=True):
+        if name in table.column_names:  # a side-car field of that name gives way
+            table = table.rename_columns([f"json_{name}" if old == name else old for old in table.column_names])
+        table = table.append_column(pa.field(name, pa.int32()), pa.array(values))
+    return table
+
+
+def metadata_schema(fields: dict[str, str]) -> pa.Schema:
+    """The one Arrow schema of every partition: key columns, pinned fields, the overflow column."""
+    import pyarrow as pa
+
+    kinds = {
+        "string": pa.string(),
+        "int64": pa.int64(),
+        "double": pa.float64(),
+        "bool": pa.bool_(),
+        "json": pa.string(),
+    }
+    columns = dict.fromkeys(KEY_COLUMNS, pa.string())
+    columns.update(offset=pa.int64(), length=pa.int64())
+    columns.update({name: kinds[kind] for name, kind in fields.items()})
+    return pa.schema([*columns.items(), (EXTRA_COLUMN, pa.string())])
+
+
+def metadata_row(sample: Sample, caption: str | None, values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """One metadata row. A side-car value that the pinned schema cannot hold goes to `extra`, whole."""
+    row: dict[str, Any] = {
+        "key": sample.key,
+        "shard": sample.shard,
+        "offset": sample.offset,
+        "length": sample.length,
+        "caption": caption,
+    }
+    extra = {}
+    for name, value in values.items():
+        fits, cast = _cast(value, fields.get(name))
+        if fits:
+            row[name] = cast
+        elif row.get(name) != value:
+            extra[name] = value
+    row[EXTRA_COLUMN] = _dump(extra) if extra else None
+    return row
+
+
+def _cast(value: Any, kind: str | None) -> tuple[bool, Any]:
+    """(whether a JSON value fits the pinned kind without loss, the value to store)."""
+    if kind is None:
+        return False, None
+    if value is None:
+        return True, None
+    if kind == "json":
+        return True, _dump(value)
+    if kind == "string":
+        return isinstance(value, str), value
+    if kind == "bool":
+        return isinstance(value, bool), value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False, None
+    if kind == "double":
+        return isinstance(value, float) or abs(value) <= 2**53, value
+    return isinstance(value, int) and -(2**63) <= value < 2**63, value
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -1,0 +1,148 @@
+"""Metadata Parquet of any schema, such as pandas writes, as tables of one schema: our columns first, then theirs.
+
+pandas infers types file by file: a column of whole numbers in one file may be floats in the next, where a value
+is missing, and empty in a third. So the schema is that of all files together, and each table is cast to it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clip_batch.embeddings import metadata
+from clip_batch.errors import CorruptError, one_line
+from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.store import Store
+from clip_batch.types import KEY_COLUMNS
+
+TEXT = pa.string()
+OURS = {"key": TEXT, "shard": TEXT, "offset": pa.int64(), "length": pa.int64(), "caption": TEXT}
+RESERVED = ("shard", "offset", "length")
+"""Names that mean a place in a tar here; in files that clip-batch did not write they mean something else."""
+
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")
+
+
+class Footer(NamedTuple):
+    """Rows of each row group, and the schema."""
+
+    groups: tuple[int, ...]
+    schema: pa.Schema
+
+
+class Tables:
+    """The Parquet files of a folder, each (number, path), in the order of their rows.
+
+    `footers` are by path; `schema` is of every table: `OURS`, the other columns of any file, and the lineage.
+    CorruptError: a file is not readable as Parquet.
+    """
+
+    def __init__(self, store: Store, files: Sequence[tuple[int, str]]) -> None:
+        self.store = store
+        self.files = tuple(files)
+        with ThreadPoolExecutor(16) as pool:
+            self.footers: dict[str, Footer] = dict(pool.map(self._footer, (path for _, path in files)))
+        schemas = [footer.schema for footer in self.footers.values()]
+        # Whether clip-batch wrote them, so that shard, offset and length are what they are here.
+        self._own = bool(schemas) and all(set(KEY_COLUMNS) <= set(schema.names) for schema in schemas)
+        self.schema = self._union(schemas)
+
+    def _footer(self, path: str) -> tuple[str, Footer]:
+        try:
+            with self.store.open(path) as file:
+                parquet = ParquetFile(file)
+                groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+                return path, Footer(tuple(groups), parquet.schema)
+        except (Unavailable, PermissionError):  # that is not the file's fault
+            raise
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = one_line(error, 200)
+            raise CorruptError(
+                f"{self.store.display(path)} is not readable Parquet ({reason}): copy it again"
+            ) from None
+
+    def _union(self, schemas: Sequence[pa.Schema]) -> pa.Schema:
+        kinds: dict[str, pa.DataType] = {}
+        for field in (field for schema in schemas for field in schema if not _PANDAS_INDEX.fullmatch(field.name)):
+            name = self._renamed(field.name)
+            kinds[name] = _common(kinds.get(name, pa.null()), _plain(field.type))
+        theirs = [(name, TEXT if pa.types.is_null(kind) else kind) for name, kind in kinds.items() if name not in OURS]
+        return pa.schema([*OURS.items(), *theirs, *((name, pa.int32()) for name in metadata.LINEAGE)])
+
+    def _renamed(self, name: str) -> str:
+        gives_way = name in metadata.LINEAGE or (name in RESERVED and not self._own)
+        return f"json_{name}" if gives_way else name
+
+    def rows(self, path: str) -> int:
+        """Rows of a file."""
+        return sum(self.footers[path].groups)
+
+    def has_captions(self, path: str) -> bool:
+        """Whether the file has a column of captions."""
+        return "caption" in self.footers[path].schema.names
+
+    def read(self, number: int, path: str, start: int, stop: int) -> pa.Table:
+        """Rows [start, stop) of a file. Where it has no key, that is the image's path, or else the row's number."""
+        table = metadata.read_rows(self.store, path, number, start, stop)
+        if not self._own:
+            table = table.rename_columns([f"json_{n}" if n in RESERVED else n for n in table.column_names])
+        columns = {
+            field.name: _cast(table[field.name], field.type)
+            if field.name in table.column_names
+            else pa.nulls(len(table), field.type)
+            for field in self.schema
+        }
+        image_path = _cast(table["image_path"], TEXT) if "image_path" in table.column_names else columns["key"]
+        columns["key"] = pc.coalesce(columns["key"], image_path, table[metadata.LINEAGE[1]].cast(TEXT))
+        if not self._own:
+            columns["shard"] = pa.repeat(self.store.display(path), len(table))
+        return pa.table(columns, schema=self.schema)
+
+
+def without_metadata(number: int, where: str, start: int, stop: int) -> pa.Table:
+    """Rows [start, stop) of a part that has no metadata: the row's number for a key, and its lineage."""
+    rows = pa.array(range(start, stop), pa.int32())
+    columns = {name: pa.nulls(len(rows), kind) for name, kind in OURS.items()}
+    columns["key"], columns["shard"] = rows.cast(TEXT), pa.repeat(where, len(rows))
+    lineage = zip(metadata.LINEAGE, (pa.repeat(pa.scalar(number, pa.int32()), len(rows)), rows), strict=True)
+    return pa.table({**columns, **dict(lineage)})
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type among null, bool, int64, double and string that a column is stored as."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_null(kind) or pa.types.is_boolean(kind):
+        return kind
+    if pa.types.is_integer(kind) and kind != pa.uint64():
+        return pa.int64()
+    return pa.float64() if pa.types.is_floating(kind) else TEXT
+
+
+def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """The type that holds the values of both."""
+    if one == other or pa.types.is_null(other):
+        return one
+    if pa.types.is_null(one):
+        return other
+    return pa.float64() if {one, other} == {pa.int64(), pa.float64()} else TEXT
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column as the type; what Arrow cannot write as text (lists, structs, times of day) becomes JSON."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    try:
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        if kind != TEXT:  # an offset that is no number: a file that only looks like ours
+            return pa.chunked_array([pa.nulls(len(column), kind)])
+        values = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
+        return pa.chunked_array([pa.array(values, TEXT)])

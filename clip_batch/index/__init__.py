@@ -1,0 +1,1 @@
+"""INDEX, the folder of a searchable index: its manifest, metadata, removals and versions."""

@@ -1,0 +1,1 @@
+"""One faiss index: built, measured, sized, put on disk and searched."""

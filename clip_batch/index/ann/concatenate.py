@@ -1,0 +1,135 @@
+"""One faiss index of several shards' indices, for systems that know of no shards.
+
+Indices with inverted lists are joined list by list, their codes as they are. Others are filled anew with the
+vectors that they store, which for exact kinds (Flat, HNSW, RFlat) are those that were added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clip_batch.errors import ConfigError
+from clip_batch.index.ann.faiss_index import REFINE_FACTOR, write
+from clip_batch.index.ann.libfaiss import Index, inner, innermost, load
+
+if TYPE_CHECKING:
+    from clip_batch.index.ann.libfaiss import Ids
+
+    Part = tuple[Index, int]
+
+BLOCK = 16_384
+"""Vectors read back at a time."""
+
+
+def concatenate(parts: Sequence[Part], removed: Ids, effort: int | None, path: str) -> None:
+    """Write the indices of `parts`, each with the offset of its ids, as one plain faiss file.
+
+    Ids are local ids + offset; the sorted ids `removed` are left out. `effort` (nprobe or efSearch) is stored in
+    the file, for readers that set none. The parts may be memory-mapped, and are of no use afterwards. Memory: all
+    of the index; none of it where it is one file already and nothing is to be removed. ConfigError: fast-scan
+    codes, whose vectors cannot be had by their place in a list, which is how clip-retrieval asks for them.
+    """
+    faiss, first = load(), parts[0][0]
+    by_lists = isinstance(_codes(first), faiss.IndexIVF)
+    lists = faiss.downcast_InvertedLists(_codes(first).invlists) if by_lists else None
+    if isinstance(lists, faiss.BlockInvertedLists):
+        raise ConfigError(
+            "an index of fast-scan codes cannot be exported: clip-retrieval reads every hit's vector back, and faiss "
+            "cannot do that for it; merge with another --index-key, or the same one with ,RFlat"
+        )
+    if len(parts) == 1 and not len(removed) and not isinstance(lists, faiss.OnDiskInvertedLists):
+        whole = first
+    else:
+        whole = _by_lists(parts, removed) if by_lists else _anew(parts, removed)
+    _store_effort(whole, effort)
+    write(whole, path)
+
+
+def _codes(index: Index) -> Index:
+    """The index inside id maps and transforms; a re-ranking one counts, for its vectors are the exact ones."""
+    faiss = load()
+    while not isinstance(index := faiss.downcast_index(index), faiss.IndexRefine):
+        if (within := inner(index)) is None:
+            break
+        index = within
+    return index
+
+
+def _copy(index: Index) -> Index:
+    """A copy that can be changed: faiss's clone of a mapped index cannot, and some transforms it does not clone."""
+    return load().deserialize_index(load().serialize_index(index))
+
+
+def _by_lists(parts: Sequence[Part], removed: Ids) -> Index:
+    faiss = load()
+    source = _codes(parts[0][0])
+    filled = source.invlists
+    source.invlists = None  # so that a copy of the index is one of its centroids and tables alone
+    whole = _copy(parts[0][0])
+    source.invlists = filled
+    ivf = _codes(whole)
+    lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+    ivf.replace_invlists(lists, True)
+    lists.this.disown()  # the index frees it
+    total = 0
+    for part, offset in parts:
+        theirs = _codes(part).invlists
+        for number in range(ivf.nlist):
+            if not (size := theirs.list_size(number)):
+                continue
+            ids = faiss.rev_swig_ptr(theirs.get_ids(number), size) + offset
+            codes = faiss.rev_swig_ptr(theirs.get_codes(number), size * ivf.code_size).reshape(size, -1)
+            if (gone := np.isin(ids, removed)).any():
+                ids, codes = ids[~gone], codes[~gone]
+            if len(ids):
+                lists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+                total += len(ids)
+    within: Index | None = whole
+    while within is not None:  # every wrapper counts for itself
+        within.ntotal = total
+        within = inner(within)
+    return whole
+
+
+def _anew(parts: Sequence[Part], removed: Ids) -> Index:
+    faiss = load()
+    opened = [_numbered(part, offset) for part, offset in parts]
+    whole = _copy(opened[0][0])
+    whole.reset()
+    every = np.concatenate([ids for _, ids in opened])
+    gaps = bool(len(removed)) or not np.array_equal(every, np.arange(len(every)))
+    if gaps:
+        whole = faiss.IndexIDMap2(whole)
+    for index, ids in opened:
+        for low in range(0, len(ids), BLOCK):
+            numbers = ids[low : low + BLOCK]
+            vectors = index.reconstruct_n(low, len(numbers))
+            if gaps:
+                kept = ~np.isin(numbers, removed)
+                whole.add_with_ids(vectors[kept], numbers[kept])
+            else:
+                whole.add(vectors)
+    return whole
+
+
+def _numbered(index: Index, offset: int) -> tuple[Index, Ids]:
+    """The index inside an id map, and the id (n,) of each of its vectors in their order."""
+    faiss = load()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexIDMap):
+        return faiss.downcast_index(index.index), faiss.vector_to_array(index.id_map) + offset
+    return index, np.arange(index.ntotal) + offset
+
+
+def _store_effort(index: Index, effort: int | None) -> None:
+    faiss = load()
+    codes, refined = innermost(index), _codes(index)
+    if isinstance(refined, faiss.IndexRefine):
+        refined.k_factor = REFINE_FACTOR
+    if effort is not None and isinstance(codes, faiss.IndexIVF):
+        codes.nprobe = min(effort, codes.nlist)
+    elif effort is not None and isinstance(codes, faiss.IndexHNSW):
+        codes.hnsw.efSearch = effort

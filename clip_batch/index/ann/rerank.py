@@ -1,0 +1,65 @@
+"""Exact re-ranking: candidates of a lossy index, scored by the float16 vectors that were stored beside it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_batch.index.ann.order import best
+from clip_batch.index.ann.recall import TOP
+from clip_batch.storage.npy import Half, widen
+
+Vectors = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+PAIRS = 512
+"""Pairs of query and row that are scored at a time: few enough for the processor's cache."""
+
+MOST = 10_000
+"""Candidates beyond which a search does not look for the sake of order: each costs a read of its vector."""
+
+TINY = 1e-12
+"""Stands for the norm of a row of zeros."""
+
+
+class Rows(Protocol):
+    """Float16 rows (n, d) that are taken by their numbers: an array, or what reads them when asked."""
+
+    def __getitem__(self, rows: Ids, /) -> Half: ...
+
+
+def candidates(k: int, factor: int) -> int:
+    """How many candidates are scored for the k best: `factor` times as many, as far as that is not over `MOST`.
+
+    Never fewer than the trial has that merge tunes by, nor than k.
+    """
+    return max(min(factor * k, MOST), k, TOP + 1)
+
+
+def rerank(queries: Vectors, ids: Ids, vectors: Rows, k: int) -> tuple[Vectors, Ids]:
+    """The k best of each query's candidates by exact inner product: scores float32 (q, k), ids int64 (q, k).
+
+    queries float32 (q, d); ids (q, m) are rows of `vectors` float16 (n, d), memory-mapped or not, -1
+    where there is none. Descending by score, then ascending by id; -inf and -1 where there are fewer than k.
+    """
+    return best(score(queries, ids, vectors), ids, k)
+
+
+def score(queries: Vectors, ids: Ids, vectors: Rows) -> Vectors:
+    """Inner products float32 (q, m) of queries (q, d) and their rows (q, m), scaled to unit norm; -inf where id is -1.
+
+    A score depends on its query and row alone. Rows are read in ascending order over all queries, some
+    hundred at a time.
+    """
+    flat = ids.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    order = order[np.searchsorted(flat[order], 0) :]
+    scores = np.full(flat.shape, -np.inf, dtype=np.float32)
+    for low in range(0, len(order), PAIRS):
+        pairs = order[low : low + PAIRS]
+        rows = widen(vectors[flat[pairs]])
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        scores[pairs] = np.einsum("nd,nd->n", rows, queries[pairs // ids.shape[1]]) / np.maximum(norms, TINY)
+    return scores.reshape(ids.shape)

@@ -1,0 +1,53 @@
+"""Rows of vectors in the order of an index, taken when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+
+from clip_batch.embeddings.reader import Rows, blocks
+from clip_batch.storage.npy import Half
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A shard's rows in index order, taken when they are asked for: a copy would double the memory."""
+
+    vectors: Half
+    order: Rows
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, at: slice | Rows) -> Half:
+        rows: Half = self.vectors[self.order[at]]
+        return rows
+
+    def save(self, file: IO[bytes]) -> None:
+        """Write the rows as an npy file of float16 (n, d)."""
+        described = {"descr": "<f2", "fortran_order": False, "shape": (len(self), self.vectors.shape[1])}
+        np.lib.format.write_array_header_1_0(file, described)  # type: ignore[no-untyped-call]
+        for block in blocks(len(self)):
+            file.write(self[block].tobytes())
+
+
+class Stacked:
+    """Matrices (n, d), one below the other, as one to take rows from."""
+
+    def __init__(self, matrices: Sequence[Half]) -> None:
+        self._matrices = matrices
+        self._starts = np.cumsum([0, *map(len, matrices)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, rows: Rows) -> Half:
+        out = np.empty((len(rows), self._matrices[0].shape[1]), dtype=np.float16)
+        owner = np.searchsorted(self._starts, rows, "right") - 1
+        for one in np.unique(owner):
+            places = np.flatnonzero(owner == one)
+            out[places] = self._matrices[one][rows[places] - self._starts[one]]
+        return out

@@ -1,0 +1,1 @@
+"""merge: one OUT becomes a version of INDEX."""

@@ -1,0 +1,58 @@
+"""verify --index: proves that the files of the live version are those that its manifest names."""
+
+from __future__ import annotations
+
+from clip_batch.embeddings.verify import Report, check_file
+from clip_batch.index.ann import faiss_index
+from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
+from clip_batch.index.metadata import open_table
+from clip_batch.storage.npy import open_matrix
+from clip_batch.storage.store import Store
+
+
+def verify_index(store: Store, deep: bool = False) -> Report:
+    """Prove that the live version of INDEX is whole: sizes and rows, and with `deep` every byte.
+
+    Deep also opens every index and metadata file and compares their rows.
+    """
+    manifest = load_manifest(store)
+    report = Report(checked=len(manifest.shards), rows=manifest.rows)
+    offset = 0
+    for shard in manifest.shards:
+        problem = _check_index_shard(store, manifest, shard, deep)
+        if shard.offset != offset:
+            problem = problem or f"starts at id {shard.offset}, the shards before it end at {offset}"
+        if problem:
+            report.problems[f"index shard {shard.name}"] = problem
+        offset += shard.rows
+    for modality, files in manifest.single.items():
+        for name, stored in files.items():
+            if problem := check_file(store, name, stored, deep):
+                report.problems[f"{modality} index"] = problem
+    if offset != manifest.rows:
+        report.problems["manifest"] = f"{offset} rows in shards, {manifest.rows} in all"
+    return report
+
+
+def _check_index_shard(store: Store, manifest: Manifest, shard: IndexShard, deep: bool) -> str | None:
+    for name, stored in shard.files.items():
+        whole = f"{shard.version or manifest.version}/{name}"
+        if problem := check_file(store, whole, stored, deep):
+            return problem
+        if deep and (problem := _check_index_file(store, whole, name, shard.rows)):
+            return problem
+    return None
+
+
+def _check_index_file(store: Store, whole: str, name: str, rows: int) -> str | None:
+    """Opens a file of a shard, and compares its rows."""
+    with store.fetch(whole) as path:
+        if name.startswith("metadata/"):
+            found = open_table(path).rows
+        elif name.endswith(".npy"):
+            found = len(open_matrix(path))
+        else:
+            found = int(faiss_index.read(path, mapped=True).ntotal)
+    if found != rows and not (name.startswith("text") and found < rows):
+        return f"{whole} holds {found} rows, the manifest says {rows}"
+    return None

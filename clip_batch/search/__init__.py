@@ -1,0 +1,1 @@
+"""Search of an index: from a query to hits with their metadata."""
