@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clip_batch.embeddings.embed import embed
     from clip_batch.index.merge.merge import merge
     from clip_batch.plan.plan import make_plan
-    from clip_batch.stages.search import Searcher
+    from clip_batch.search.searcher import Searcher
 
 __version__ = "0.1.0"
 

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_batch import lineage
-from clip_batch.stages.search import Searcher
+from clip_batch.search import lineage
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 
 GROUP = 10_000

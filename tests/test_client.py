@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import clip_batch.client as clients
 from clip_batch.client import AsyncClient, Client, back_off, retry_after
 from clip_batch.errors import ClipBatchError, ConfigError, ServiceError, ServiceUnavailable
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.types import Hit
 from tests import ROOT
 from tests.corpus import good_tar, jpeg

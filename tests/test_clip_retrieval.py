@@ -30,7 +30,7 @@ from clip_batch.index.ann.concatenate import concatenate
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.metadata import open_table
 from clip_batch.search.clip_retrieval import is_index, open_index
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 from tests.corpus import good_tar

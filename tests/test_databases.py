@@ -31,10 +31,10 @@ from clip_batch.export.rows import VectorRows
 from clip_batch.index.manifest import current_version
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.versions import remove
+from clip_batch.search.filters import Filter
+from clip_batch.search.searcher import Searcher
 from clip_batch.serve.app import create_app
 from clip_batch.serve.databases import DatabaseBackend
-from clip_batch.serve.schema import Filter
-from clip_batch.stages.search import Searcher
 from clip_batch.storage.npy import unit
 from clip_batch.storage.store import Store
 from tests.corpus import jpeg, write_tar

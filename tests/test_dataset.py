@@ -39,7 +39,7 @@ from clip_batch.demo import data
 from clip_batch.errors import ConfigError, InputError
 from clip_batch.filter import filter_rows
 from clip_batch.index.ann import faiss_index
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from tests import ROOT, corpus
 from tests.s3_server import BUCKET, S3

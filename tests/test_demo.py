@@ -21,7 +21,7 @@ import pytest
 
 from clip_batch.embeddings.commits import committed, read_commits
 from clip_batch.index.manifest import load_manifest
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from tests import ROOT
 

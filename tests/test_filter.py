@@ -17,7 +17,7 @@ from clip_batch.filter import filter_rows
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.merge.merge import merge
 from clip_batch.plan.specs import expand_inputs
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from tests import corpus
 from tests.fabricated import clustered, make_out

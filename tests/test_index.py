@@ -61,7 +61,8 @@ def test_the_kernel_is_one_that_the_cpu_has(vendor: str, flags: str, core: str |
 
 
 def test_a_kernel_that_the_user_names_stays() -> None:
-    code = "import os, numpy as n; from clip_batch.index.ann import faiss_index; faiss_index.train('Flat', n.eye(4, dtype='f4'))"
+    code = "import os, numpy; from clip_batch.index.ann import faiss_index as index; "
+    code += "index.train('Flat', numpy.eye(4, dtype='f4'))"
     environment = {**os.environ, "OPENBLAS_CORETYPE": "Prescott"}
     done = subprocess.run(
         [sys.executable, "-c", code + "; print(os.environ['OPENBLAS_CORETYPE'])"],

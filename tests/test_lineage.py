@@ -18,9 +18,9 @@ from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import IndexShard, Manifest, Source
 from clip_batch.index.merge.merge import merge
-from clip_batch.lineage import Lineage, embedding, image, planned, shard_of, where
 from clip_batch.plan.plan import load_plan, make_plan
-from clip_batch.stages.search import Searcher
+from clip_batch.search.lineage import Lineage, embedding, image, planned, shard_of, where
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from tests import corpus
 from tests.fabricated import ENCODER, clustered, make_out

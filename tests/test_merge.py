@@ -31,7 +31,7 @@ from clip_batch.index.merge import merge as stage
 from clip_batch.index.merge.job import Job, open_job
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.paths import TEMPORARY
 from clip_batch.storage.store import Store, file_digest
 from tests import fabricated

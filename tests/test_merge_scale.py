@@ -25,7 +25,7 @@ from clip_batch.index.manifest import Manifest
 from clip_batch.index.merge.job import BASE_BYTES, Job
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from tests.bench.rerank import Counted
 from tests.fabricated import ENCODER, Vectors, clustered, commit, make_out, make_plan, unit

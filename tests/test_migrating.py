@@ -15,7 +15,7 @@ import pytest
 
 from clip_batch.cli import COMMANDS, main
 from clip_batch.demo import data
-from clip_batch.serve.heads import load_head
+from clip_batch.search.heads import load_head
 from tests import ROOT
 
 PAGE = ROOT / "docs/migrating.md"

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_batch.client import Client
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from tests.corpus import encode, good_tar, picture, write_tar
 from tests.serving import index_of, running
 

@@ -17,8 +17,7 @@ from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
 from clip_batch.index.merge.merge import merge
-from clip_batch.stages import search
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage import retry, transfer
 from clip_batch.storage.store import Store
 from tests.fabricated import clustered, make_out
@@ -126,7 +125,7 @@ def test_reconstruct(searcher: Searcher) -> None:
 @given(some=st.sets(st.integers(0, 399)), exact=st.booleans(), k=st.sampled_from([1, 7, 500]), row=st.integers(0, 399))
 def test_only_selected_rows_are_found(folder: str, some: set[int], exact: bool, k: int, row: int) -> None:
     with pytest.MonkeyPatch.context() as patch, Searcher(f"{folder}/index") as searcher:
-        patch.setattr(search, "EXACT", 10_000 if exact else -1)
+        patch.setattr("clip_batch.search.searcher.EXACT", 10_000 if exact else -1)
         scores, ids = searcher.search_ids(IMAGES[row], 400, effort=8)
         kept = np.isin(ids[0], list(some))
         wanted = np.concatenate([ids[0][kept], np.full(k, -1)])[:k]

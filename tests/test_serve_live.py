@@ -16,8 +16,8 @@ from clip_batch.config import ServeConfig, StorageConfig
 from clip_batch.encoders.families.fake import FakeEncoder
 from clip_batch.errors import ConfigError
 from clip_batch.index import removals
+from clip_batch.search.searcher import Searcher
 from clip_batch.serve.app import create_app, parse_indices
-from clip_batch.stages.search import Searcher
 from clip_batch.storage.store import Store
 from tests.serving import ROWS, make_index, served
 

@@ -19,9 +19,9 @@ from hypothesis.extra import numpy as hnp
 
 from clip_batch.config import ServeConfig, StorageConfig
 from clip_batch.errors import ConfigError
-from clip_batch.serve.dedup import representatives
-from clip_batch.serve.heads import load_head, load_heads
-from clip_batch.serve.schema import Filter
+from clip_batch.search.dedup import representatives
+from clip_batch.search.filters import Filter
+from clip_batch.search.heads import load_head, load_heads
 from tests.corpus import jpeg
 from tests.serving import ROWS, make_index, served
 
@@ -101,7 +101,7 @@ def test_threshold_and_k(client: TestClient) -> None:
 def test_filters(
     client: TestClient, condition: dict[str, Any], holds: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_batch.stages.search.EXACT", 10_000 if how == "exact" else -1)
+    monkeypatch.setattr("clip_batch.search.searcher.EXACT", 10_000 if how == "exact" else -1)
     service = client.app.state.service  # type: ignore[attr-defined]
     config = dataclasses.replace(service.config, prefilter_rows=0 if how == "hits" else ROWS)
     monkeypatch.setattr(service, "config", config)

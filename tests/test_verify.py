@@ -13,7 +13,7 @@ from clip_batch.index.manifest import load_manifest
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
 from clip_batch.plan.plan import make_plan
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from tests import corpus
 

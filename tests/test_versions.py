@@ -26,7 +26,7 @@ from clip_batch.index.manifest import CURRENT, MANIFEST, Manifest, current_versi
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.metadata import open_table
 from clip_batch.index.versions import describe, drop, read_values, remove, use, versions
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage import retry
 from clip_batch.storage.store import Store
 from tests.fabricated import clustered, make_out

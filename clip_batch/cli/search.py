@@ -12,7 +12,7 @@ from clip_batch.errors import ConfigError
 
 def search(options: Options) -> int:
     """Search an index with a text, an image or a vector."""
-    from clip_batch.stages.search import Searcher, describe_hits
+    from clip_batch.search.searcher import Searcher, describe_hits
 
     how = _one_query(options)
     with Searcher(options.index, options.storage, config=how) as searcher:
@@ -25,7 +25,7 @@ def search(options: Options) -> int:
 def filter(options: Options) -> int:
     """Every row over a --threshold, or the k best, as Parquet in OUTPUT; their images too, if asked."""
     from clip_batch.filter import filter_rows
-    from clip_batch.stages.search import Searcher
+    from clip_batch.search.searcher import Searcher
     from clip_batch.storage.store import Store
 
     how = _one_query(options)

@@ -26,14 +26,14 @@ import pyarrow.compute as pc
 
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index.metadata import write_ordered
-from clip_batch.lineage import planned
+from clip_batch.search.lineage import planned
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.store import Store, read_url
 
 if TYPE_CHECKING:
     from clip_batch.config import SearchConfig, StorageConfig
-    from clip_batch.stages.search import Searcher
+    from clip_batch.search.searcher import Searcher
 
 ROWS, ABOUT = "rows.arrow", "selection.json"
 
@@ -146,7 +146,7 @@ def select(
         return _write(found, columns, via, folder, asked)
     if not queries:
         raise ConfigError(f"no query for {source}: give a text, or some of Query")
-    from clip_batch.stages.search import Searcher
+    from clip_batch.search.searcher import Searcher
 
     with Searcher(source, storage, config=search) as searcher:
         return _write(_searched(searcher, queries, amount), columns, via, folder, asked)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from clip_batch.config import StorageConfig
 from clip_batch.errors import ConfigError
 from clip_batch.index.ann.concatenate import concatenate
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec

@@ -19,7 +19,7 @@ from clip_batch.databases.milvus import Collection, Milvus
 from clip_batch.databases.sql import Record, Sql, SqlTable
 from clip_batch.errors import ConfigError, DatabaseError
 from clip_batch.export.rows import Ids, Rows, VectorRows
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 
 SAMPLE = 1_000
 """Rows that are compared value by value where not all are."""

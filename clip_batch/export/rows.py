@@ -18,7 +18,7 @@ from clip_batch.embeddings.reader import Embeddings, gather, read_vectors
 from clip_batch.errors import ClipBatchError, ConfigError, CorruptError
 from clip_batch.index.manifest import IndexShard
 from clip_batch.index.merge.job import digest, open_source
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.npy import unit
 from clip_batch.storage.store import Store
 

@@ -24,8 +24,8 @@ from clip_batch.errors import ConfigError, DatabaseError
 from clip_batch.index import removals
 from clip_batch.index.ann.order import best
 from clip_batch.index.manifest import load_manifest
-from clip_batch.serve.schema import Filter
-from clip_batch.stages.search import (
+from clip_batch.search.filters import Filter
+from clip_batch.search.searcher import (
     Ids,
     Selection,
     Vectors,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch.serve import dedup
+from clip_batch.search import dedup
+from clip_batch.search.filters import Filter
+from clip_batch.search.heads import LIMIT, Head
 from clip_batch.serve.errors import Refused
-from clip_batch.serve.heads import LIMIT, Head
 from clip_batch.serve.images import COLUMNS, has_image
-from clip_batch.serve.schema import Filter, finite
+from clip_batch.serve.schema import finite
 
 if TYPE_CHECKING:
     from clip_batch.serve.live import Version

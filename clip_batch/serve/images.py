@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from clip_batch import lineage
+from clip_batch.search import lineage
 
 if TYPE_CHECKING:
     from clip_batch.serve.live import Version

@@ -18,12 +18,12 @@ from clip_batch.config import DatabaseConfig, SearchConfig
 from clip_batch.errors import ClipBatchError, ConfigError, EncoderError
 from clip_batch.index import removals
 from clip_batch.index.manifest import current_version
-from clip_batch.lineage import is_planned
-from clip_batch.serve.backend import Backend
+from clip_batch.search.backend import Backend
+from clip_batch.search.lineage import is_planned
+from clip_batch.search.prefilter import Prefilter
+from clip_batch.search.searcher import Searcher
 from clip_batch.serve.batching import Encoding
 from clip_batch.serve.errors import Refused
-from clip_batch.serve.prefilter import Prefilter
-from clip_batch.stages.search import Searcher
 from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Version:
         self.users, self.retired = 0, False
 
     def planned(self, row: int) -> bool:
-        """Whether a row's image may be read: see `clip_batch.lineage.is_planned`."""
+        """Whether a row's image may be read: see `clip_batch.search.lineage.is_planned`."""
         return is_planned(self.manifest, row)
 
     def warm(self) -> None:

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from clip_batch.config import DatabaseConfig, parse_bytes
 from clip_batch.encoders import NO_TEXT
 from clip_batch.samples.decode import DecodeError
+from clip_batch.search.heads import load_heads
 from clip_batch.serve.errors import Refused
 from clip_batch.serve.fetch import fetch
-from clip_batch.serve.heads import load_heads
 from clip_batch.serve.live import Indices, Version
 from clip_batch.serve.metrics import Metrics
 from clip_batch.serve.schema import Query, WeightedQuery

@@ -39,13 +39,13 @@ from clip_batch.errors import (
 from clip_batch.index.merge import merge as merge_stage
 from clip_batch.index.merge.job import Job, open_job
 from clip_batch.plan.plan import count_partitions, load_plan, make_plan
+from clip_batch.search.filters import Request as Fields
 from clip_batch.serve.allow import Allowed
 from clip_batch.serve.errors import Busy, Refused
 from clip_batch.serve.jobs import AGAIN, Jobs
 from clip_batch.serve.limits import answer, read
 from clip_batch.serve.openapi import REFUSALS, takes
 from clip_batch.serve.schema import Problem
-from clip_batch.serve.schema import Request as Fields
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, partition_name
 

@@ -14,6 +14,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from clip_batch.search.filters import MOST
 from clip_batch.serve.errors import Refused
 from clip_batch.serve.find import Vectors, Wanted, check, find, metadata
 from clip_batch.serve.images import original
@@ -21,7 +22,6 @@ from clip_batch.serve.limits import answer, read
 from clip_batch.serve.live import Version
 from clip_batch.serve.metrics import REQUEST
 from clip_batch.serve.openapi import REFUSALS, takes
-from clip_batch.serve.schema import MOST
 from clip_batch.serve.service import Service, checked, decode_base64, unit
 from clip_batch.serve.v1 import image_path, shown
 

@@ -222,7 +222,7 @@ def _theirs(folder: Path, home: Path) -> tuple[Search, int, list[int], dict[str,
 
 def _ours(folder: Path, home: Path) -> tuple[Search, int, list[int], dict[str, Any]]:
     """The live version through Searcher; ids become rows of OUT by the lineage in its metadata."""
-    from clip_batch.stages.search import Searcher
+    from clip_batch.search.searcher import Searcher
 
     searcher = Searcher(str(folder))
     out = Store(str(home / "out"))

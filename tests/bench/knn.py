@@ -18,7 +18,7 @@ from typing import Any
 from clip_batch.config import MergeConfig
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.merge.merge import merge
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 
 QUERIES = 30
 

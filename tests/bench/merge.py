@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from clip_batch.config import MergeConfig
 from clip_batch.index.merge.merge import merge
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from tests.fabricated import clustered, make_out
 
 PARTS = 8

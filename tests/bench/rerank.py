@@ -23,7 +23,7 @@ from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
 from clip_batch.index.merge.merge import merge
-from clip_batch.stages.search import Ids, Searcher, Vectors
+from clip_batch.search.searcher import Ids, Searcher, Vectors
 from clip_batch.storage.npy import unit
 from tests.bench.realistic import realistic
 from tests.fabricated import make_out

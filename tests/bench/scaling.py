@@ -24,7 +24,7 @@ from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfi
 from clip_batch.embeddings.embed import embed
 from clip_batch.index.merge.merge import merge
 from clip_batch.plan.plan import make_plan
-from clip_batch.stages.search import Searcher
+from clip_batch.search.searcher import Searcher
 from tests.bench.data_path import write_tars
 from tests.bench.embed import Stub
 from tests.bench.plan import Listing

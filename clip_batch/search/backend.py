@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy.typing as npt
 import pyarrow as pa
 
-from clip_batch.serve.schema import Filter
-from clip_batch.stages.search import Ids, Selection, Vectors
+from clip_batch.search.filters import Filter
+from clip_batch.search.searcher import Ids, Selection, Vectors
 
 if TYPE_CHECKING:
     from clip_batch.config import StorageConfig

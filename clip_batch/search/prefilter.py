@@ -6,9 +6,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
 
-from clip_batch.serve.backend import Backend
-from clip_batch.serve.schema import Filter
-from clip_batch.stages.search import Selection
+from clip_batch.search.backend import Backend
+from clip_batch.search.filters import Filter
+from clip_batch.search.searcher import Selection
 
 KEPT = 16
 """Selections of a version that are kept for the next request with the same filters."""
