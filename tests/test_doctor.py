@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from clip_batch.config import PlanConfig
-from clip_batch.doctor import TESTED, Check, doctor
+from clip_batch.launch.doctor import TESTED, Check, doctor
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
 

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from clip_batch.cli import main
 from clip_batch.config import DownloadConfig
 from clip_batch.errors import ClipBatchError, ConfigError, InputError
+from clip_batch.launch.end2end.urls import freeze, read_frozen
 from clip_batch.storage.store import Store
-from clip_batch.urls import freeze, read_frozen
 from tests.processes import free_ports, kept, mine
 from tests.s3_server import BUCKET, S3
 from tests.s3_server import s3 as s3
@@ -344,7 +344,7 @@ def test_rows_are_found_by_img2datasets_keys(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_files_of_many_types_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip_batch.urls.FILE", 5)
+    monkeypatch.setattr("clip_batch.launch.end2end.urls.FILE", 5)
     source = tmp_path / "lists"
     source.mkdir()
     urls = [f"https://a/{i}" for i in range(24)]

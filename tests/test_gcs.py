@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from clip_batch.config import MergeConfig, StorageConfig
-from clip_batch.doctor import doctor
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.repair import gc, repair
 from clip_batch.embeddings.verify import verify_output
@@ -17,6 +16,7 @@ from clip_batch.errors import InputError
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
 from clip_batch.index.versions import drop, remove, use, versions
+from clip_batch.launch.doctor import doctor
 from clip_batch.samples import read_slice
 from clip_batch.samples.prefetch import Ahead
 from clip_batch.storage import retry

@@ -20,7 +20,6 @@ from urllib.request import Request, urlopen
 import pytest
 
 from clip_batch.config import MergeConfig, PlanConfig, StorageConfig
-from clip_batch.doctor import doctor
 from clip_batch.embeddings.commits import HOME, committed, read_commits
 from clip_batch.embeddings.embed import embed
 from clip_batch.embeddings.repair import gc
@@ -28,6 +27,7 @@ from clip_batch.embeddings.verify import verify_output
 from clip_batch.errors import ConfigError
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
+from clip_batch.launch.doctor import doctor
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage import retry
 from clip_batch.storage.paths import TEMPORARY

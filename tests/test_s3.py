@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from clip_batch.config import StorageConfig
-from clip_batch.doctor import doctor
 from clip_batch.embeddings.repair import gc
 from clip_batch.errors import ClipBatchError
+from clip_batch.launch.doctor import doctor
 from clip_batch.storage import retry
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import copy_range, source

@@ -27,8 +27,8 @@ from clip_batch.embeddings.commits import committed, read_commit
 from clip_batch.embeddings.embed import Outcome
 from clip_batch.embeddings.workers import read_records
 from clip_batch.errors import ConfigError, IncompleteError
-from clip_batch.launch import executor, spark
-from clip_batch.launch.executor import Status, Work, embed_slot, pin
+from clip_batch.launch import spark, spark_executor
+from clip_batch.launch.spark_executor import Status, Work, embed_slot, pin
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from tests import corpus, spark_cluster
@@ -167,20 +167,20 @@ def test_a_task_tells_of_every_partition_whoever_committed_it(task: Any) -> None
 
 def test_what_is_not_the_datas_fault_raises_but_not_to_the_end(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     out, run = task
-    real = executor.embed
+    real = spark_executor.embed
 
     def embed(out: str, config: Any, todo: list[int], *rest: Any) -> list[Outcome]:
         unsound = Outcome(1, "failed", error="OSError: disk full", again=True)
         return [*real(out, config, [number for number in todo if number != 1], *rest), unsound]
 
-    monkeypatch.setattr(executor, "embed", embed)
+    monkeypatch.setattr(spark_executor, "embed", embed)
     for attempt in (0, 1):
         with pytest.raises(RuntimeError, match="partition 1: OSError: disk full"):
             run(attempt)
         assert committed(Store(out)) == {0, 2}
     status = {status.partition: status for status in run(2)}[1]
     assert (status.state, status.error, status.again) == ("failed", "OSError: disk full", True)
-    monkeypatch.setattr(executor, "embed", real)
+    monkeypatch.setattr(spark_executor, "embed", real)
     last = {status.partition: status for status in run(3)}
     assert "3 attempts died" in last[1].error
     assert last[0].state == last[2].state == "committed"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def doctor(options: Options) -> int:
     """Check this machine, the storage and the plan before a long run; or measure, with --calibrate."""
-    from clip_batch.doctor import Check, doctor
+    from clip_batch.launch.doctor import Check, doctor
 
     if options.target.calibrate:
         return _calibrate(options)

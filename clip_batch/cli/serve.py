@@ -29,8 +29,8 @@ def serve_worker(options: Options) -> int:
 
 def end2end(options: Options) -> int:
     """From a URL list to the web page: img2dataset, plan, embed, merge and serve, in OUTPUT; run again to go on."""
-    from clip_batch.account import describe
-    from clip_batch.end2end import end2end
+    from clip_batch.launch.end2end.account import describe
+    from clip_batch.launch.end2end.end2end import end2end
 
     if not options.target.output:
         raise ConfigError("--output DIR is needed: the folder for images, embeddings and index")

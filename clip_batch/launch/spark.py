@@ -30,7 +30,7 @@ from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConf
 from clip_batch.embeddings import submission
 from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError, one_line
 from clip_batch.index.manifest import Manifest, load_manifest
-from clip_batch.launch.executor import Status, Work, embed_slot, merge_task
+from clip_batch.launch.spark_executor import Status, Work, embed_slot, merge_task
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 STORAGE = "CLIP_BATCH_STORAGE_OPTIONS"
 """How storage options reach the driver; executors get them in the pickled task."""
 
-DRIVER = str(Path(__file__).parent / "driver.py")
+DRIVER = str(Path(__file__).parent / "spark_driver.py")
 
 
 def drain(

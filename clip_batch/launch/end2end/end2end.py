@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from clip_batch.account import FAILURES, Account, account, read_account
 from clip_batch.config import DownloadConfig, EmbedConfig, MergeConfig, PlanConfig, StorageConfig
-from clip_batch.download import alone, download, tars
 from clip_batch.errors import IncompleteError, InputError, Preempted
 from clip_batch.index.merge.merge import merge
 from clip_batch.launch import local
+from clip_batch.launch.end2end.account import FAILURES, Account, account, read_account
+from clip_batch.launch.end2end.img2dataset import alone, download, tars
+from clip_batch.launch.end2end.urls import freeze
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
-from clip_batch.urls import freeze
 
 Say = Callable[[str], None]
 

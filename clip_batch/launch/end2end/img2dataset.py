@@ -19,9 +19,9 @@ from typing import Any
 
 from clip_batch.config import DownloadConfig
 from clip_batch.errors import ConfigError, IncompleteError
+from clip_batch.launch.end2end.urls import FOLDER, IMAGES, UrlList
 from clip_batch.storage.filesystem import own_options
 from clip_batch.storage.store import Store
-from clip_batch.urls import FOLDER, IMAGES, UrlList
 
 Say = Callable[[str], None]
 

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_batch.download import table_name
 from clip_batch.embeddings.commits import HOME, read_commits
 from clip_batch.errors import CorruptError, one_line
+from clip_batch.launch.end2end.img2dataset import table_name
+from clip_batch.launch.end2end.urls import UrlList, read_frozen
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.store import Store
-from clip_batch.urls import UrlList, read_frozen
 
 FAILURES = "failures.parquet"
 SUMMARY = "summary.json"

@@ -1,0 +1,1 @@
+"""end2end: from a list of URLs to an index, with an account of each URL."""
