@@ -13,8 +13,8 @@ from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, SearchConfig
 
 if TYPE_CHECKING:
     from clip_batch.client import Client
-    from clip_batch.dataset import FilteredDataset
     from clip_batch.embeddings.embed import embed
+    from clip_batch.export.dataset import FilteredDataset
     from clip_batch.index.merge.merge import merge
     from clip_batch.plan.plan import make_plan
     from clip_batch.search.searcher import Searcher

@@ -22,19 +22,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.config import DatabaseConfig, MergeConfig, SearchConfig, StorageConfig
-from clip_batch.databases.columns import columns_of
-from clip_batch.databases.milvus import Milvus
-from clip_batch.databases.sql import Record, Sql
 from clip_batch.errors import ConfigError, DatabaseError
-from clip_batch.export.databases import describe, export_milvus, export_sql
-from clip_batch.export.rows import VectorRows
+from clip_batch.export.databases.backend import DatabaseBackend
+from clip_batch.export.databases.columns import columns_of
+from clip_batch.export.databases.fill import describe, export_milvus, export_sql
+from clip_batch.export.databases.milvus import Milvus
+from clip_batch.export.databases.rows import VectorRows
+from clip_batch.export.databases.sql import Record, Sql
 from clip_batch.index.manifest import current_version
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.versions import remove
 from clip_batch.search.filters import Filter
 from clip_batch.search.searcher import Searcher
 from clip_batch.serve.app import create_app
-from clip_batch.serve.databases import DatabaseBackend
 from clip_batch.storage.npy import unit
 from clip_batch.storage.store import Store
 from tests.corpus import jpeg, write_tar

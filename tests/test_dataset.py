@@ -32,12 +32,12 @@ from torch.utils.data import DataLoader
 
 from clip_batch import FilteredDataset
 from clip_batch.config import StorageConfig
-from clip_batch.dataset import Query, deal, together
-from clip_batch.dataset.fetch import Fetch
-from clip_batch.dataset.select import mix
 from clip_batch.demo import data
 from clip_batch.errors import ConfigError, InputError
-from clip_batch.filter import filter_rows
+from clip_batch.export.dataset import Query, deal, together
+from clip_batch.export.dataset.fetch import Fetch
+from clip_batch.export.dataset.select import mix
+from clip_batch.export.filter import filter_rows
 from clip_batch.index.ann import faiss_index
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from clip_batch import filter as filters
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig
-from clip_batch.filter import filter_rows
+from clip_batch.export import filter as filters
+from clip_batch.export.filter import filter_rows
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.merge.merge import merge
 from clip_batch.plan.specs import expand_inputs

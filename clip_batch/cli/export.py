@@ -22,20 +22,20 @@ def clip_retrieval(options: Options) -> int:
 
 def sql(options: Options) -> int:
     """Fill an SQL table with the metadata, or go on doing so; then check it. With --verify, only check."""
-    from clip_batch.export import databases
+    from clip_batch.export.databases import fill
 
-    return _checked(options, databases.export_sql)
+    return _checked(options, fill.export_sql)
 
 
 def milvus(options: Options) -> int:
     """Fill a Milvus collection with the vectors, or go on doing so; then check it. With --verify, only check."""
-    from clip_batch.export import databases
+    from clip_batch.export.databases import fill
 
-    return _checked(options, databases.export_milvus)
+    return _checked(options, fill.export_milvus)
 
 
 def _checked(options: Options, export: Callable[..., Any]) -> int:
-    from clip_batch.export.databases import describe
+    from clip_batch.export.databases.fill import describe
 
     target = options.target
     found = export(options.index, options.database, options.storage, target.verify, target.deep, say)

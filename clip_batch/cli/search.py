@@ -24,7 +24,7 @@ def search(options: Options) -> int:
 
 def filter(options: Options) -> int:
     """Every row over a --threshold, or the k best, as Parquet in OUTPUT; their images too, if asked."""
-    from clip_batch.filter import filter_rows
+    from clip_batch.export.filter import filter_rows
     from clip_batch.search.searcher import Searcher
     from clip_batch.storage.store import Store
 

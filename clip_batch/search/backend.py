@@ -1,6 +1,6 @@
 """What the service asks of an opened index version, whoever holds its vectors and rows.
 
-`Searcher` (faiss and Arrow) is one; `clip_batch.serve.databases` (Milvus and SQL) another.
+`Searcher` (faiss and Arrow) is one; `clip_batch.export.databases.backend` (Milvus and SQL) another.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ class Indices:
         search = SearchConfig(device=config.device, model=config.model, pretrained=config.pretrained)
         if not self._databases.milvus:
             return Version(Searcher(index.url, self._storage, config=search))
-        from clip_batch.serve.databases import DatabaseBackend
+        from clip_batch.export.databases.backend import DatabaseBackend
 
         return Version(DatabaseBackend(index.url, self._databases, self._storage, search))
 

@@ -16,8 +16,8 @@ import open_clip
 import torch
 
 from clip_batch import FilteredDataset
-from clip_batch.dataset import together
 from clip_batch.demo.data import model_path
+from clip_batch.export.dataset import together
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from typing import Any
 
 from clip_batch import FilteredDataset
 from clip_batch.config import MergeConfig
-from clip_batch.dataset.pictures import pictures
 from clip_batch.encoders import use_threads
+from clip_batch.export.dataset.pictures import pictures
 from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Plan, Shard, Slice
 from tests.bench.data_path import cpu_seconds, write_tars

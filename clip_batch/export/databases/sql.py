@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clip_batch.databases.columns import Column, values
 from clip_batch.errors import ConfigError, DatabaseError, one_line
+from clip_batch.export.databases.columns import Column, values
 
 if TYPE_CHECKING:
     import sqlalchemy as sa

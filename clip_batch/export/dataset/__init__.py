@@ -13,8 +13,8 @@ docs/training.md tells the rest. Modules: `select` (which rows), `deal` (in whic
 `fetch` (their bytes), `pictures` (what is made of these), `failures`, `stream` (the dataset), `loader` (batches).
 """
 
-from clip_batch.dataset.loader import Loader, collate, together
-from clip_batch.dataset.select import Query
-from clip_batch.dataset.stream import FilteredDataset
+from clip_batch.export.dataset.loader import Loader, collate, together
+from clip_batch.export.dataset.select import Query
+from clip_batch.export.dataset.stream import FilteredDataset
 
 __all__ = ["FilteredDataset", "Loader", "Query", "collate", "together"]

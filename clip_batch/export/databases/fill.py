@@ -13,12 +13,12 @@ from typing import Protocol
 import numpy as np
 
 from clip_batch.config import DatabaseConfig, StorageConfig
-from clip_batch.databases import check_identity, identity, table_name
-from clip_batch.databases.columns import columns_of
-from clip_batch.databases.milvus import Collection, Milvus
-from clip_batch.databases.sql import Record, Sql, SqlTable
 from clip_batch.errors import ConfigError, DatabaseError
-from clip_batch.export.rows import Ids, Rows, VectorRows
+from clip_batch.export.databases import check_identity, identity, table_name
+from clip_batch.export.databases.columns import columns_of
+from clip_batch.export.databases.milvus import Collection, Milvus
+from clip_batch.export.databases.rows import Ids, Rows, VectorRows
+from clip_batch.export.databases.sql import Record, Sql, SqlTable
 from clip_batch.search.searcher import Searcher
 
 SAMPLE = 1_000

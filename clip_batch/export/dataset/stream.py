@@ -21,14 +21,14 @@ from torch import distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
-from clip_batch.dataset import deal
-from clip_batch.dataset.failures import Failed, Failures
-from clip_batch.dataset.fetch import Fetch, Lost, Place
-from clip_batch.dataset.loader import Loader, collate
-from clip_batch.dataset.pictures import Decode, pictures
-from clip_batch.dataset.select import PLACE, Query, select
 from clip_batch.encoders import use_threads
 from clip_batch.errors import ConfigError
+from clip_batch.export.dataset import deal
+from clip_batch.export.dataset.failures import Failed, Failures
+from clip_batch.export.dataset.fetch import Fetch, Lost, Place
+from clip_batch.export.dataset.loader import Loader, collate
+from clip_batch.export.dataset.pictures import Decode, pictures
+from clip_batch.export.dataset.select import PLACE, Query, select
 from clip_batch.index.metadata import open_table
 from clip_batch.samples.decode import DecodeError
 from clip_batch.storage.paths import absolute

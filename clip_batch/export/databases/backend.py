@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.config import DatabaseConfig, SearchConfig, StorageConfig
-from clip_batch.databases import check_identity, identity, table_name
-from clip_batch.databases.columns import schema_of
-from clip_batch.databases.milvus import MOST, Milvus
-from clip_batch.databases.sql import ASKED, Sql, SqlTable
 from clip_batch.errors import ConfigError, DatabaseError
+from clip_batch.export.databases import check_identity, identity, table_name
+from clip_batch.export.databases.columns import schema_of
+from clip_batch.export.databases.milvus import MOST, Milvus
+from clip_batch.export.databases.sql import ASKED, Sql, SqlTable
 from clip_batch.index import removals
 from clip_batch.index.ann.order import best
 from clip_batch.index.manifest import load_manifest

@@ -10,10 +10,10 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from clip_batch.dataset.failures import Failures
+from clip_batch.export.dataset.failures import Failures
 
 if TYPE_CHECKING:
-    from clip_batch.dataset.stream import FilteredDataset
+    from clip_batch.export.dataset.stream import FilteredDataset
 
 T = TypeVar("T")
 
