@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
 from clip_batch.encoders import preprocess
-from clip_batch.encoders.towers import Towers, placed
+from clip_batch.encoders.towers import TorchEncoder, placed
 from clip_batch.errors import EncoderError
 from clip_batch.storage.store import file_digest
 
@@ -39,4 +39,6 @@ def load(spec, device, compiled):
 
     transform = Compose([Resize((SIDE, SIDE)), preprocess.rgb, ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
     steps, last = preprocess.split(transform)
-    return Towers(spec, layer, image, texts, preprocess.preparing(spec.preprocess, steps, last), last, place, compiled)
+    return TorchEncoder(
+        spec, layer, image, texts, preprocess.preparing(spec.preprocess, steps, last), last, place, compiled
+    )

@@ -19,7 +19,7 @@ from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, ServeConfig,
 from clip_batch.index.merge.merge import merge
 from clip_batch.launch.local import run_worker
 from clip_batch.plan.plan import make_plan
-from clip_batch.serve.app import create_app
+from clip_batch.serve.search.app import create_app
 from tests.corpus import good_tar
 from tests.processes import free_ports
 

@@ -21,7 +21,7 @@ import pytest
 
 from clip_batch.config import MergeConfig, SearchConfig
 from clip_batch.embeddings import reader
-from clip_batch.embeddings.clip_retrieval import Foreign, is_folder, open_folder
+from clip_batch.embeddings.clip_retrieval import ClipRetrievalEmbeddings, is_folder, open_folder
 from clip_batch.errors import ConfigError, CorruptError, EncoderError
 from clip_batch.export.clip_retrieval import export_clip_retrieval
 from clip_batch.index import removals
@@ -67,7 +67,7 @@ def theirs(tmp_path: Path) -> Path:
     return tmp_path / "theirs"
 
 
-def read(folder: Path) -> Foreign:
+def read(folder: Path) -> ClipRetrievalEmbeddings:
     return open_folder(Store(str(folder)), ENCODER)
 
 

@@ -28,13 +28,13 @@ from clip_batch.export.databases.columns import columns_of
 from clip_batch.export.databases.fill import describe, export_milvus, export_sql
 from clip_batch.export.databases.milvus import Milvus
 from clip_batch.export.databases.rows import VectorRows
-from clip_batch.export.databases.sql import Record, Sql
+from clip_batch.export.databases.sql import ExportRecord, Sql
 from clip_batch.index.manifest import current_version
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.versions import remove
 from clip_batch.search.filters import Filter
 from clip_batch.search.searcher import Searcher
-from clip_batch.serve.app import create_app
+from clip_batch.serve.search.app import create_app
 from clip_batch.storage.npy import unit
 from clip_batch.storage.store import Store
 from tests.corpus import jpeg, write_tar
@@ -159,7 +159,7 @@ def test_values_that_metadata_of_others_may_have(sql_url: str, prefix: str) -> N
             "nothing": pa.nulls(6),
         }
     )
-    record = Record("v", "m", "e", 6, 0, columns_of(table.schema))
+    record = ExportRecord("v", "m", "e", 6, 0, columns_of(table.schema))
     ids, name = np.arange(6), f"{prefix}_v"
     with Sql(sql_url, prefix, create=True) as sql:
         sql.create(name, record)
@@ -274,7 +274,7 @@ def test_milvus_goes_on_after_a_kill_finds_what_is_wrong_and_mends_it(larger: st
 def test_two_exports_at_once_do_not_mix(index: str, sql_url: str, prefix: str) -> None:
     config = DatabaseConfig(sql=sql_url, table_prefix=prefix)
     with Searcher(index) as searcher, Sql(sql_url, prefix, create=True) as sql:
-        record = Record("v", "m", "e", ROWS, 0, columns_of(searcher.schema))
+        record = ExportRecord("v", "m", "e", ROWS, 0, columns_of(searcher.schema))
         sql.create(f"{prefix}_v", record)
         one, other = sql.open(f"{prefix}_v", record), sql.open(f"{prefix}_v", record)
         one.add(np.arange(10), searcher.table(range(10)))

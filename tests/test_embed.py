@@ -30,7 +30,7 @@ from clip_batch.embeddings.repair import gc, repair
 from clip_batch.embeddings.slots import Slot, partitions
 from clip_batch.embeddings.status import status
 from clip_batch.embeddings.verify import verify_output
-from clip_batch.embeddings.workers import Run, read_records
+from clip_batch.embeddings.workers import WorkerRun, read_records
 from clip_batch.errors import EncoderError, PlanError, Preempted
 from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.storage.store import Store
@@ -237,7 +237,7 @@ def test_sigterm_exits_75_and_leaves_no_half(tmp_path: Path, out: str) -> None:
 
 def test_stop_keeps_what_is_committed(tars: list[str], out: str) -> None:
     plan(tars, out)
-    run = Run()
+    run = WorkerRun()
     store = Store(out)
 
     def watch() -> None:
@@ -481,18 +481,18 @@ def test_a_worker_that_is_done_helps_a_slow_one(share: bool, tmp_path: Path) -> 
     store = Store(out)
     encoder = encoders.load(frozen.encoder)
 
-    def work(run: Run, encoder: encoders.Encoder) -> list[Outcome]:
+    def work(run: WorkerRun, encoder: encoders.Encoder) -> list[Outcome]:
         return embed(out, config, partitions(store, Slot(*run.slot)), run=run, encoder=encoder)
 
     with ThreadPoolExecutor(1) as pool:
-        held = Run(slot=Slot(0, 3))
+        held = WorkerRun(slot=Slot(0, 3))
         slow = pool.submit(work, held, Held(encoder, go))
         at: set[int] = set()
         while not at or at != held.running or at != set(read_records(store)[0].running):
             at = set(held.running)
             time.sleep(0.5)
             held.tell.set()
-        fast = {outcome.partition: outcome.state for outcome in work(Run(slot=Slot(1, 3)), encoder)}
+        fast = {outcome.partition: outcome.state for outcome in work(WorkerRun(slot=Slot(1, 3)), encoder)}
         go.set()
         late = {outcome.partition: outcome.state for outcome in slow.result()}
     first, second, third = (set(partitions(store, Slot(slot, 3))) for slot in range(3))

@@ -19,9 +19,9 @@ import pytest
 from clip_batch.errors import InputError, Preempted
 from clip_batch.samples import prefetch, read_slice
 from clip_batch.samples.fetch_process import Fetcher, apart
-from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage.store import Store
-from clip_batch.storage.transfer import Source, copy_range, pieces, source
+from clip_batch.storage.transfer import RemoteFile, copy_range, pieces, source
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus
 from tests.gcs_server import gcs as gcs
@@ -97,7 +97,7 @@ def runs(number: int) -> bool:
         return False
 
 
-def fetch(fetcher: Fetcher, remote: Source, target: Path, start: int, stop: int, piece: int = 10_007) -> bytes:
+def fetch(fetcher: Fetcher, remote: RemoteFile, target: Path, start: int, stop: int, piece: int = 10_007) -> bytes:
     target.write_bytes(b"")
     with ThreadPoolExecutor(4) as pool:
         wanted = [(first, last, str(target), first - start) for first, last in pieces(start, stop, piece)]
@@ -118,7 +118,7 @@ def test_it_copies_what_is_asked_for(web: str, fetcher: Fetcher, tmp_path: Path)
 def test_its_errors_are_those_of_this_process(web: str, fetcher: Fetcher, tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     missing, there = source(f"{web}/none.tar"), source(f"{web}/a.tar")
-    wrong = Source(None, "", "https://%zz", {"no_such_option": 1})
+    wrong = RemoteFile(None, "", "https://%zz", {"no_such_option": 1})
     for remote, target in ((missing, tmp_path / "a"), (there, Path("/dev/full")), (there, tmp_path / "gone")):
         told = []
         for copy in (fetcher.copy, copy_range):
@@ -213,11 +213,11 @@ def test_large_slices_of_a_store_come_through_it(
     slices.insert(2, Slice(Shard(f"{store.url}/none.tar", 10_000)))
     plan = corpus.plan_of()
 
-    def contents(piece: Slice, files: Ahead | None) -> list[object]:
+    def contents(piece: Slice, files: Prefetcher | None) -> list[object]:
         found = [item for item in read_slice(piece, plan, server.options, files) if isinstance(item, Sample)]
         return [(item.key, bytes(item.image or b""), item.caption) for item in found]
 
-    with Ahead(slices, server.options, 10**9) as files, server.fault("slow down", times=2):
+    with Prefetcher(slices, server.options, 10**9) as files, server.fault("slow down", times=2):
         for piece in slices:
             if "none" in piece.shard.url:
                 with pytest.raises(InputError, match=rf"cannot read {store.url}/none\.tar"):

@@ -18,7 +18,7 @@ from clip_batch.index.verify import verify_index
 from clip_batch.index.versions import drop, remove, use, versions
 from clip_batch.launch.doctor import doctor
 from clip_batch.samples import read_slice
-from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage import retry
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import copy_range, source, version
@@ -187,7 +187,7 @@ def test_a_tar_is_known_by_its_generation(store: Store, gcs: Gcs, tmp_path: Path
     shard = Shard(planned.url, size, generation)
 
     def read() -> int:
-        with Ahead([piece := Slice(shard)], gcs.options) as files:
+        with Prefetcher([piece := Slice(shard)], gcs.options) as files:
             return len(
                 [one for one in read_slice(piece, corpus.plan_of(), gcs.options, files) if isinstance(one, Sample)]
             )

@@ -295,7 +295,9 @@ def test_faiss_errors_are_one_line(tmp_path: Path) -> None:
         faiss_index.read(str(tmp_path / "bad.index"))
 
 
-def trial_of(queries: np.ndarray, vectors: np.ndarray, own: np.ndarray, drop: np.ndarray | None = None) -> recall.Trial:
+def trial_of(
+    queries: np.ndarray, vectors: np.ndarray, own: np.ndarray, drop: np.ndarray | None = None
+) -> recall.RecallTrial:
     """Exact search, and as found the same less the rows of `drop`."""
     exact = faiss_index.nearest(queries, vectors, recall.TOP + 1)
     scores, found = faiss_index.nearest(queries, vectors, len(vectors))
@@ -340,7 +342,7 @@ def test_recall_counts_what_was_missed_and_forgives_equal_vectors() -> None:
     assert [recall.recall(trial, 0, k) for k in recall.DEPTHS[:2]] == [1.0, 1.0]
     assert recall.least_effort([trial], 0.9) == (0, True)
     assert recall.least_effort([one_missing], 0.95) == (0, False)
-    efforts = recall.Trial(trial.exact, trial.ranked.repeat(5, 0), trial.true.repeat(5, 0))
+    efforts = recall.RecallTrial(trial.exact, trial.ranked.repeat(5, 0), trial.true.repeat(5, 0))
     efforts.true[0, :, 0] = efforts.true[1:, 0, 0] = -np.inf
     assert recall.least_effort([efforts], 0.99) == (1, False), "the largest that gained"
 

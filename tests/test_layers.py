@@ -1,145 +1,140 @@
-"""The import table of docs/architecture.md, read from the code; and what light commands do not load."""
+"""The folders of clip_batch are layers: no folder imports a later one, no files import in a circle."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "clip_batch"
+from tests import ROOT
 
-LAYERS = {
-    "types": 0,
-    "errors": 0,
-    "extras": 0,
-    "config": 1,
-    "options": 1,
-    "store": 1,
-    "remote": 1,
-    "hdfs": 1,
-    "gcs": 1,
-    "direct": 1,
-    "ranged": 1,
-    "retry": 1,
-    "transfer": 1,
-    "cache": 1,
-    "web": 1,
-    "documents": 2,
-    "arrow": 2,
-    "inputs": 2,
-    "plan": 2,
-    "part": 2,
-    "urls": 2,
-    "read": 2,
-    "decode": 2,
-    "encoders": 2,
-    "index": 2,
-    "concatenate": 2,
-    "footprint": 2,
-    "libfaiss": 2,
-    "ondisk": 2,
-    "metadata": 2,
-    "manifest": 2,
-    "job": 2,
-    "vectors": 2,
-    "recall": 2,
-    "order": 2,
-    "rerank": 2,
-    "template": 2,
-    "trial": 2,
-    "duplicates": 2,
-    "tombstones": 2,
-    "lineage": 2,
-    "foreign": 2,
-    "databases": 2,
-    "submission": 2,
-    "slots": 2,
-    "workers": 2,
-    "stages": 3,
-    "doctor": 3,
-    "client": 4,
-    "dataset": 4,
-    "launch": 4,
-    "export": 4,
-    "filter": 4,
-    "download": 4,
-    "account": 4,
-    "end2end": 5,
-    "serve": 4,
-    "demo": 5,
-    "cli": 5,
-    "__main__": 5,
-    "__init__": 5,
-}
+PACKAGE = ROOT / "clip_batch"
+
+FOLDERS = (
+    "config",
+    "client",
+    "storage",
+    "samples",
+    "encoders",
+    "plan",
+    "embeddings",
+    "index",
+    "search",
+    "launch",
+    "export",
+    "serve",
+    "demo",
+    "cli",
+)
+"""Each folder may import those before it; `errors` and `types` come before all, the public `__init__` after."""
+
+LOOSE = ("__init__", "__main__", "errors", "types")
+"""The only modules outside the folders."""
 
 HEAVY = {
-    "torch": {"encoders", "launch", "demo", "dataset", "doctor", "serve"},
+    "torch": {"encoders", "launch", "demo", "export", "serve", "search"},
     "open_clip": {"encoders", "demo"},
     "simplejpeg": {"encoders"},
     "transformers": {"encoders", "demo"},
     "timm": {"encoders"},
     "huggingface_hub": {"encoders"},
-    "safetensors": {"encoders", "demo", "serve"},
+    "safetensors": {"encoders", "demo", "search"},
     "onnxruntime": {"encoders"},
     "openvino": {"encoders"},
-    "faiss": {"libfaiss"},
-    "autofaiss": {"index"},
+    "faiss": {"index/ann/libfaiss"},
+    "autofaiss": {"index/ann/faiss_index"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
     "prometheus_client": {"serve"},
     "httpx2": {"client"},
-    "sqlalchemy": {"databases"},
-    "pymilvus": {"databases"},
-    "milvus_lite": {"databases"},
+    "sqlalchemy": {"export/databases"},
+    "pymilvus": {"export/databases"},
+    "milvus_lite": {"export/databases"},
     "pyspark": {"launch"},
     "submitit": {"launch"},
 }
-"""Libraries that live behind one module each (the demo's training script and doctor's report aside)."""
+"""The folders or files that alone may import a large library."""
 
 
-def modules() -> list[tuple[str, Path]]:
-    return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py")]
+def module_of(path: Path) -> str:
+    """The dotted name of a file of the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> set[str]:
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """The modules that a module imports anywhere in it, those of type checking alone too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = node.module == "clip_batch"
-            found |= {f"clip_batch.{alias.name}" for alias in node.names} if inside else {node.module}
-    return found
+            assert not node.level, f"{name} has a relative import"
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = members & set(FILES)
+            found |= submodules
+            if len(submodules) < len(members):
+                found.add(node.module)
+    return frozenset(found)
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {name for name, _ in modules()} <= set(LAYERS)
+def folder_of(name: str) -> str:
+    """The folder directly below clip_batch in which a module lies, or the loose module itself."""
+    return [*name.split("."), "__init__"][1]
 
 
-@pytest.mark.parametrize(("home", "path"), modules(), ids=lambda value: str(value).rsplit("clip_batch/")[-1])
-def test_imports_point_down(home: str, path: Path) -> None:
-    if home in ("__init__", "demo"):
-        return
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] != "clip_batch" or len(parts) < 2:
-            continue
-        target = parts[1]
-        if (home, target) == ("encoders", "demo") or target == "__version__":
-            continue
-        assert LAYERS[target] <= LAYERS[home], f"{path.name} imports {name}"
-        if home == target == "stages":
-            assert path.stem == parts[2], f"stages never import each other: {path.name} imports {name}"
+def rank(folder: str) -> int:
+    """The place of a folder in the order of imports."""
+    order = ("errors", "types", *FOLDERS, "__main__", "__init__")
+    assert folder in order, f"clip_batch/{folder} has no place in FOLDERS"
+    return order.index(folder)
 
 
-@pytest.mark.parametrize(("home", "path"), modules(), ids=lambda value: str(value).rsplit("clip_batch/")[-1])
-def test_heavy_libraries_live_behind_one_module(home: str, path: Path) -> None:
-    for name in imports(path):
-        library = name.split(".")[0]
-        assert home in HEAVY.get(library, {home}), f"{path.name} imports {library}"
+def test_everything_lies_in_a_folder() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(LOOSE)
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FOLDERS)
+    assert len(FOLDERS) <= 15
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_to_earlier_folders(name: str) -> None:
+    for target in imports(name) & set(FILES):
+        if name != "clip_batch" and target == "clip_batch":
+            continue  # __version__, which setup.cfg reads from there
+        assert rank(folder_of(target)) <= rank(folder_of(name)), f"{name} imports {target}"
+
+
+def test_no_circle_of_imports() -> None:
+    graph = {name: {target for target in imports(name) if target in FILES and target != "clip_batch"} for name in FILES}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_heavy_libraries_have_a_home(name: str) -> None:
+    place = "/".join(name.split(".")[1:])
+    for target in imports(name):
+        homes = HEAVY.get(target.split(".")[0])
+        assert homes is None or any(f"{place}/".startswith(f"{home}/") for home in homes), f"{name} imports {target}"
+
+
+def test_no_two_classes_share_a_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(name)
+    assert not {kind: where for kind, where in homes.items() if len(where) > 1}
 
 
 @pytest.mark.parametrize(
@@ -155,15 +150,3 @@ def test_light_commands_load_nothing_heavy(code: str, tmp_path: Path) -> None:
     script = f"{code}\nimport sys\nprint('LOADED', sorted({set(HEAVY)} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "LOADED []" in done.stdout
-
-
-def test_public_surface() -> None:
-    import clip_batch
-
-    assert callable(clip_batch.embed)
-    assert callable(clip_batch.make_plan)
-    assert callable(clip_batch.merge)
-    assert callable(clip_batch.Client)
-    assert callable(clip_batch.Searcher)
-    with pytest.raises(AttributeError, match="public names"):
-        _ = clip_batch.nonsense

@@ -16,7 +16,7 @@ from clip_batch.embeddings.commits import COMMITS, read_commits
 from clip_batch.embeddings.embed import embed
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index.ann import faiss_index
-from clip_batch.index.manifest import IndexShard, Manifest, Source
+from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.index.merge.merge import merge
 from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.search.lineage import Lineage, embedding, image, planned, shard_of, where
@@ -30,7 +30,7 @@ from tests.flaky import Flaky
 def sources(manifest: Manifest, *outputs: str) -> Manifest:
     """The manifest, with these OUTs as what it was merged from."""
     plans = [load_plan(Store(output)).digest for output in outputs]
-    return replace(manifest, sources=tuple(Source(*pair, "", 0) for pair in zip(outputs, plans, strict=True)))
+    return replace(manifest, sources=tuple(MergedOutput(*pair, "", 0) for pair in zip(outputs, plans, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_a_folder_without_commits(tmp_path: Path, dtype: str, name: str) -> None
     images, _ = clustered(120, 8, 3)
     for number in range(12):
         np.save(tmp_path / "img_emb" / name.format(number), images[10 * number : 10 * number + 10].astype(dtype))
-    source = Source(str(tmp_path), "", "", 120, verified=False)
+    source = MergedOutput(str(tmp_path), "", "", 120, verified=False)
     made = Manifest("v", 0.0, 8, 120, ENCODER, "", {}, {}, {}, 0.95, (), False, (), (source,))
     for number, row in ((0, 0), (1, 9), (11, 3)):
         found = embedding(made, {"partition": number, "row": row}, 0)

@@ -28,7 +28,7 @@ from clip_batch.errors import ConfigError, CorruptError, IncompleteError
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.merge import merge as stage
-from clip_batch.index.merge.job import Job, open_job
+from clip_batch.index.merge.job import MergeJob, open_job
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
 from clip_batch.search.searcher import Searcher
@@ -468,7 +468,7 @@ def test_a_remote_out_and_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 SIZES = [20, 23]
 SMALL = replace(CONFIG, shard_rows=30)
-TASKS: dict[str, Callable[[Job], object]] = {
+TASKS: dict[str, Callable[[MergeJob], object]] = {
     "train": stage.train,
     "build_shard": lambda job: stage.build_shard(job, 0),
     "publish": stage.publish,
@@ -519,7 +519,7 @@ class Race:
 
         return disturbed
 
-    def job(self, task: str) -> Job:
+    def job(self, task: str) -> MergeJob:
         """A new index, with all done that comes before the task."""
         self.index = f"{self.root}/index-{secrets.token_hex(4)}"
         job = open_job(self.out, self.index, SMALL)

@@ -22,7 +22,7 @@ from clip_batch.index.ann import faiss_index
 from clip_batch.index.ann.libfaiss import load, make
 from clip_batch.index.ann.rerank import candidates
 from clip_batch.index.manifest import Manifest
-from clip_batch.index.merge.job import BASE_BYTES, Job
+from clip_batch.index.merge.job import BASE_BYTES, MergeJob
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
 from clip_batch.search.searcher import Searcher
@@ -81,13 +81,13 @@ def test_shards_are_as_few_as_the_memory_allows(rows: int, memory: int, shard_ro
         assert job.needs(-(-rows // (job.shards - 1))) > memory or rows > 5_000_000 * (job.shards - 1)
 
 
-def _job_of(rows: int, config: MergeConfig) -> Job:
+def _job_of(rows: int, config: MergeConfig) -> MergeJob:
     from clip_batch.embeddings.reader import Embeddings
     from clip_batch.types import Commit
 
     one = Commit(0, "0" * 8, rows, 64, "", "", {}, [], {}, {}, 0.0, 0.0, "")
     source = Embeddings(Store("/nowhere"), None, (one,), (0, rows), ())  # type: ignore[arg-type]
-    return Job(source, Store("/nowhere"), config)
+    return MergeJob(source, Store("/nowhere"), config)
 
 
 def test_too_little_memory_is_refused_before_anything_is_built(tmp_path: Path) -> None:

@@ -207,13 +207,13 @@ def test_a_transform_that_ends_otherwise_keeps_its_floats() -> None:
 def test_floats_and_bytes_give_the_same_vectors() -> None:
     from clip_batch import encoders
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.towers import Towers
+    from clip_batch.encoders.towers import TorchEncoder
 
     encoder = demo("exact")
     whole = transform(64, mean=(0.5,) * 3, std=(0.5,) * 3)
     prepared = preprocess.preparing("exact", lambda image: whole(image), None)
     place = encoder._device, encoder._dtype
-    odd = Towers(encoders.resolve("demo"), None, encoder._tower, None, prepared, None, place)
+    odd = TorchEncoder(encoders.resolve("demo"), None, encoder._tower, None, prepared, None, place)
     bytes_, floats = (one.preprocess(corpus.jpeg(3, 90), LIMIT)[None] for one in (encoder, odd))
     assert (bytes_.dtype, floats.dtype) == (np.uint8, np.float32)
     assert np.array_equal(encoder.encode_images(bytes_), odd.encode_images(floats))

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings.embed import embed
-from clip_batch.embeddings.workers import Run
+from clip_batch.embeddings.workers import WorkerRun
 from clip_batch.errors import InputError, Preempted
 from clip_batch.plan.plan import make_plan
 from clip_batch.samples import read_slice
-from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.headers import Damage, Member, members
 from clip_batch.samples.tar.reader import cuts, cuts_among
 from clip_batch.samples.tar.scan import jump, scan_tar
@@ -62,7 +62,7 @@ def remote(tars: list[str]) -> list[Slice]:
     ]
 
 
-def contents(piece: Slice, files: Ahead | None = None) -> list[Any]:
+def contents(piece: Slice, files: Prefetcher | None = None) -> list[Any]:
     items = read_slice(piece, PLAN, files=files)
     return [
         (item.key, item.offset, item.length, bytes(item.image or b""), item.caption, item.json)
@@ -76,7 +76,7 @@ def contents(piece: Slice, files: Ahead | None = None) -> list[Any]:
 def test_remote_slices_hold_what_local_ones_do(tars: list[str], budget: int) -> None:
     slices = remote(tars)
     halves = [half for piece, tar in zip(slices, tars, strict=True) for half in _halves(piece, tar)]
-    with Ahead(halves, budget=budget) as files:
+    with Prefetcher(halves, budget=budget) as files:
         found = [contents(piece, files) for piece in halves]
     assert [found[n] + found[n + 1] for n in range(0, 10, 2)] == [contents(Slice(Shard(tar))) for tar in tars]
     assert contents(slices[0]) == contents(Slice(Shard(tars[0]))), "and without anything ahead"
@@ -97,7 +97,7 @@ def test_no_more_than_the_budget_is_ahead(tars: list[str], temporary: Path) -> N
             asked.append(piece)
             yield piece
 
-    with Ahead(following(), budget=3 * size + 100) as files:
+    with Prefetcher(following(), budget=3 * size + 100) as files:
         for number, piece in enumerate(slices):
             with files.take(piece):
                 assert len(list(temporary.iterdir())) == min(3, 5 - number)
@@ -107,7 +107,7 @@ def test_no_more_than_the_budget_is_ahead(tars: list[str], temporary: Path) -> N
 
 def test_slices_that_are_passed_over_are_given_up(tars: list[str]) -> None:
     slices = remote(tars)
-    with Ahead(slices, budget=0) as files:
+    with Prefetcher(slices, budget=0) as files:
         for number in (1, 4, 0):  # 0 does not come again: it is fetched for itself
             assert contents(slices[number], files) == contents(Slice(Shard(tars[number])))
         with pytest.raises(InputError, match=r"cannot read .*flaky://tars/none\.tar"):
@@ -120,7 +120,7 @@ def test_a_tar_that_changed_is_refused(tars: list[str], longer: bool) -> None:
     slices = remote(tars)
     data = Path(tars[1]).read_bytes()
     put("tars/1.tar", data + bytes(512) if longer else data[:-512] + b"\1" * 512)
-    with Ahead(slices, budget=10**9) as files:
+    with Prefetcher(slices, budget=10**9) as files:
         contents(slices[0], files)
         with pytest.raises(InputError, match=r"1.tar was planned with .* now; plan again"):
             contents(slices[1], files)
@@ -146,7 +146,7 @@ def test_a_tar_that_changes_while_it_is_read_is_refused(tars: list[str]) -> None
 def test_gzipped_and_local_tars_go_through(tars: list[str], tmp_path: Path) -> None:
     packed = corpus.write_tar(str(tmp_path / "a.tar.gz"), corpus.good_files(5), mode="w:gz")
     slices = [*remote([packed]), Slice(Shard(tars[0])), *remote([tars[1]])]
-    with Ahead(slices, budget=0) as files:
+    with Prefetcher(slices, budget=0) as files:
         found = [contents(piece, files) for piece in slices]
     assert found == [contents(Slice(Shard(path))) for path in (packed, tars[0], tars[1])]
 
@@ -203,7 +203,7 @@ def test_what_another_committed_is_not_fetched(tars: list[str], out: str) -> Non
 
 def test_a_stop_ends_a_download_that_hangs(tars: list[str], out: str) -> None:
     _planned(tars, out)
-    run = Run()
+    run = WorkerRun()
     hanging = threading.Event()
 
     def hang(what: str, path: str, at: int) -> None:

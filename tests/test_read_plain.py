@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.samples.tar import fast_headers, headers
-from clip_batch.samples.tar.fast_headers import MOST, Run, plain_run
+from clip_batch.samples.tar.fast_headers import MOST, HeaderRun, plain_run
 from clip_batch.samples.tar.headers import Damage, Member, members
 from tests.test_read_tar import FORMATS, build, entries
 
@@ -26,7 +26,7 @@ changes = st.lists(
 
 
 def strict(data: bytes, start: int = 0, stop: int | None = None) -> list[Member | Damage]:
-    with patch.object(headers, "plain_run", lambda view, start, end, scratch: Run(iter(()), start, end)):
+    with patch.object(headers, "plain_run", lambda view, start, end, scratch: HeaderRun(iter(()), start, end)):
         return list(members(data, start, stop))
 
 

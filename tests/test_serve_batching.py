@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from clip_batch.config import ServeConfig
 from clip_batch.encoders.families.fake import FakeEncoder
-from clip_batch.serve.batching import Encoding, Lane, TextCache
-from clip_batch.serve.errors import Busy
-from clip_batch.serve.metrics import Metrics
-from clip_batch.serve.threads import Threads
+from clip_batch.serve.http.errors import Busy
+from clip_batch.serve.http.metrics import Metrics
+from clip_batch.serve.http.threads import Threads
+from clip_batch.serve.search.batching import Encoding, Lane, TextCache
 from tests.serving import make_index, served
 
 

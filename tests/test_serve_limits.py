@@ -17,10 +17,10 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clip_batch.serve import limits
-from clip_batch.serve.errors import Refused
-from clip_batch.serve.fetch import fetch
-from clip_batch.serve.limits import Rate
+from clip_batch.serve.http import limits
+from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.http.limits import Rate
+from clip_batch.serve.search.fetch import fetch
 from clip_batch.storage import web
 from tests.corpus import bomb, jpeg
 from tests.serving import make_index, running, served

@@ -17,7 +17,7 @@ from clip_batch.encoders.families.fake import FakeEncoder
 from clip_batch.errors import ConfigError
 from clip_batch.index import removals
 from clip_batch.search.searcher import Searcher
-from clip_batch.serve.app import create_app, parse_indices
+from clip_batch.serve.search.app import create_app, parse_indices
 from clip_batch.storage.store import Store
 from tests.serving import ROWS, make_index, served
 

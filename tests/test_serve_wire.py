@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from clip_batch.serve.app import create_app
-from clip_batch.serve.metrics import REQUEST, STEPS
+from clip_batch.serve.http.metrics import REQUEST, STEPS
+from clip_batch.serve.search.app import create_app
 from tests.corpus import jpeg
 from tests.serving import ROWS, make_index, running, served
 

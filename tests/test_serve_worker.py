@@ -23,9 +23,9 @@ from fastapi.testclient import TestClient
 from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, ServeConfig
 from clip_batch.errors import ConfigError
-from clip_batch.serve.allow import Allowed
-from clip_batch.serve.errors import Refused
-from clip_batch.serve.worker import create_worker
+from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.worker.allow import Allowed
+from clip_batch.serve.worker.app import create_worker
 from tests.corpus import good_tar
 from tests.processes import free_ports
 

@@ -14,7 +14,7 @@ from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings.commits import COMMITS, commit_names
 from clip_batch.embeddings.embed import embed
 from clip_batch.embeddings.slots import LOOK, MANY, Look, Slot, partitions, spare
-from clip_batch.embeddings.workers import BEAT, SILENT, WORKERS, Record, Run
+from clip_batch.embeddings.workers import BEAT, SILENT, WORKERS, WorkerRecord, WorkerRun
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
 from tests import fabricated
@@ -46,7 +46,7 @@ def at_work(out: Path, slots: int, each: int) -> Counting:
     fabricated.make_plan(out, slots * each)
     store = Counting(str(out))
     for slot in range(slots):
-        one = Record("", "", 0, 0, time.time(), False, 0, [slot], {}, (slot, slots, ""))
+        one = WorkerRecord("", "", 0, 0, time.time(), False, 0, [slot], {}, (slot, slots, ""))
         store.replace(f"{WORKERS}/{slot}.json", json.dumps(vars(one)).encode())
     store.asked.clear()
     return store
@@ -110,7 +110,7 @@ def test_a_wrong_look_costs_work_alone(tmp_path: Path) -> None:
     embed(out, config, range(0, count, 2))
     before = {name: store.read(f"{COMMITS}/{name}.json") for name in commit_names(store)}
     store.replace(LOOK, json.dumps(Look(time.time(), [[*range(count)]])._asdict()).encode())
-    found = embed(out, config, partitions(store, slot), run=Run(slot=slot))
+    found = embed(out, config, partitions(store, slot), run=WorkerRun(slot=slot))
     assert {outcome.state for outcome in found} == {"committed"}
     assert {1} < {outcome.partition for outcome in found} <= set(range(1, count, 2))
     assert {name: store.read(f"{COMMITS}/{name}.json") for name in before} == before

@@ -28,7 +28,7 @@ from clip_batch.embeddings.embed import Outcome
 from clip_batch.embeddings.workers import read_records
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.launch import spark, spark_executor
-from clip_batch.launch.spark_executor import Status, Work, embed_slot, pin
+from clip_batch.launch.spark_executor import EmbedTask, Status, embed_slot, pin
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from tests import corpus, spark_cluster
@@ -148,7 +148,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(attempt: int) -> list[Status]:
         context = SimpleNamespace(attemptNumber=lambda: attempt, resources=dict, cpus=lambda: 1)
         monkeypatch.setattr(pyspark.TaskContext, "get", lambda: context)
-        work = Work(out, frozen, EmbedConfig(device="cpu"), StorageConfig(), "app", 4)
+        work = EmbedTask(out, frozen, EmbedConfig(device="cpu"), StorageConfig(), "app", 4)
         return [Status(**row) for row in embed_slot(work, [0], 0)]
 
     return out, run

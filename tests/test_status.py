@@ -16,7 +16,7 @@ from clip_batch.embeddings import submission, workers
 from clip_batch.embeddings.commits import COMMITS, read_commit
 from clip_batch.embeddings.embed import embed
 from clip_batch.embeddings.status import describe, status
-from clip_batch.embeddings.workers import Record
+from clip_batch.embeddings.workers import WorkerRecord
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
 from tests import corpus
@@ -35,7 +35,7 @@ def store(tmp_path: Path, out: str) -> Store:
     return Store(out)
 
 
-def record(store: Store) -> tuple[str, Record]:
+def record(store: Store) -> tuple[str, WorkerRecord]:
     (name,) = store.list(workers.WORKERS)
     return f"{workers.WORKERS}/{name}", workers.read_records(store)[0]
 

@@ -11,7 +11,7 @@ from clip_batch.config import MergeConfig, SweepConfig
 from clip_batch.errors import ConfigError
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.merge import sweep as stage
-from clip_batch.index.merge.sweep import Candidate, Sweep, Try, sweep
+from clip_batch.index.merge.sweep import Candidate, EffortResult, Sweep, sweep
 from tests.fabricated import clustered, make_out
 
 CONFIG = MergeConfig(modalities=["image"], queries=40, index_memory="1GB", recall_target=0.95)
@@ -70,7 +70,7 @@ def test_the_fastest_that_fits_and_reaches_is_recommended(found: Sweep) -> None:
     chosen = found.recommended
     assert chosen is not None and chosen.best is not None
     assert all(one.best is None or one.best.ms >= chosen.best.ms for one in found.candidates)
-    few, many = Try(4, 0.96, 1.0), Try(8, 0.97, 2.0)
+    few, many = EffortResult(4, 0.96, 1.0), EffortResult(8, 0.97, 2.0)
     fast, slow = replace(chosen, best=few, memory=9), replace(chosen, best=many, memory=5)
     assert stage.recommend([slow, fast]) == fast
     assert stage.recommend([replace(fast, fits=False), slow, replace(slow, memory=4)]).memory == 4  # type: ignore[union-attr]

@@ -102,4 +102,4 @@ def _run(name: str, arguments: list[str]) -> int:
         return options.gather(section, flags, file) if section in used else section()
 
     sections = {name: fill(section) for name, section in options.SECTIONS.items()}
-    return command.run(Options(target=fill(TargetConfig), **sections))
+    return command.run(Options(target=fill(TargetConfig), main=main, **sections))

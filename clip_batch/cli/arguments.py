@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ class Options:
     search: SearchConfig
     serve: ServeConfig
     database: DatabaseConfig
+    main: Callable[[Sequence[str]], int]
+    """The command line itself, for commands that have a scheduler run others."""
 
     @property
     def output(self) -> str:

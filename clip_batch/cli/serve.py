@@ -11,7 +11,7 @@ from clip_batch.errors import ConfigError
 
 def serve(options: Options) -> int:
     """Serve indices over HTTP, with a web page."""
-    from clip_batch.serve.app import run
+    from clip_batch.serve.search.app import run
 
     if not options.target.index:
         raise ConfigError("serve needs --index INDEX, or several as NAME=INDEX")
@@ -21,7 +21,7 @@ def serve(options: Options) -> int:
 
 def serve_worker(options: Options) -> int:
     """Plan, embed and merge over HTTP, for an orchestrator of your own; see docs/services.md."""
-    from clip_batch.serve.worker import run
+    from clip_batch.serve.worker.app import run
 
     run(options.target.allow, options.serve, options.embed, options.storage)
     return 0

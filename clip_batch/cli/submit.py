@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 from clip_batch.cli.arguments import Options, say
 
 if TYPE_CHECKING:
-    from clip_batch.launch.submit import Request
+    from clip_batch.launch.submit import SubmitRequest
 
 
 def slurm(options: Options) -> int:
     """Launch what is missing as SLURM job arrays; with --index, a merge behind them."""
-    from clip_batch.cli import main
     from clip_batch.launch import submit
 
-    return submit.slurm(_request(options), options.slurm, main, say)
+    return submit.slurm(_request(options), options.slurm, options.main, say)
 
 
 def spark(options: Options) -> int:
@@ -25,8 +24,8 @@ def spark(options: Options) -> int:
     return submit.spark(_request(options), options.spark, say)
 
 
-def _request(options: Options) -> Request:
-    from clip_batch.launch.submit import Request
+def _request(options: Options) -> SubmitRequest:
+    from clip_batch.launch.submit import SubmitRequest
 
     index = options.index if options.target.index else ""
-    return Request(options.output, index, options.storage, options.submit, options.embed, options.merge)
+    return SubmitRequest(options.output, index, options.storage, options.submit, options.embed, options.merge)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import httpx2
 
 from clip_batch.client import ask
-from clip_batch.client.ask import Ask, Image, Query, T
+from clip_batch.client.ask import Ask, Image, SearchArguments, T
 from clip_batch.errors import ConfigError, ServiceError, ServiceUnavailable, one_line
 from clip_batch.types import Hit
 
@@ -103,12 +103,12 @@ class Client(_Calls):
         """Close the connections."""
         self._http.close()
 
-    def search(self, **query: Unpack[Query]) -> list[Hit]:
+    def search(self, **query: Unpack[SearchArguments]) -> list[Hit]:
         """The hits of one query, best first."""
         return self._ask(ask.search(query))
 
     def search_many(
-        self, queries: Iterable[str | Query], /, concurrency: int = 8, **common: Unpack[Query]
+        self, queries: Iterable[str | SearchArguments], /, concurrency: int = 8, **common: Unpack[SearchArguments]
     ) -> Iterator[list[Hit]]:
         """The hits of each query (a str is a text), in order; at most `concurrency` are asked at a time."""
         waiting: deque[Future[list[Hit]]] = deque()
@@ -175,12 +175,12 @@ class AsyncClient(_Calls):
         """Close the connections."""
         await self._http.aclose()
 
-    async def search(self, **query: Unpack[Query]) -> list[Hit]:
+    async def search(self, **query: Unpack[SearchArguments]) -> list[Hit]:
         """As `Client.search`."""
         return await self._ask(ask.search(query))
 
     async def search_many(
-        self, queries: Iterable[str | Query], /, concurrency: int = 8, **common: Unpack[Query]
+        self, queries: Iterable[str | SearchArguments], /, concurrency: int = 8, **common: Unpack[SearchArguments]
     ) -> AsyncIterator[list[Hit]]:
         """As `Client.search_many`, for `async for`."""
         waiting: deque[asyncio.Task[list[Hit]]] = deque()

@@ -43,7 +43,7 @@ class Term(Item, total=False):
     weight: float
 
 
-class Query(Item, total=False):
+class SearchArguments(Item, total=False):
     """A search: one item, or `queries` (a weighted mixture), and its options; see /openapi.json."""
 
     queries: Sequence[Term]
@@ -74,7 +74,7 @@ class Ask(Generic[T]):
     raw: bool = False
 
 
-def search(query: Query) -> Ask[list[Hit]]:
+def search(query: SearchArguments) -> Ask[list[Hit]]:
     """POST /v1/search. ConfigError: an image that cannot be read, a vector with NaN."""
     return Ask("POST", "v1/search", _plain(query), lambda answer: [_hit(hit) for hit in answer["hits"]])
 
@@ -109,7 +109,7 @@ INDICES: Ask[list[dict[str, Any]]] = Ask("GET", "v1/indices", None, lambda answe
 """GET /v1/indices."""
 
 
-def merge(query: str | Query, common: Query) -> Query:
+def merge(query: str | SearchArguments, common: SearchArguments) -> SearchArguments:
     """A query of many with what is common to all; its own words count."""
     return {**common, "text": query} if isinstance(query, str) else {**common, **query}
 

@@ -60,7 +60,7 @@ def run(folder: str, serve: bool, config: ServeConfig) -> int:
 
     print(f"\nGo on: clip-batch verify --output {output} --deep\n       clip-batch serve --index {index}")
     if serve:
-        from clip_batch.serve.app import run as run_server
+        from clip_batch.serve.search.app import run as run_server
 
         run_server([index], config, storage)
     return 0

@@ -22,7 +22,7 @@ from clip_batch.errors import EncoderError, InputError, one_line
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
 from clip_batch.samples.decode import JPEGS, DecodeError, decode_caption, read_header
-from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage.store import Store
 from clip_batch.types import Failure, Plan, Sample, Slice
 
@@ -201,7 +201,7 @@ def _read(plan: Plan, config: EmbedConfig, storage: StorageConfig) -> _Taken:
     planned, taken = _spread(plan), _Taken([])
     keep = SAMPLES // len(planned)
     pieces = [_short(piece, plan.format, keep) for piece in planned]
-    with Ahead(pieces, storage.storage_options, parse_bytes(config.prefetch)) as files:
+    with Prefetcher(pieces, storage.storage_options, parse_bytes(config.prefetch)) as files:
         for whole, piece in zip(planned, pieces, strict=True):
             items = read_slice(piece, plan, storage.storage_options, files)
             _read_piece(taken, items, piece.start, plan.format == "files", piece is not whole, keep)

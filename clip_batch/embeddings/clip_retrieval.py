@@ -39,7 +39,7 @@ MEND = "write that file again, or move the files of its number away"
 
 
 @dataclass(frozen=True)
-class Foreign(Embeddings):
+class ClipRetrievalEmbeddings(Embeddings):
     """Parts without commits: theirs are made up, with a version tag of size and time in the place of each sha256."""
 
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
@@ -81,7 +81,7 @@ def is_folder(store: Store) -> bool:
     return not store.exists(PLAN) and any(store.list(folder) for folder in FOLDER.values())
 
 
-def open_folder(store: Store, encoder: EncoderSpec) -> Foreign:
+def open_folder(store: Store, encoder: EncoderSpec) -> ClipRetrievalEmbeddings:
     """The parts of a folder that has no commits, made by an encoder that only the caller knows.
 
     Reads headers, not rows. CorruptError: a file is misnamed, missing, cut or not what its name says; kinds differ
@@ -106,7 +106,7 @@ def open_folder(store: Store, encoder: EncoderSpec) -> Foreign:
     for commit in commits:
         _check_metadata(store, commit, tables)
     starts = tuple(int(start) for start in np.cumsum([0, *(commit.rows for commit in filled)]))
-    return Foreign(store, plan, filled, starts, (), False, tables=tables)
+    return ClipRetrievalEmbeddings(store, plan, filled, starts, (), False, tables=tables)
 
 
 def _numbered(store: Store, folder: str, extension: str) -> dict[int, str]:

@@ -21,12 +21,12 @@ from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings import slots
 from clip_batch.embeddings.commits import ATTEMPTS, COMMITS, PartWriter, committed
 from clip_batch.embeddings.metadata import metadata_row
-from clip_batch.embeddings.workers import Run, recorded
+from clip_batch.embeddings.workers import WorkerRun, recorded
 from clip_batch.errors import ClipBatchError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
 from clip_batch.samples.decode import DecodeError, decode_caption, decode_json
-from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage.store import Store
 from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample, Slice
 
@@ -83,7 +83,7 @@ def embed(
     config: EmbedConfig = EmbedConfig(),
     partitions: Iterable[int] | None = None,
     storage: StorageConfig = StorageConfig(),
-    run: Run | None = None,
+    run: WorkerRun | None = None,
     encoder: Encoder | None = None,
 ) -> list[Outcome]:
     """Embed and commit the given partitions (all, if None) that are not committed yet.
@@ -105,7 +105,7 @@ def embed(
     todo = [plan.partitions[number] for number in wanted if number not in done]
     if not todo:
         return []
-    run = run or Run()
+    run = run or WorkerRun()
     run.total = len(todo)
     encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options, compiled_size(config))
     gpus = 0 if encoders.pick_device(config.device) == "cpu" else 1
@@ -170,7 +170,7 @@ class _Worker:
         plan: Plan,
         config: EmbedConfig,
         storage: StorageConfig,
-        run: Run,
+        run: WorkerRun,
         encoder: Encoder,
     ) -> None:
         self.store, self.plan, self.config, self.storage = store, plan, config, storage
@@ -185,7 +185,7 @@ class _Worker:
         self.tried.update(partition.id for partition in todo)
         outcomes: list[Outcome] = []
         order = _Order(todo, self._spare)
-        files = Ahead(self._slices(order), self.storage.storage_options, self.prefetch, self.run.stop)
+        files = Prefetcher(self._slices(order), self.storage.storage_options, self.prefetch, self.run.stop)
         team = encoders.threads()
         # Decoding fills the cores by itself. A GPU gets its next batch while it works on one; a CPU is full with one,
         # by as many threads as torch takes.
@@ -225,7 +225,7 @@ class _Worker:
         self.run.tell.set()  # before others look for one
         return self.plan.partitions[number]
 
-    def _decode(self, order: _Order, files: Ahead, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+    def _decode(self, order: _Order, files: Prefetcher, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
         """Batches in order; the pool works up to `_BATCHES_AHEAD` batches before the consumer."""
         window: deque[tuple[_Batch, list[Future[list[_Decoded | Failure]]]]] = deque()
         for batch, samples in self._read(order, files):
@@ -245,7 +245,7 @@ class _Worker:
     def _committed(self, partition: Partition) -> bool:
         return self.store.exists(f"{COMMITS}/{self.plan.name(partition.id)}.json")
 
-    def _read(self, order: _Order, files: Ahead) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
+    def _read(self, order: _Order, files: Prefetcher) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
         """Each partition's samples in batches; an infrastructure error ends only its own partition."""
         for partition in order:
             if self._committed(partition):

@@ -54,7 +54,7 @@ def status(store: Store) -> dict[str, Any]:
     }
 
 
-def _counts(store: Store, records: list[workers.Record]) -> dict[int, dict[str, Any]]:
+def _counts(store: Store, records: list[workers.WorkerRecord]) -> dict[int, dict[str, Any]]:
     """The counts of every committed partition."""
     told: dict[int, dict[str, Any]] = {}
     for record in records:

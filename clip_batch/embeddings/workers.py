@@ -31,7 +31,7 @@ SILENT = 3 * BEAT
 
 
 @dataclass
-class Run:
+class WorkerRun:
     """One process's run of `embed`, shared with its launcher: who started it, its counters, its stop signal.
 
     `slot` (see `slots.Slot`) is where its partitions come from, if from a slot. `tell` asks for a record now.
@@ -50,7 +50,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Record:
+class WorkerRecord:
     """A worker as its file tells: `committed` maps partitions to the counts of their commits.
 
     `started` and `beat` are Unix seconds; `ended` tells that the worker left by itself.
@@ -73,7 +73,7 @@ class Record:
 
 
 @contextlib.contextmanager
-def recorded(store: Store, run: Run, gpus: int) -> Iterator[None]:
+def recorded(store: Store, run: WorkerRun, gpus: int) -> Iterator[None]:
     """Keep a record of the run while the block runs, and its last state."""
     name = f"{WORKERS}/{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.json"
     worker = f"{socket.gethostname()}:{os.getpid()}"
@@ -86,7 +86,7 @@ def recorded(store: Store, run: Run, gpus: int) -> Iterator[None]:
         }
         running = sorted(run.running.copy())
         now, ended = time.time(), stop.is_set()
-        record = Record(worker, run.job, gpus, started, now, ended, run.samples, running, counts, run.slot)
+        record = WorkerRecord(worker, run.job, gpus, started, now, ended, run.samples, running, counts, run.slot)
         with contextlib.suppress(Exception):  # a worker must not fail for want of a report
             store.replace(name, json.dumps(vars(record)).encode())
 
@@ -113,10 +113,10 @@ def recorded(store: Store, run: Run, gpus: int) -> Iterator[None]:
 _COUNTS = ("rows", "failed", "warnings", "started", "finished")
 
 
-def read_records(store: Store) -> list[Record]:
+def read_records(store: Store) -> list[WorkerRecord]:
     """The records of all workers."""
     names = [f"{WORKERS}/{name}" for name in store.list(WORKERS) if not name.startswith(".")]
-    return [Record(**json.loads(data)) for data in store.read_all(names)]
+    return [WorkerRecord(**json.loads(data)) for data in store.read_all(names)]
 
 
 def forget(store: Store) -> None:

@@ -1,6 +1,6 @@
 """What models share that run in torch: device, pixels, batches of one shape, halves, unit norms on the host.
 
-A family's `load` makes two functions of a model, of pixels and of texts to rows, and a `Towers` of these.
+A family's `load` makes two functions of a model, of pixels and of texts to rows, and a `TorchEncoder` of these.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def placed(spec: EncoderSpec, device: str, compiled: int) -> tuple[torch.device,
     return torch.device(device), _DTYPES[spec.precision]
 
 
-class Towers:
+class TorchEncoder:
     """An image tower and, where the model has one, a text tower, as an `Encoder`.
 
     `model` is the module that the image tower belongs to; `last` the normalizing that is left to do of uint8

@@ -36,7 +36,7 @@ class IndexShard:
 
 
 @dataclass(frozen=True)
-class Source:
+class MergedOutput:
     """An OUT that was merged: `digest` is of its commits, `rows` what it has, `missing` as in the manifest.
 
     `verified` is False where no commits vouch for it (a folder that clip-retrieval wrote).
@@ -77,7 +77,7 @@ class Manifest:
     missing: tuple[int, ...]
     allow_partial: bool
     shards: tuple[IndexShard, ...]
-    sources: tuple[Source, ...] = ()
+    sources: tuple[MergedOutput, ...] = ()
     rerank: int = 0
     single: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     base: str = ""
@@ -117,7 +117,9 @@ class Manifest:
         if data["encoder"].fingerprint != fingerprint:
             raise ValueError("the encoder is not the one of its fingerprint")
         data["missing"] = tuple(data["missing"])
-        data["sources"] = tuple(Source(**{**one, "missing": tuple(one["missing"])}) for one in data.get("sources", ()))
+        data["sources"] = tuple(
+            MergedOutput(**{**one, "missing": tuple(one["missing"])}) for one in data.get("sources", ())
+        )
         data["shards"] = tuple(IndexShard(**shard) for shard in data["shards"])
         return cls(**data)
 

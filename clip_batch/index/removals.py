@@ -54,7 +54,7 @@ class Tombstones:
         return json.dumps({"column": self.column, "values": self.values}).encode()
 
 
-class Found(NamedTuple):
+class RemovedRows(NamedTuple):
     """What a list removes from a version: sorted ids (n,), and those of its values that no row has."""
 
     ids: Ids
@@ -115,7 +115,7 @@ def check(tombstones: Tombstones, schema: pa.Schema) -> None:
     _typed(tombstones, schema)
 
 
-def resolve(lists: Sequence[Tombstones], shards: Shards) -> list[Found]:
+def resolve(lists: Sequence[Tombstones], shards: Shards) -> list[RemovedRows]:
     """What each list removes, by one pass over their columns: memory-mapped, some bytes a row in memory.
 
     ConfigError: a shard has no such column, or one of neither text nor whole numbers, or a value is
@@ -136,7 +136,7 @@ def resolve(lists: Sequence[Tombstones], shards: Shards) -> list[Found]:
                 ids[i].append(rows[np.asarray(mine)] + offset)
                 seen[i].update(values.filter(mine).unique().to_pylist())
     return [
-        Found(
+        RemovedRows(
             np.sort(np.concatenate(found)),
             tuple(value for value in one.values if value not in there and _number(value) not in there),
         )

@@ -17,7 +17,7 @@ from clip_batch.config import EmbedConfig, StorageConfig
 from clip_batch.embeddings.commits import committed, read_commit
 from clip_batch.embeddings.embed import Outcome, embed
 from clip_batch.embeddings.slots import Slot, partitions
-from clip_batch.embeddings.workers import Run
+from clip_batch.embeddings.workers import WorkerRun
 from clip_batch.launch.progress import Counts, shown
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
@@ -31,7 +31,7 @@ def run_worker(
 
     Its partitions are those given, those of a slot, or (None) all.
     """
-    run = Run(job(), work if isinstance(work, Slot) else None)
+    run = WorkerRun(job(), work if isinstance(work, Slot) else None)
     numbers = partitions(Store(output, storage.storage_options), work) if isinstance(work, Slot) else work
 
     def read() -> Counts:

@@ -44,7 +44,7 @@ POLL = 5.0
 
 
 @dataclass(frozen=True)
-class Work:
+class SlurmStep:
     """One command of a chain, run once, or (`slots` given) by as many workers, each with its `--slot`.
 
     `workers` processes share a task. `after` says how the work before must have ended.
@@ -115,23 +115,23 @@ def _requeue(checkpoint: Any, rank: int) -> None:
         print(f"cannot requeue {job}: {error}; run clip-batch submit again", file=sys.stderr)
 
 
-def chain(worker: list[str], slots: int, workers: int, merge: list[str], merge_tasks: int, id: str) -> list[Work]:
+def chain(worker: list[str], slots: int, workers: int, merge: list[str], merge_tasks: int, id: str) -> list[SlurmStep]:
     """The works of a submission, in order: embed (none where nothing is missing), then the merge's three kinds.
 
     A merge waits for the end of embed, however it ends, and refuses by itself where OUT is incomplete.
     """
-    works = [Work(f"{EMBED}-{id}", worker, slots, workers)] if slots else []
+    works = [SlurmStep(f"{EMBED}-{id}", worker, slots, workers)] if slots else []
     if merge:
         shards = [*merge, "--task", "shards", "--slots", str(merge_tasks)]
         works += [
-            Work(f"clip-batch-train-{id}", [*merge, "--task", "train"], after="afterany" if slots else ""),
-            Work(f"clip-batch-shards-{id}", shards, merge_tasks, after="afterok"),
-            Work(f"clip-batch-manifest-{id}", [*merge, "--task", "manifest"], after="afterok"),
+            SlurmStep(f"clip-batch-train-{id}", [*merge, "--task", "train"], after="afterany" if slots else ""),
+            SlurmStep(f"clip-batch-shards-{id}", shards, merge_tasks, after="afterok"),
+            SlurmStep(f"clip-batch-manifest-{id}", [*merge, "--task", "manifest"], after="afterok"),
         ]
     return works
 
 
-def scripts(works: Sequence[Work], config: SlurmConfig, folder: Path) -> Iterator[str]:
+def scripts(works: Sequence[SlurmStep], config: SlurmConfig, folder: Path) -> Iterator[str]:
     """The sbatch scripts that `submit` hands in; job ids that are not known yet read JOBID."""
     limit = _array_limit()
     before: list[str] = []
@@ -144,7 +144,7 @@ def scripts(works: Sequence[Work], config: SlurmConfig, folder: Path) -> Iterato
         before = ["JOBID"]
 
 
-def submit(works: Sequence[Work], main: Main, config: SlurmConfig, folder: Path, say: Say) -> None:
+def submit(works: Sequence[SlurmStep], main: Main, config: SlurmConfig, folder: Path, say: Say) -> None:
     """Hand the works to sbatch; ConfigError says what it refused. Nothing waits here."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -185,7 +185,7 @@ def _reason(error: Exception) -> str:
     return one_line(said)[-300:]
 
 
-def _executor(work: Work, config: SlurmConfig, folder: Path, before: list[str]) -> Any:
+def _executor(work: SlurmStep, config: SlurmConfig, folder: Path, before: list[str]) -> Any:
     try:
         from submitit import SlurmExecutor
     except ImportError:
@@ -216,7 +216,7 @@ def _merge_config(config: SlurmConfig) -> SlurmConfig:
     )
 
 
-def _parameters(work: Work, config: SlurmConfig, before: list[str]) -> dict[str, Any]:
+def _parameters(work: SlurmStep, config: SlurmConfig, before: list[str]) -> dict[str, Any]:
     """submitit's parameters; what is empty is left to the cluster."""
     more: dict[str, Any] = {"requeue" if config.requeue else "no-requeue": True}
     if before:
@@ -289,7 +289,7 @@ def on_node(config: SlurmConfig, command: list[str]) -> list[str]:
     return ["srun", *size, *flags, *_pyxis(config), *shlex.split(python), "-m", "clip_batch", *command]
 
 
-def wait(works: Sequence[Work], look: Callable[[], str], say: Say) -> None:
+def wait(works: Sequence[SlurmStep], look: Callable[[], str], say: Say) -> None:
     """Until the queue has none of the works; `look` tells of progress, and changes are said."""
     names = ",".join(work.name for work in works)
     said = ""

@@ -30,7 +30,7 @@ from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConf
 from clip_batch.embeddings import submission
 from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError, one_line
 from clip_batch.index.manifest import Manifest, load_manifest
-from clip_batch.launch.spark_executor import Status, Work, embed_slot, merge_task
+from clip_batch.launch.spark_executor import EmbedTask, Status, embed_slot, merge_task
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
 
@@ -53,7 +53,7 @@ def drain(
     """
     context = spark.sparkContext
     frozen = submission.load(Store(output, storage.storage_options), submission_id)
-    work = Work(absolute(output), frozen, config, storage, context.applicationId, _tries(context))
+    work = EmbedTask(absolute(output), frozen, config, storage, context.applicationId, _tries(context))
     statuses: dict[int, Status] = {}
     slots = list(range(frozen.slots))
     while slots:

@@ -19,7 +19,7 @@ from clip_batch.config import EmbedConfig, MergeConfig, StorageConfig
 from clip_batch.embeddings.commits import read_commit
 from clip_batch.embeddings.embed import Outcome, compiled_size, embed
 from clip_batch.embeddings.submission import Submission
-from clip_batch.embeddings.workers import Run
+from clip_batch.embeddings.workers import WorkerRun
 from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
@@ -48,7 +48,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class Work:
+class EmbedTask:
     """What every embed task needs; travels in the pickled function, which no log and no page shows.
 
     `tries` is how often Spark lets a task fail before it aborts the job.
@@ -62,7 +62,7 @@ class Work:
     tries: int
 
 
-def embed_slot(work: Work, slots: Sequence[int], number: int) -> list[dict[str, Any]]:
+def embed_slot(work: EmbedTask, slots: Sequence[int], number: int) -> list[dict[str, Any]]:
     """The partitions of slot `slots[number]`: the fields of a `Status` for each, whoever committed it.
 
     What lies with the machine or the store raises RuntimeError, so that Spark tries again, best
@@ -83,7 +83,7 @@ def embed_slot(work: Work, slots: Sequence[int], number: int) -> list[dict[str, 
         todo = [partition for partition in numbers if partition not in done]
         if todo and attempt and attempt + 1 >= work.tries:
             raise RuntimeError(f"{attempt} attempts died or were taken away: the executors' logs tell why")
-        run = Run(f"spark {work.application} slot {slot} attempt {attempt}")
+        run = WorkerRun(f"spark {work.application} slot {slot} attempt {attempt}")
         outcomes = _embed(work, plan, todo, run, context) if todo else []
         done.update(_committed(store, plan, todo))
         tried = {outcome.partition for outcome in outcomes}
@@ -113,7 +113,7 @@ def _committed(store: Store, plan: Plan, partitions: Iterable[int]) -> dict[int,
     return found
 
 
-def _embed(work: Work, plan: Plan, todo: list[int], run: Run, context: Any) -> list[Outcome]:
+def _embed(work: EmbedTask, plan: Plan, todo: list[int], run: WorkerRun, context: Any) -> list[Outcome]:
     """`embed` with the task's cores, its GPU, and the process's encoder."""
     config = replace(work.config, threads=work.config.threads or context.cpus())
     if gpu := context.resources().get("gpu"):

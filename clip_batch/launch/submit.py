@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """What a scheduler is to run: embed what OUT misses, and merge it behind that if `index` is given."""
 
     output: str
@@ -61,7 +61,7 @@ class Request:
         submission.publish(self.store, made)
 
 
-def slurm(request: Request, config: SlurmConfig, main: Callable[..., int], say: Say) -> int:
+def slurm(request: SubmitRequest, config: SlurmConfig, main: Callable[..., int], say: Say) -> int:
     """Job arrays of `main`, the command line, through submitit; the exit code. ConfigError: sbatch refuses."""
     from clip_batch.launch import slurm
 
@@ -90,7 +90,7 @@ def slurm(request: Request, config: SlurmConfig, main: Callable[..., int], say: 
     return _complete(request, say)
 
 
-def spark(request: Request, config: SparkConfig, say: Say) -> int:
+def spark(request: SubmitRequest, config: SparkConfig, say: Say) -> int:
     """A Spark application, through spark-submit, until it ends; its exit code."""
     from clip_batch.launch import spark
 
@@ -115,7 +115,7 @@ def _progress(store: Store) -> str:
     return f"{len(committed(store)):,} of {count_partitions(store):,} partitions done"
 
 
-def _complete(request: Request, say: Say) -> int:
+def _complete(request: SubmitRequest, say: Say) -> int:
     """0 if every partition is committed and, with an index, merged; else 1, and what is not is said."""
     from clip_batch.embeddings.status import describe, status
     from clip_batch.index.merge.job import open_job

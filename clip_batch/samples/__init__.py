@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from clip_batch.types import Failure, Plan, Sample, Slice
 
 if TYPE_CHECKING:
-    from clip_batch.samples.prefetch import Ahead
+    from clip_batch.samples.prefetch import Prefetcher
 
 
 def read_slice(
-    piece: Slice, plan: Plan, options: dict[str, Any] | None = None, files: Ahead | None = None
+    piece: Slice, plan: Plan, options: dict[str, Any] | None = None, files: Prefetcher | None = None
 ) -> Iterator[Sample | Failure]:
     """Every sample of a slice, in the order of its first member, and what of its shard is broken.
 

@@ -21,7 +21,7 @@ from itertools import count
 from typing import Any
 
 from clip_batch.storage.paths import REFUSING
-from clip_batch.storage.transfer import THREADS, Source, Wait, copy_range, source
+from clip_batch.storage.transfer import THREADS, RemoteFile, Wait, copy_range, source
 
 _POLL = 0.25  # seconds until a request to stop is noticed
 
@@ -53,7 +53,7 @@ class Fetcher:
         self._listener: threading.Thread | None = None
         self._over = False
 
-    def copy(self, source: Source, start: int, stop: int, target: str, at: int, wait: Wait = time.sleep) -> None:
+    def copy(self, source: RemoteFile, start: int, stop: int, target: str, at: int, wait: Wait = time.sleep) -> None:
         """See `clip_batch.storage.transfer.copy_range`; `wait` is called every quarter of a second and may raise."""
         try:
             answer = self._ask(source.url, source.options, start, stop, target, at)

@@ -26,7 +26,7 @@ LARGE = 16 * 2**20
 """Bytes of a slice that is worth a process to fetch it; most of a second goes by until that one reads."""
 
 
-class Ahead:
+class Prefetcher:
     """Local files of slices, in the order in which they will be taken; a context manager.
 
     `slices` is asked for the next one only when there is room for it. `budget` is in bytes, the
@@ -47,7 +47,7 @@ class Ahead:
         self._pool: ThreadPoolExecutor | None = None
         self._fetcher = Fetcher()
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, *_: object) -> None:

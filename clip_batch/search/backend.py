@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.search.filters import Filter
-from clip_batch.search.searcher import Ids, Selection, Vectors
+from clip_batch.search.searcher import Ids, RowSet, Vectors
 
 if TYPE_CHECKING:
     from clip_batch.config import StorageConfig
@@ -44,14 +44,14 @@ class Backend(Protocol):
         k: int = 10,
         modality: str = "image",
         effort: int | None = None,
-        among: Selection | None = None,
+        among: RowSet | None = None,
     ) -> tuple[Vectors, Ids]:
         """Scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id; -inf and -1 beyond."""
 
     def where(self, conditions: Sequence[Filter]) -> Ids:
         """Sorted ids of rows whose metadata meets all conditions."""
 
-    def select(self, ids: npt.ArrayLike) -> Selection:
+    def select(self, ids: npt.ArrayLike) -> RowSet:
         """A selection of rows for `search_ids`, without those that were removed."""
 
     def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ SHARD = "0000"
 
 
 @dataclass(frozen=True)
-class ForeignIndex:
+class ClipRetrievalIndex:
     """The manifest, and the local path of each file that it names: <version>/<modality>/<shard>.index, ..."""
 
     manifest: Manifest
@@ -51,7 +51,7 @@ def is_index(store: Store) -> bool:
     return not store.exists(CURRENT) and any(store.exists(f"{modality}.index") for modality in MODALITIES)
 
 
-def open_index(store: Store, model: str = "", pretrained: str = "") -> ForeignIndex:
+def open_index(store: Store, model: str = "", pretrained: str = "") -> ClipRetrievalIndex:
     """Describe an index folder; its metadata is converted once, into the cache, for each state of its files.
 
     `model` and `pretrained` say which encoder made it (clip-retrieval does not tell; by default its default).
@@ -95,7 +95,7 @@ def open_index(store: Store, model: str = "", pretrained: str = "") -> ForeignIn
         allow_partial=False,
         shards=(IndexShard(SHARD, rows, 0, sizes),),
     )
-    return ForeignIndex(manifest, {f"{version}/{name}": path for name, path in files.items()})
+    return ClipRetrievalIndex(manifest, {f"{version}/{name}": path for name, path in files.items()})
 
 
 def _local(store: Store, name: str) -> str:

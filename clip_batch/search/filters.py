@@ -10,13 +10,13 @@ MOST = 2**16
 """Entries of any list in a request; what a search takes of them is bounded by the service's options."""
 
 
-class Request(BaseModel):
+class RequestModel(BaseModel):
     """Base: no unknown fields, no strings for numbers, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Filter(Request):
+class Filter(RequestModel):
     """A condition on a metadata column: exactly one of `equals`, `in`, `contains`, or a range of `min` and `max`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=True)

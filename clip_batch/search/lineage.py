@@ -19,7 +19,7 @@ from clip_batch.config import StorageConfig
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.reader import FOLDER
 from clip_batch.errors import ConfigError, CorruptError, InputError
-from clip_batch.index.manifest import IndexShard, Manifest, Source
+from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.npy import npy_header
 from clip_batch.storage.retry import Unavailable
@@ -87,7 +87,7 @@ def where(manifest: Manifest, id: int, row: dict[str, Any]) -> Lineage:
     return Lineage(output, row["partition"], row["row"], *image)
 
 
-def _source(manifest: Manifest, source: int) -> Source:
+def _source(manifest: Manifest, source: int) -> MergedOutput:
     if source >= len(manifest.sources):
         raise ConfigError(f"index version {manifest.version} does not record its OUT: merge again")
     return manifest.sources[source]
@@ -129,7 +129,7 @@ def embedding(
 _MEND = "run clip-batch verify, then repair, or merge again"
 
 
-def _committed(store: Store, origin: Source, folder: str, partition: int) -> str:
+def _committed(store: Store, origin: MergedOutput, folder: str, partition: int) -> str:
     """The npy file that the partition's commit names."""
     name = partition_name(partition, count_partitions(store))
     try:
@@ -143,7 +143,7 @@ def _committed(store: Store, origin: Source, folder: str, partition: int) -> str
     return path
 
 
-def _numbered(store: Store, origin: Source, folder: str, partition: int) -> str:
+def _numbered(store: Store, origin: MergedOutput, folder: str, partition: int) -> str:
     """The npy file of that number, in a folder without commits (see `clip_batch.embeddings.clip_retrieval`)."""
     pattern = rf"{folder}_0*{partition}(-[0-9a-f]{{8}})?\.npy"
     if len(found := [name for name in store.list(folder) if re.fullmatch(pattern, name)]) != 1:

@@ -8,7 +8,7 @@ from threading import Lock
 
 from clip_batch.search.backend import Backend
 from clip_batch.search.filters import Filter
-from clip_batch.search.searcher import Selection
+from clip_batch.search.searcher import RowSet
 
 KEPT = 16
 """Selections of a version that are kept for the next request with the same filters."""
@@ -19,9 +19,9 @@ class Prefilter:
 
     def __init__(self, searcher: Backend) -> None:
         self._searcher, self._lock = searcher, Lock()
-        self._kept: OrderedDict[tuple[str, ...], Selection] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, ...], RowSet] = OrderedDict()
 
-    def select(self, filters: Sequence[Filter]) -> Selection:
+    def select(self, filters: Sequence[Filter]) -> RowSet:
         """Rows that meet all filters. Blocks: every value of their columns is read."""
         key = tuple(condition.model_dump_json() for condition in filters)
         with self._lock:

@@ -68,7 +68,7 @@ class OpenedIndex:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class RowSet:
     """Rows that a search may find: ids (n,), sorted, none of them removed. `Searcher.select` makes it."""
 
     ids: Ids
@@ -232,7 +232,7 @@ class Searcher:
         k: int = 10,
         modality: str = "image",
         effort: int | None = None,
-        among: Selection | None = None,
+        among: RowSet | None = None,
     ) -> tuple[Vectors, Ids]:
         """Scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id.
 
@@ -268,7 +268,7 @@ class Searcher:
         scores = queries @ vectors[there].T
         return best(scores, np.broadcast_to(ids[there], scores.shape), k)
 
-    def select(self, ids: npt.ArrayLike) -> Selection:
+    def select(self, ids: npt.ArrayLike) -> RowSet:
         """A selection of rows for `search_ids`, without those that were removed. ConfigError: an id is not one."""
         return selection(self.manifest, self.removed, ids)
 
@@ -396,12 +396,12 @@ def checked_ids(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> Ids:
     return wanted.astype(np.int64)
 
 
-def selection(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> Selection:
+def selection(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> RowSet:
     """The rows without the removed ones. ConfigError: an id is not of the index."""
     found = np.unique(np.asarray(ids, dtype=np.int64))
     if len(found) and (found[0] < 0 or found[-1] >= manifest.rows):
         raise ConfigError(f"ids are 0 to {manifest.rows - 1}")
-    return Selection(found[~removals.contains(removed, found)])
+    return RowSet(found[~removals.contains(removed, found)])
 
 
 def load_encoder(spec: EncoderSpec, config: SearchConfig, storage: StorageConfig) -> Encoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import IO, TYPE_CHECKING
 
-from clip_batch.storage.transfer import Source, has_ranges, read_range, version
+from clip_batch.storage.transfer import RemoteFile, has_ranges, read_range, version
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -14,7 +14,7 @@ BLOCK = 4 * 2**20
 """Bytes of a read, where less is asked for."""
 
 
-def open_ranged(source: Source) -> IO[bytes]:
+def open_ranged(source: RemoteFile) -> IO[bytes]:
     """A buffered file; fsspec's own where the store gives no ranges or no size. Errors as `version`."""
     size = version(source).size
     if size is None or not has_ranges(source):
@@ -24,7 +24,7 @@ def open_ranged(source: Source) -> IO[bytes]:
 
 
 class _Ranged(io.RawIOBase):
-    def __init__(self, source: Source, size: int) -> None:
+    def __init__(self, source: RemoteFile, size: int) -> None:
         self._source, self._size, self._at = source, size, 0
 
     def readable(self) -> bool:

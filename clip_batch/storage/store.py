@@ -25,7 +25,7 @@ from clip_batch.storage.filesystem import abort, filesystem, move, put_if_absent
 from clip_batch.storage.paths import TEMPORARY, absolute, is_local
 from clip_batch.storage.ranged import open_ranged
 from clip_batch.storage.retry import ask
-from clip_batch.storage.transfer import Source, download
+from clip_batch.storage.transfer import RemoteFile, download
 
 T = TypeVar("T")
 
@@ -266,9 +266,9 @@ class Store:
         with self.open(name) as file:
             return stream_digest(file)
 
-    def remote(self, name: str) -> Source:
+    def remote(self, name: str) -> RemoteFile:
         """A file of a remote store, as `clip_batch.storage.transfer` reads it."""
-        return Source(self._fs, self._at(name), self.display(name), self.options)
+        return RemoteFile(self._fs, self._at(name), self.display(name), self.options)
 
     @contextlib.contextmanager
     def fetch(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[str]:

@@ -37,7 +37,7 @@ T = TypeVar("T")
 Wait = Callable[[float], object]
 
 
-class Source(NamedTuple):
+class RemoteFile(NamedTuple):
     """A file of a remote store: fsspec's filesystem, the path within it, the URL, and the store's options."""
 
     fs: Any
@@ -50,12 +50,12 @@ class Source(NamedTuple):
         return ask(call, f"{what} {self.url}", self.options, wait)
 
 
-def source(url: str, options: dict[str, Any] | None = None) -> Source:
+def source(url: str, options: dict[str, Any] | None = None) -> RemoteFile:
     """The file of a URL; InputError if no package opens it. Nothing is asked of the store yet."""
-    return Source(*filesystem(url, options), url, options or {})
+    return RemoteFile(*filesystem(url, options), url, options or {})
 
 
-class Version(NamedTuple):
+class FileVersion(NamedTuple):
     """What a store says of a file: its size in bytes, and its etag, generation or modification time; None: not said."""
 
     size: int | None
@@ -67,10 +67,10 @@ def etag_of(info: dict[str, Any]) -> str | None:
     return next((str(info[name]).strip('"') for name in _ETAGS if info.get(name)), None)
 
 
-def version(source: Source, wait: Wait = time.sleep) -> Version:
+def version(source: RemoteFile, wait: Wait = time.sleep) -> FileVersion:
     """Size and etag of a file now; FileNotFoundError if absent, OSError if the store does not answer."""
     info = source.ask("asking for", lambda: source.fs.info(source.path), wait)
-    return Version(info.get("size"), etag_of(info))
+    return FileVersion(info.get("size"), etag_of(info))
 
 
 def pieces(start: int, stop: int, size: int = PIECE) -> list[tuple[int, int]]:
@@ -78,7 +78,7 @@ def pieces(start: int, stop: int, size: int = PIECE) -> list[tuple[int, int]]:
     return [(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
-def read_range(source: Source, start: int, stop: int, wait: Wait = time.sleep) -> bytes:
+def read_range(source: RemoteFile, start: int, stop: int, wait: Wait = time.sleep) -> bytes:
     """The bytes [start, stop) of a file, all of them. InputError if it ends earlier; else as `version`."""
     found = b""
     while start + len(found) < stop:  # short answers are rare
@@ -86,7 +86,7 @@ def read_range(source: Source, start: int, stop: int, wait: Wait = time.sleep) -
     return found
 
 
-def _read(source: Source, start: int, stop: int) -> bytes:
+def _read(source: RemoteFile, start: int, stop: int) -> bytes:
     """At least one byte of [start, stop), and none beyond."""
     if _is_http(source):
         # Refuses an answer that is not of the range, without taking it in; the size spares it a question.
@@ -103,7 +103,7 @@ def _read(source: Source, start: int, stop: int) -> bytes:
     return piece[: stop - start]
 
 
-def copy_range(source: Source, start: int, stop: int, target: str, at: int, wait: Wait = time.sleep) -> None:
+def copy_range(source: RemoteFile, start: int, stop: int, target: str, at: int, wait: Wait = time.sleep) -> None:
     """Put the bytes [start, stop) at byte `at` of an existing local file. Errors as `read_range`, or the disk's."""
     shift = at - start
     chunks: Iterator[bytes | memoryview] = iter(())
@@ -123,11 +123,11 @@ def copy_range(source: Source, start: int, stop: int, target: str, at: int, wait
             start += len(chunk)
 
 
-Copy = Callable[[Source, int, int, str, int, Wait], None]
+Copy = Callable[[RemoteFile, int, int, str, int, Wait], None]
 """`copy_range`, or what stands in for it."""
 
 
-def _chunks(source: Source, start: int, stop: int) -> Iterator[bytes | memoryview]:
+def _chunks(source: RemoteFile, start: int, stop: int) -> Iterator[bytes | memoryview]:
     """As `_read`, but as it comes in where that spares copies; a chunk holds until the next one."""
     fs, path = source.fs, source.path
     coming: Iterator[bytes | memoryview] = iter(())
@@ -170,11 +170,11 @@ class _Target:
             raise OSError(error.errno, message) from None
 
 
-def _is_http(source: Source) -> bool:
+def _is_http(source: RemoteFile) -> bool:
     return source.url.startswith(("http://", "https://"))
 
 
-def has_ranges(source: Source) -> bool:
+def has_ranges(source: RemoteFile) -> bool:
     """False for a web server that only gives whole files; asked once a server."""
     if not _is_http(source):
         return True
@@ -202,7 +202,7 @@ class Download:
 
     def __init__(
         self,
-        source: Source,
+        source: RemoteFile,
         start: int,
         stop: int | None,
         target: str,
@@ -283,7 +283,7 @@ class Download:
         self.source.ask("reading", read, self.pause)
 
 
-def download(source: Source, target: str, start: int, stop: int | None) -> None:
+def download(source: RemoteFile, target: str, start: int, stop: int | None) -> None:
     """Copy [start, stop) of a remote file (to its end, if None) into an existing local file.
 
     FileNotFoundError: it is absent. InputError: it ends before `stop`. OSError: the store, or the
@@ -298,7 +298,7 @@ def download(source: Source, target: str, start: int, stop: int | None) -> None:
             copy.cancel()
 
 
-def fetch_pieces(source: Source, target: str, journal: str, size: int) -> None:
+def fetch_pieces(source: RemoteFile, target: str, journal: str, size: int) -> None:
     """Copy a file of so many bytes into `target`, but for the pieces that `journal` has from earlier calls.
 
     Whoever calls must be alone at it, must check the content, and may then remove the journal. Errors as `download`.

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from clip_batch.plan.specs import expand_inputs
 from clip_batch.samples import read_slice
 from clip_batch.samples.decode import open_image
-from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.scan import scan_tar
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import THREADS, pieces, read_range, source
@@ -75,7 +75,7 @@ class Pace(NamedTuple):
 def split(shards: list[Shard], place: Place, work: Callable[[Sample], object]) -> Pace:
     """Read all but the first tar, which is waited for."""
     slices, plan, samples = [Slice(shard) for shard in shards], corpus.plan_of(), 0
-    with Ahead(slices, place.options, AHEAD * (slices[0].shard.size or 0)) as files:
+    with Prefetcher(slices, place.options, AHEAD * (slices[0].shard.size or 0)) as files:
         next(iter(read_slice(slices[0], plan, place.options, files)))
         began, before = time.perf_counter(), spent(place.servers)
         for piece in slices[1:]:

@@ -19,7 +19,7 @@ from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.embed import embed
 from clip_batch.embeddings.slots import Slot, partitions
-from clip_batch.embeddings.workers import Run, read_records
+from clip_batch.embeddings.workers import WorkerRun, read_records
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
 from tests.bench.data_path import write_tars
@@ -35,7 +35,7 @@ def work(out: str, slot: int, rate: float, share: bool, start: object) -> None:
     encoder, own = Stub(rate, "fast"), Slot(slot, WORKERS)
     start.wait()  # type: ignore[attr-defined]
     config = EmbedConfig(batch_size=BATCH, threads=1, device="cpu", share=share)
-    embed(out, config, partitions(Store(out), own), run=Run(slot=own), encoder=encoder)
+    embed(out, config, partitions(Store(out), own), run=WorkerRun(slot=own), encoder=encoder)
 
 
 def wall(tars: list[str], out: str, samples: int, rates: list[float], share: bool) -> tuple[float, int]:

@@ -45,7 +45,7 @@ def fill(out: Path, partitions: int, share: int) -> None:
             told[str(number)] = {
                 key: getattr(commit, key) for key in ("rows", "failed", "warnings", "started", "finished")
             }
-        record = workers.Record("n:1", "slurm 1_1", 1, 0, time.time(), False, 10_000, [0], told)
+        record = workers.WorkerRecord("n:1", "slurm 1_1", 1, 0, time.time(), False, 10_000, [0], told)
         (out / workers.WORKERS / f"n-1-{first:08x}.json").write_text(json.dumps(vars(record)))
 
 

@@ -19,7 +19,7 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.towers import Towers
+    from clip_batch.encoders.towers import TorchEncoder
 
 HEADS = {"ViT-B-16": 64, "ViT-L-14": 64, "ViT-L-14-336": 64, "ViT-H-14": 80, "RN50": 64}
 """The width of an image head by the model's name."""
@@ -61,10 +61,10 @@ def _vocabulary(pretrained: str) -> str:
         ) from None
 
 
-def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
+def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.towers import Towers, placed
+    from clip_batch.encoders.towers import TorchEncoder, placed
 
     place = placed(spec, device, compiled)
     model, transform = read(spec.model, spec.pretrained)
@@ -76,7 +76,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
         tokens = words(list(lines), return_tensors="pt", **options).to(place[0])
         return encode_text(model, tokens["input_ids"], tokens["attention_mask"])
 
-    return Towers(spec, model, model["visual"], texts, prepare, last, place, compiled)
+    return TorchEncoder(spec, model, model["visual"], texts, prepare, last, place, compiled)
 
 
 def read(model: str, pretrained: str) -> tuple[Any, Any]:

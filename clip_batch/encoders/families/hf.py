@@ -19,7 +19,7 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.towers import Texts, Tower, Towers
+    from clip_batch.encoders.towers import Texts, TorchEncoder, Tower
 
 _FULL_LENGTH = ("siglip", "siglip2")
 """Models that were trained on texts padded to the context."""
@@ -45,10 +45,10 @@ def _in_processor(folder: str, name: str) -> bool:
         return "image_processor" in json.load(file)
 
 
-def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
+def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
     from clip_batch.encoders import hf_preprocess
-    from clip_batch.encoders.towers import Towers, placed
+    from clip_batch.encoders.towers import TorchEncoder, placed
 
     folder = hub.folder(spec.model.removeprefix("hf:"))
     place = placed(spec, device, compiled)
@@ -59,7 +59,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
     except Exception as error:
         raise EncoderError(f"transformers cannot load {spec.model}: {hub.line(error)}") from None
     prepare, last = hf_preprocess.preparing(found, spec.preprocess)
-    return Towers(spec, model, image_side(model), texts, prepare, last, place, compiled)
+    return TorchEncoder(spec, model, image_side(model), texts, prepare, last, place, compiled)
 
 
 def read(folder: str) -> Any:

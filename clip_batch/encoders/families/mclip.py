@@ -20,7 +20,7 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.towers import Texts, Towers
+    from clip_batch.encoders.towers import Texts, TorchEncoder
 
 
 def weights_digest(model: str, pretrained: str) -> str:
@@ -50,10 +50,10 @@ def _config(folder: str) -> dict[str, Any]:
     return {**config, "modelBase": beside} if os.path.isdir(beside) else config
 
 
-def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
+def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     """Load both sides onto a device, compiled for batches of so many images (0: not); EncoderError."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.towers import Towers, placed
+    from clip_batch.encoders.towers import TorchEncoder, placed
 
     place = placed(spec, device, compiled)
     text, image = _names(spec.model)
@@ -66,7 +66,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
         raise
     except Exception as error:
         raise EncoderError(f"M-CLIP's text tower {text} cannot be loaded: {hub.line(error)}") from None
-    return Towers(spec, model, model.encode_image, texts, prepare, last, place, compiled)
+    return TorchEncoder(spec, model, model.encode_image, texts, prepare, last, place, compiled)
 
 
 def _texts(folder: str, device: torch.device, dtype: torch.dtype) -> Texts:

@@ -28,7 +28,7 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.towers import Texts, Tower, Towers
+    from clip_batch.encoders.towers import Texts, TorchEncoder, Tower
 
 CONFIG = "clip_batch.json"
 
@@ -63,12 +63,12 @@ def weights_digest(model: str, pretrained: str) -> str:
     return hub.combine([f"{name} {file_digest(os.path.join(folder, name))}" for name in names])
 
 
-def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
+def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     """Load the graphs; EncoderError if they cannot be, or if more is asked than to run them as they are."""
     import torch
 
     from clip_batch.encoders import hf_preprocess, preprocess
-    from clip_batch.encoders.towers import Towers
+    from clip_batch.encoders.towers import TorchEncoder
 
     if spec.precision != "fp32" or compiled:
         raise EncoderError("an export has its own precision and is compiled: plan with fp32, leave out --compile")
@@ -90,7 +90,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
     except Exception as error:  # runtimes raise what they like
         raise EncoderError(f"{folder} cannot be loaded: {hub.line(error)}") from None
     tower: Tower = lambda values: image({"pixels": values.numpy()})  # noqa: E731
-    return Towers(spec, None, tower, texts, prepare, last, (torch.device("cpu"), torch.float32))
+    return TorchEncoder(spec, None, tower, texts, prepare, last, (torch.device("cpu"), torch.float32))
 
 
 def _graph(runtime: str, path: str, device: str) -> Graph:

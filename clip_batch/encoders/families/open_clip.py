@@ -18,7 +18,7 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.towers import Towers
+    from clip_batch.encoders.towers import TorchEncoder
 
 _PLAIN_PREPROCESSING = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
@@ -104,10 +104,10 @@ def _fetch_text(model: str, settings: dict[str, Any]) -> None:
         hub.file(name, "config.json")
 
 
-def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
+def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.towers import Towers, placed
+    from clip_batch.encoders.towers import TorchEncoder, placed
 
     place = placed(spec, device, compiled)
     model, transform, tokenizer = read(spec.model, spec.pretrained, spec.precision, place[0])
@@ -119,7 +119,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
         rows: torch.Tensor = tower(tokenizer(lines).to(place[0]))
         return rows
 
-    return Towers(spec, model, model.encode_image, texts, prepare, last, place, compiled)
+    return TorchEncoder(spec, model, model.encode_image, texts, prepare, last, place, compiled)
 
 
 def read(model: str, pretrained: str, precision: str, device: torch.device) -> tuple[Any, Any, Any]:

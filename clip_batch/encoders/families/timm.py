@@ -15,7 +15,7 @@ from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:
-    from clip_batch.encoders.towers import Towers
+    from clip_batch.encoders.towers import TorchEncoder
 
 
 def weights_digest(model: str, pretrained: str) -> str:
@@ -44,15 +44,17 @@ def _repository(name: str) -> str:
     return f"{place}{found.architecture}.{found.tag}" if place.endswith("/") else place
 
 
-def load(spec: EncoderSpec, device: str, compiled: int) -> Towers:
+def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.towers import Towers, placed
+    from clip_batch.encoders.towers import TorchEncoder, placed
 
     place = placed(spec, device, compiled)
     model, transform = read(spec.model, spec.pretrained)
     model, (steps, last) = model.to(*place), preprocess.split(transform)
-    return Towers(spec, model, model, None, preprocess.preparing(spec.preprocess, steps, last), last, place, compiled)
+    return TorchEncoder(
+        spec, model, model, None, preprocess.preparing(spec.preprocess, steps, last), last, place, compiled
+    )
 
 
 def read(model: str, pretrained: str) -> tuple[Any, Any]:

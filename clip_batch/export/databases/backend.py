@@ -27,7 +27,7 @@ from clip_batch.index.manifest import load_manifest
 from clip_batch.search.filters import Filter
 from clip_batch.search.searcher import (
     Ids,
-    Selection,
+    RowSet,
     Vectors,
     check_columns,
     check_modality,
@@ -118,7 +118,7 @@ class DatabaseBackend:
         k: int = 10,
         modality: str = "image",
         effort: int | None = None,
-        among: Selection | None = None,
+        among: RowSet | None = None,
     ) -> tuple[Vectors, Ids]:
         """As `Searcher.search_ids`; `effort` is nprobe or ef, by default Milvus's own."""
         wanted = checked_search(self.manifest, queries, k, modality, effort)
@@ -143,7 +143,7 @@ class DatabaseBackend:
         pushed = [part for condition in conditions for part in _pushed(self._table, condition)]
         return self._table.where(names, pushed, holds)
 
-    def select(self, ids: npt.ArrayLike) -> Selection:
+    def select(self, ids: npt.ArrayLike) -> RowSet:
         return selection(self.manifest, self._removed, ids)
 
     def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from clip_batch.errors import ConfigError, DatabaseError
 from clip_batch.export.databases import check_identity, identity, table_name
 from clip_batch.export.databases.columns import columns_of
 from clip_batch.export.databases.milvus import Collection, Milvus
-from clip_batch.export.databases.rows import Ids, Rows, VectorRows
-from clip_batch.export.databases.sql import Record, Sql, SqlTable
+from clip_batch.export.databases.rows import Ids, IndexRows, VectorRows
+from clip_batch.export.databases.sql import ExportRecord, Sql, SqlTable
 from clip_batch.search.searcher import Searcher
 
 SAMPLE = 1_000
@@ -100,12 +100,12 @@ def export_sql(
     if not config.sql:
         raise ConfigError("export sql needs --sql: a URL such as postgresql://user@host/database, or a file for SQLite")
     with Searcher(index, storage) as searcher, Sql(config.sql, config.table_prefix, not verify) as sql:
-        rows, name = Rows(searcher), table_name(config.table_prefix, searcher.manifest.version)
+        rows, name = IndexRows(searcher), table_name(config.table_prefix, searcher.manifest.version)
         known = identity(searcher.manifest)
         record = sql.record(name)
         if record is None:
             _refuse_absent(verify, f"table {name}", sql)
-            record = Record(**known, rows=searcher.manifest.rows, done=0, columns=columns_of(searcher.schema))
+            record = ExportRecord(**known, rows=searcher.manifest.rows, done=0, columns=columns_of(searcher.schema))
             sql.create(name, record)
         check_identity(f"table {name} of {sql}", vars(record), known)
         return _run(rows, _Metadata(sql.open(name, record), rows), verify, deep, progress)
@@ -146,13 +146,13 @@ def _refuse_absent(verify: bool, what: str, where: object) -> None:
         raise DatabaseError(f"{what} is not in {where}: export without --verify first")
 
 
-def _run(rows: Rows, target: Target, verify: bool, deep: bool, progress: Progress) -> Checked:
+def _run(rows: IndexRows, target: Target, verify: bool, deep: bool, progress: Progress) -> Checked:
     if not verify:
         _fill(rows, target, progress)
     return _check(rows, target, deep)
 
 
-def _fill(rows: Rows, target: Target, progress: Progress) -> None:
+def _fill(rows: IndexRows, target: Target, progress: Progress) -> None:
     """Write what is missing, delete what was removed."""
     written = 0
     for start, stop in rows.blocks():
@@ -171,7 +171,7 @@ def _fill(rows: Rows, target: Target, progress: Progress) -> None:
     progress(f"{written:,} rows written")
 
 
-def _check(rows: Rows, target: Target, deep: bool) -> Checked:
+def _check(rows: IndexRows, target: Target, deep: bool) -> Checked:
     sample = np.random.default_rng().choice(rows.manifest.rows, min(SAMPLE, rows.manifest.rows), replace=False)
     found: dict[str, list[Ids]] = {"missing": [], "surplus": [], "different": []}
     there = compared = 0
@@ -198,7 +198,7 @@ def _check(rows: Rows, target: Target, deep: bool) -> Checked:
 class _Metadata:
     """A table, filled with metadata."""
 
-    def __init__(self, table: SqlTable, rows: Rows) -> None:
+    def __init__(self, table: SqlTable, rows: IndexRows) -> None:
         self._table, self._rows = table, rows
         self.count, self.ids, self.delete, self.finish = table.count, table.ids, table.delete, table.finish
 

@@ -33,7 +33,7 @@ FEW = 1_000
 """Rows that are read one by one from OUT; of more, their index shard's rows are read at once."""
 
 
-class Rows:
+class IndexRows:
     """The rows of an open index, and their metadata."""
 
     def __init__(self, searcher: Searcher) -> None:
@@ -62,7 +62,7 @@ class Rows:
         return self._searcher.table(ids, columns)
 
 
-class VectorRows(Rows):
+class VectorRows(IndexRows):
     """The same with their vectors.
 
     `exact` tells whether those are, `origin` where they come from, for people. Memory: where that is OUT, one index

@@ -37,7 +37,7 @@ WRITTEN = 2_000
 
 
 @dataclass(frozen=True)
-class Record:
+class ExportRecord:
     """What `<prefix>_exports` says of a table; every row with an id below `done` was written."""
 
     version: str
@@ -100,7 +100,7 @@ class Sql:
                 said = said.replace(secret, "...")
             raise DatabaseError(f"{self}: {said}") from None
 
-    def record(self, name: str) -> Record | None:
+    def record(self, name: str) -> ExportRecord | None:
         """What is recorded of a table; None where there is no such export."""
         import sqlalchemy as sa
 
@@ -112,9 +112,9 @@ class Sql:
         if row is None:
             return None
         columns = tuple(Column(**column) for column in json.loads(row["columns"]))
-        return Record(row["version"], row["manifest"], row["encoder"], row["rows"], row["done"], columns)
+        return ExportRecord(row["version"], row["manifest"], row["encoder"], row["rows"], row["done"], columns)
 
-    def create(self, name: str, record: Record) -> None:
+    def create(self, name: str, record: ExportRecord) -> None:
         """Create a table without rows, and its record. DatabaseError: there is such a table, without a record."""
         import sqlalchemy as sa
 
@@ -128,7 +128,7 @@ class Sql:
             columns = json.dumps([asdict(column) for column in record.columns])
             connection.execute(self._exports.insert(), {**asdict(record), "name": name, "columns": columns})
 
-    def open(self, name: str, record: Record) -> SqlTable:
+    def open(self, name: str, record: ExportRecord) -> SqlTable:
         """The table of a record."""
         return SqlTable(self, self._table(name, record.columns), self._exports, record)
 
@@ -160,7 +160,7 @@ _UTF8: dict[str, Any] = {
 class SqlTable:
     """The rows of one export. DatabaseError: as `Sql`; each call is one transaction."""
 
-    def __init__(self, sql: Sql, table: sa.Table, exports: sa.Table, record: Record) -> None:
+    def __init__(self, sql: Sql, table: sa.Table, exports: sa.Table, record: ExportRecord) -> None:
         self.sql, self.record, self._table, self._exports = sql, record, table, exports
         self._done = record.done
 

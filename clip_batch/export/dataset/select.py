@@ -89,7 +89,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Selection:
+class SavedSelection:
     """An opened selection: rows in all and of each query, a digest of their ids, whether all lie in local tars."""
 
     folder: str
@@ -126,7 +126,7 @@ def select(
     folder: str,
     storage: StorageConfig,
     search: SearchConfig,
-) -> Selection:
+) -> SavedSelection:
     """Make the selection in `folder`, or open the one that is there. Memory: ids and places of all rows.
 
     ConfigError: the folder holds what was asked otherwise, a column is not in the metadata, nothing was found,
@@ -242,7 +242,7 @@ def _filtered(store: Store, amount: int | None) -> _Found:
     return _Found(about["rows"], names, [tuple(run) for run in about.get("planned", ())], tables, keep)
 
 
-def _write(found: _Found, columns: Sequence[str], via: str, folder: str, asked: dict[str, Any]) -> Selection:
+def _write(found: _Found, columns: Sequence[str], via: str, folder: str, asked: dict[str, Any]) -> SavedSelection:
     """Write the selection beside `folder`, and give it that name unless it is taken."""
     if not found.rows:
         raise ConfigError(f"{asked['source']} has no row for {asked['queries'] or 'its filter'}: lower the threshold")
@@ -278,12 +278,12 @@ def _write(found: _Found, columns: Sequence[str], via: str, folder: str, asked: 
     return _open(folder, asked)
 
 
-def _open(folder: str, asked: dict[str, Any]) -> Selection:
+def _open(folder: str, asked: dict[str, Any]) -> SavedSelection:
     try:
         with open(os.path.join(folder, ABOUT)) as file:
             about = json.load(file)
         known = about["asked"]
-        found = Selection(folder, about["rows"], tuple(about["queries"]), about["digest"], about["local"])
+        found = SavedSelection(folder, about["rows"], tuple(about["queries"]), about["digest"], about["local"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{folder} is not a selection ({error}): delete it") from None
     for name, value in asked.items():

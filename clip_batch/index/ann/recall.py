@@ -23,7 +23,7 @@ DEPTHS = (1, 10, 100)
 
 
 @dataclass(frozen=True)
-class Trial:
+class RecallTrial:
     """exact (q, 100) and ranked (efforts, q, depth), descending; true, of the latter. float32, -inf beyond the rows."""
 
     exact: Floats
@@ -33,7 +33,7 @@ class Trial:
 
 def measure(
     own: Ids, exact: tuple[Floats, Ids], found: Sequence[tuple[Floats, Ids, Floats]], depth: int = TOP
-) -> Trial:
+) -> RecallTrial:
     """The trial of queries over one shard, of the `depth` best ranked that were found.
 
     `own` (q,) is the shard row that a query is itself, to be left out (-1: none); `exact` has the scores
@@ -47,7 +47,7 @@ def measure(
     truth = others(*exact)
     tried = [_best(depth, others(ranked, ids), others(true, ids)) for ranked, ids, true in found]
     ranks, trues = zip(*tried, strict=True)
-    return Trial(_best(TOP, truth)[0], np.stack(ranks), np.stack(trues))
+    return RecallTrial(_best(TOP, truth)[0], np.stack(ranks), np.stack(trues))
 
 
 def _best(count: int, by: Floats, *others: Floats) -> list[Floats]:
@@ -57,21 +57,21 @@ def _best(count: int, by: Floats, *others: Floats) -> list[Floats]:
     return [np.pad(np.take_along_axis(array, order, -1), padding, constant_values=-np.inf) for array in (by, *others)]
 
 
-def fold(one: Trial, other: Trial) -> Trial:
+def fold(one: RecallTrial, other: RecallTrial) -> RecallTrial:
     """The trial over the rows of both, of the same depth."""
     exact, ranked, true = (
         np.concatenate([getattr(one, name), getattr(other, name)], axis=-1) for name in ("exact", "ranked", "true")
     )
-    return Trial(_best(TOP, exact)[0], *_best(one.ranked.shape[-1], ranked, true))
+    return RecallTrial(_best(TOP, exact)[0], *_best(one.ranked.shape[-1], ranked, true))
 
 
-def reranked(trial: Trial) -> Trial:
+def reranked(trial: RecallTrial) -> RecallTrial:
     """The trial with what was found ranked by exact score."""
     (true,) = _best(trial.true.shape[-1], trial.true)
-    return Trial(trial.exact, true, true)
+    return RecallTrial(trial.exact, true, true)
 
 
-def recall(trial: Trial, effort: int, k: int) -> float | None:
+def recall(trial: RecallTrial, effort: int, k: int) -> float | None:
     """Recall at k of the effort of that position: the mean over queries, 0..1. None where no row could be found.
 
     Where fewer than k rows exist, all of them are what should be found.
@@ -85,7 +85,7 @@ def recall(trial: Trial, effort: int, k: int) -> float | None:
     return float(np.mean(np.minimum(right, there[some]) / there[some]))
 
 
-def least_effort(trials: list[Trial], target: float) -> tuple[int, bool]:
+def least_effort(trials: list[RecallTrial], target: float) -> tuple[int, bool]:
     """(position, True) of the least effort whose recall@10 reaches the target in every trial.
 
     Where none does, (position, False) of the least that finds as much as the last.
@@ -98,7 +98,7 @@ def least_effort(trials: list[Trial], target: float) -> tuple[int, bool]:
     return found.index(found[-1]), False
 
 
-def summary(trial: Trial, at: int) -> dict[str, float]:
+def summary(trial: RecallTrial, at: int) -> dict[str, float]:
     """Recall at each depth, and the number of queries; {} where there was nothing to find."""
     values = {str(k): recall(trial, at, k) for k in DEPTHS}
     some = {k: value for k, value in values.items() if value is not None}

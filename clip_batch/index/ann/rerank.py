@@ -24,7 +24,7 @@ TINY = 1e-12
 """Stands for the norm of a row of zeros."""
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """Float16 rows (n, d) that are taken by their numbers: an array, or what reads them when asked."""
 
     def __getitem__(self, rows: Ids, /) -> Half: ...
@@ -38,7 +38,7 @@ def candidates(k: int, factor: int) -> int:
     return max(min(factor * k, MOST), k, TOP + 1)
 
 
-def rerank(queries: Vectors, ids: Ids, vectors: Rows, k: int) -> tuple[Vectors, Ids]:
+def rerank(queries: Vectors, ids: Ids, vectors: RowSource, k: int) -> tuple[Vectors, Ids]:
     """The k best of each query's candidates by exact inner product: scores float32 (q, k), ids int64 (q, k).
 
     queries float32 (q, d); ids (q, m) are rows of `vectors` float16 (n, d), memory-mapped or not, -1
@@ -47,7 +47,7 @@ def rerank(queries: Vectors, ids: Ids, vectors: Rows, k: int) -> tuple[Vectors, 
     return best(score(queries, ids, vectors), ids, k)
 
 
-def score(queries: Vectors, ids: Ids, vectors: Rows) -> Vectors:
+def score(queries: Vectors, ids: Ids, vectors: RowSource) -> Vectors:
     """Inner products float32 (q, m) of queries (q, d) and their rows (q, m), scaled to unit norm; -inf where id is -1.
 
     A score depends on its query and row alone. Rows are read in ascending order over all queries, some

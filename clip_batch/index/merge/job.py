@@ -55,7 +55,7 @@ ATTEMPTS = "attempts"
 
 
 @dataclass(frozen=True)
-class Job:
+class MergeJob:
     """One merge, as every task sees it: a pure function of OUT, the options and, to add to it, the live version."""
 
     source: reader.Embeddings
@@ -198,7 +198,7 @@ class Attempt:
     deleted on any other error: the record may stand although creating it raised.
     """
 
-    def __init__(self, job: Job, record: str, prefix: str) -> None:
+    def __init__(self, job: MergeJob, record: str, prefix: str) -> None:
         self.id = secrets.token_hex(4)
         self.folder = job.path(f"{prefix}{self.id}")
         self.files: dict[str, dict[str, Any]] = {}
@@ -261,7 +261,7 @@ def open_source(out: Store, made_by: EncoderSpec, allow_partial: bool = False) -
     return reader.open_embeddings(out, load_plan(out), allow_partial)
 
 
-def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageConfig = StorageConfig()) -> Job:
+def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageConfig = StorageConfig()) -> MergeJob:
     """Check the options, OUT and, to add to it, the live version, and give the job. Errors: see `merge`."""
     _check(config)
     out, home = Store(output, storage.storage_options), Store(index_url, storage.storage_options)
@@ -270,7 +270,7 @@ def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageC
     base = load_manifest(home) if config.add and current_version(home) else None
     if base:
         _check_base(source, base)
-    job = Job(source, home, config, base)
+    job = MergeJob(source, home, config, base)
     _ = job.shards  # refuses now what would not fit, or what faiss does not know
     return job
 

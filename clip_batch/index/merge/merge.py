@@ -32,13 +32,13 @@ from clip_batch.index.manifest import (
     MANIFEST,
     IndexShard,
     Manifest,
-    Source,
+    MergedOutput,
     load_manifest,
     make_current,
     publish_manifest,
 )
 from clip_batch.index.merge import tune
-from clip_batch.index.merge.job import ATTEMPTS, DUPLICATES, TRUTH, Attempt, Job, open_job
+from clip_batch.index.merge.job import ATTEMPTS, DUPLICATES, TRUTH, Attempt, MergeJob, open_job
 from clip_batch.index.merge.train import assigner, left_out, make_template, order_modality, read_queries, read_template
 from clip_batch.storage import npy
 from clip_batch.storage.store import file_digest
@@ -72,7 +72,7 @@ def merge(
     return publish(job, progress)
 
 
-def finished(job: Job, progress: Say = lambda line: None) -> Manifest | None:
+def finished(job: MergeJob, progress: Say = lambda line: None) -> Manifest | None:
     """The manifest of a version that stands, which is CURRENT then and free of leavings; None while it is made."""
     if job.base and any(source.digest == job.digest for source in job.base.sources):
         progress(f"version {job.base.version} has it already")
@@ -86,7 +86,7 @@ def finished(job: Job, progress: Say = lambda line: None) -> Manifest | None:
     return manifest
 
 
-def train(job: Job, progress: Say = lambda line: None, every_row: bool = False) -> None:
+def train(job: MergeJob, progress: Say = lambda line: None, every_row: bool = False) -> None:
     """Check every part, hold queries out, train a template for each modality. Does nothing if it has ended.
 
     Headers, sizes and counts are always checked; every row here with `every_row`, else by the shards' tasks.
@@ -105,7 +105,7 @@ def train(job: Job, progress: Say = lambda line: None, every_row: bool = False) 
         progress("another attempt has trained first: its template is taken")
 
 
-def build_shard(job: Job, shard: int, progress: Say = lambda line: None) -> None:
+def build_shard(job: MergeJob, shard: int, progress: Say = lambda line: None) -> None:
     """One index shard: assign, sort, add; metadata in the same order; its part of the recall trial.
 
     If its record stands, only gives the files their final names where that is left to do. Memory: the
@@ -124,7 +124,7 @@ def build_shard(job: Job, shard: int, progress: Say = lambda line: None) -> None
     job.settle(shard, attempt.record)
 
 
-def _build(job: Job, trained: dict[str, Any], shard: int, attempt: Attempt) -> None:
+def _build(job: MergeJob, trained: dict[str, Any], shard: int, attempt: Attempt) -> None:
     started, name, (start, stop) = time.monotonic(), job.shard_name(shard), job.bounds(shard)
     empty = reader.read_empty(job.source, start, stop)
     queries, trials = read_queries(job, trained), {}
@@ -158,7 +158,7 @@ def _build(job: Job, trained: dict[str, Any], shard: int, attempt: Attempt) -> N
     attempt.commit(rows=len(order), seconds=time.monotonic() - started)
 
 
-def publish(job: Job, progress: Say = lambda line: None) -> Manifest:
+def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
     """Fold the shards' trials, choose the effort, write the manifest, let the version serve.
 
     First it gives files their final names where an attempt died before it had; last it removes what
@@ -209,7 +209,7 @@ def publish(job: Job, progress: Say = lambda line: None) -> Manifest:
     return standing
 
 
-def _tidy(job: Job, manifest: Manifest) -> None:
+def _tidy(job: MergeJob, manifest: Manifest) -> None:
     """Remove what other attempts left, and the indices of shards that were joined; who published may have died."""
     if trained := job.trained():
         job.clean(trained)
@@ -218,7 +218,7 @@ def _tidy(job: Job, manifest: Manifest) -> None:
             job.index.remove(job.path(f"{modality}/{job.shard_name(shard)}.index"))
 
 
-def _check_tombstones(job: Job, made: Manifest) -> None:
+def _check_tombstones(job: MergeJob, made: Manifest) -> None:
     """ConfigError where what was removed by a column could not be found in the new version: nobody could open it."""
     if digests := removals.names(job.index):
         last = made.shards[-1]
@@ -227,12 +227,14 @@ def _check_tombstones(job: Job, made: Manifest) -> None:
             removals.check(removals.load(job.index, digest), schema)
 
 
-def _source(job: Job) -> Source:
+def _source(job: MergeJob) -> MergedOutput:
     plan = job.source.plan.digest
-    return Source(job.source.store.url, plan, job.digest, job.source.rows, job.source.missing, job.source.verified)
+    return MergedOutput(
+        job.source.store.url, plan, job.digest, job.source.rows, job.source.missing, job.source.verified
+    )
 
 
-def _shards(job: Job, records: dict[int, dict[str, Any]]) -> list[IndexShard]:
+def _shards(job: MergeJob, records: dict[int, dict[str, Any]]) -> list[IndexShard]:
     """The shards of the base, and those built now behind them; one whose rows were all left out is none."""
     shards, source = [], 0
     if job.base:
@@ -253,7 +255,7 @@ def _without(files: dict[str, Any], folders: Iterable[str]) -> dict[str, Any]:
     return {name: file for name, file in files.items() if not name.startswith(gone) or name.endswith(".npy")}
 
 
-def _join(job: Job, trained: dict[str, Any], modality: str, shards: list[IndexShard]) -> dict[str, Any]:
+def _join(job: MergeJob, trained: dict[str, Any], modality: str, shards: list[IndexShard]) -> dict[str, Any]:
     """One index of a modality, searched from disk, in the place of its shards': its files, below INDEX."""
     files = {}
     with ExitStack() as stack:
@@ -275,7 +277,7 @@ def _join(job: Job, trained: dict[str, Any], modality: str, shards: list[IndexSh
     return files
 
 
-def _order(job: Job, trained: dict[str, Any], shard: int, data: Half) -> tuple[Ids, Ids]:
+def _order(job: MergeJob, trained: dict[str, Any], shard: int, data: Half) -> tuple[Ids, Ids]:
     """The shard's rows (n,) sorted by list, stable, and their lists; without those left out as duplicates."""
     assign = assigner(job, trained)
     found = np.concatenate([assign(npy.unit(data[block])) for block in reader.blocks(len(data))])

@@ -49,7 +49,7 @@ Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Try:
+class EffortResult:
     """One effort (None: nothing to tune): recall@10, the least over the kinds of queries; milliseconds a query."""
 
     effort: int | None
@@ -73,8 +73,8 @@ class Candidate:
     fits: bool
     train_seconds: float
     build_seconds: float
-    tries: tuple[Try, ...]
-    best: Try | None
+    tries: tuple[EffortResult, ...]
+    best: EffortResult | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SweepSample:
     """What keys are tried on: `half` float16 and `exact` float32 (n, d); queries (q, d) and their true rows by kind."""
 
     half: npy.Half
@@ -139,7 +139,7 @@ def sweep(
     return Sweep(modality, rows, source.dim, sample.rows, config.recall_target, memory, tuple(found), chosen)
 
 
-def draw(source: reader.Embeddings, modality: str, config: MergeConfig, wanted: int) -> tuple[Sample, int]:
+def draw(source: reader.Embeddings, modality: str, config: MergeConfig, wanted: int) -> tuple[SweepSample, int]:
     """The sample, without the held-out queries, and how many rows the whole has. ConfigError: no such vectors."""
     kinds = [kind for kind, folder in reader.FOLDER.items() if all(part.file(folder) for part in source.commits)]
     captioned = reader.check_files(source, tuple(kinds))
@@ -158,7 +158,7 @@ def draw(source: reader.Embeddings, modality: str, config: MergeConfig, wanted: 
     if len(half) < 2:
         raise ConfigError(f"{source.store.url} has too few {modality} vectors to try keys on: merge with Flat")
     half = half[np.random.default_rng(config.seed).permutation(len(half))]
-    made = Sample(half, npy.unit(half), queries)
+    made = SweepSample(half, npy.unit(half), queries)
     for kind, asked in queries.items():
         made.truth[kind] = faiss_index.nearest(asked, made.exact, 10)
     return made, sum(filled[modality])
@@ -188,7 +188,7 @@ def scaled(key: str, share: float) -> str:
     return re.sub(r"IVF\d+[kM]?", f"IVF{min(lists, faiss_index.lists(key))}", key)
 
 
-def _try_key(key: str, sample: Sample, rows: int, memory: int, config: MergeConfig) -> list[Candidate]:
+def _try_key(key: str, sample: SweepSample, rows: int, memory: int, config: MergeConfig) -> list[Candidate]:
     dim, here = sample.exact.shape[1], scaled(key, sample.rows / rows)
     started = time.monotonic()
     training = config.train_rows or max(10_000, 64 * faiss_index.lists(here))
@@ -213,21 +213,23 @@ def _loses(key: str) -> bool:
     return not re.search(r"(Flat|HNSW\d+)$", key)
 
 
-def _try_efforts(made: faiss_index.Index, sample: Sample, factor: int, target: float, rows: int) -> list[Try]:
+def _try_efforts(
+    made: faiss_index.Index, sample: SweepSample, factor: int, target: float, rows: int
+) -> list[EffortResult]:
     efforts: list[int | None] = [*faiss_index.efforts(made)]
     growth = 1.0 if efforts else max(1.0, rows / sample.rows)  # nothing to tune: every row is looked at
-    tries: list[Try] = []
+    tries: list[EffortResult] = []
     with ThreadPoolExecutor(1, initializer=faiss_index.use_threads, initargs=(1,)) as alone:
         for effort in efforts or [None]:
             reached, ms = alone.submit(_ask, made, sample, factor, effort).result()
-            tries.append(Try(effort, reached, ms * growth))
+            tries.append(EffortResult(effort, reached, ms * growth))
             stands = len(tries) > 2 and reached - tries[-3].recall < LEAST_GAIN
             if reached >= target or stands:
                 break
     return tries
 
 
-def _ask(made: faiss_index.Index, sample: Sample, factor: int, effort: int | None) -> tuple[float, float]:
+def _ask(made: faiss_index.Index, sample: SweepSample, factor: int, effort: int | None) -> tuple[float, float]:
     """(recall@10, the least over the kinds of queries; milliseconds a query)."""
     seconds, asked, shares = 0.0, 0, []
     for kind, queries in sample.queries.items():

@@ -19,7 +19,7 @@ from clip_batch.embeddings import reader
 from clip_batch.errors import ConfigError
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.merge import duplicates
-from clip_batch.index.merge.job import CENTROIDS, DROPPED, DUPLICATES, QUERIES, TEMPLATE, Attempt, Job
+from clip_batch.index.merge.job import CENTROIDS, DROPPED, DUPLICATES, QUERIES, TEMPLATE, Attempt, MergeJob
 from clip_batch.storage import npy
 
 MOST_ORDER_LISTS = 4096
@@ -37,7 +37,7 @@ Half = npt.NDArray[np.float16]
 Vectors = npt.NDArray[np.float32]
 
 
-def make_template(job: Job, captioned: list[int], attempt: Attempt, progress: Say) -> None:
+def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progress: Say) -> None:
     """Draw queries, train each modality's index, find duplicates, and commit the attempt.
 
     `captioned` counts each part's rows with a caption. Errors: see `clip_batch.merge`.
@@ -80,7 +80,7 @@ def make_template(job: Job, captioned: list[int], attempt: Attempt, progress: Sa
     attempt.commit(**record, seconds=time.monotonic() - started)
 
 
-def _find_duplicates(job: Job, trained: dict[str, Any], attempt: Attempt, progress: Say) -> dict[str, Any]:
+def _find_duplicates(job: MergeJob, trained: dict[str, Any], attempt: Attempt, progress: Say) -> dict[str, Any]:
     """Write which rows are left out, and say how many."""
     kind = order_modality(trained["keys"])
     found = duplicates.find(job.source, kind, assigner(job, trained), job.config.dedup, progress)
@@ -90,7 +90,7 @@ def _find_duplicates(job: Job, trained: dict[str, Any], attempt: Attempt, progre
     return {"rows": len(found.rows), "threshold": job.config.dedup}
 
 
-def left_out(job: Job, trained: dict[str, Any], start: int, stop: int) -> Ids:
+def left_out(job: MergeJob, trained: dict[str, Any], start: int, stop: int) -> Ids:
     """Which of the rows [start, stop) are left out, counted from `start`."""
     if not trained["duplicates"]:
         return np.empty(0, dtype=np.int64)
@@ -100,7 +100,7 @@ def left_out(job: Job, trained: dict[str, Any], start: int, stop: int) -> Ids:
         return np.asarray(rows[low:high]) - start
 
 
-def _sample_rows(job: Job, key: str) -> int:
+def _sample_rows(job: MergeJob, key: str) -> int:
     """Rows to train on; ConfigError if max_memory has no room for as many as were asked for."""
     room = (parse_bytes(job.config.max_memory) - job.task_bytes) // (TRAIN_BYTES * job.source.dim)
     if job.config.train_rows > room:
@@ -108,7 +108,7 @@ def _sample_rows(job: Job, key: str) -> int:
     return job.config.train_rows or max(1, min(room, max(10_000, 64 * faiss_index.lists(key))))
 
 
-def _make(job: Job, attempt: Attempt, modality: str, key: str, sample: Vectors, orders: bool) -> None:
+def _make(job: MergeJob, attempt: Attempt, modality: str, key: str, sample: Vectors, orders: bool) -> None:
     """The template of a modality; where its lists cannot order the rows and it should, centroids that can."""
     template = faiss_index.train(key, sample, job.config.seed)
     if orders and not faiss_index.has_lists(template):
@@ -123,7 +123,7 @@ def order_modality(keys: dict[str, str]) -> str:
     return "image" if "image" in keys else next(iter(keys))
 
 
-def read_queries(job: Job, trained: dict[str, Any]) -> dict[str, tuple[Ids, Half]]:
+def read_queries(job: MergeJob, trained: dict[str, Any]) -> dict[str, tuple[Ids, Half]]:
     """Held-out queries by kind, with their rows in OUT; those of the index that is added to as reference.<kind>."""
     found = {}
     for prefix, path in (("", job.drawn(trained, QUERIES)), (REFERENCE, trained["reference"])):
@@ -135,13 +135,13 @@ def read_queries(job: Job, trained: dict[str, Any]) -> dict[str, tuple[Ids, Half
     return found
 
 
-def read_template(job: Job, trained: dict[str, Any], modality: str) -> Any:
+def read_template(job: MergeJob, trained: dict[str, Any], modality: str) -> Any:
     """The trained empty index."""
     with job.index.fetch(job.template(trained, f"{modality}.index")) as path:
         return faiss_index.read(path)
 
 
-def assigner(job: Job, trained: dict[str, Any]) -> Callable[[Vectors], Ids]:
+def assigner(job: MergeJob, trained: dict[str, Any]) -> Callable[[Vectors], Ids]:
     """What gives each vector (n, d) its list (n,): the order of the rows."""
     template = read_template(job, trained, order_modality(trained["keys"]))
     if faiss_index.has_lists(template):

@@ -13,7 +13,7 @@ from clip_batch.index.ann import faiss_index, recall
 from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, score
 from clip_batch.index.ann.rows import Ordered
-from clip_batch.index.merge.job import TRUTH, Job
+from clip_batch.index.merge.job import TRUTH, MergeJob
 from clip_batch.index.merge.train import REFERENCE, read_queries, read_template
 from clip_batch.storage import npy
 
@@ -44,7 +44,7 @@ def run(
     target: float,
     first: int | None = None,
     shards: int = 1,
-) -> dict[str, recall.Trial]:
+) -> dict[str, recall.RecallTrial]:
     """Exact and found neighbours, among the rows of one of `shards`, of the queries of each kind.
 
     `queries` has vectors (q, d) and which row each is itself, or -1. With a re-ranking `factor` the candidates are
@@ -132,7 +132,7 @@ def _search(made: Any, rows: Ordered, queries: Vectors, effort: int | None, fact
     return scores, ids, score(queries, ids, rows)
 
 
-def tune(job: Job, trained: dict[str, Any], progress: Say) -> tuple[Any, Any, Any]:
+def tune(job: MergeJob, trained: dict[str, Any], progress: Say) -> tuple[Any, Any, Any]:
     """(effort, recall, drift) by modality; an index that is added to is measured by its own queries again."""
     effort: dict[str, int | None] = {}
     measured: dict[str, dict[str, dict[str, float]]] = {}
@@ -164,12 +164,12 @@ def tune(job: Job, trained: dict[str, Any], progress: Say) -> tuple[Any, Any, An
     return effort, measured, drift
 
 
-def _is_whole(job: Job, kind: str) -> bool:
+def _is_whole(job: MergeJob, kind: str) -> bool:
     """Whether a trial of that kind is over all rows of the version."""
     return not job.base or kind.startswith(REFERENCE)
 
 
-def _fold(job: Job, modality: str, kind: str) -> recall.Trial:
+def _fold(job: MergeJob, modality: str, kind: str) -> recall.RecallTrial:
     """One trial over all shards that it is over, a shard at a time."""
     files = [(job.version, job.shard_name(shard), kind) for shard in range(job.shards)]
     if job.base and kind.startswith(REFERENCE):
@@ -177,10 +177,10 @@ def _fold(job: Job, modality: str, kind: str) -> recall.Trial:
             version = shard.version or job.base.version
             own = kind.removeprefix(REFERENCE) if version == job.base.template else kind
             files.append((version, shard.name, own))
-    whole: recall.Trial | None = None
+    whole: recall.RecallTrial | None = None
     for version, name, own in files:
         with job.index.fetch(f"{version}/{TRUTH}/{name}.npz") as path, np.load(path) as saved:
-            trial = recall.Trial(*(saved[f"{modality}.{own}.{field}"] for field in ("exact", "ranked", "true")))
+            trial = recall.RecallTrial(*(saved[f"{modality}.{own}.{field}"] for field in ("exact", "ranked", "true")))
         whole = recall.fold(whole, trial) if whole else trial
     assert whole is not None
     return recall.reranked(whole) if job.rerank else whole

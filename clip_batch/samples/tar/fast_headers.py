@@ -24,7 +24,7 @@ Fields = tuple[str, int, int, int]
 """The fields of a `clip_batch.samples.tar.headers.Member`: name, offset, size, header."""
 
 
-class Run(NamedTuple):
+class HeaderRun(NamedTuple):
     """`members`, in order; the next header lies at `after`, a byte of the buffer.
 
     Where `seen` lies beyond `after`, the headers between are the strict parser's: looking at them again
@@ -36,14 +36,14 @@ class Run(NamedTuple):
     seen: int
 
 
-def plain_run(view: memoryview, start: int, end: int, scratch: npt.NDArray[np.uint8]) -> Run:
+def plain_run(view: memoryview, start: int, end: int, scratch: npt.NDArray[np.uint8]) -> HeaderRun:
     """The plain headers from `start` on whose members end by `end`, up to the first that is another.
 
     `scratch` is uint8 (MOST, BLOCK), overwritten: fresh memory costs more than what is done with it.
     """
     headers, sizes, seen = _hop(view, start, end)
     if len(headers) < _LEAST:
-        return Run(iter(()), start, seen)
+        return HeaderRun(iter(()), start, seen)
     blocks = np.frombuffer(view, np.uint8, (end - start) // BLOCK * BLOCK, start).reshape(-1, BLOCK)
     found = blocks.take((np.array(headers) - start) // BLOCK, 0, scratch[: len(headers)], "clip")
     checksum = found[:, 148:154] - ord("0")  # digits; other bytes become more than 7
@@ -55,11 +55,11 @@ def plain_run(view: memoryview, start: int, end: int, scratch: npt.NDArray[np.ui
     text = b"\0".join(np.ndarray(count, "S100", found, strides=(BLOCK,)).tolist()) + b"\0"
     # A name that ends in a slash is a directory, as v7 wrote it; or there are bytes after a name's end.
     if count == 0 or b"/\0" in text or text.count(b"\0") > count:
-        return Run(iter(()), start, seen)
+        return HeaderRun(iter(()), start, seen)
     names = text.decode("utf-8", "replace").split("\0")[:-1]
     offsets = [header + BLOCK for header in headers]
     after = headers[count] if count < len(headers) else seen
-    return Run(zip(names, offsets, sizes, headers, strict=False), after, seen)
+    return HeaderRun(zip(names, offsets, sizes, headers, strict=False), after, seen)
 
 
 def _hop(view: memoryview, start: int, end: int) -> tuple[list[int], list[int], int]:

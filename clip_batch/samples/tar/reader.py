@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from clip_batch.errors import ClipBatchError, InputError
-from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.headers import Damage, Member, members, runs
 from clip_batch.samples.tar.samples import Group, group
 from clip_batch.storage.paths import is_local
@@ -27,7 +27,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read_tar(
-    piece: Slice, plan: Plan, options: dict[str, Any] | None = None, files: Ahead | None = None
+    piece: Slice, plan: Plan, options: dict[str, Any] | None = None, files: Prefetcher | None = None
 ) -> Iterator[Sample | Failure]:
     """The samples of a tar's bytes [piece.start, piece.stop), then its damage; see `read_slice`.
 
@@ -68,11 +68,15 @@ def read_tar(
         yield Failure(None, url, None, "empty_shard", "a tar without a single sample; look at what wrote it")
 
 
-def _open(piece: Slice, options: dict[str, Any] | None, files: Ahead | None) -> tuple[memoryview, int, str | None]:
+def _open(piece: Slice, options: dict[str, Any] | None, files: Prefetcher | None) -> tuple[memoryview, int, str | None]:
     """A map of the tar; the byte of the tar at which it starts; of a gzipped one what is wrong with it, or ""."""
     url = piece.shard.url
     try:
-        with Ahead(options=options) as alone, (files or alone).take(piece) as (path, base), open(path, "rb") as file:
+        with (
+            Prefetcher(options=options) as alone,
+            (files or alone).take(piece) as (path, base),
+            open(path, "rb") as file,
+        ):
             data, trouble = _map(file, gzipped=piece.start == 0)
         if piece.stop is not None and trouble is None and base + len(data) < piece.stop:
             raise InputError(f"{url} was planned up to byte {piece.stop} and has {base + len(data)}; plan again")

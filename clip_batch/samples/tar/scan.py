@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from clip_batch.errors import InputError
-from clip_batch.samples.prefetch import Ahead
+from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import Damage, Member, members
 from clip_batch.samples.tar.reader import GZIP_MAGIC, cuts, cuts_among
@@ -35,7 +35,7 @@ def scan_tar(tar: Shard, options: dict[str, Any] | None = None) -> tuple[list[tu
         return [], None
     try:
         if is_local(tar.url) or tar.size is None or not has_ranges(remote := source(tar.url, options)):
-            with Ahead(options=options) as files, files.take(Slice(tar)) as (path, _):
+            with Prefetcher(options=options) as files, files.take(Slice(tar)) as (path, _):
                 found = cuts(path)
         elif tar.size and read_range(remote, 0, 2) == GZIP_MAGIC:
             return [], None

@@ -36,7 +36,7 @@ HEADERS = {
 def add_page(app: FastAPI) -> None:
     """Routes `/` and `/page/{name}`: only files that lie in the package's folder `page` now."""
     assets: dict[str, tuple[bytes, dict[str, Any]]] = {}
-    for file in (files(__package__) / "page").iterdir():
+    for file in (files("clip_batch.serve") / "page").iterdir():
         kind = KINDS.get("." + file.name.rpartition(".")[2])
         if kind:
             data = file.read_bytes()

@@ -22,13 +22,13 @@ from clip_batch.search.backend import Backend
 from clip_batch.search.lineage import is_planned
 from clip_batch.search.prefilter import Prefilter
 from clip_batch.search.searcher import Searcher
-from clip_batch.serve.batching import Encoding
-from clip_batch.serve.errors import Refused
+from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.search.batching import Encoding
 from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig, StorageConfig
-    from clip_batch.serve.metrics import Metrics
+    from clip_batch.serve.http.metrics import Metrics
 
 State = tuple[str | None, ...]
 """CURRENT, and the digests of the removal lists."""
@@ -36,7 +36,7 @@ State = tuple[str | None, ...]
 log = logging.getLogger("clip_batch.serve")
 
 
-class Version:
+class OpenVersion:
     """One opened version of an index, and how many requests hold it. `encoder` is what those of one encoder share."""
 
     def __init__(self, searcher: Backend) -> None:
@@ -63,7 +63,7 @@ class Version:
 class _Index:
     def __init__(self, name: str, url: str) -> None:
         self.name, self.url = name, url
-        self.version: Version | None = None
+        self.version: OpenVersion | None = None
         self.state: State | None = None
         self.problem: str | None = None
 
@@ -85,7 +85,7 @@ class Indices:
         self._config, self._storage, self._metrics = config, storage, metrics
         self._indices = {name: _Index(name, url) for name, url in urls.items()}
         self._encodings: dict[str, asyncio.Task[Encoding]] = {}
-        self._open: set[Version] = set()
+        self._open: set[OpenVersion] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         for index in self._indices.values():
             try:
@@ -102,7 +102,7 @@ class Indices:
         return list(self._indices)
 
     @contextlib.contextmanager
-    def use(self, name: str | None, field: str = "index") -> Iterator[tuple[str, Version]]:
+    def use(self, name: str | None, field: str = "index") -> Iterator[tuple[str, OpenVersion]]:
         """An index's name and live version, which stays open within the block. Refused: 404 unknown, 503 not open."""
         index = self._indices.get(name or self.names[0])
         if index is None:
@@ -117,7 +117,7 @@ class Indices:
             version.users -= 1
             self._close_if_done(version)
 
-    async def encoding(self, version: Version) -> Encoding:
+    async def encoding(self, version: OpenVersion) -> Encoding:
         """The encoder that made a version; EncoderError if it is not here or not the one."""
         key = version.encoder
         if key not in self._encodings:
@@ -132,7 +132,7 @@ class Indices:
             encoder.encode_texts(["warm up"])
         return Encoding(encoder, self._config, self._metrics)
 
-    def reads_text(self, version: Version) -> bool:
+    def reads_text(self, version: OpenVersion) -> bool:
         """Whether the encoder of a version has a text side; true until it is loaded."""
         task = self._encodings.get(version.encoder)
         loaded = task is not None and task.done() and task.exception() is None
@@ -209,16 +209,16 @@ class Indices:
         store = Store(index.url, self._storage.storage_options)
         return current_version(store), *removals.names(store)
 
-    def _opened(self, index: _Index) -> Version:
+    def _opened(self, index: _Index) -> OpenVersion:
         config = self._config
         search = SearchConfig(device=config.device, model=config.model, pretrained=config.pretrained)
         if not self._databases.milvus:
-            return Version(Searcher(index.url, self._storage, config=search))
+            return OpenVersion(Searcher(index.url, self._storage, config=search))
         from clip_batch.export.databases.backend import DatabaseBackend
 
-        return Version(DatabaseBackend(index.url, self._databases, self._storage, search))
+        return OpenVersion(DatabaseBackend(index.url, self._databases, self._storage, search))
 
-    def _install(self, index: _Index, version: Version, state: State) -> None:
+    def _install(self, index: _Index, version: OpenVersion, state: State) -> None:
         old, index.version, index.state, index.problem = index.version, version, state, None
         self._open.add(version)
         if old is not None:
@@ -234,7 +234,7 @@ class Indices:
             log.error("index %s: %s", index.name, error)
         index.problem = str(error)
 
-    def _close_if_done(self, version: Version) -> None:
+    def _close_if_done(self, version: OpenVersion) -> None:
         if version.retired and not version.users and version in self._open:
             self._open.remove(version)
             self._spawn(asyncio.to_thread(version.searcher.close))

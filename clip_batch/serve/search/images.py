@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from clip_batch.search import lineage
 
 if TYPE_CHECKING:
-    from clip_batch.serve.live import Version
+    from clip_batch.serve.search.live import OpenVersion
 
 _MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
@@ -20,7 +20,7 @@ def has_image(row: dict[str, Any]) -> bool:
     return all(row.get(name) is not None for name in COLUMNS)
 
 
-def original(version: Version, row: int) -> bytes | None:
+def original(version: OpenVersion, row: int) -> bytes | None:
     """The image bytes of a row; None where its metadata names none, or its tar is not there any more. Blocks."""
     if not version.planned(row) or not set(COLUMNS) <= set(version.columns):
         return None

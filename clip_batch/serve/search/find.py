@@ -12,13 +12,13 @@ import numpy.typing as npt
 from clip_batch.search import dedup
 from clip_batch.search.filters import Filter
 from clip_batch.search.heads import LIMIT, Head
-from clip_batch.serve.errors import Refused
-from clip_batch.serve.images import COLUMNS, has_image
-from clip_batch.serve.schema import finite
+from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.search.images import COLUMNS, has_image
+from clip_batch.serve.search.schema import finite
 
 if TYPE_CHECKING:
-    from clip_batch.serve.live import Version
-    from clip_batch.serve.service import Service
+    from clip_batch.serve.search.live import OpenVersion
+    from clip_batch.serve.search.service import Service
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -49,7 +49,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Ids (n,), scores (n,) and, if asked, what the aesthetic head says (n,), in the order of the answer.
 
     `scanned` candidates were looked through; `complete` is false where that bound left fewer than k.
@@ -62,7 +62,7 @@ class Found:
     complete: bool
 
 
-def check(service: Service, version: Version, wanted: Wanted) -> None:
+def check(service: Service, version: OpenVersion, wanted: Wanted) -> None:
     """Refused (400) where this server or this index cannot do what is wanted."""
     if wanted.modality not in version.modalities:
         there = ", ".join(version.modalities)
@@ -84,7 +84,7 @@ def check(service: Service, version: Version, wanted: Wanted) -> None:
             raise Refused(400, f"{field}: the head is for {head.dim} dimensions, not {version.manifest.dim}", field)
 
 
-def find(service: Service, version: Version, vector: Vectors, wanted: Wanted) -> Found:
+def find(service: Service, version: OpenVersion, vector: Vectors, wanted: Wanted) -> SearchResult:
     """The k best of what is wanted, for a checked request. Blocks: call it in a thread.
 
     In an index of up to `prefilter_rows` the search finds only what meets the filters. In a larger one filters
@@ -122,10 +122,10 @@ def find(service: Service, version: Version, vector: Vectors, wanted: Wanted) ->
         order = np.argsort(-(scores[kept] + wanted.aesthetic * aesthetic), kind="stable")
         aesthetic = aesthetic[order][: wanted.k]
     best = kept[order][: wanted.k]
-    return Found(ids[best], scores[best], aesthetic, len(ids), exhausted or len(best) >= wanted.k)
+    return SearchResult(ids[best], scores[best], aesthetic, len(ids), exhausted or len(best) >= wanted.k)
 
 
-def _filtered(service: Service, version: Version, ids: Ids, filters: Sequence[Filter]) -> Ids:
+def _filtered(service: Service, version: OpenVersion, ids: Ids, filters: Sequence[Filter]) -> Ids:
     """The places of ids whose metadata meets all filters."""
     if not filters:
         return np.arange(len(ids))
@@ -136,7 +136,7 @@ def _filtered(service: Service, version: Version, ids: Ids, filters: Sequence[Fi
     return np.flatnonzero(meets)
 
 
-def _judged(service: Service, version: Version, ids: Ids, kept: Ids, wanted: Wanted) -> tuple[Ids, Vectors | None]:
+def _judged(service: Service, version: OpenVersion, ids: Ids, kept: Ids, wanted: Wanted) -> tuple[Ids, Vectors | None]:
     """The places that pass heads and deduplication, and what the aesthetic head says of them."""
     vectors = version.searcher.reconstruct(ids[kept], wanted.modality)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -156,7 +156,7 @@ def _judged(service: Service, version: Version, ids: Ids, kept: Ids, wanted: Wan
 
 
 def metadata(
-    service: Service, version: Version, ids: Ids, columns: Sequence[str]
+    service: Service, version: OpenVersion, ids: Ids, columns: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[bool]]:
     """These columns of rows (n,), as JSON can hold them, and which rows have an image that can be read. Blocks."""
     located = [name for name in COLUMNS if name in version.columns]

@@ -15,13 +15,13 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from clip_batch.serve.errors import Busy, Refused
+from clip_batch.serve.http.errors import Busy, Refused
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from clip_batch.config import ServeConfig
-    from clip_batch.serve.metrics import Traffic
+    from clip_batch.serve.http.metrics import Traffic
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -15,13 +15,13 @@ from starlette.exceptions import HTTPException
 from clip_batch import __version__
 from clip_batch.config import DatabaseConfig, ServeConfig, StorageConfig
 from clip_batch.errors import ClipBatchError, ConfigError
-from clip_batch.serve import v1, wire
-from clip_batch.serve.assets import add_page
-from clip_batch.serve.errors import Refused
-from clip_batch.serve.limits import Guard, answer, refusal
-from clip_batch.serve.openapi import describe
-from clip_batch.serve.schema import EmbedRequest, SearchRequest
-from clip_batch.serve.service import Service
+from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.http.limits import Guard, answer, refusal
+from clip_batch.serve.http.openapi import describe
+from clip_batch.serve.search import clip_retrieval, v1
+from clip_batch.serve.search.assets import add_page
+from clip_batch.serve.search.schema import EmbedRequest, SearchRequest
+from clip_batch.serve.search.service import Service
 
 
 def create_app(
@@ -46,9 +46,9 @@ def create_app(
     app.state.service = service
     _health(app, service)
     add_page(app)
-    app.include_router(wire.router(service))
+    app.include_router(clip_retrieval.router(service))
     app.include_router(v1.router(service))
-    describe(app, [SearchRequest, EmbedRequest, wire.KnnRequest, wire.MetadataRequest])
+    describe(app, [SearchRequest, EmbedRequest, clip_retrieval.KnnRequest, clip_retrieval.MetadataRequest])
     answer_errors(app)
     app.add_middleware(Guard, config=config, metrics=service.metrics)
     if config.cors:  # outermost: a browser must be able to read refusals too

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_batch.serve.errors import Refused
+from clip_batch.serve.http.errors import Refused
 from clip_batch.storage import web
 
 

@@ -18,13 +18,13 @@ from clip_batch import __version__
 from clip_batch.config import EmbedConfig, ServeConfig, StorageConfig
 from clip_batch.errors import ConfigError
 from clip_batch.launch import local
-from clip_batch.serve.allow import Allowed
-from clip_batch.serve.app import answer_errors
-from clip_batch.serve.jobs import GRACE
-from clip_batch.serve.limits import Guard
-from clip_batch.serve.metrics import Traffic
-from clip_batch.serve.openapi import describe
-from clip_batch.serve.stages import MODELS, Stages, router
+from clip_batch.serve.http.limits import Guard
+from clip_batch.serve.http.metrics import Traffic
+from clip_batch.serve.http.openapi import describe
+from clip_batch.serve.search.app import answer_errors
+from clip_batch.serve.worker.allow import Allowed
+from clip_batch.serve.worker.jobs import GRACE
+from clip_batch.serve.worker.routes import MODELS, Stages, router
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from clip_batch.search.filters import MOST, Filter, Request
+from clip_batch.search.filters import MOST, Filter, RequestModel
 
 KINDS = ("text", "image", "image_url", "embedding", "id")
 """What a query can be."""
 
 
-class Query(Request):
+class QueryModel(RequestModel):
     """What to look for: exactly one of `text`, `image`, `image_url`, `embedding` and `id`."""
 
     text: str | None = Field(None, max_length=10_000)
@@ -28,7 +28,7 @@ class Query(Request):
         return [kind for kind in KINDS if getattr(self, kind) is not None]
 
 
-class WeightedQuery(Query):
+class WeightedQuery(QueryModel):
     """One of several queries that are mixed: the weighted sum of their unit vectors searches."""
 
     weight: float = Field(1.0, ge=-100, le=100, description="negative: away from it")
@@ -40,7 +40,7 @@ class WeightedQuery(Query):
         return self
 
 
-class SearchRequest(Query):
+class SearchRequest(QueryModel):
     """One query, or several in `queries`; then how to search and what to answer."""
 
     queries: list[WeightedQuery] | None = Field(None, min_length=1, max_length=MOST)
@@ -95,7 +95,7 @@ class SearchResponse(BaseModel):
     complete: bool
 
 
-class EmbedRequest(Request):
+class EmbedRequest(RequestModel):
     """Texts and images (base64) to embed."""
 
     texts: list[str] = Field([], max_length=MOST)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import Request
 
-from clip_batch.serve.errors import Busy
+from clip_batch.serve.http.errors import Busy
 
 GRACE = 30.0
 """Seconds that a job is given to stop: embed ends after the batch it is at."""
@@ -22,7 +22,7 @@ AGAIN = 5
 
 
 @dataclass
-class Job:
+class StageRequest:
     """Work under a name; `stop` tells it to end. `kept` once a client was told to come back for it."""
 
     name: Hashable
@@ -37,7 +37,7 @@ class Jobs:
     """The one job of a worker, if it has any."""
 
     def __init__(self) -> None:
-        self.now: Job | None = None
+        self.now: StageRequest | None = None
         self._closing = False
         self._thread = ThreadPoolExecutor(1, "stage")
 
@@ -58,7 +58,7 @@ class Jobs:
             raise Busy("this worker is ending: ask another one", after=AGAIN)
         job = self.now
         if job is None:
-            job = self._start(Job(name, what), work)
+            job = self._start(StageRequest(name, what), work)
         elif job.name != name:
             raise Busy(f"this worker is at {job.what}", after=AGAIN)
         job.waiting += 1
@@ -76,7 +76,7 @@ class Jobs:
             if not job.waiting and not job.kept:
                 job.stop.set()
 
-    def _start(self, job: Job, work: Callable[[threading.Event], dict[str, Any]]) -> Job:
+    def _start(self, job: StageRequest, work: Callable[[threading.Event], dict[str, Any]]) -> StageRequest:
         self.now = job
         job.future = asyncio.get_running_loop().run_in_executor(self._thread, work, job.stop)
         job.future.add_done_callback(self._ended)

@@ -24,7 +24,7 @@ from clip_batch.config.options import default, helps
 from clip_batch.embeddings import embed as embed_stage
 from clip_batch.embeddings.commits import read_commit
 from clip_batch.embeddings.status import status
-from clip_batch.embeddings.workers import Run
+from clip_batch.embeddings.workers import WorkerRun
 from clip_batch.encoders import Encoder
 from clip_batch.errors import (
     ClipBatchError,
@@ -37,15 +37,15 @@ from clip_batch.errors import (
     one_line,
 )
 from clip_batch.index.merge import merge as merge_stage
-from clip_batch.index.merge.job import Job, open_job
+from clip_batch.index.merge.job import MergeJob, open_job
 from clip_batch.plan.plan import count_partitions, load_plan, make_plan
-from clip_batch.search.filters import Request as Fields
-from clip_batch.serve.allow import Allowed
-from clip_batch.serve.errors import Busy, Refused
-from clip_batch.serve.jobs import AGAIN, Jobs
-from clip_batch.serve.limits import answer, read
-from clip_batch.serve.openapi import REFUSALS, takes
-from clip_batch.serve.schema import Problem
+from clip_batch.search.filters import RequestModel as Fields
+from clip_batch.serve.http.errors import Busy, Refused
+from clip_batch.serve.http.limits import answer, read
+from clip_batch.serve.http.openapi import REFUSALS, takes
+from clip_batch.serve.search.schema import Problem
+from clip_batch.serve.worker.allow import Allowed
+from clip_batch.serve.worker.jobs import AGAIN, Jobs
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, partition_name
 
@@ -53,7 +53,7 @@ MOST_BYTES = 20_000_000
 """Of a request: a plan may name many inputs."""
 
 
-class Work(Fields):
+class StageFields(Fields):
     """Base: which OUT, and how long to wait for an answer."""
 
     output: str = Field(max_length=4096, description="the embeddings folder OUT")
@@ -62,13 +62,13 @@ class Work(Fields):
     )
 
 
-class EmbedWork(Work):
+class EmbedWork(StageFields):
     """One partition."""
 
     partition: int = Field(ge=0)
 
 
-class MergeTask(Work):
+class MergeTask(StageFields):
     """A task of a merge: train, then each shard in any order, then manifest; or all of them."""
 
     index: str = Field(max_length=4096, description="the index folder INDEX")
@@ -86,7 +86,7 @@ def _with_options(base: type[BaseModel], name: str, section: type) -> type[Any]:
     return create_model(name, __base__=base, __doc__=base.__doc__, **fields)
 
 
-PlanWork = _with_options(Work, "PlanWork", PlanConfig)
+PlanWork = _with_options(StageFields, "PlanWork", PlanConfig)
 MergeWork = _with_options(MergeTask, "MergeWork", MergeConfig)
 MODELS: list[type[BaseModel]] = [PlanWork, EmbedWork, MergeWork]
 
@@ -123,7 +123,7 @@ class Stages:
         plan = load_plan(self.store(output))
         for piece in plan.partitions[partition].slices:
             self.allowed.check(piece.shard.url, "output")
-        run = Run("http", stop=stop)
+        run = WorkerRun("http", stop=stop)
         outcomes = embed_stage.embed(output, self.config, [partition], self.storage, run, self._load(plan.encoder))
         for outcome in outcomes:
             if outcome.state == "failed":
@@ -159,7 +159,7 @@ class Stages:
         return {**about, "record": job.trained() if asked.shard is None else job.built(asked.shard)}
 
 
-def _shards(job: Job, asked: MergeTask) -> range:
+def _shards(job: MergeJob, asked: MergeTask) -> range:
     if asked.task == "all":
         return range(job.shards)
     if asked.task != "shard":

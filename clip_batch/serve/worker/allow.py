@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from clip_batch.errors import ConfigError
 from clip_batch.plan.specs import expand_braces
-from clip_batch.serve.errors import Refused
+from clip_batch.serve.http.errors import Refused
 from clip_batch.storage.paths import absolute, is_local
 
 _GLOB = "*?["

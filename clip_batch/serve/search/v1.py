@@ -8,25 +8,25 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 
-from clip_batch.serve.download import parquet, wants_parquet
-from clip_batch.serve.errors import Refused
-from clip_batch.serve.find import Wanted, check, find, metadata
-from clip_batch.serve.images import media_type, original
-from clip_batch.serve.limits import answer, read
-from clip_batch.serve.live import Version
-from clip_batch.serve.metrics import REQUEST
-from clip_batch.serve.openapi import REFUSALS, takes
-from clip_batch.serve.schema import (
+from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.http.limits import answer, read
+from clip_batch.serve.http.metrics import REQUEST
+from clip_batch.serve.http.openapi import REFUSALS, takes
+from clip_batch.serve.search.find import Wanted, check, find, metadata
+from clip_batch.serve.search.images import media_type, original
+from clip_batch.serve.search.live import OpenVersion
+from clip_batch.serve.search.parquet import parquet, wants_parquet
+from clip_batch.serve.search.schema import (
     EmbedRequest,
     EmbedResponse,
     IndicesResponse,
     SearchRequest,
     SearchResponse,
 )
-from clip_batch.serve.service import Service, decode_base64, unit
+from clip_batch.serve.search.service import Service, decode_base64, unit
 
 
-def image_path(index: str, version: Version, row: int) -> str:
+def image_path(index: str, version: OpenVersion, row: int) -> str:
     """Where a row's picture is on this server. The version is in it, as its rows have other numbers in the next."""
     return f"/v1/image/{quote(index, safe='')}/{row}?version={version.manifest.version}"
 
@@ -134,7 +134,7 @@ def _bound(field: str, value: int, most: int) -> None:
         raise Refused(422, f"{field}: {most} at most on this server", field)
 
 
-def _columns(service: Service, version: Version, asked: list[str] | None) -> list[str]:
+def _columns(service: Service, version: OpenVersion, asked: list[str] | None) -> list[str]:
     """The columns to answer: what is asked, of those that the options allow."""
     allowed = shown(service, version)
     for number, name in enumerate(asked or []):
@@ -145,7 +145,7 @@ def _columns(service: Service, version: Version, asked: list[str] | None) -> lis
     return allowed if asked is None else list(dict.fromkeys(asked))
 
 
-def shown(service: Service, version: Version) -> list[str]:
+def shown(service: Service, version: OpenVersion) -> list[str]:
     """The metadata columns of a version that answers may carry."""
     chosen = service.config.columns
     return [name for name in version.columns if not chosen or name in chosen]
@@ -166,7 +166,7 @@ def _wanted(service: Service, asked: SearchRequest) -> Wanted:
     )
 
 
-def _describe(name: str, version: Version) -> dict[str, Any]:
+def _describe(name: str, version: OpenVersion) -> dict[str, Any]:
     manifest = version.manifest
     return {
         "name": name,

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from clip_batch.serve.schema import Problem
+from clip_batch.serve.search.schema import Problem
 
 _WHY = {
     400: "The request does not fit this index or this server.",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from clip_batch.serve.errors import Busy
+from clip_batch.serve.http.errors import Busy
 
 P = ParamSpec("P")
 T = TypeVar("T")

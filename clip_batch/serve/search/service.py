@@ -13,12 +13,12 @@ from clip_batch.config import DatabaseConfig, parse_bytes
 from clip_batch.encoders import NO_TEXT
 from clip_batch.samples.decode import DecodeError
 from clip_batch.search.heads import load_heads
-from clip_batch.serve.errors import Refused
-from clip_batch.serve.fetch import fetch
-from clip_batch.serve.live import Indices, Version
-from clip_batch.serve.metrics import Metrics
-from clip_batch.serve.schema import Query, WeightedQuery
-from clip_batch.serve.threads import Threads, cores
+from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.http.metrics import Metrics
+from clip_batch.serve.http.threads import Threads, cores
+from clip_batch.serve.search.fetch import fetch
+from clip_batch.serve.search.live import Indices, OpenVersion
+from clip_batch.serve.search.schema import QueryModel, WeightedQuery
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig, StorageConfig
@@ -54,14 +54,14 @@ class Service:
         self.threads.close()
         self._fetches.close()
 
-    async def text(self, version: Version, text: str) -> Vector:
+    async def text(self, version: OpenVersion, text: str) -> Vector:
         """The unit vector (d,) of a text. Refused (400): the index's model has no text side."""
         encoding = await self.indices.encoding(version)
         if not encoding.encoder.has_text:
             raise Refused(400, f"text: {NO_TEXT}", "text")
         return await encoding.text(text)
 
-    async def image(self, version: Version, data: bytes, field: str = "image") -> Vector:
+    async def image(self, version: OpenVersion, data: bytes, field: str = "image") -> Vector:
         """The unit vector (d,) of an image file's bytes. Refused (400): it is none, or too large."""
         encoding = await self.indices.encoding(version)
 
@@ -82,7 +82,7 @@ class Service:
         with self.metrics.steps["download_time"].time():
             return await self._fetches.run(fetch, url, *settings)
 
-    async def vector(self, version: Version, query: Query, path: str = "") -> Vector:
+    async def vector(self, version: OpenVersion, query: QueryModel, path: str = "") -> Vector:
         """The unit vector (d,) of a query; `path` is where it stands in the request. Refused (4xx): it has none."""
         if query.text is not None:
             return await self.text(version, query.text)
@@ -100,7 +100,7 @@ class Service:
         found = await self.threads.run(version.searcher.reconstruct, [query.id], modality)
         return unit(found[0], field)
 
-    async def mixed(self, version: Version, terms: list[tuple[str, WeightedQuery]]) -> Vector:
+    async def mixed(self, version: OpenVersion, terms: list[tuple[str, WeightedQuery]]) -> Vector:
         """The unit vector (d,) of the weighted sum of queries. Refused (400) where they cancel out."""
         vectors = [query.weight * await self.vector(version, query, path) for path, query in terms]
         return unit(np.sum(vectors, axis=0), "queries")
@@ -114,7 +114,7 @@ def decode_base64(text: str, field: str) -> bytes:
         raise Refused(422, f"{field} is not base64: {error}", field) from None
 
 
-def checked(values: list[float], version: Version, field: str) -> Vector:
+def checked(values: list[float], version: OpenVersion, field: str) -> Vector:
     """A vector (d,) of the index's dimension. Refused: 400."""
     with np.errstate(over="ignore"):
         vector = np.asarray(values, np.float32)

@@ -15,15 +15,15 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from clip_batch.search.filters import MOST
-from clip_batch.serve.errors import Refused
-from clip_batch.serve.find import Vectors, Wanted, check, find, metadata
-from clip_batch.serve.images import original
-from clip_batch.serve.limits import answer, read
-from clip_batch.serve.live import Version
-from clip_batch.serve.metrics import REQUEST
-from clip_batch.serve.openapi import REFUSALS, takes
-from clip_batch.serve.service import Service, checked, decode_base64, unit
-from clip_batch.serve.v1 import image_path, shown
+from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.http.limits import answer, read
+from clip_batch.serve.http.metrics import REQUEST
+from clip_batch.serve.http.openapi import REFUSALS, takes
+from clip_batch.serve.search.find import Vectors, Wanted, check, find, metadata
+from clip_batch.serve.search.images import original
+from clip_batch.serve.search.live import OpenVersion
+from clip_batch.serve.search.service import Service, checked, decode_base64, unit
+from clip_batch.serve.search.v1 import image_path, shown
 
 DUPLICATES = 0.94
 """The cosine from which clip-retrieval takes two hits for one."""
@@ -150,7 +150,7 @@ def _wanted(service: Service, asked: KnnRequest, k: int) -> Wanted:
     )
 
 
-async def _vector(service: Service, version: Version, asked: KnnRequest) -> Vectors:
+async def _vector(service: Service, version: OpenVersion, asked: KnnRequest) -> Vectors:
     if asked.text:
         return await service.text(version, asked.text)
     if asked.image:
@@ -162,7 +162,7 @@ async def _vector(service: Service, version: Version, asked: KnnRequest) -> Vect
     raise Refused(422, "give one of text, image, image_url and embedding_input", "text")
 
 
-def _beautified(service: Service, version: Version, asked: KnnRequest, vector: Vectors) -> Vectors:
+def _beautified(service: Service, version: OpenVersion, asked: KnnRequest, vector: Vectors) -> Vectors:
     """The query moved towards the vector of a rating, where the aesthetic head is such vectors."""
     ratings = service.heads.ratings
     if ratings is None or asked.aesthetic_score is None or ratings.shape[1] != version.manifest.dim:
@@ -171,7 +171,7 @@ def _beautified(service: Service, version: Version, asked: KnnRequest, vector: V
     return unit(vector + (asked.aesthetic_weight or 0.0) * rating, "aesthetic_weight")
 
 
-def _rows(service: Service, name: str, version: Version, ids: list[int], base: str) -> list[dict[str, Any]]:
+def _rows(service: Service, name: str, version: OpenVersion, ids: list[int], base: str) -> list[dict[str, Any]]:
     """Metadata as clip-retrieval's page and client show it: `url` leads to the image, `image` is it in base64."""
     rows, readable = metadata(service, version, np.asarray(ids, np.int64), shown(service, version))
     within = "image" in service.config.columns

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch.serve.errors import Busy
+from clip_batch.serve.http.errors import Busy
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig
     from clip_batch.encoders import Encoder, Pixels
-    from clip_batch.serve.metrics import Metrics
+    from clip_batch.serve.http.metrics import Metrics
 
 T = TypeVar("T")
 Vector = npt.NDArray[np.float32]

@@ -1,0 +1,1 @@
+"""serve-worker: plan, embed and merge over HTTP."""
