@@ -51,7 +51,7 @@ img2dataset: .img2dataset/.installed ## img2dataset likewise, for the tests of e
 test-fast: $(STAMP)     ## without torch and long runs
 	$(BIN)/python -m pytest -m "not slow"
 
-lowest: .lowest/.installed ## on the oldest versions that setup.cfg allows, whose own warnings are none of ours; TESTS="tests/test_models.py" for others
+lowest: .lowest/.installed ## on the oldest versions that setup.cfg allows, whose own warnings are none of ours; TESTS="tests/encoders/test_encoders.py" for others
 	PATH="$(CURDIR)/.lowest/bin:$$PATH" .lowest/bin/python -m pytest -W default $(or $(TESTS),-m "not slow")
 
 .lowest/.installed: setup.cfg

@@ -39,11 +39,11 @@ __all__ = [
 
 _HOME = {
     "Client": "client",
-    "FilteredDataset": "dataset",
-    "Searcher": "stages.search",
-    "embed": "stages.embed",
-    "make_plan": "plan",
-    "merge": "stages.merge",
+    "FilteredDataset": "export.dataset",
+    "Searcher": "search.searcher",
+    "embed": "embeddings.embed",
+    "make_plan": "plan.plan",
+    "merge": "index.merge.merge",
 }
 
 

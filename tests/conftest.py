@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.hdfs_cluster import hdfs as hdfs
-from tests.slurm_cluster import slurm as slurm
+from tests.servers.hdfs_cluster import hdfs as hdfs
+from tests.servers.slurm_cluster import slurm as slurm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

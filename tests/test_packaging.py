@@ -18,8 +18,8 @@ from zipfile import ZipFile
 import pytest
 
 from clip_batch.config.extras import EXTRAS, mend
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 BROUGHT = {
     "py4j": "pyspark",
     "grpc": "pymilvus",

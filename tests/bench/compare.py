@@ -38,6 +38,7 @@ from clip_batch.embeddings import reader
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
+from tests import ROOT
 from tests.bench.realistic import realistic
 from tests.fabricated import commit, make_plan
 
@@ -140,7 +141,7 @@ def commands(home: Path, options: argparse.Namespace) -> dict[str, list[str]]:
     memory, available = str(parse_bytes(options.memory)) + "B", str(parse_bytes(options.build_memory)) + "B"
     out, found = str(home / "out"), {}
     found["autofaiss"] = [sys.executable, "-c", AUTOFAISS, f"{out}/img_emb", str(home / "autofaiss"), memory, available]
-    beside = Path(__file__).parents[2] / ".clip-retrieval/bin/python"
+    beside = ROOT / ".clip-retrieval/bin/python"
     python = os.environ.get("CLIP_RETRIEVAL_PYTHON") or (str(beside) if beside.exists() else "")
     if python:
         found["clip-retrieval"] = [

@@ -28,7 +28,7 @@ from clip_batch.export.dataset.pictures import pictures
 from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Plan, Shard, Slice
 from tests.bench.data_path import cpu_seconds, write_tars
-from tests.serving import index_of
+from tests.servers.serving import index_of
 
 BATCH = 64
 

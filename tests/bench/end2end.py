@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.webserver import image, web
+from tests.servers.webserver import image, web
 
 IMAGES = 200
 """Different images; they are asked for in turn."""

@@ -159,8 +159,8 @@ def moto() -> Iterator[Place]:
 
 @contextlib.contextmanager
 def gcs() -> Iterator[Place]:
-    from tests.gcs_server import BUCKET, running
-    from tests.processes import free_ports
+    from tests.servers.gcs_server import BUCKET, running
+    from tests.servers.processes import free_ports
 
     [port] = free_ports(1)
     with running(port) as server:
@@ -170,7 +170,7 @@ def gcs() -> Iterator[Place]:
 
 @contextlib.contextmanager
 def hadoop() -> Iterator[Place]:
-    from tests.hdfs_cluster import cluster, fetch_jars
+    from tests.servers.hdfs_cluster import cluster, fetch_jars
 
     with tempfile.TemporaryDirectory() as folder, cluster(Path(folder), fetch_jars()) as running:
         servers = [daemon.pid for daemon in running.daemons.values()]

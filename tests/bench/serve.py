@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.serving import make_index, running
+from tests.servers.serving import make_index, running
 
 WORDS = ["red", "blue", "small", "old", "shining", "cat", "house", "river", "train", "flag", "bread", "night", "snow"]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from clip_batch.cli import main as clip_batch
 from tests import corpus
-from tests.slurm_cluster import MAX_ARRAY_SIZE, cluster
+from tests.servers.slurm_cluster import MAX_ARRAY_SIZE, cluster
 
 
 def seconds(*arguments: str, env: dict[str, str]) -> float:

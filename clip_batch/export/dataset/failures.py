@@ -15,7 +15,7 @@ LISTED = 20
 LEAST = 100
 """Rows before which no share is judged."""
 
-log = logging.getLogger("clip_batch.export.dataset")
+log = logging.getLogger("clip_batch.dataset")
 
 
 class Failed(NamedTuple):
