@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import distributed
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from clip_batch.export.dataset.failures import Failures
-
-if TYPE_CHECKING:
-    from clip_batch.export.dataset.stream import FilteredDataset
+from clip_batch.export.dataset.progress import Passes
 
 T = TypeVar("T")
 
@@ -28,7 +26,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: FilteredDataset,
+        dataset: Passes,
         batch_size: int,
         workers: int,
         drop_last: bool,
@@ -73,7 +71,7 @@ class _Batches(IterableDataset[tuple[_Mark, Any]]):
 
     def __init__(
         self,
-        dataset: FilteredDataset,
+        dataset: Passes,
         over: list[list[int]],
         gone: list[int],
         first: int,
