@@ -12,7 +12,8 @@ from clip_batch.errors import ConfigError
 
 def search(options: Options) -> int:
     """Search an index with a text, an image or a vector."""
-    from clip_batch.search.searcher import Searcher, describe_hits
+    from clip_batch.search.results import describe_hits
+    from clip_batch.search.searcher import Searcher
 
     how = _one_query(options)
     with Searcher(options.index, options.storage, config=how) as searcher:

@@ -10,7 +10,8 @@ from clip_batch.demo import data
 from clip_batch.index.merge.merge import merge
 from clip_batch.launch.local import run_worker
 from clip_batch.plan.plan import make_plan
-from clip_batch.search.searcher import Searcher, describe_hits
+from clip_batch.search.results import describe_hits
+from clip_batch.search.searcher import Searcher
 
 QUERIES = ("red apple", "a cat laughing", "flag of Brazil", "火车", "下雨的云")
 """Two English, two Chinese, and a country: what the demo prints hits for."""

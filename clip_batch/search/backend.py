@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.search.filters import Filter
-from clip_batch.search.searcher import Ids, RowSet, Vectors
+from clip_batch.search.rows import Ids, RowSet, Vectors
 
 if TYPE_CHECKING:
     from clip_batch.config import StorageConfig

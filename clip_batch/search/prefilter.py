@@ -8,7 +8,7 @@ from threading import Lock
 
 from clip_batch.search.backend import Backend
 from clip_batch.search.filters import Filter
-from clip_batch.search.searcher import RowSet
+from clip_batch.search.rows import RowSet
 
 KEPT = 16
 """Selections of a version that are kept for the next request with the same filters."""

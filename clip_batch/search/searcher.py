@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clip_batch import encoders
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings.reader import blocks
-from clip_batch.errors import ConfigError, CorruptError, one_line
+from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.ann.order import best
@@ -30,10 +29,13 @@ from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.index.metadata import MetadataFile, common_schema, open_table, take_as
 from clip_batch.samples.decode import DecodeError
 from clip_batch.search import clip_retrieval
+from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
+from clip_batch.search.encoder import load_encoder
+from clip_batch.search.rows import Ids, RowSet, Vectors, selection
 from clip_batch.storage.cache import IndexCache
 from clip_batch.storage.npy import open_matrix, unit
 from clip_batch.storage.store import Store
-from clip_batch.types import EncoderSpec, Hit
+from clip_batch.types import Hit
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Encoder
@@ -43,9 +45,6 @@ MAX_PIXELS = 50_000_000
 
 EXACT = 10_000
 """Selected rows that are all looked at, rather than searched for."""
-
-Vectors = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 
 
 class Condition(Protocol):
@@ -65,23 +64,6 @@ class OpenedIndex:
     offset: int
     rows: int
     removed: faiss_index.Removed | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class RowSet:
-    """Rows that a search may find: ids (n,), sorted, none of them removed. `Searcher.select` makes it."""
-
-    ids: Ids
-    _others: dict[tuple[int, int], faiss_index.Removed] = field(default_factory=dict)
-
-    def others(self, offset: int, rows: int) -> faiss_index.Removed:
-        """The other rows among [offset, offset + rows), counted from there."""
-        if (offset, rows) not in self._others:
-            there = np.zeros(rows, dtype=bool)
-            low, high = np.searchsorted(self.ids, [offset, offset + rows])
-            there[self.ids[low:high] - offset] = True
-            self._others[offset, rows] = faiss_index.Removed(np.flatnonzero(~there))
-        return self._others[offset, rows]
 
 
 class Searcher:
@@ -352,71 +334,3 @@ class Searcher:
             if vector is not None:
                 out[place] = vector
         return out
-
-
-def checked_search(manifest: Manifest, queries: npt.ArrayLike, k: int, modality: str, effort: int | None) -> Vectors:
-    """Queries float32 (n, d) of a search that an index of this manifest can do. ConfigError: a wrong argument."""
-    try:
-        wanted = np.ascontiguousarray(np.atleast_2d(np.asarray(queries)), dtype=np.float32)
-    except (TypeError, ValueError):
-        raise ConfigError("queries are not an array of numbers") from None
-    if wanted.ndim != 2 or wanted.shape[1] != manifest.dim:
-        raise ConfigError(f"queries have shape {wanted.shape}: this index wants (n, {manifest.dim})")
-    if not np.isfinite(wanted).all():
-        raise ConfigError("queries contain NaN or infinity")
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise ConfigError(f"k is {k!r}: it must be 1 or more")
-    if effort is not None and effort < 1:
-        raise ConfigError(f"effort is {effort}: it must be 1 or more")
-    check_modality(manifest, modality)
-    return wanted
-
-
-def check_modality(manifest: Manifest, modality: str) -> None:
-    """ConfigError: an index of this manifest has not got it."""
-    if modality not in manifest.key:
-        raise ConfigError(f"modality {modality!r} is not in this index: it has {', '.join(manifest.key)}")
-
-
-def check_columns(schema: pa.Schema, columns: Sequence[str]) -> None:
-    """ConfigError: metadata of this schema has not got one."""
-    if unknown := [name for name in columns if name not in schema.names]:
-        raise ConfigError(f"no metadata column {', '.join(unknown)}: there are {', '.join(schema.names)}")
-
-
-def checked_ids(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> Ids:
-    """Ids int64 (n,). ConfigError: one is not of the index, or was removed."""
-    wanted = np.asarray(ids).reshape(-1)
-    if not len(wanted):
-        return np.empty(0, dtype=np.int64)
-    if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= manifest.rows:
-        raise ConfigError(f"ids are whole numbers from 0 to {manifest.rows - 1}")
-    if (gone := removals.contains(removed, wanted)).any():
-        raise ConfigError(f"row {wanted[gone][0]} was removed from this index")
-    return wanted.astype(np.int64)
-
-
-def selection(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> RowSet:
-    """The rows without the removed ones. ConfigError: an id is not of the index."""
-    found = np.unique(np.asarray(ids, dtype=np.int64))
-    if len(found) and (found[0] < 0 or found[-1] >= manifest.rows):
-        raise ConfigError(f"ids are 0 to {manifest.rows - 1}")
-    return RowSet(found[~removals.contains(removed, found)])
-
-
-def load_encoder(spec: EncoderSpec, config: SearchConfig, storage: StorageConfig) -> Encoder:
-    """The encoder of an index, where `config` says it lies. EncoderError: it is not there, or not that one."""
-    names = config.model or spec.model, config.pretrained or spec.pretrained
-    if not spec.weights or names != (spec.model, spec.pretrained):
-        found = encoders.resolve(*names, spec.preprocess, spec.precision, storage.storage_options)
-        spec = replace(found, weights=spec.weights or found.weights)
-    return encoders.load(spec, config.device, storage.storage_options)
-
-
-def describe_hits(hits: Sequence[Hit]) -> str:
-    """Hits as lines for people: rank, score, key, caption."""
-    lines = []
-    for rank, hit in enumerate(hits, 1):
-        caption = one_line(hit.metadata.get("caption") or "", 100)
-        lines.append(f"{rank:3d}  {hit.score:.3f}  {hit.metadata.get('key')}  {caption}".rstrip())
-    return "\n".join(lines) or "no hits"

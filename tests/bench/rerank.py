@@ -23,7 +23,8 @@ from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
 from clip_batch.index.merge.merge import merge
-from clip_batch.search.searcher import Ids, Searcher, Vectors
+from clip_batch.search.rows import Ids, Vectors
+from clip_batch.search.searcher import Searcher
 from clip_batch.storage.npy import unit
 from tests.bench.realistic import realistic
 from tests.fabricated import make_out

@@ -24,18 +24,10 @@ from clip_batch.export.databases.sql import ASKED, Sql, SqlTable
 from clip_batch.index import removals
 from clip_batch.index.ann.order import best
 from clip_batch.index.manifest import load_manifest
+from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
+from clip_batch.search.encoder import load_encoder
 from clip_batch.search.filters import Filter
-from clip_batch.search.searcher import (
-    Ids,
-    RowSet,
-    Vectors,
-    check_columns,
-    check_modality,
-    checked_ids,
-    checked_search,
-    load_encoder,
-    selection,
-)
+from clip_batch.search.rows import Ids, RowSet, Vectors, selection
 from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
