@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from clip_batch.cli.arguments import Options, answer, say
@@ -44,14 +44,12 @@ def _doctor_on_node(options: Options) -> list[dict[str, Any]]:
 def _calibrate(options: Options) -> int:
     """Measure what embed is bound by, here or on a compute node."""
     from clip_batch.embeddings.calibrate import calibrate, describe
-    from clip_batch.launch import local
 
     output, workers = options.output, options.target.slots or 1
     if options.target.on_node and "SLURM_JOB_ID" not in os.environ:
         flags = ["--calibrate", "--output", output, "--slots", str(workers)]
         return _on_node(options, [*flags, "--json"] if options.target.json else flags).returncode
-    config = replace(options.embed, threads=options.embed.threads or local.cores())
-    found = calibrate(output, config, options.storage, workers)
+    found = calibrate(output, options.embed, options.storage, workers)
     answer(options, asdict(found), describe(found))
     return 0
 

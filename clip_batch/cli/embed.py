@@ -66,9 +66,9 @@ def embed(options: Options) -> int:
 
 def processes(options: Options) -> int:
     """Processes that embed on this machine."""
-    from clip_batch.launch import local
+    from clip_batch.encoders.device import gpus
 
-    return options.target.workers or (local.gpus() if options.embed.device in ("auto", "cuda") else 0)
+    return options.target.workers or (gpus() if options.embed.device in ("auto", "cuda") else 0)
 
 
 def worker(options: Options) -> int:

@@ -6,7 +6,6 @@ slowest counts; on a CPU decoding and the model share the cores, so their costs 
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
+from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
 from clip_batch.errors import EncoderError, InputError, one_line
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
@@ -148,17 +148,17 @@ def calibrate(
     started = time.perf_counter()
     encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options)
     load_seconds = time.perf_counter() - started
-    device = encoders.pick_device(config.device)
-    threads = config.threads or len(os.sched_getaffinity(0))
+    device = pick_device(config.device)
+    threads = config.threads or cores()
     taken = _read(plan, config, storage)
     if not taken.samples:
         raise InputError(f"no slice that was tried has a sample: {taken.trouble}; mend the input")
-    team = encoders.threads()
+    team = torch_threads()
     try:
         _, decode_one = _decode(encoder, taken.samples, 1, config.max_pixels)
         decoded, decode_all = _decode(encoder, taken.samples, threads, config.max_pixels)
     finally:
-        encoders.use_threads(team)
+        use_torch_threads(team)
     good = [(one, decode_caption(sample.caption)[0]) for sample, one in decoded if not isinstance(one, DecodeError)]
     if not good:
         sample, error = decoded[0]
@@ -274,7 +274,7 @@ def _decode(
         except DecodeError as error:
             return error
 
-    with ThreadPoolExecutor(threads, "decode", encoders.use_threads, (1,)) as pool:
+    with ThreadPoolExecutor(threads, "decode", use_torch_threads, (1,)) as pool:
         list(pool.map(one, samples[:threads]))  # the threads are there before the clock starts
         started = time.perf_counter()
         deadline = started + DECODE_SECONDS

@@ -7,7 +7,6 @@ At most `_BATCHES_AHEAD` batches are in flight, whatever the size of a partition
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections import deque
@@ -22,6 +21,7 @@ from clip_batch.embeddings import slots
 from clip_batch.embeddings.commits import ATTEMPTS, COMMITS, PartWriter, committed
 from clip_batch.embeddings.metadata import metadata_row
 from clip_batch.embeddings.workers import WorkerRun, recorded
+from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
 from clip_batch.errors import ClipBatchError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
@@ -108,14 +108,14 @@ def embed(
     run = run or WorkerRun()
     run.total = len(todo)
     encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options, compiled_size(config))
-    gpus = 0 if encoders.pick_device(config.device) == "cpu" else 1
+    gpus = 0 if pick_device(config.device) == "cpu" else 1
     with recorded(store, run, gpus):
         return _Worker(store, plan, config, storage, run, encoder).embed(todo)
 
 
 def batch_size(config: EmbedConfig) -> int:
     """Images of a forward pass."""
-    return config.batch_size or (32 if encoders.pick_device(config.device) == "cpu" else 256)
+    return config.batch_size or (32 if pick_device(config.device) == "cpu" else 256)
 
 
 def compiled_size(config: EmbedConfig) -> int:
@@ -181,17 +181,17 @@ class _Worker:
         self.prefetch = parse_bytes(config.prefetch)
 
     def embed(self, todo: list[Partition]) -> list[Outcome]:
-        threads = self.config.threads or len(os.sched_getaffinity(0))
+        threads = self.config.threads or cores()
         self.tried.update(partition.id for partition in todo)
         outcomes: list[Outcome] = []
         order = _Order(todo, self._spare)
         files = Prefetcher(self._slices(order), self.storage.storage_options, self.prefetch, self.run.stop)
-        team = encoders.threads()
+        team = torch_threads()
         # Decoding fills the cores by itself. A GPU gets its next batch while it works on one; a CPU is full with one,
         # by as many threads as torch takes.
-        lanes = 1 if encoders.pick_device(self.config.device) == "cpu" else 2
-        decoders = ThreadPoolExecutor(threads, "decode", encoders.use_threads, (1,))
-        device = ThreadPoolExecutor(lanes, "encode", encoders.use_threads, (team,))
+        lanes = 1 if pick_device(self.config.device) == "cpu" else 2
+        decoders = ThreadPoolExecutor(threads, "decode", use_torch_threads, (1,))
+        device = ThreadPoolExecutor(lanes, "encode", use_torch_threads, (team,))
         with decoders, device, files:
             try:
                 encoded = self._encode(self._decode(order, files, decoders), device, lanes)
@@ -209,7 +209,7 @@ class _Worker:
             finally:
                 decoders.shutdown(wait=False, cancel_futures=True)
                 device.shutdown(wait=False, cancel_futures=True)
-                encoders.use_threads(team)  # for threads to come, which begin with the last count set
+                use_torch_threads(team)  # for threads to come, which begin with the last count set
         return outcomes
 
     def _spare(self) -> Partition | None:

@@ -7,7 +7,6 @@ norm by up to 5e-4, enough to put a near duplicate before the row itself).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from clip_batch.embeddings import metadata
 from clip_batch.embeddings.commits import read_commits
+from clip_batch.encoders.device import cores
 from clip_batch.errors import CorruptError, IncompleteError
 from clip_batch.storage.npy import Half, filled, norms_of, npy_header
 from clip_batch.storage.retry import Unavailable
@@ -201,7 +201,7 @@ def check_all(source: Embeddings, kinds: Sequence[str]) -> None:
                 rows = read_vectors(source, kind, start + low, start + high)
                 check_rows(source, kind, start + low, rows, empty[low:high] if kind == "text" else None)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         list(pool.map(check, source.commits, source.starts))
 
 

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -175,24 +174,3 @@ def _copied(pretrained: str, options: dict[str, Any] | None) -> str:
         return local_copy(pretrained, options)
     except (InputError, OSError) as error:
         raise EncoderError(f"the weights cannot be had: {error}") from None
-
-
-def pick_device(device: str) -> str:
-    """`auto` resolved: cuda where torch sees one, else cpu."""
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def threads() -> int:
-    """Threads that one operation of this thread may take: torch's, 1 where it is not loaded."""
-    torch = sys.modules.get("torch")
-    return torch.get_num_threads() if torch else 1
-
-
-def use_threads(count: int) -> None:
-    """Let operations of this thread take so many; threads that torch meets later begin with the last count set."""
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(count)

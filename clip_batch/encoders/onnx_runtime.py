@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clip_batch.encoders import pick_device, threads
+from clip_batch.encoders.device import pick_device, torch_threads
 from clip_batch.errors import EncoderError, one_line
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
@@ -61,7 +61,7 @@ def opened(path: str, device: str) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads()
+    options.intra_op_num_threads = torch_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoding wants the cores
     options.log_severity_level = 3  # errors
     device = pick_device(device)

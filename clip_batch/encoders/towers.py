@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clip_batch.encoders import NO_TEXT, pick_device, preprocess
+from clip_batch.encoders import NO_TEXT, preprocess
+from clip_batch.encoders.device import pick_device
 from clip_batch.errors import EncoderError
 from clip_batch.types import EncoderSpec
 

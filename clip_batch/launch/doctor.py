@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_batch.config import StorageConfig
+from clip_batch.encoders.device import cores, gpus, pick_device
 from clip_batch.errors import ClipBatchError, PlanError, one_line
 from clip_batch.storage.store import Store
 
@@ -113,9 +114,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _machine() -> Iterator[Check]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Check("cpu", None, f"{cores} cores may be used")
+    yield Check("cpu", None, f"{cores()} cores may be used")
     if memory < 4 * 2**30:
         yield Check("memory", False, f"{memory / 2**30:.1f} GiB is little: give the job 4 GiB or more")
     else:
@@ -128,7 +128,7 @@ def _gpu() -> Iterator[Check]:
     import torch
 
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        names = [torch.cuda.get_device_name(number) for number in range(gpus())]
         yield Check("gpu", True, f"{len(names)} visible: {', '.join(sorted(set(names)))}")
     elif os.path.exists("/dev/nvidiactl"):
         yield Check("gpu", False, f"the machine has one but torch {torch.__version__} sees none: install a CUDA build")
@@ -278,4 +278,4 @@ def _plan(store: Store, works: bool) -> Iterator[Check]:
         if encoder.has_text:
             encoder.encode_texts(["a test"])
         seconds = time.monotonic() - started
-        yield Check("model", True, f"loads and encodes on {encoders.pick_device('auto')} in {seconds:.1f} s")
+        yield Check("model", True, f"loads and encodes on {pick_device('auto')} in {seconds:.1f} s")

@@ -18,6 +18,7 @@ from clip_batch.embeddings.commits import committed, read_commit
 from clip_batch.embeddings.embed import Outcome, embed
 from clip_batch.embeddings.slots import Slot, partitions
 from clip_batch.embeddings.workers import WorkerRun
+from clip_batch.encoders.device import cores, gpus
 from clip_batch.launch.progress import Counts, shown
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
@@ -37,7 +38,6 @@ def run_worker(
     def read() -> Counts:
         return run.total, run.partitions, run.samples, run.failed
 
-    config = dataclasses.replace(config, threads=config.threads or cores(), device=_device(config.device))
     with _stopping(run.stop), shown(read) if config.progress else contextlib.nullcontext():
         return embed(output, config, numbers, storage, run)
 
@@ -49,19 +49,6 @@ def job() -> str:
         return ""
     array = f"{environ.get('SLURM_ARRAY_JOB_ID')}_{environ.get('SLURM_ARRAY_TASK_ID')}"
     return f"slurm {array if 'SLURM_ARRAY_JOB_ID' in environ else environ['SLURM_JOB_ID']}"
-
-
-def cores() -> int:
-    """Cores that this process may use: those of its SLURM task where it has one."""
-    allowed = len(os.sched_getaffinity(0))
-    return min(allowed, int(os.environ.get("SLURM_CPUS_PER_TASK", allowed)))
-
-
-def _device(device: str) -> str:
-    """`auto` made this SLURM task's own GPU, where tasks of a node see all of the node's."""
-    if device != "auto" or "SLURM_LOCALID" not in os.environ or (visible := gpus()) < 2:
-        return device
-    return f"cuda:{int(os.environ['SLURM_LOCALID']) % visible}"
 
 
 def run_workers(output: str, workers: int, config: EmbedConfig, storage: StorageConfig) -> int:
@@ -115,15 +102,6 @@ def environment(config: EmbedConfig, storage: StorageConfig) -> dict[str, str]:
                     json.dumps(value) if isinstance(value, dict) else str(value)
                 )
     return {**os.environ, **options}
-
-
-def gpus() -> int:
-    """CUDA devices that torch sees; 0 without torch."""
-    try:
-        import torch
-    except ImportError:
-        return 0
-    return int(torch.cuda.device_count())
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ A Searcher holds no state that a request changes, so any number of threads may s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings.reader import blocks
+from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
 from clip_batch.index.ann import faiss_index
@@ -111,10 +111,9 @@ class Searcher:
         except BaseException:
             self._release()
             raise
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(max(map(len, self.indices.values())), cores)
+        workers = min(max(map(len, self.indices.values())), cores())
         # Shards in parallel leave each worker its share of the cores.
-        self._pool = ThreadPoolExecutor(workers, "search", faiss_index.use_threads, (max(1, cores // workers),))
+        self._pool = ThreadPoolExecutor(workers, "search", faiss_index.use_threads, (max(1, cores() // workers),))
 
     def __enter__(self) -> Searcher:
         return self

@@ -70,7 +70,8 @@ def write_tars(folder: str, tars: int, samples: int, side: int = 256) -> list[st
 def ours(tars: list[str], mode: str, cores: int) -> Batches:
     from open_clip.transform import image_transform
 
-    from clip_batch.encoders import preprocess, use_threads
+    from clip_batch.encoders import preprocess
+    from clip_batch.encoders.device import use_torch_threads
 
     prepare = preprocess.preparing(mode, *preprocess.split(image_transform(224, is_train=False)))
     plan = Plan((), EncoderSpec("fake:8", "", ""))
@@ -86,7 +87,7 @@ def ours(tars: list[str], mode: str, cores: int) -> Batches:
         while window:
             yield window.popleft().result()
 
-    with ThreadPoolExecutor(cores, "decode", use_threads, (1,)) as pool:
+    with ThreadPoolExecutor(cores, "decode", use_torch_threads, (1,)) as pool:
         batch: list[Any] = []
         for image in taken():
             batch.append(image)

@@ -23,7 +23,7 @@ from typing import Any
 
 from clip_batch import FilteredDataset
 from clip_batch.config import MergeConfig
-from clip_batch.encoders import use_threads
+from clip_batch.encoders.device import use_torch_threads
 from clip_batch.export.dataset.pictures import pictures
 from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Plan, Shard, Slice
@@ -43,7 +43,7 @@ def scanned(tars: list[str]) -> Iterator[int]:
 
 def decoded(images: list[bytes], cores: int) -> Iterator[int]:
     make = pictures("tensor", 224, 10**8)
-    with ThreadPoolExecutor(cores, "decode", use_threads, (1,)) as pool:
+    with ThreadPoolExecutor(cores, "decode", use_torch_threads, (1,)) as pool:
         for _ in pool.map(lambda run: [make(image) for image in run], [images[i::50] for i in range(50)]):
             yield len(images) // 50
 

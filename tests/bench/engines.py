@@ -19,6 +19,7 @@ import numpy as np
 from clip_batch import encoders
 from clip_batch.demo import data
 from clip_batch.encoders import Encoder
+from clip_batch.encoders.device import torch_threads
 
 
 def checkpoint(model: str, home: str) -> str:
@@ -65,7 +66,7 @@ def main() -> None:
         "benchmark": "engines",
         "model": options.model,
         "batch": len(images),
-        "threads": encoders.threads(),
+        "threads": torch_threads(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "load_s": load,
         "images_s": {name: round(len(images) / value, 1) for name, value in wall.items()},

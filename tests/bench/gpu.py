@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings.embed import embed
+from clip_batch.encoders.device import use_torch_threads
 from clip_batch.encoders.hub import line
 from clip_batch.errors import EncoderError
 from clip_batch.plan.plan import make_plan
@@ -115,7 +116,7 @@ def decoding(encoder: Any, options: argparse.Namespace) -> dict[str, float]:
     jpegs = [photo(seed, options.side) for seed in range(PHOTOS)]
     found = {}
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
-        with ThreadPoolExecutor(threads, "decode", encoders.use_threads, (1,)) as pool:
+        with ThreadPoolExecutor(threads, "decode", use_torch_threads, (1,)) as pool:
 
             def work(pool: ThreadPoolExecutor = pool) -> int:
                 return len(list(pool.map(lambda file: encoder.preprocess(file, LIMIT), jpegs)))

@@ -29,9 +29,9 @@ WORKERS, SLOWER = 4, 4
 
 
 def work(out: str, slot: int, rate: float, share: bool, start: object) -> None:
-    from clip_batch.encoders import use_threads
+    from clip_batch.encoders.device import use_torch_threads
 
-    use_threads(1)
+    use_torch_threads(1)
     encoder, own = Stub(rate, "fast"), Slot(slot, WORKERS)
     start.wait()  # type: ignore[attr-defined]
     config = EmbedConfig(batch_size=BATCH, threads=1, device="cpu", share=share)

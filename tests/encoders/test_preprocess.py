@@ -257,25 +257,3 @@ def test_texts_too_many_for_the_gpu_are_halved() -> None:
 
     encoder._texts = narrow
     assert np.allclose(encoder.encode_texts(texts), whole, atol=1e-6)
-
-
-def test_threads_that_decode_take_one_core_each_and_the_one_that_encodes_all() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    import torch
-
-    from clip_batch import encoders
-
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        with (
-            ThreadPoolExecutor(2, "decode", encoders.use_threads, (1,)) as decoders,
-            ThreadPoolExecutor(1, "encode", encoders.use_threads, (encoders.threads(),)) as device,
-        ):
-            for _ in range(3):
-                assert decoders.submit(torch.get_num_threads).result() == 1
-                assert device.submit(torch.get_num_threads).result() == 3
-        assert encoders.threads() == 3
-    finally:
-        torch.set_num_threads(before)

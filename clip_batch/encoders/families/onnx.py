@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_batch.encoders import hub, threads
+from clip_batch.encoders import hub
+from clip_batch.encoders.device import torch_threads
 from clip_batch.errors import EncoderError
 from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
@@ -113,7 +114,7 @@ def _openvino(path: str) -> Graph:
     """By OpenVINO on the CPU, in float32: its default may be less."""
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads()}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch_threads()}
     model = openvino.Core().compile_model(path, "CPU", settings)
     inputs = {one.get_any_name(): np.dtype(one.get_element_type().to_dtype()).str for one in model.inputs}
     rows = model.inputs[0].get_partial_shape()[0]

@@ -21,7 +21,7 @@ from torch import distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
-from clip_batch.encoders import use_threads
+from clip_batch.encoders.device import cores, use_torch_threads
 from clip_batch.errors import ConfigError
 from clip_batch.export.dataset import deal
 from clip_batch.export.dataset.failures import Failed, Failures
@@ -199,8 +199,8 @@ class FilteredDataset(IterableDataset[Row]):
         def load(run: list[Row]) -> list[Row | Failed]:
             return [_sample(row, fetch, making, self.columns) for row in run]
 
-        threads = self._threads or (_cores(workers) if self.selection.local else REMOTE_THREADS)
-        pool = ThreadPoolExecutor(threads, "dataset", use_threads, (1,))
+        threads = self._threads or (max(1, cores() // workers) if self.selection.local else REMOTE_THREADS)
+        pool = ThreadPoolExecutor(threads, "dataset", use_torch_threads, (1,))
         try:
             for one in _ahead(pool, load, self._runs(mine), self._ahead):
                 gone[worker] += 1
@@ -275,12 +275,6 @@ def _rank(rank: int | None, world: int | None) -> tuple[int, int]:
     if rank is None or world is None or not 0 <= rank < world:
         raise ConfigError(f"rank {rank} of world {world}: give both, rank from 0 to world - 1")
     return rank, world
-
-
-def _cores(workers: int) -> int:
-    """This process's share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers)
 
 
 def _remove(folder: str, process: int) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from clip_batch.config import DownloadConfig
+from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.launch.end2end.urls import FOLDER, IMAGES, UrlList
 from clip_batch.storage.filesystem import own_options
@@ -149,7 +150,7 @@ def _command(config: DownloadConfig, home: Store, frozen: UrlList) -> list[str]:
     options = {
         "image_size": config.image_size,
         "resize_mode": config.resize_mode,
-        "processes_count": config.download_processes or len(os.sched_getaffinity(0)),
+        "processes_count": config.download_processes or cores(),
         "thread_count": config.download_threads,
         "timeout": config.timeout,
         "retries": config.retries,

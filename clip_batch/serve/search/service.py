@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from clip_batch.config import DatabaseConfig, parse_bytes
 from clip_batch.encoders import NO_TEXT
+from clip_batch.encoders.device import cores
 from clip_batch.samples.decode import DecodeError
 from clip_batch.search.heads import load_heads
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.http.metrics import Metrics
-from clip_batch.serve.http.threads import Threads, cores
+from clip_batch.serve.http.threads import Threads
 from clip_batch.serve.search.fetch import fetch
 from clip_batch.serve.search.live import Indices, OpenVersion
 from clip_batch.serve.search.schema import QueryModel, WeightedQuery

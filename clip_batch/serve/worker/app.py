@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -17,7 +16,6 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from clip_batch import __version__
 from clip_batch.config import EmbedConfig, ServeConfig, StorageConfig
 from clip_batch.errors import ConfigError
-from clip_batch.launch import local
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.metrics import Traffic
 from clip_batch.serve.http.openapi import describe
@@ -35,7 +33,7 @@ def create_worker(
     """The service over the stages. ConfigError: nothing is allowed, or others could ask without a token."""
     if config.host not in LOOPBACK and not config.token:
         raise ConfigError(f"serve-worker on {config.host} writes for whoever can reach it: set CLIP_BATCH_TOKEN")
-    stages = Stages(Allowed(allow), replace(embed, threads=embed.threads or local.cores()), storage)
+    stages = Stages(Allowed(allow), embed, storage)
     traffic = Traffic()
 
     @asynccontextmanager

@@ -1,0 +1,52 @@
+"""What this process may use of the machine: CPU cores, GPUs, and torch's threads."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def cores() -> int:
+    """CPU cores that this process may use: its CPU affinity, and no more than its SLURM task was allocated."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, int(os.environ.get("SLURM_CPUS_PER_TASK", allowed)))
+
+
+def gpus() -> int:
+    """CUDA devices that torch sees; 0 without torch."""
+    try:
+        import torch
+    except ImportError:
+        return 0
+    return int(torch.cuda.device_count())
+
+
+def pick_device(device: str) -> str:
+    """Resolve `auto`: "cuda" where torch can use a GPU, else "cpu"; any other device is returned as it is.
+
+    Where the SLURM tasks of a node all see all of its GPUs, each task gets a GPU of its own, "cuda:N".
+    """
+    if device != "auto":
+        return device
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    if "SLURM_LOCALID" in os.environ and (visible := gpus()) > 1:
+        return f"cuda:{int(os.environ['SLURM_LOCALID']) % visible}"
+    return "cuda"
+
+
+def torch_threads() -> int:
+    """Threads that one torch operation of the calling thread may use; 1 if torch is not loaded."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else 1
+
+
+def use_torch_threads(count: int) -> None:
+    """Let torch operations of the calling thread use `count` threads.
+
+    Threads that first use torch later start with the count that was set last, by whichever thread.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(count)
