@@ -21,17 +21,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.embeddings import metadata
-from clip_batch.embeddings.reader import FOLDER, Embeddings
+from clip_batch.embeddings.reader import Embeddings
 from clip_batch.embeddings.tables import Tables, without_metadata
 from clip_batch.errors import CorruptError
-from clip_batch.plan.plan import PLAN
+from clip_batch.plan import paths
 from clip_batch.storage.npy import npy_header
 from clip_batch.storage.retry import Unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import version
 from clip_batch.types import Commit, EncoderSpec, Partition, Plan
 
-KINDS = {**dict.fromkeys(FOLDER.values(), "npy"), "metadata": "parquet"}
+KINDS = {**dict.fromkeys(paths.VECTORS.values(), "npy"), paths.METADATA: "parquet"}
 """Folders, and the extension of their files."""
 
 DTYPES = ("<f2", "<f4")
@@ -49,19 +49,19 @@ class ClipRetrievalEmbeddings(Embeddings):
 
     def count(self, commit: Commit) -> tuple[int, int]:
         """See Embeddings. Where there are no captions at all, every text row must have a vector."""
-        path = commit.file("metadata")
+        path = commit.file(paths.METADATA)
         if not path or not self.tables.has_captions(path):
             return commit.rows, commit.rows
         return metadata.count(self.store, path)
 
     def without_caption(self, commit: Commit) -> npt.NDArray[np.bool_]:
-        path = commit.file("metadata")
+        path = commit.file(paths.METADATA)
         if not path or not self.tables.has_captions(path):
             return np.zeros(commit.rows, dtype=np.bool_)
         return metadata.without_caption(self.store, path)
 
     def table(self, commit: Commit, start: int, stop: int) -> pa.Table:
-        if path := commit.file("metadata"):
+        if path := commit.file(paths.METADATA):
             return self.tables.read(commit.partition, path, start, stop)
         where = self.store.display(next(iter(commit.files)))
         return without_metadata(commit.partition, where, start, stop)
@@ -78,7 +78,7 @@ class _Matrix(NamedTuple):
 
 def is_folder(store: Store) -> bool:
     """Whether a folder has embeddings but no plan of ours."""
-    return not store.exists(PLAN) and any(store.list(folder) for folder in FOLDER.values())
+    return not store.exists(paths.PLAN) and any(store.list(folder) for folder in paths.VECTORS.values())
 
 
 def open_folder(store: Store, encoder: EncoderSpec) -> ClipRetrievalEmbeddings:
@@ -91,9 +91,9 @@ def open_folder(store: Store, encoder: EncoderSpec) -> ClipRetrievalEmbeddings:
     found = {folder: names for folder, names in found.items() if names}
     _check_numbers(store, found)
     numbers = sorted(set().union(*found.values()))
-    paths = [found[folder][number] for number in numbers for folder in found]
+    files = [found[folder][number] for number in numbers for folder in found]
     with ThreadPoolExecutor(16) as pool:
-        read = dict(zip(paths, pool.map(lambda path: _look(store, path), paths), strict=True))
+        read = dict(zip(files, pool.map(lambda path: _look(store, path), files), strict=True))
     digest = hashlib.sha256(repr([(path, one.tag) for path, one in read.items()]).encode()).hexdigest()
     plan = Plan(tuple(Partition(number, ()) for number in numbers), encoder, digest=digest)
     commits = [
@@ -102,7 +102,7 @@ def open_folder(store: Store, encoder: EncoderSpec) -> ClipRetrievalEmbeddings:
     ]
     filled = tuple(commit for commit in commits if commit.rows)
     _check_dimensions(store, filled)
-    tables = Tables(store, sorted(found.get("metadata", {}).items()))
+    tables = Tables(store, sorted(found.get(paths.METADATA, {}).items()))
     for commit in commits:
         _check_metadata(store, commit, tables)
     starts = tuple(int(start) for start in np.cumsum([0, *(commit.rows for commit in filled)]))
@@ -128,7 +128,7 @@ def _numbered(store: Store, folder: str, extension: str) -> dict[int, str]:
 
 
 def _check_numbers(store: Store, found: dict[str, dict[int, str]]) -> None:
-    if not any(folder in found for folder in FOLDER.values()):
+    if not any(folder in found for folder in paths.VECTORS.values()):
         raise CorruptError(f"{store.url} has no img_emb/img_emb_<number>.npy nor text_emb: there is nothing to merge")
     for folder, names in found.items():
         for more in found.values():
@@ -193,7 +193,7 @@ def _commit(store: Store, plan: Plan, number: int, files: dict[str, _Matrix]) ->
 
 
 def _check_metadata(store: Store, commit: Commit, tables: Tables) -> None:
-    path = commit.file("metadata")
+    path = commit.file(paths.METADATA)
     if path and (rows := tables.rows(path)) != commit.rows:
         npy = next(iter(commit.files))
         raise CorruptError(f"{store.display(path)} has {rows} rows, {npy} has {commit.rows}: {MEND}")

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 from clip_batch.embeddings.metadata import metadata_schema
+from clip_batch.plan import paths
 from clip_batch.storage.store import Store, stream_digest
 from clip_batch.types import Commit, Failure, Plan
 
@@ -26,31 +27,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pyarrow as pa
 
-HOME = "_clip_batch"
-COMMITS = f"{HOME}/commits"
-ATTEMPTS = f"{HOME}/failures/attempts"
-DATA_FOLDERS = ("img_emb", "text_emb", "metadata", f"{HOME}/failures")
-"""Folders whose files carry `<partition>-<attempt>` and count only if a commit names them."""
-
 _ROWS_A_GROUP = 10_000
-
-
-def file_name(folder: str, partition: str, attempt: str) -> str:
-    """`img_emb/img_emb_0003-1a2b3c4d.npy` and its like."""
-    suffix = ".npy" if folder.endswith("_emb") else ".parquet"
-    return f"{folder}/{folder.rsplit('/', 1)[-1]}_{partition}-{attempt}{suffix}"
-
-
-def parse_file_name(name: str) -> tuple[int, str] | None:
-    """(partition, attempt) of a data file's or a spool's base name; None for anything else."""
-    stem = name.lstrip(".").split(".", 1)[0].rsplit("_", 1)[-1]
-    partition, dash, attempt = stem.partition("-")
-    return (int(partition), attempt) if dash and partition.isdigit() else None
 
 
 def read_commit(store: Store, name: str) -> Commit:
     """One commit by its zero-padded partition number; FileNotFoundError if there is none."""
-    return Commit(**store.read_json(f"{COMMITS}/{name}.json"))
+    return Commit(**store.read_json(paths.commit(name)))
 
 
 def committed(store: Store) -> set[int]:
@@ -60,18 +42,18 @@ def committed(store: Store) -> set[int]:
 
 def attempted(store: Store) -> set[int]:
     """The partitions at which an attempt failed, whether they are committed now or not."""
-    return {found[0] for name in store.list(ATTEMPTS) if (found := parse_file_name(name))}
+    return {found[0] for name in store.list(paths.ATTEMPTS) if (found := paths.parse_attempt(name))}
 
 
 def commit_names(store: Store) -> list[str]:
     """The zero-padded numbers of the committed partitions; spools and strangers' files are passed over."""
-    return [name[:-5] for name in store.list(COMMITS) if name.endswith(".json") and name[:-5].isdigit()]
+    return [name[:-5] for name in store.list(paths.COMMITS) if name.endswith(".json") and name[:-5].isdigit()]
 
 
 def read_commits(store: Store, names: Iterable[str] | None = None) -> dict[int, Commit]:
     """The commits of these zero-padded numbers, or all, by partition."""
     wanted = commit_names(store) if names is None else names
-    commits = (Commit(**json.loads(data)) for data in store.read_all(f"{COMMITS}/{name}.json" for name in wanted))
+    commits = (Commit(**json.loads(data)) for data in store.read_all(paths.commit(name) for name in wanted))
     return {commit.partition: commit for commit in commits}
 
 
@@ -95,7 +77,7 @@ class PartWriter:
         self._stack = contextlib.ExitStack()
         self._spools: dict[str, IO[bytes]] = {}
         self._parquet: dict[str, Any] = {}
-        self._pending: dict[str, list[dict[str, Any]]] = {"metadata": [], f"{HOME}/failures": []}
+        self._pending: dict[str, list[dict[str, Any]]] = {paths.METADATA: [], paths.FAILURES: []}
         self._published: list[str] = []
 
     def __enter__(self) -> PartWriter:
@@ -120,14 +102,14 @@ class PartWriter:
         """
         import numpy as np
 
-        for folder, vectors in (("img_emb", images), ("text_emb", texts)):
+        for folder, vectors in ((paths.VECTORS["image"], images), (paths.VECTORS["text"], texts)):
             if vectors is not None:
                 self._spool(folder).write(np.ascontiguousarray(vectors, dtype=np.float16).tobytes())
         self.rows += len(rows)
         for row in rows:
             self.shards[row["shard"]]["seen"] += 1
             self.shards[row["shard"]]["embedded"] += 1
-        self._append("metadata", rows)
+        self._append(paths.METADATA, rows)
 
     def fail(self, failure: Failure) -> None:
         """Record one sample, or one stretch of a shard, that is not embedded."""
@@ -135,7 +117,7 @@ class PartWriter:
         if failure.key is not None:
             self.shards[failure.shard]["seen"] += 1
             self.shards[failure.shard]["failed"] += 1
-        self._append(f"{HOME}/failures", [asdict(failure)])
+        self._append(paths.FAILURES, [asdict(failure)])
 
     def commit(self, encoder: str) -> Commit | None:
         """Publish the files, then the pointer. None if another attempt was first: ours is gone then.
@@ -164,7 +146,7 @@ class PartWriter:
         text = json.dumps(asdict(commit), indent=1, sort_keys=True)
         name = self.plan.name(self.partition)
         ours, self._published = self._published, []
-        won = self.store.create(f"{COMMITS}/{name}.json", text.encode())
+        won = self.store.create(paths.commit(name), text.encode())
         if won or read_commit(self.store, name).attempt == self.attempt:
             return commit
         self._published = ours
@@ -187,7 +169,7 @@ class PartWriter:
         return files
 
     def _name(self, folder: str) -> str:
-        return file_name(folder, self.plan.name(self.partition), self.attempt)
+        return paths.data_file(folder, self.plan.name(self.partition), self.attempt)
 
     def _spool(self, folder: str) -> IO[bytes]:
         if folder not in self._spools:
@@ -208,7 +190,7 @@ class PartWriter:
         rows, self._pending[folder] = self._pending[folder], []
         if not rows:
             return
-        schema = metadata_schema(self.plan.fields) if folder == "metadata" else _failures_schema()
+        schema = metadata_schema(self.plan.fields) if folder == paths.METADATA else _failures_schema()
         if folder not in self._parquet:
             self._parquet[folder] = pq.ParquetWriter(self._spool(folder), schema, compression=self._compression)
         self._parquet[folder].write_table(pa.Table.from_pylist(rows, schema=schema))

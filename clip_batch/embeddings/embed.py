@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings import slots
-from clip_batch.embeddings.commits import ATTEMPTS, COMMITS, PartWriter, committed
+from clip_batch.embeddings.commits import PartWriter, committed
 from clip_batch.embeddings.metadata import metadata_row
 from clip_batch.embeddings.workers import WorkerRun, recorded
 from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
 from clip_batch.errors import ClipBatchError, PartitionFailed, PlanError, Preempted
+from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
 from clip_batch.samples.decode import DecodeError, decode_caption, decode_json
@@ -243,7 +244,7 @@ class _Worker:
                 yield from partition.slices
 
     def _committed(self, partition: Partition) -> bool:
-        return self.store.exists(f"{COMMITS}/{self.plan.name(partition.id)}.json")
+        return self.store.exists(paths.commit(self.plan.name(partition.id)))
 
     def _read(self, order: _Order, files: Prefetcher) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
         """Each partition's samples in batches; an infrastructure error ends only its own partition."""
@@ -361,7 +362,7 @@ class _Worker:
         import time
 
         message = f"{type(error).__name__}: {error}"
-        name = f"{ATTEMPTS}/{self.plan.name(number)}-{secrets.token_hex(4)}.json"
+        name = paths.failed_attempt(self.plan.name(number), secrets.token_hex(4))
         record = {"partition": number, "time": time.time(), "error": message}
         try:
             self.store.create(name, json.dumps(record).encode())

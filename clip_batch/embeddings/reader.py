@@ -19,6 +19,7 @@ from clip_batch.embeddings import metadata
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.encoders.device import cores
 from clip_batch.errors import CorruptError, IncompleteError
+from clip_batch.plan import paths
 from clip_batch.storage.npy import Half, filled, norms_of, npy_header
 from clip_batch.storage.retry import Unavailable
 from clip_batch.storage.store import Store
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 
-FOLDER = {"image": "img_emb", "text": "text_emb"}
 BLOCK = 16_384
 """Rows converted to float32 at a time."""
 
@@ -73,15 +73,15 @@ class Embeddings:
 
     def count(self, commit: Commit) -> tuple[int, int]:
         """(rows, rows with a caption) of a part's metadata."""
-        return metadata.count(self.store, _path(self, commit, "metadata"))
+        return metadata.count(self.store, _path(self, commit, paths.METADATA))
 
     def without_caption(self, commit: Commit) -> npt.NDArray[np.bool_]:
         """Which rows (n,) of a part have no caption."""
-        return metadata.without_caption(self.store, _path(self, commit, "metadata"))
+        return metadata.without_caption(self.store, _path(self, commit, paths.METADATA))
 
     def table(self, commit: Commit, start: int, stop: int) -> pa.Table:
         """Metadata rows [start, stop) of a part, with their lineage."""
-        return metadata.read_rows(self.store, _path(self, commit, "metadata"), commit.partition, start, stop)
+        return metadata.read_rows(self.store, _path(self, commit, paths.METADATA), commit.partition, start, stop)
 
 
 def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Embeddings:
@@ -124,7 +124,7 @@ def check_files(source: Embeddings, kinds: tuple[str, ...]) -> list[int]:
             _layout(source, commit, kind)
         rows, captioned = source.count(commit)
         if rows != commit.rows:
-            path = source.store.display(_path(source, commit, "metadata"))
+            path = source.store.display(_path(source, commit, paths.METADATA))
             raise CorruptError(f"{path} has {rows} rows, its commit says {commit.rows}: {source.mend}")
         return captioned
 
@@ -141,7 +141,7 @@ def _path(source: Embeddings, commit: Commit, folder: str) -> str:
 
 def _layout(source: Embeddings, commit: Commit, kind: str) -> tuple[int, np.dtype[Any]]:
     """Where the matrix starts in a part's npy file, and its dtype; its header and size are checked."""
-    store, path = source.store, _path(source, commit, FOLDER[kind])
+    store, path = source.store, _path(source, commit, paths.VECTORS[kind])
     try:
         with store.open(path) as file:
             shape, fortran, dtype = npy_header(file)
@@ -165,7 +165,7 @@ def read_vectors(source: Embeddings, kind: str, start: int, stop: int) -> Half:
     out = np.empty((stop - start, source.dim), dtype=np.float16)
     done = 0
     for commit, low, high in source.pieces(start, stop):
-        path, (begin, dtype) = _path(source, commit, FOLDER[kind]), _layout(source, commit, kind)
+        path, (begin, dtype) = _path(source, commit, paths.VECTORS[kind]), _layout(source, commit, kind)
         width = dtype.itemsize * commit.dim
         with source.store.open(path) as file:
             file.seek(begin + low * width)
@@ -220,7 +220,7 @@ def check_rows(
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
             commit, row, _ = next(source.pieces(start + low + at, start + low + at + 1))
-            path = source.store.display(_path(source, commit, FOLDER[kind]))
+            path = source.store.display(_path(source, commit, paths.VECTORS[kind]))
             hint = " though it has a caption" if kind == "text" and norms[at] == 0 else ""
             raise CorruptError(f"{path}: row {row} has norm {norms[at]:.4g}{hint}, not 1: {source.mend}")
 
@@ -231,7 +231,7 @@ def _gather(source: Embeddings, kind: str, part: int, order: Rows, captioned: in
     Memory-mapped and read in file order. CorruptError where a drawn row is not finite and unit.
     """
     commit = source.commits[part]
-    path, (start, dtype) = _path(source, commit, FOLDER[kind]), _layout(source, commit, kind)
+    path, (start, dtype) = _path(source, commit, paths.VECTORS[kind]), _layout(source, commit, kind)
     in_file_order = np.sort(order)
     with source.store.fetch(path) as local:
         mapped = np.memmap(local, dtype=dtype, mode="r", offset=start, shape=(commit.rows, commit.dim))
@@ -258,7 +258,7 @@ def gather(source: Embeddings, kind: str, rows: Rows) -> Half:
         if low == high:
             continue
         start, dtype = _layout(source, commit, kind)
-        with source.store.fetch(_path(source, commit, FOLDER[kind])) as local:
+        with source.store.fetch(_path(source, commit, paths.VECTORS[kind])) as local:
             mapped = np.memmap(local, dtype=dtype, mode="r", offset=start, shape=(commit.rows, commit.dim))
             with np.errstate(over="ignore"):
                 out[low:high] = mapped[rows[low:high] - first]

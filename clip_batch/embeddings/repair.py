@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from clip_batch.embeddings import workers
-from clip_batch.embeddings.commits import COMMITS, DATA_FOLDERS, parse_file_name, read_commits
+from clip_batch.embeddings.commits import read_commits
+from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.paths import TEMPORARY
 from clip_batch.storage.store import Store
@@ -16,7 +17,7 @@ def repair(store: Store, problems: dict[str, str]) -> list[int]:
     if numbers:
         workers.forget(store)
     for number in numbers:
-        store.remove(f"{COMMITS}/{plan.name(number)}.json")
+        store.remove(paths.commit(plan.name(number)))
     return numbers
 
 
@@ -30,12 +31,12 @@ def gc(store: Store, everything: bool = False) -> list[str]:
     commits = read_commits(store)
     named = {name for commit in commits.values() for name in commit.files}
     removed = []
-    for folder in (*DATA_FOLDERS, COMMITS):
+    for folder in (*paths.DATA_FOLDERS, paths.COMMITS):
 
         def orphan(base: str, folder: str = folder) -> bool:
-            found = parse_file_name(base)
+            found = paths.parse_attempt(base)
             if found is None or f"{folder}/{base}" in named:
-                return folder == COMMITS and TEMPORARY in base and everything
+                return folder == paths.COMMITS and TEMPORARY in base and everything
             return everything or found[0] in commits
 
         for base in filter(orphan, store.list(folder)):

@@ -16,9 +16,10 @@ from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 from clip_batch.embeddings import submission
-from clip_batch.embeddings.commits import HOME, attempted, committed
+from clip_batch.embeddings.commits import attempted, committed
 from clip_batch.embeddings.workers import BEAT, SILENT, read_records
 from clip_batch.errors import PlanError
+from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.store import Store
 
@@ -27,9 +28,6 @@ FEWEST = 3
 With 1, and the last quarter of the longest list alone, a thousand workers computed 17 % twice; so 1.2 %, and the end
 came sooner (tests/bench/laion.py)."""
 
-
-LOOK = f"{HOME}/look.json"
-"""What the last worker saw that looked for others to help."""
 
 MANY = 32
 """Records from which on a look is left for others: fewer are soon read."""
@@ -90,13 +88,13 @@ def _look(store: Store) -> tuple[Look, bool]:
 def _last(store: Store) -> Look:
     """What was left, or nothing, seen long ago."""
     try:
-        return Look(**store.read_json(LOOK))
+        return Look(**store.read_json(paths.LOOK))
     except (FileNotFoundError, TypeError, ValueError):  # absent, or what another version left
         return Look(0.0, [])
 
 
 def _leave(store: Store, look: Look) -> None:
-    store.replace(LOOK, json.dumps(look._asdict()).encode())
+    store.replace(paths.LOOK, json.dumps(look._asdict()).encode())
 
 
 def choose(owned: Iterable[Iterable[int]], taken: Container[int]) -> int | None:

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from clip_batch.embeddings import submission, workers
-from clip_batch.embeddings.commits import ATTEMPTS, commit_names, parse_file_name, read_commits
+from clip_batch.embeddings.commits import commit_names, read_commits
+from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.store import Store
 from clip_batch.types import format_numbers
@@ -93,10 +94,10 @@ def _total(counts: Iterable[dict[str, int]]) -> Counter[str]:
 def _last_errors(store: Store, missing: set[int]) -> dict[int, str]:
     """What the last failed attempt at each missing partition said."""
     errors: dict[int, tuple[float, str]] = {}
-    for name in store.list(ATTEMPTS):
-        found = parse_file_name(name)
+    for name in store.list(paths.ATTEMPTS):
+        found = paths.parse_attempt(name)
         if found and found[0] in missing:
-            record = store.read_json(f"{ATTEMPTS}/{name}")
+            record = store.read_json(f"{paths.ATTEMPTS}/{name}")
             errors[found[0]] = max(errors.get(found[0], (0.0, "")), (record["time"], record["error"]))
     return {number: error for number, (_, error) in errors.items()}
 

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 
-from clip_batch.embeddings.commits import HOME, committed
+from clip_batch.embeddings.commits import committed
 from clip_batch.errors import PlanError
+from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.store import Store
 from clip_batch.types import format_numbers, parse_numbers
 
-SUBMISSIONS = f"{HOME}/submissions"
 MOST_TASKS = 1000
 """Tasks of a submission that names no number."""
 
@@ -62,13 +62,13 @@ def draft(missing: list[int], scheduler: str, tasks: int, workers: int, command:
 
 def publish(store: Store, submission: Submission) -> None:
     """Freeze it; it is never changed again."""
-    store.create(f"{SUBMISSIONS}/{submission.id}.json", json.dumps(asdict(submission), indent=1).encode())
+    store.create(paths.submission(submission.id), json.dumps(asdict(submission), indent=1).encode())
 
 
 def load(store: Store, id: str) -> Submission:
     """A submission by its id; PlanError where there is none."""
     try:
-        return Submission(**store.read_json(f"{SUBMISSIONS}/{id}.json"))
+        return Submission(**store.read_json(paths.submission(id)))
     except FileNotFoundError:
         known = ", ".join(ids(store)[-3:]) or "none"
         raise PlanError(f"no submission {id!r} at {store.url}: the latest are {known}") from None
@@ -76,5 +76,5 @@ def load(store: Store, id: str) -> Submission:
 
 def ids(store: Store) -> list[str]:
     """All submissions, the oldest first."""
-    names = (name.removesuffix(".json") for name in store.list(SUBMISSIONS))
+    names = (name.removesuffix(".json") for name in store.list(paths.SUBMISSIONS))
     return [name for name in names if re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", name)]

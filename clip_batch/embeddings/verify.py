@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from clip_batch.embeddings.commits import HOME, read_commits
+from clip_batch.embeddings.commits import read_commits
+from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
 from clip_batch.storage.npy import npy_header, open_matrix
@@ -93,7 +94,7 @@ def _check_rows(store: Store, commit: Commit) -> str | None:
                 shape, _, dtype = npy_header(file)
             if shape != (commit.rows, commit.dim) or dtype != np.float16:
                 return f"{commit.file(folder)} holds {dtype} {shape}, committed were {commit.rows} rows of {commit.dim}"
-        with store.open(commit.file("metadata") or "") as file:
+        with store.open(commit.file(paths.METADATA) or "") as file:
             rows = ParquetFile(file).metadata.num_rows
         if rows != commit.rows:
             return f"{commit.file('metadata')} holds {rows} rows, committed were {commit.rows}"
@@ -106,7 +107,7 @@ def _check_rows(store: Store, commit: Commit) -> str | None:
 
 def _folders(commit: Commit) -> list[str]:
     """The folders of a part's vectors; a model without a text side leaves none of texts."""
-    return [folder for folder in ("img_emb", "text_emb") if folder == "img_emb" or commit.file(folder)]
+    return [folder for folder in paths.VECTORS.values() if folder == paths.VECTORS["image"] or commit.file(folder)]
 
 
 def _check_vectors(store: Store, commit: Commit) -> str | None:
@@ -121,7 +122,7 @@ def _check_vectors(store: Store, commit: Commit) -> str | None:
             for start in range(0, commit.rows, 65_536):
                 norms = np.linalg.norm(vectors[start : start + 65_536].astype(np.float32), axis=1)
                 fine = np.abs(norms - 1) < 5e-3
-                if folder == "text_emb":
+                if folder == paths.VECTORS["text"]:
                     fine |= norms == 0
                 if not fine.all():
                     row = int(start + np.flatnonzero(~fine)[0])
@@ -139,8 +140,8 @@ def _check_input(store: Store, plan: Plan, commit: Commit, options: dict[str, An
             expected[identity] += 1
             if isinstance(item, Sample):
                 order.append(identity)
-    embedded = _identities(store, commit.file("metadata"))
-    failed = _identities(store, commit.file(f"{HOME}/failures"))
+    embedded = _identities(store, commit.file(paths.METADATA))
+    failed = _identities(store, commit.file(paths.FAILURES))
     if expected != Counter(embedded) + Counter(failed):
         missing = expected - Counter(embedded) - Counter(failed)
         more = Counter(embedded) + Counter(failed) - expected

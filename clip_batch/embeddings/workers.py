@@ -17,11 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from clip_batch.embeddings.commits import HOME
+from clip_batch.plan import paths
 from clip_batch.storage.store import Store
 from clip_batch.types import Commit
-
-WORKERS = f"{HOME}/workers"
 
 BEAT = 20.0
 """Seconds between two writes of a record; less at the start of a run."""
@@ -75,7 +73,7 @@ class WorkerRecord:
 @contextlib.contextmanager
 def recorded(store: Store, run: WorkerRun, gpus: int) -> Iterator[None]:
     """Keep a record of the run while the block runs, and its last state."""
-    name = f"{WORKERS}/{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.json"
+    name = paths.worker(f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
     worker = f"{socket.gethostname()}:{os.getpid()}"
     started = time.time()
     stop = threading.Event()
@@ -115,11 +113,11 @@ _COUNTS = ("rows", "failed", "warnings", "started", "finished")
 
 def read_records(store: Store) -> list[WorkerRecord]:
     """The records of all workers."""
-    names = [f"{WORKERS}/{name}" for name in store.list(WORKERS) if not name.startswith(".")]
+    names = [f"{paths.WORKERS}/{name}" for name in store.list(paths.WORKERS) if not name.startswith(".")]
     return [WorkerRecord(**json.loads(data)) for data in store.read_all(names)]
 
 
 def forget(store: Store) -> None:
     """Remove all records, where commits they count are to be retired."""
-    for name in store.list(WORKERS):
-        store.remove(f"{WORKERS}/{name}")
+    for name in store.list(paths.WORKERS):
+        store.remove(f"{paths.WORKERS}/{name}")

@@ -25,6 +25,7 @@ from typing import Any
 from clip_batch.config import StorageConfig
 from clip_batch.encoders.device import cores, gpus, pick_device
 from clip_batch.errors import ClipBatchError, PlanError, one_line
+from clip_batch.plan import paths
 from clip_batch.storage.store import Store
 
 TESTED = {
@@ -180,7 +181,7 @@ def _storage(store: Store) -> Iterator[Check]:
     if (free := store.free_space()) is not None:
         yield _room("disk", free, "", "little for a long run; make room, or name another --output")
     missing = _missing_folders(store)
-    folder = f"_clip_batch/.doctor-{secrets.token_hex(8)}"
+    folder = f"{paths.HOME}/.doctor-{secrets.token_hex(8)}"
     race = f"{folder}/race"
     try:
         started = time.time()
@@ -229,7 +230,7 @@ def _missing_folders(store: Store) -> list[str]:
     """Local folders of OUT that are not there yet, innermost first."""
     if not store.local:
         return []
-    missing, path = [], store.path("_clip_batch")
+    missing, path = [], store.path(paths.HOME)
     while not os.path.isdir(path):
         missing.append(path)
         path = os.path.dirname(path)

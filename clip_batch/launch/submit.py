@@ -21,6 +21,7 @@ from clip_batch.config import (
 from clip_batch.config.options import to_flags
 from clip_batch.embeddings import submission
 from clip_batch.embeddings.commits import committed
+from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.paths import absolute, local_path
 from clip_batch.storage.store import Store
@@ -67,7 +68,7 @@ def slurm(request: SubmitRequest, config: SlurmConfig, main: Callable[..., int],
 
     store, workers = request.store, config.nodes * config.tasks_per_node
     made = request.draft("slurm", config, workers)
-    folder = local_path(config.logs or (store.path("_clip_batch/logs") if store.local else "clip-batch-logs"))
+    folder = local_path(config.logs or (store.path(paths.LOGS) if store.local else "clip-batch-logs"))
     worker = ["worker", "--output", store.url, "--submission", made.id, *to_flags(request.embed)]
     merge: list[str] = []
     if request.index:

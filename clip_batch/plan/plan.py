@@ -15,7 +15,7 @@ from typing import Any
 
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
 from clip_batch.errors import ConfigError, CorruptError, PlanError
-from clip_batch.plan import specs
+from clip_batch.plan import paths, specs
 from clip_batch.plan.counts import count_folder, count_samples
 from clip_batch.plan.pack import Cut, Split, nearest, pack, split_folder
 from clip_batch.plan.schema import sample_fields
@@ -23,7 +23,6 @@ from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
 FORMAT = 1
-PLAN, SLICES, CONFIG = (f"_clip_batch/{name}" for name in ("plan.json", "plan.parquet", "config.yaml"))
 
 FILES_SAMPLES = 10_000
 """Samples of a partition with `--format files` where neither samples nor a count are asked for."""
@@ -56,7 +55,7 @@ def make_plan(
     say(f"{len(shards):,} inputs found")
     encoder = encoders.resolve(config.model, config.pretrained, config.preprocess, config.precision, options)
     draft = Plan((), encoder, config.format, {}, images, captions)
-    if not store.exists(PLAN):
+    if not store.exists(paths.PLAN):
         if config.format == "tar":
             shards = count_samples(shards, "samples" in target, options)
         partitions = pack(shards, target, split_folder if config.format == "files" else _tar_splitter(target, options))
@@ -145,13 +144,13 @@ def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: dict[str, 
         "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
     }
     settings = yaml.safe_dump({"plan": asdict(config)}, sort_keys=False, allow_unicode=True).encode()
-    for name, data in ((SLICES, table), (CONFIG, settings)):
-        if not store.create(name, data) and not store.exists(PLAN) and store.read(name) != data:
+    for name, data in ((paths.SLICES, table), (paths.CONFIG, settings)):
+        if not store.create(name, data) and not store.exists(paths.PLAN) and store.read(name) != data:
             raise PlanError(
                 f"{store.display(name)} was left by a planner that died, or another one is at work: "
                 "if none is, delete that file and plan again"
             )
-    return store.create(PLAN, json.dumps(head, indent=1).encode())
+    return store.create(paths.PLAN, json.dumps(head, indent=1).encode())
 
 
 def _parquet(partitions: Sequence[Partition]) -> bytes:
@@ -177,27 +176,27 @@ def _parquet(partitions: Sequence[Partition]) -> bytes:
 def _head(store: Store) -> dict[str, Any]:
     """plan.json, its format checked."""
     try:
-        head: dict[str, Any] = store.read_json(PLAN)
+        head: dict[str, Any] = store.read_json(paths.PLAN)
     except FileNotFoundError:
         raise PlanError(f"no plan at {store.url}: clip-batch plan --input ... --output {store.url}") from None
     except ValueError:
-        raise CorruptError(f"{store.display(PLAN)} is not JSON: restore it, or plan into another --output") from None
-    if head.get("format") != FORMAT:
-        raise PlanError(
-            f"{store.display(PLAN)} has format {head.get('format')}, not {FORMAT}: use the version it was planned with"
-        )
+        where = store.display(paths.PLAN)
+        raise CorruptError(f"{where} is not JSON: restore it, or plan into another --output") from None
+    if (format := head.get("format")) != FORMAT:
+        where = store.display(paths.PLAN)
+        raise PlanError(f"{where} has format {format}, not {FORMAT}: use the version it was planned with")
     return head
 
 
 def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
     head = _head(store)
     try:
-        table = store.read(SLICES)
+        table = store.read(paths.SLICES)
     except FileNotFoundError:
         table = b""
     if hashlib.sha256(table).hexdigest() != head["plan_parquet"]["sha256"]:
         raise CorruptError(
-            f"{store.display(SLICES)} is not what was planned: restore it, or plan into another --output"
+            f"{store.display(paths.SLICES)} is not what was planned: restore it, or plan into another --output"
         )
     encoder = EncoderSpec(**{name: value for name, value in head["encoder"].items() if name != "fingerprint"})
     images, captions = tuple(head["image_extensions"]), tuple(head["caption_extensions"])

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from clip_batch.config import StorageConfig
 from clip_batch.embeddings.commits import read_commits
-from clip_batch.embeddings.reader import FOLDER
 from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
+from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.npy import npy_header
 from clip_batch.storage.retry import Unavailable
@@ -108,11 +108,11 @@ def embedding(
     """
     origin = _source(manifest, source)
     store = Store(origin.output, storage.storage_options)
-    if kind not in FOLDER:
-        raise ConfigError(f"no vectors of {kind!r}: kinds are {', '.join(FOLDER)}")
+    if kind not in paths.VECTORS:
+        raise ConfigError(f"no vectors of {kind!r}: kinds are {', '.join(paths.VECTORS)}")
     partition, place = int(row["partition"]), int(row["row"])
     find = _committed if origin.verified else _numbered
-    path = find(store, origin, FOLDER[kind], partition)
+    path = find(store, origin, paths.VECTORS[kind], partition)
     try:
         (rows, dim), dtype, start = _header(store, path)
         if place >= rows or dim != manifest.dim:

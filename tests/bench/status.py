@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from clip_batch.embeddings import workers
-from clip_batch.embeddings.commits import COMMITS
+from clip_batch.plan import paths
 from clip_batch.types import Commit
 from tests import fabricated
 
@@ -28,7 +28,7 @@ from tests import fabricated
 def fill(out: Path, partitions: int, share: int) -> None:
     """A plan, a commit for all but `share` partitions, and a record a worker of `share` partitions."""
     plan = fabricated.make_plan(out, partitions)
-    for folder in (COMMITS, workers.WORKERS):
+    for folder in (paths.COMMITS, paths.WORKERS):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for first in range(0, partitions, share):
         told = {}
@@ -41,12 +41,12 @@ def fill(out: Path, partitions: int, share: int) -> None:
                 number, "0a1b2c3d", 10_000, 512, "0" * 16, plan.digest, files, counts, failed, {}, 0, 60.0, "n"
             )
             if number:
-                (out / COMMITS / f"{plan.name(number)}.json").write_text(json.dumps(asdict(commit), indent=1))
+                (out / paths.COMMITS / f"{plan.name(number)}.json").write_text(json.dumps(asdict(commit), indent=1))
             told[str(number)] = {
                 key: getattr(commit, key) for key in ("rows", "failed", "warnings", "started", "finished")
             }
         record = workers.WorkerRecord("n:1", "slurm 1_1", 1, 0, time.time(), False, 10_000, [0], told)
-        (out / workers.WORKERS / f"n-1-{first:08x}.json").write_text(json.dumps(vars(record)))
+        (out / paths.WORKERS / f"n-1-{first:08x}.json").write_text(json.dumps(vars(record)))
 
 
 def seconds(out: Path, expected: int) -> float:
@@ -69,7 +69,7 @@ def main() -> None:
             out = Path(folder, name)
             fill(out, options.partitions, share)
             figures[name] = min(seconds(out, options.partitions - 1) for _ in range(3))
-        shutil.rmtree(out / workers.WORKERS)
+        shutil.rmtree(out / paths.WORKERS)
         figures["commits"] = min(seconds(out, options.partitions - 1) for _ in range(3))
         fill(Path(folder, "one"), 1, 1)
         figures["start"] = min(seconds(Path(folder, "one"), 0) for _ in range(3))

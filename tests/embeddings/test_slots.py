@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from clip_batch.config import EmbedConfig, PlanConfig
-from clip_batch.embeddings.commits import COMMITS, commit_names
+from clip_batch.embeddings.commits import commit_names
 from clip_batch.embeddings.embed import embed
-from clip_batch.embeddings.slots import LOOK, MANY, Look, Slot, partitions, spare
-from clip_batch.embeddings.workers import BEAT, SILENT, WORKERS, WorkerRecord, WorkerRun
+from clip_batch.embeddings.slots import MANY, Look, Slot, partitions, spare
+from clip_batch.embeddings.workers import BEAT, SILENT, WorkerRecord, WorkerRun
+from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
 from tests import fabricated
@@ -47,15 +48,15 @@ def at_work(out: Path, slots: int, each: int) -> Counting:
     store = Counting(str(out))
     for slot in range(slots):
         one = WorkerRecord("", "", 0, 0, time.time(), False, 0, [slot], {}, (slot, slots, ""))
-        store.replace(f"{WORKERS}/{slot}.json", json.dumps(vars(one)).encode())
+        store.replace(f"{paths.WORKERS}/{slot}.json", json.dumps(vars(one)).encode())
     store.asked.clear()
     return store
 
 
 def left_at(store: Store, ago: float) -> None:
     """Make the look that was left older."""
-    look = Look(**store.read_json(LOOK))
-    store.replace(LOOK, json.dumps(look._replace(seen=look.seen - ago)._asdict()).encode())
+    look = Look(**store.read_json(paths.LOOK))
+    store.replace(paths.LOOK, json.dumps(look._replace(seen=look.seen - ago)._asdict()).encode())
 
 
 def test_one_look_serves_many(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_an_old_look_is_renewed_by_one(tmp_path: Path, ago: float, writes: int) 
     seen = time.time()
     assert spare(store, {first} if first else set()) not in (None, first)
     assert store.asked["read"] > slots and store.asked["write"] == writes
-    assert abs(store.read_json(LOOK)["seen"] - seen) < BEAT
+    assert abs(store.read_json(paths.LOOK)["seen"] - seen) < BEAT
     store.asked.clear()
     spare(store, set())
     assert store.asked == {"read": 1, "write": 1}
@@ -90,14 +91,14 @@ def test_few_look_for_themselves(tmp_path: Path) -> None:
     store = at_work(tmp_path, MANY, 10)
     for _ in range(2):
         assert spare(store, set()) is not None
-        assert store.asked["read"] > MANY and not store.exists(LOOK)
+        assert store.asked["read"] > MANY and not store.exists(paths.LOOK)
         store.asked.clear()
 
 
 @pytest.mark.parametrize("left", [b"", b'{"then": 1}', b"[]"])
 def test_what_is_no_look_is_none(left: bytes, tmp_path: Path) -> None:
     store = at_work(tmp_path, 2, 10)
-    store.replace(LOOK, left)
+    store.replace(paths.LOOK, left)
     assert spare(store, set()) is not None
 
 
@@ -108,9 +109,9 @@ def test_a_wrong_look_costs_work_alone(tmp_path: Path) -> None:
     count = len(make_plan(PlanConfig(input=tars, model="fake:8", partition_samples=1), out).partitions)
     store, slot = Store(out), Slot(1, count)
     embed(out, config, range(0, count, 2))
-    before = {name: store.read(f"{COMMITS}/{name}.json") for name in commit_names(store)}
-    store.replace(LOOK, json.dumps(Look(time.time(), [[*range(count)]])._asdict()).encode())
+    before = {name: store.read(f"{paths.COMMITS}/{name}.json") for name in commit_names(store)}
+    store.replace(paths.LOOK, json.dumps(Look(time.time(), [[*range(count)]])._asdict()).encode())
     found = embed(out, config, partitions(store, slot), run=WorkerRun(slot=slot))
     assert {outcome.state for outcome in found} == {"committed"}
     assert {1} < {outcome.partition for outcome in found} <= set(range(1, count, 2))
-    assert {name: store.read(f"{COMMITS}/{name}.json") for name in before} == before
+    assert {name: store.read(f"{paths.COMMITS}/{name}.json") for name in before} == before

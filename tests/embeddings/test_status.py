@@ -13,10 +13,11 @@ import pytest
 from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings import submission, workers
-from clip_batch.embeddings.commits import COMMITS, read_commit
+from clip_batch.embeddings.commits import read_commit
 from clip_batch.embeddings.embed import embed
 from clip_batch.embeddings.status import describe, status
 from clip_batch.embeddings.workers import WorkerRecord
+from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
 from tests import corpus
@@ -36,8 +37,8 @@ def store(tmp_path: Path, out: str) -> Store:
 
 
 def record(store: Store) -> tuple[str, WorkerRecord]:
-    (name,) = store.list(workers.WORKERS)
-    return f"{workers.WORKERS}/{name}", workers.read_records(store)[0]
+    (name,) = store.list(paths.WORKERS)
+    return f"{paths.WORKERS}/{name}", workers.read_records(store)[0]
 
 
 def without_times(found: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def test_records_and_commits_tell_the_same(store: Store, monkeypatch: pytest.Mon
 
 
 def test_what_is_not_committed_any_more_does_not_count(store: Store) -> None:
-    store.remove(f"{COMMITS}/0001.json")
+    store.remove(f"{paths.COMMITS}/0001.json")
     found = status(store)
     assert (found["done"], found["missing"], found["rows"]) == (2, [1, 3], 20)
 
@@ -92,7 +93,7 @@ def test_repair_forgets_what_records_told(store: Store) -> None:
     commit = read_commit(store, "0001")
     Path(store.path(commit.file("img_emb") or "")).unlink()
     assert main(["repair", "--output", store.url, "--batch-size", "4"]) == 0
-    assert len(store.list(workers.WORKERS)) == 1
+    assert len(store.list(paths.WORKERS)) == 1
     assert status(store)["rows"] == 39
 
 
@@ -116,7 +117,7 @@ def test_a_commit_whose_answer_was_lost_keeps_its_files(store: Store, monkeypatc
         raise OSError("connection reset")
 
     for liar, states in ((deny, ["committed"]), (break_off, ["failed"])):
-        store.remove(f"{COMMITS}/0003.json")
+        store.remove(f"{paths.COMMITS}/0003.json")
         with monkeypatch.context() as patch:
             patch.setattr(Store, "create", liar)
             assert [outcome.state for outcome in embed(store.url, CONFIG)] == states

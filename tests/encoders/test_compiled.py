@@ -14,9 +14,9 @@ from clip_batch import encoders
 from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.demo import data
-from clip_batch.embeddings.commits import COMMITS
 from clip_batch.embeddings.embed import embed
 from clip_batch.errors import EncoderError
+from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
 
 pytestmark = pytest.mark.slow
@@ -80,7 +80,7 @@ def test_embed_compiles_for_its_batches(out: str, compiled: Any, monkeypatch: py
 
     monkeypatch.setattr(encoders, "load", load)
     assert [one.state for one in embed(out, EmbedConfig(device="cpu", batch_size=SIZE))] == ["committed"]
-    os.remove(f"{out}/{COMMITS}/0000.json")
+    os.remove(f"{out}/{paths.COMMITS}/0000.json")
     assert [one.state for one in embed(out, EmbedConfig(device="cpu", batch_size=SIZE, compile=True))] == ["committed"]
     assert asked == [0, SIZE]
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
-from clip_batch.embeddings.commits import COMMITS, read_commits
+from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.embed import embed
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.index.merge.merge import merge
+from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.search.lineage import Lineage, embedding, image, planned, shard_of, where
 from clip_batch.search.searcher import Searcher
@@ -200,7 +201,7 @@ def test_an_out_that_changed_is_refused_by_name(tmp_path: Path) -> None:
     other = replace(made, sources=(replace(made.sources[0], plan="0" * 64),))
     with pytest.raises(CorruptError, match="was planned anew since it was merged"):
         embedding(other, row, 0)
-    store.remove(f"{COMMITS}/0001.json")
+    store.remove(f"{paths.COMMITS}/0001.json")
     with pytest.raises(CorruptError, match="partition 1 is no longer committed"):
         embedding(made, row, 0)
 

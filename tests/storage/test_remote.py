@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from clip_batch.config import MergeConfig, PlanConfig, StorageConfig
-from clip_batch.embeddings.commits import HOME, committed, read_commits
+from clip_batch.embeddings.commits import committed, read_commits
 from clip_batch.embeddings.embed import embed
 from clip_batch.embeddings.repair import gc
 from clip_batch.embeddings.verify import verify_output
@@ -28,6 +28,7 @@ from clip_batch.errors import ConfigError
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
 from clip_batch.launch.doctor import doctor
+from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage import retry
 from clip_batch.storage.paths import TEMPORARY
@@ -162,8 +163,8 @@ def test_of_eight_racing_workers_one_commits(place: Place, tmp_path: Path) -> No
     store = place.store("out")
     [commit] = read_commits(store).values()
     named = set(commit.files)
-    assert {name for name in store.walk() if not name.startswith(HOME)} == {
-        name for name in named if not name.startswith(HOME)
+    assert {name for name in store.walk() if not name.startswith(paths.HOME)} == {
+        name for name in named if not name.startswith(paths.HOME)
     }, "losers removed their files"
     assert verify_output(store, deep=True, options=place.options).ok
 

@@ -20,6 +20,7 @@ from clip_batch.embeddings import clip_retrieval, reader
 from clip_batch.errors import ConfigError
 from clip_batch.index.ann import faiss_index, footprint
 from clip_batch.index.manifest import Manifest, current_version, load_manifest
+from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store, file_digest
 from clip_batch.types import EncoderSpec
@@ -77,7 +78,7 @@ class MergeJob:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of vectors that every part has."""
         commits = self.source.commits
-        return tuple(kind for kind, folder in reader.FOLDER.items() if all(commit.file(folder) for commit in commits))
+        return tuple(kind for kind, folder in paths.VECTORS.items() if all(commit.file(folder) for commit in commits))
 
     @property
     def rerank(self) -> int:

@@ -25,6 +25,7 @@ from clip_batch.errors import ConfigError
 from clip_batch.index.ann import faiss_index, recall
 from clip_batch.index.ann.rerank import candidates as depth
 from clip_batch.index.ann.rerank import rerank, score
+from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
@@ -141,7 +142,7 @@ def sweep(
 
 def draw(source: reader.Embeddings, modality: str, config: MergeConfig, wanted: int) -> tuple[SweepSample, int]:
     """The sample, without the held-out queries, and how many rows the whole has. ConfigError: no such vectors."""
-    kinds = [kind for kind, folder in reader.FOLDER.items() if all(part.file(folder) for part in source.commits)]
+    kinds = [kind for kind, folder in paths.VECTORS.items() if all(part.file(folder) for part in source.commits)]
     captioned = reader.check_files(source, tuple(kinds))
     filled: Mapping[str, list[int]] = {"image": [part.rows for part in source.commits], "text": captioned}
     kinds = [kind for kind in kinds if sum(filled[kind])]

@@ -20,6 +20,7 @@ from clip_batch.errors import ConfigError
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.merge import duplicates
 from clip_batch.index.merge.job import CENTROIDS, DROPPED, DUPLICATES, QUERIES, TEMPLATE, Attempt, MergeJob
+from clip_batch.plan import paths
 from clip_batch.storage import npy
 
 MOST_ORDER_LISTS = 4096
@@ -129,7 +130,7 @@ def read_queries(job: MergeJob, trained: dict[str, Any]) -> dict[str, tuple[Ids,
     for prefix, path in (("", job.drawn(trained, QUERIES)), (REFERENCE, trained["reference"])):
         if path:
             with job.index.fetch(path) as local, np.load(local) as saved:
-                for kind in reader.FOLDER:
+                for kind in paths.VECTORS:
                     if f"{kind}.rows" in saved:
                         found[prefix + kind] = saved[f"{kind}.rows"], saved[f"{kind}.vectors"]
     return found

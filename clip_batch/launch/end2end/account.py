@@ -19,10 +19,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_batch.embeddings.commits import HOME, read_commits
+from clip_batch.embeddings.commits import read_commits
 from clip_batch.errors import CorruptError, one_line
 from clip_batch.launch.end2end.img2dataset import table_name
 from clip_batch.launch.end2end.urls import UrlList, read_frozen
+from clip_batch.plan import paths
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.store import Store
 
@@ -91,11 +92,11 @@ def _of_embed(frozen: UrlList, output: Store) -> tuple[npt.NDArray[np.uint8], di
     embedded, unreadable = np.zeros(frozen.urls, np.uint8), dict[int, tuple[str, str]]()
     count = 0
     for commit in read_commits(output).values():
-        if name := commit.file("metadata"):
+        if name := commit.file(paths.METADATA):
             with output.open(name) as file:
                 numbers = frozen.rows(ParquetFile(file).read(["key"])["key"])
             np.add.at(embedded, numbers, 1)
-        if name := commit.file(f"{HOME}/failures"):
+        if name := commit.file(paths.FAILURES):
             with output.open(name) as file:
                 table = ParquetFile(file).read()
             told = [row for row in table.to_pylist() if row["key"] is not None]  # others are of a shard
