@@ -25,8 +25,8 @@ from clip_batch.embeddings.reader import Embeddings
 from clip_batch.embeddings.tables import Tables, without_metadata
 from clip_batch.errors import CorruptError
 from clip_batch.plan import paths
-from clip_batch.storage.npy import npy_header
-from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.npy import read_npy_header
+from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import version
 from clip_batch.types import Commit, EncoderSpec, Partition, Plan
@@ -142,20 +142,15 @@ def _look(store: Store, path: str) -> _Matrix:
     size, tag = version_tag(store, path)
     if not path.endswith(".npy"):
         return _Matrix(0, 0, size, tag)
-    try:
-        with store.open(path) as file:
-            shape, fortran, dtype = npy_header(file)
-            start = file.tell()
-    except (Unavailable, PermissionError):  # that is not the file's fault
-        raise
-    except (OSError, ValueError) as error:
-        raise CorruptError(f"{store.display(path)} is not a readable npy file ({error}): {MEND}") from None
-    if len(shape) != 2 or fortran or dtype not in map(np.dtype, DTYPES):
-        found = f"{dtype} {shape}{' in Fortran order' if fortran else ''}"
-        raise CorruptError(f"{store.display(path)} is {found}, not float16 or float32 (n, d): {MEND}")
-    if size != (wanted := start + dtype.itemsize * shape[0] * shape[1]):
-        raise CorruptError(f"{store.display(path)} has {size} bytes, {dtype} {shape} takes {wanted}: {MEND}")
-    return _Matrix(shape[0], shape[1], size, tag)
+    where = store.display(path)
+    with corrupt_unless_unavailable(f"{where} is not a readable npy file", MEND, ValueError), store.open(path) as file:
+        header = read_npy_header(file)
+    if not header.is_matrix(DTYPES):
+        raise CorruptError(f"{where} is {header}, not float16 or float32 (n, d): {MEND}")
+    if size != header.file_size:
+        raise CorruptError(f"{where} has {size} bytes, {header} takes {header.file_size}: {MEND}")
+    rows, dim = header.shape
+    return _Matrix(rows, dim, size, tag)
 
 
 def version_tag(store: Store, path: str) -> tuple[int, str]:

@@ -7,7 +7,6 @@ Files carry the attempt's id, so attempts never touch each other's; `commit` the
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import secrets
 import socket
@@ -19,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from clip_batch.embeddings.metadata import metadata_schema
 from clip_batch.plan import paths
+from clip_batch.storage.npy import half_header
 from clip_batch.storage.store import Store, stream_digest
 from clip_batch.types import Commit, Failure, Plan
 
@@ -158,7 +158,7 @@ class PartWriter:
         for folder, spool in self._spools.items():
             if folder.endswith("_emb"):
                 spool.seek(0)
-                spool.write(_npy_header(self.rows, self.dim))
+                spool.write(half_header(self.rows, self.dim))
             spool.flush()
             spool.seek(0)
             digest = stream_digest(spool)
@@ -175,7 +175,7 @@ class PartWriter:
         if folder not in self._spools:
             self._spools[folder] = self._stack.enter_context(self.store.writer(self._name(folder)))
             if folder.endswith("_emb"):
-                self._spools[folder].write(_npy_header(0, self.dim))
+                self._spools[folder].write(half_header(0, self.dim))
         return self._spools[folder]
 
     def _append(self, folder: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -210,13 +210,3 @@ def _failures_schema() -> pa.Schema:
 
     text = pa.string()
     return pa.schema([("key", text), ("shard", text), ("offset", pa.int64()), ("reason", text), ("message", text)])
-
-
-def _npy_header(rows: int, dim: int) -> bytes:
-    """numpy's header for float16 (rows, dim). numpy pads it for growth, so `rows` never changes its length."""
-    import numpy as np
-
-    buffer = io.BytesIO()
-    described = {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)}
-    np.lib.format.write_array_header_1_0(buffer, described)  # type: ignore[no-untyped-call]
-    return buffer.getvalue()

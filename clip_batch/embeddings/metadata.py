@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from clip_batch.errors import CorruptError
 from clip_batch.storage.arrow import ParquetFile
-from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Sample
 
@@ -23,13 +23,9 @@ LINEAGE = ("partition", "row")
 
 @contextmanager
 def _open(store: Store, path: str) -> Iterator[ParquetFile]:
-    try:
-        with store.open(path) as file:
-            yield ParquetFile(file)
-    except (Unavailable, PermissionError):  # that is not the file's fault
-        raise
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CorruptError(f"{store.display(path)} is not readable ({error}): run clip-batch verify") from None
+    what = f"{store.display(path)} is not readable"
+    with corrupt_unless_unavailable(what, "run clip-batch verify", pa.ArrowInvalid), store.open(path) as file:
+        yield ParquetFile(file)
 
 
 def count(store: Store, path: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,8 @@ from clip_batch.embeddings.commits import read_commits
 from clip_batch.encoders.device import cores
 from clip_batch.errors import CorruptError, IncompleteError
 from clip_batch.plan import paths
-from clip_batch.storage.npy import Half, filled, norms_of, npy_header
-from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.npy import Half, NpyHeader, filled, map_matrix, norms_of, read_npy_header
+from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import Commit, Plan, format_numbers
 
@@ -121,7 +121,7 @@ def check_files(source: Embeddings, kinds: tuple[str, ...]) -> list[int]:
 
     def check(commit: Commit) -> int:
         for kind in kinds:
-            _layout(source, commit, kind)
+            _header(source, commit, kind)
         rows, captioned = source.count(commit)
         if rows != commit.rows:
             path = source.store.display(_path(source, commit, paths.METADATA))
@@ -139,25 +139,20 @@ def _path(source: Embeddings, commit: Commit, folder: str) -> str:
     return path
 
 
-def _layout(source: Embeddings, commit: Commit, kind: str) -> tuple[int, np.dtype[Any]]:
-    """Where the matrix starts in a part's npy file, and its dtype; its header and size are checked."""
+def _header(source: Embeddings, commit: Commit, kind: str) -> NpyHeader:
+    """The header of a part's npy file, checked against its commit and the file's size."""
     store, path = source.store, _path(source, commit, paths.VECTORS[kind])
-    try:
+    where = store.display(path)
+    with corrupt_unless_unavailable(f"{where} is not a readable npy file", source.mend, ValueError):
         with store.open(path) as file:
-            shape, fortran, dtype = npy_header(file)
-            start = file.tell()
+            header = read_npy_header(file)
         size = store.size(path)
-    except (Unavailable, PermissionError):  # that is not the file's fault
-        raise
-    except (OSError, ValueError) as error:
-        raise CorruptError(f"{store.display(path)} is not a readable npy file ({error}): {source.mend}") from None
-    wanted = (commit.rows, commit.dim)
-    if shape != wanted or dtype not in map(np.dtype, source.dtypes) or fortran:
-        found = f"{dtype} {shape}{' in Fortran order' if fortran else ''}"
-        raise CorruptError(f"{store.display(path)} is {found}, the commit says float16 {wanted}: {source.mend}")
-    if size != start + dtype.itemsize * commit.rows * commit.dim:
-        raise CorruptError(f"{store.display(path)} is cut: it has {size} bytes for {dtype} {shape}: {source.mend}")
-    return start, dtype
+    if header.shape != (commit.rows, commit.dim) or not header.is_matrix(source.dtypes):
+        planned = f"float16 {(commit.rows, commit.dim)}"
+        raise CorruptError(f"{where} is {header}, the commit says {planned}: {source.mend}")
+    if size != header.file_size:
+        raise CorruptError(f"{where} is cut: it has {size} bytes for {header}: {source.mend}")
+    return header
 
 
 def read_vectors(source: Embeddings, kind: str, start: int, stop: int) -> Half:
@@ -165,15 +160,15 @@ def read_vectors(source: Embeddings, kind: str, start: int, stop: int) -> Half:
     out = np.empty((stop - start, source.dim), dtype=np.float16)
     done = 0
     for commit, low, high in source.pieces(start, stop):
-        path, (begin, dtype) = _path(source, commit, paths.VECTORS[kind]), _layout(source, commit, kind)
-        width = dtype.itemsize * commit.dim
+        path, header = _path(source, commit, paths.VECTORS[kind]), _header(source, commit, kind)
+        width = header.dtype.itemsize * commit.dim
         with source.store.open(path) as file:
-            file.seek(begin + low * width)
+            file.seek(header.offset + low * width)
             data = file.read((high - low) * width)
         if len(data) != (high - low) * width:
             raise CorruptError(f"{source.store.display(path)} ended early: {source.mend}")
         with np.errstate(over="ignore"):  # what is too large for float16 is found when rows are checked
-            out[done : done + high - low] = np.frombuffer(data, dtype=dtype).reshape(-1, commit.dim)
+            out[done : done + high - low] = np.frombuffer(data, dtype=header.dtype).reshape(-1, commit.dim)
         done += high - low
     return out
 
@@ -231,10 +226,10 @@ def _gather(source: Embeddings, kind: str, part: int, order: Rows, captioned: in
     Memory-mapped and read in file order. CorruptError where a drawn row is not finite and unit.
     """
     commit = source.commits[part]
-    path, (start, dtype) = _path(source, commit, paths.VECTORS[kind]), _layout(source, commit, kind)
+    path, header = _path(source, commit, paths.VECTORS[kind]), _header(source, commit, kind)
     in_file_order = np.sort(order)
     with source.store.fetch(path) as local:
-        mapped = np.memmap(local, dtype=dtype, mode="r", offset=start, shape=(commit.rows, commit.dim))
+        mapped = map_matrix(local, header)
         with np.errstate(over="ignore"):
             vectors = np.asarray(mapped[in_file_order], dtype=np.float16)
         del mapped
@@ -257,9 +252,9 @@ def gather(source: Embeddings, kind: str, rows: Rows) -> Half:
     for commit, first, low, high in zip(source.commits, source.starts, cuts, cuts[1:], strict=False):
         if low == high:
             continue
-        start, dtype = _layout(source, commit, kind)
+        header = _header(source, commit, kind)
         with source.store.fetch(_path(source, commit, paths.VECTORS[kind])) as local:
-            mapped = np.memmap(local, dtype=dtype, mode="r", offset=start, shape=(commit.rows, commit.dim))
+            mapped = map_matrix(local, header)
             with np.errstate(over="ignore"):
                 out[low:high] = mapped[rows[low:high] - first]
             del mapped

@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_batch.embeddings import metadata
-from clip_batch.errors import CorruptError, one_line
 from clip_batch.storage.arrow import ParquetFile
-from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import KEY_COLUMNS
 
@@ -55,18 +54,11 @@ class Tables:
         self.schema = self._union(schemas)
 
     def _footer(self, path: str) -> tuple[str, Footer]:
-        try:
-            with self.store.open(path) as file:
-                parquet = ParquetFile(file)
-                groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-                return path, Footer(tuple(groups), parquet.schema)
-        except (Unavailable, PermissionError):  # that is not the file's fault
-            raise
-        except (OSError, pa.ArrowInvalid) as error:
-            reason = one_line(error, 200)
-            raise CorruptError(
-                f"{self.store.display(path)} is not readable Parquet ({reason}): copy it again"
-            ) from None
+        what = f"{self.store.display(path)} is not readable Parquet"
+        with corrupt_unless_unavailable(what, "copy it again", pa.ArrowInvalid), self.store.open(path) as file:
+            parquet = ParquetFile(file)
+            groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+            return path, Footer(tuple(groups), parquet.schema)
 
     def _union(self, schemas: Sequence[pa.Schema]) -> pa.Schema:
         kinds: dict[str, pa.DataType] = {}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from clip_batch.embeddings.commits import read_commits
+from clip_batch.errors import CorruptError
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
-from clip_batch.storage.npy import npy_header, open_matrix
-from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.npy import open_matrix, read_npy_header
+from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import Commit, Plan, Sample
 
@@ -75,34 +77,34 @@ def _check_commit(store: Store, plan: Plan, commit: Commit, deep: bool, options:
     for name, stored in commit.files.items():
         if problem := check_file(store, name, stored, deep):
             return problem
-    problem = _check_rows(store, commit)
+    try:
+        problem = _check_rows(store, commit)
+    except CorruptError as error:
+        return str(error)
     if deep and not problem:
         problem = _check_vectors(store, commit) or _check_input(store, plan, commit, options)
     return problem
 
 
 def _check_rows(store: Store, commit: Commit) -> str | None:
-    import numpy as np
-
     from clip_batch.storage.arrow import ParquetFile
 
     if not commit.rows:
         return None
-    try:
-        for folder in _folders(commit):
-            with store.open(commit.file(folder) or "") as file:
-                shape, _, dtype = npy_header(file)
-            if shape != (commit.rows, commit.dim) or dtype != np.float16:
-                return f"{commit.file(folder)} holds {dtype} {shape}, committed were {commit.rows} rows of {commit.dim}"
-        with store.open(commit.file(paths.METADATA) or "") as file:
-            rows = ParquetFile(file).metadata.num_rows
-        if rows != commit.rows:
-            return f"{commit.file('metadata')} holds {rows} rows, committed were {commit.rows}"
-    except (Unavailable, PermissionError):  # nothing that a repair would mend
-        raise
-    except (OSError, ValueError) as error:
-        return f"cannot be read: {error}"
-    return None
+    for folder in _folders(commit):
+        name = commit.file(folder) or ""
+        with _readable(name), store.open(name) as file:
+            header = read_npy_header(file)
+        if header.shape != (commit.rows, commit.dim) or not header.is_matrix(["<f2"]):
+            return f"{name} holds {header}, committed were {commit.rows} rows of {commit.dim}"
+    name = commit.file(paths.METADATA) or ""
+    with _readable(name), store.open(name) as file:
+        rows = ParquetFile(file).metadata.num_rows
+    return None if rows == commit.rows else f"{name} holds {rows} rows, committed were {commit.rows}"
+
+
+def _readable(name: str) -> AbstractContextManager[None]:
+    return corrupt_unless_unavailable(f"{name} cannot be read", "run clip-batch repair", ValueError)
 
 
 def _folders(commit: Commit) -> list[str]:

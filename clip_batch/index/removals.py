@@ -27,8 +27,8 @@ import pyarrow.compute as pc
 from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import Manifest, current_version
 from clip_batch.storage.arrow import ipc_schema
-from clip_batch.storage.npy import npy_header
-from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.npy import read_npy_header
+from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 
 FOLDER = "tombstones"
@@ -101,13 +101,9 @@ def state(store: Store) -> str:
 
 def read_schema(store: Store, name: str) -> pa.Schema:
     """The columns of a metadata file. CorruptError if it is not readable."""
-    try:
-        with store.open(name) as file:
-            return ipc_schema(file)
-    except (Unavailable, PermissionError):  # that is not the file's fault
-        raise
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CorruptError(f"{store.display(name)} is not a readable Arrow file ({error}): merge again") from None
+    what = f"{store.display(name)} is not a readable Arrow file"
+    with corrupt_unless_unavailable(what, "merge again", pa.ArrowInvalid), store.open(name) as file:
+        return ipc_schema(file)
 
 
 def check(tombstones: Tombstones, schema: pa.Schema) -> None:
@@ -255,10 +251,9 @@ def _cached(store: Store, manifest: Manifest, digests: Sequence[str]) -> dict[st
 
 def _read_ids(data: bytes, rows: int) -> Ids:
     """Sorted ids of a cache file; ValueError where it is none of a version of so many rows."""
-    file = io.BytesIO(data)
-    shape, _, dtype = npy_header(file)
-    ids = np.frombuffer(data, dtype="<i8", offset=file.tell())
-    if dtype != ids.dtype or shape != ids.shape or np.any(np.diff(ids) <= 0):
+    header = read_npy_header(io.BytesIO(data))
+    ids = np.frombuffer(data, dtype="<i8", offset=header.offset)
+    if header.dtype != ids.dtype or header.shape != ids.shape or np.any(np.diff(ids) <= 0):
         raise ValueError("not sorted int64 ids")
     if len(ids) and (ids[0] < 0 or ids[-1] >= rows):
         raise ValueError("ids of another version")

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.config import StorageConfig
+from clip_batch.embeddings.clip_retrieval import DTYPES
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
-from clip_batch.storage.npy import npy_header
-from clip_batch.storage.retry import Unavailable
+from clip_batch.storage.npy import read_npy_header
+from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import has_ranges, read_range
 from clip_batch.types import partition_name
@@ -113,17 +114,14 @@ def embedding(
     partition, place = int(row["partition"]), int(row["row"])
     find = _committed if origin.verified else _numbered
     path = find(store, origin, paths.VECTORS[kind], partition)
-    try:
-        (rows, dim), dtype, start = _header(store, path)
-        if place >= rows or dim != manifest.dim:
-            raise ValueError(f"it is {rows:,} x {dim}")
-        first = start + place * dim * dtype.itemsize
-        data = _read(store, path, first, first + dim * dtype.itemsize)
-    except (Unavailable, PermissionError):  # that is not the file's fault
-        raise
-    except (OSError, ValueError, InputError) as error:
-        raise CorruptError(f"{store.display(path)} has no row {place} ({error}): {_MEND}") from None
-    return np.frombuffer(data, dtype).astype(np.float32)
+    with corrupt_unless_unavailable(f"{store.display(path)} has no row {place}", _MEND, ValueError, InputError):
+        header = read_npy_header(io.BytesIO(_read(store, path, 0, min(_HEADER, store.size(path)))))
+        if not header.is_matrix(DTYPES) or place >= header.shape[0] or header.shape[1] != manifest.dim:
+            raise ValueError(f"it is {header}")
+        width = header.dtype.itemsize * manifest.dim
+        first = header.offset + place * width
+        data = _read(store, path, first, first + width)
+    return np.frombuffer(data, header.dtype).astype(np.float32)
 
 
 _MEND = "run clip-batch verify, then repair, or merge again"
@@ -149,15 +147,6 @@ def _numbered(store: Store, origin: MergedOutput, folder: str, partition: int) -
     if len(found := [name for name in store.list(folder) if re.fullmatch(pattern, name)]) != 1:
         raise CorruptError(f"{store.display(folder)} has {len(found)} files of number {partition}: merge again")
     return f"{folder}/{found[0]}"
-
-
-def _header(store: Store, path: str) -> tuple[tuple[int, int], np.dtype[Any], int]:
-    """Shape and type of an npy file's matrix, and where it starts; ValueError where it is none of ours."""
-    file = io.BytesIO(_read(store, path, 0, min(_HEADER, store.size(path))))
-    shape, fortran, dtype = npy_header(file)
-    if len(shape) != 2 or fortran or dtype.str not in ("<f2", "<f4"):
-        raise ValueError(f"it is {dtype} {shape}")
-    return shape, dtype, file.tell()
 
 
 def image(row: dict[str, Any], storage: StorageConfig = StorageConfig()) -> bytes | None:

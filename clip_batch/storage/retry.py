@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import re
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, TypeVar
 
-from clip_batch.errors import ClipBatchError, InputError, one_line
+from clip_batch.errors import ClipBatchError, CorruptError, InputError, one_line
 
 T = TypeVar("T")
 
@@ -93,7 +94,23 @@ _IN_URLS = re.compile(
 
 
 class Unavailable(OSError):
-    """The store did not do it, for now: that says nothing of what it holds."""
+    """A store does not answer for now. That says nothing about the files it holds."""
+
+
+@contextlib.contextmanager
+def corrupt_unless_unavailable(what: str, remedy: str, *parse_errors: type[Exception]) -> Iterator[None]:
+    """Raise CorruptError "{what} ({error}): {remedy}" where the block cannot read a file.
+
+    Covers OSError and the `parse_errors` of the file's format. Unavailable and PermissionError pass unchanged, as
+    they say nothing about the file: `repair` would otherwise retire sound commits while a store is down.
+    """
+    unreadable: tuple[type[Exception], ...] = (OSError, *parse_errors)
+    try:
+        yield
+    except (Unavailable, PermissionError):
+        raise
+    except unreadable as error:
+        raise CorruptError(f"{what} ({one_line(error, 200)}): {remedy}") from None
 
 
 def ask(

@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 
 from clip_batch.embeddings.reader import Rows, blocks
-from clip_batch.storage.npy import Half
+from clip_batch.storage.npy import Half, half_header
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Ordered:
 
     def save(self, file: IO[bytes]) -> None:
         """Write the rows as an npy file of float16 (n, d)."""
-        described = {"descr": "<f2", "fortran_order": False, "shape": (len(self), self.vectors.shape[1])}
-        np.lib.format.write_array_header_1_0(file, described)  # type: ignore[no-untyped-call]
+        file.write(half_header(len(self), self.vectors.shape[1]))
         for block in blocks(len(self)):
             file.write(self[block].tobytes())
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from clip_batch.index.ann.recall import TOP
 from clip_batch.index.ann.rerank import MOST, PAIRS, candidates, rerank
-from clip_batch.storage.npy import filled, unit, widen
+from clip_batch.storage.npy import unit
 from tests.fabricated import clustered
 
 
@@ -57,15 +57,3 @@ def test_candidates_are_enough_and_bounded(k: int, factor: int) -> None:
     assert found >= max(k, TOP + 1)
     assert found >= min(factor * k, MOST)
     assert found <= max(MOST, k)
-
-
-def test_float16_is_widened_as_numpy_does() -> None:
-    every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(256, 256)
-    finite = np.isfinite(every)
-    np.testing.assert_array_equal(
-        widen(every)[finite].view(np.uint32), every.astype(np.float32)[finite].view(np.uint32)
-    )
-    assert (np.abs(widen(every)[~finite]) >= 2**16).all()
-    rows = np.array([[0, -0.0], [0, 6e-8], [1, 0]], dtype=np.float16)
-    assert filled(rows).tolist() == [False, True, True]
-    np.testing.assert_array_equal(unit(rows[:, ::-1]), np.array([[0, 0], [1, 0], [0, 1]], dtype=np.float32))

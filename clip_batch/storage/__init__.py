@@ -1,0 +1,1 @@
+"""Files, local or remote: stores, retries, downloads, caches, and the formats that every folder reads."""
