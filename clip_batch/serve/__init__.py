@@ -1,1 +1,1 @@
-"""The HTTP service and its web page."""
+"""The HTTP services: search with its web page, and the worker that runs the stages on request."""

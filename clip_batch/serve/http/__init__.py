@@ -1,1 +1,1 @@
-"""What any of our HTTP services needs: errors, limits, metrics, threads and its OpenAPI description."""
+"""Parts that both HTTP services share: errors, bodies, limits, metrics and OpenAPI."""

@@ -1,4 +1,4 @@
-"""What a request can be refused for, and how that is answered."""
+"""Exceptions that refuse a request; `responses.refusal` turns them into an HTTP response."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from clip_batch.errors import ClipBatchError
 
 
 class Refused(ClipBatchError):
-    """A request that is answered with `status`; `field` names what is wrong in it, where something is."""
+    """The request is answered with HTTP status `status`. `field` names the part of it that is wrong, if any."""
 
     def __init__(self, status: int, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -14,7 +14,7 @@ class Refused(ClipBatchError):
 
 
 class Busy(Refused):
-    """More waits than may: ask again in `after` seconds."""
+    """The service has too much to do. The client may try again in `after` seconds."""
 
     def __init__(self, message: str, status: int = 503, after: int = 1) -> None:
         super().__init__(status, f"{message}: ask again in {after} s")

@@ -1,4 +1,4 @@
-"""/openapi.json: bodies are read by `limits.read`, so FastAPI must be told of their models."""
+"""The description at /openapi.json. `requests.read` reads the bodies, so FastAPI must be told of their models."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from clip_batch.serve.search.schema import Problem
+from clip_batch.serve.http.responses import Problem
 
-_WHY = {
+_REASONS = {
     400: "The request does not fit this index or this server.",
     401: "A token is needed.",
     404: "There is no such index or row.",
@@ -20,30 +20,32 @@ _WHY = {
     413: "The body is too large.",
     422: "The request is not understood.",
     429: "Too many requests from this client.",
-    503: "Too many requests at work, or the index is not open.",
+    503: "Too many requests are in progress, or the index is not open.",
 }
 
-REFUSALS: dict[int | str, dict[str, Any]] = {code: {"model": Problem, "description": why} for code, why in _WHY.items()}
-"""What any route may answer instead of 200."""
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": reason} for status, reason in _REASONS.items()
+}
+"""OpenAPI's `responses` of the errors that any route may answer with."""
 
-_WHERE = "#/components/schemas/{model}"
+_REFERENCE = "#/components/schemas/{model}"
 
 
 def takes(model: type[BaseModel]) -> dict[str, Any]:
-    """What a route's `openapi_extra` says of its body."""
-    schema = {"$ref": _WHERE.format(model=model.__name__)}
+    """Return the `openapi_extra` of a route whose body is a `model`."""
+    schema = {"$ref": _REFERENCE.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def describe(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
-    """Let `app.openapi` define the models of bodies."""
+    """Add the models of the bodies to what `app.openapi` returns."""
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
-            found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            _, models = models_json_schema([(model, "validation") for model in bodies], ref_template=_WHERE)
-            found.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
-            app.openapi_schema = found
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, models = models_json_schema([(model, "validation") for model in bodies], ref_template=_REFERENCE)
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
+            app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]

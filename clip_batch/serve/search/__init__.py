@@ -1,1 +1,1 @@
-"""The search service: /v1, clip-retrieval's protocol, and the live versions behind them."""
+"""The search service, `clip-batch serve`: clip-retrieval's endpoints, the /v1 endpoints and the web page."""

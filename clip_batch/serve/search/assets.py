@@ -1,4 +1,4 @@
-"""The web page's files, read once, served with a policy that lets it load nothing from anywhere else."""
+"""The web page's files. They are read once and served with a policy that lets them load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""Content-Security-Policy (W3C, level 3): scripts, styles and data from this service alone, nothing inline;
-`blob:` is a picture the user chose, or one that was fetched with a token."""
+"""Content-Security-Policy (W3C, level 3): scripts, styles and data come from this service alone, and none are inline.
+`blob:` is for pictures that the user chose, or that were fetched with a token."""
 
 HEADERS = {
     "content-security-policy": POLICY,
@@ -34,7 +34,7 @@ HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
-    """Routes `/` and `/page/{name}`: only files that lie in the package's folder `page` now."""
+    """Add the routes `/` and `/page/{name}`. They serve only files that are in the folder `page` at this moment."""
     assets: dict[str, tuple[bytes, dict[str, Any]]] = {}
     for file in (files("clip_batch.serve") / "page").iterdir():
         kind = KINDS.get("." + file.name.rpartition(".")[2])

@@ -1,7 +1,7 @@
-"""Dynamic batching: queries that arrive together are encoded together, in lanes of texts and of images.
+"""Dynamic batching: queries that arrive at about the same time are encoded in one batch.
 
-A lane encodes one batch at a time in a thread of its own; what arrives meanwhile is the next batch. All
-but that thread runs on the event loop, so nothing here needs a lock.
+A lane encodes one batch at a time in its own thread; the queries that arrive meanwhile form the next batch.
+Everything else runs on the event loop, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -10,37 +10,32 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from clip_batch.serve.http.errors import Busy
 
-if TYPE_CHECKING:
-    from clip_batch.config import ServeConfig
-    from clip_batch.encoders import Encoder, Pixels
-    from clip_batch.serve.http.metrics import Metrics
-
 T = TypeVar("T")
 Vector = npt.NDArray[np.float32]
 
 
 class Lane(Generic[T]):
-    """`encode` of up to `most` items at once, float32 (n, d); the first of them waits `wait` seconds for more.
+    """A queue of items in front of `encode`, which turns a list of them into float32 (n, d).
 
-    More than `queue` items waiting: Busy.
+    A batch has at most `batch` items; its first item waits up to `wait` seconds for others. At most `queue` items wait.
     """
 
-    def __init__(self, encode: Callable[[list[T]], Vector], most: int, wait: float, queue: int) -> None:
-        self._encode, self._most, self._wait, self._limit = encode, most, wait, queue
+    def __init__(self, encode: Callable[[list[T]], Vector], batch: int, wait: float, queue: int) -> None:
+        self._encode, self._batch, self._wait, self._queue = encode, batch, wait, queue
         self._waiting: deque[tuple[T, asyncio.Future[Vector]]] = deque()
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "encode")
 
     async def submit(self, items: Sequence[T]) -> list[Vector]:
-        """The vector (d,) of each item; what `encode` raises for one."""
-        if len(self._waiting) + len(items) > self._limit:
+        """Return the vector (d,) of each item. Raises Busy if the queue is full, or what `encode` raises."""
+        if len(self._waiting) + len(items) > self._queue:
             raise Busy("too many queries wait for the encoder")
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Vector]] = [loop.create_future() for _ in items]
@@ -50,14 +45,15 @@ class Lane(Generic[T]):
         return await asyncio.gather(*futures)
 
     async def _drain(self) -> None:
-        if self._wait and len(self._waiting) < self._most:
+        if self._wait and len(self._waiting) < self._batch:
             await asyncio.sleep(self._wait)
         while self._waiting:
-            taken = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
-            batch = [(item, future) for item, future in taken if not future.done()]  # its request may be gone
-            await self._settle(batch)
+            taken = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
+            # The future of a request whose client went away is done already.
+            await self._settle([(item, future) for item, future in taken if not future.done()])
 
     async def _settle(self, batch: list[tuple[T, asyncio.Future[Vector]]]) -> None:
+        """Encode a batch and resolve its futures. If the batch fails, each item is tried by itself."""
         if not batch:
             return
         loop = asyncio.get_running_loop()
@@ -68,85 +64,43 @@ class Lane(Generic[T]):
                 if not batch[0][1].done():
                     batch[0][1].set_exception(error)
                 return
-            for one in batch:  # so that a query that cannot be encoded fails alone
-                await self._settle([one])
+            for pair in batch:
+                await self._settle([pair])
             return
         for (_, future), vector in zip(batch, vectors, strict=True):
             if not future.done():
                 future.set_result(vector)
 
     def close(self) -> None:
-        """End the thread, after the batch that is in it."""
+        """End the thread once its current batch is encoded."""
         self._thread.shutdown(wait=False)
 
 
 class TextCache:
-    """Vectors of texts, the least recently asked leaving first when they take more than `limit` bytes."""
+    """Vectors of texts. When they take more than `limit` bytes, the least recently used are dropped."""
 
     _OVERHEAD = 300
-    """Bytes of Python objects an entry, about."""
+    """Approximate bytes of Python objects for each entry."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._size = limit, 0
-        self._kept: OrderedDict[str, Vector] = OrderedDict()
+        self._vectors: OrderedDict[str, Vector] = OrderedDict()
 
     def get(self, text: str) -> Vector | None:
-        found = self._kept.get(text)
-        if found is not None:
-            self._kept.move_to_end(text)
-        return found
+        """Return the vector of `text`, or None if it is not cached."""
+        vector = self._vectors.get(text)
+        if vector is not None:
+            self._vectors.move_to_end(text)
+        return vector
 
     def put(self, text: str, vector: Vector) -> None:
-        if text in self._kept:
+        """Store the vector of `text`."""
+        if text in self._vectors:
             return
-        self._kept[text] = vector
+        self._vectors[text] = vector
         self._size += self._cost(text, vector)
         while self._size > self._limit:
-            self._size -= self._cost(*self._kept.popitem(last=False))
+            self._size -= self._cost(*self._vectors.popitem(last=False))
 
     def _cost(self, text: str, vector: Vector) -> int:
         return 4 * len(text) + vector.nbytes + self._OVERHEAD
-
-
-class Encoding:
-    """An encoder with its two lanes and its cache; indices of one encoder share one."""
-
-    def __init__(self, encoder: Encoder, config: ServeConfig, metrics: Metrics) -> None:
-        from clip_batch.config import parse_bytes
-
-        self.encoder, self._metrics = encoder, metrics
-
-        def timed(name: str, lane: str, encode: Callable[[Any], Any]) -> Callable[[list[Any]], Vector]:
-            def run(items: list[Any]) -> Vector:
-                metrics.batch.labels(lane).observe(len(items))
-                with metrics.steps[name].time():
-                    vectors: Vector = encode(items)
-                return vectors
-
-            return run
-
-        texts = timed("text_clip_inference_time", "text", encoder.encode_texts)
-        images = timed("image_clip_inference_time", "image", lambda items: encoder.encode_images(np.stack(items)))
-        settings = config.query_batch, config.query_wait / 1000, config.max_pending * config.max_queries
-        self._texts: Lane[str] = Lane(texts, *settings)
-        self._images: Lane[Pixels] = Lane(images, *settings)
-        self._cache = TextCache(parse_bytes(config.text_cache))
-
-    async def text(self, text: str) -> Vector:
-        """The vector (d,) of a text."""
-        found = self._cache.get(text)
-        self._metrics.cache.labels("miss" if found is None else "hit").inc()
-        if found is None:
-            (found,) = await self._texts.submit([text])
-            self._cache.put(text, found)
-        return found
-
-    async def image(self, pixels: Pixels) -> Vector:
-        """The vector (d,) of an image as the encoder's `preprocess` left it."""
-        (found,) = await self._images.submit([pixels])
-        return found
-
-    def close(self) -> None:
-        """End both lanes."""
-        self._texts.close()
-        self._images.close()

@@ -1,7 +1,7 @@
-"""clip-retrieval's endpoints: its Python client and its web page ask here what they ask its own service.
+"""clip-retrieval's endpoints, so that its Python client and its web page work with this service unchanged.
 
-Its service answers 500 to requests it does not expect; here those are 4xx. What this server has no head for
-(the client asks for safety, violence and beauty by default) is left out, as there.
+clip-retrieval's own service answers 500 to requests that it does not expect; this one answers 4xx. The client asks for
+safety, violence and aesthetic ranking by default; like the original, the service ignores those that it has no head for.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from clip_batch.search.filters import MOST
 from clip_batch.serve.http.errors import Refused
-from clip_batch.serve.http.limits import answer, read
-from clip_batch.serve.http.metrics import REQUEST
 from clip_batch.serve.http.openapi import REFUSALS, takes
+from clip_batch.serve.http.requests import read
+from clip_batch.serve.http.responses import answer
 from clip_batch.serve.search.find import Vectors, Wanted, check, find, metadata
 from clip_batch.serve.search.images import original
 from clip_batch.serve.search.live import OpenVersion
+from clip_batch.serve.search.metrics import REQUEST
 from clip_batch.serve.search.service import Service, checked, decode_base64, unit
 from clip_batch.serve.search.v1 import image_path, shown
 
 DUPLICATES = 0.94
-"""The cosine from which clip-retrieval takes two hits for one."""
+"""The cosine from which clip-retrieval treats two hits as duplicates."""
 
 _BEST, _MIDDLE = 9, 4.5
-"""Of its ratings, which begin at 0."""
+"""The best and the middle of clip-retrieval's aesthetic ratings, which start at 0."""
 
 _NoneIfEmpty = BeforeValidator(lambda value: None if value == "" else value)
-"""Its page sends "" for what is not chosen."""
+"""clip-retrieval's page sends "" for an option that is not set."""
 
 
 class KnnRequest(BaseModel):
-    """A search as clip-retrieval takes it: the first of text, image, image_url and embedding_input that is given."""
+    """A search in clip-retrieval's form, by the first of text, image, image_url and embedding_input that is given."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -46,9 +47,9 @@ class KnnRequest(BaseModel):
     embedding_input: list[float] | None = Field(None, max_length=MOST)
     modality: Literal["image", "text"] = "image"
     num_images: int = Field(100, ge=0, lt=2**31, description="hits that carry metadata")
-    num_result_ids: int | None = Field(None, ge=1, lt=2**31, description="hits; as num_images if absent")
+    num_result_ids: int | None = Field(None, ge=1, lt=2**31, description="hits; num_images if absent")
     indice_name: str | None = Field(None, max_length=1000)
-    use_mclip: bool | None = Field(False, description="taken, and ignored: an index has one encoder")
+    use_mclip: bool | None = Field(False, description="ignored, as an index has one encoder")
     deduplicate: bool | None = False
     use_safety_model: bool | None = False
     use_violence_detector: bool | None = False
@@ -57,14 +58,14 @@ class KnnRequest(BaseModel):
 
 
 class MetadataRequest(BaseModel):
-    """Rows whose metadata is wanted."""
+    """The rows whose metadata to return."""
 
     ids: list[int] = Field(max_length=2**20)
     indice_name: str | None = Field(None, max_length=1000)
 
 
 class KnnHit(BaseModel):
-    """A hit; its metadata stands beside these two."""
+    """A hit. Its metadata columns are further fields of the same object."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -80,7 +81,7 @@ class RowMetadata(BaseModel):
 
 
 def router(service: Service) -> APIRouter:
-    """The routes over a service."""
+    """Return the routes over a service."""
     routes = APIRouter(responses=REFUSALS)
 
     @routes.get("/indices-list", response_model=list[str])
@@ -90,7 +91,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/knn-service", response_model=list[KnnHit], openapi_extra=takes(KnnRequest))
     async def knn(request: Request) -> Response:
-        """The best hits; the first num_images of them with their metadata."""
+        """The best hits; the first num_images of them have metadata."""
         with service.metrics.steps[REQUEST].time():
             asked = await read(request, KnnRequest, service.max_body)
             k = asked.num_images if asked.num_result_ids is None else asked.num_result_ids
@@ -115,7 +116,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/metadata", response_model=list[RowMetadata], openapi_extra=takes(MetadataRequest))
     async def rows(request: Request) -> Response:
-        """The metadata of rows, in the order asked."""
+        """The metadata of rows, in the order of the request."""
         asked = await read(request, MetadataRequest, service.max_body)
         if len(asked.ids) > service.config.max_k:
             raise Refused(422, f"ids: {service.config.max_k} at most on this server", "ids")
@@ -141,7 +142,7 @@ def _wanted(service: Service, asked: KnnRequest, k: int) -> Wanted:
         aesthetic = (asked.aesthetic_weight or 0.0) * (asked.aesthetic_score - _MIDDLE) / _MIDDLE
     return Wanted(
         k=k,
-        scan=k,  # what is left out is not made up for, as there
+        scan=k,  # like the original, do not search deeper to replace hits that are left out
         modality=asked.modality,
         duplicates=DUPLICATES if asked.deduplicate else None,
         safety=bool(asked.use_safety_model) and heads.safety is not None,
@@ -163,7 +164,7 @@ async def _vector(service: Service, version: OpenVersion, asked: KnnRequest) -> 
 
 
 def _beautified(service: Service, version: OpenVersion, asked: KnnRequest, vector: Vectors) -> Vectors:
-    """The query moved towards the vector of a rating, where the aesthetic head is such vectors."""
+    """Return the query moved towards the vector of a rating, if the aesthetic head consists of such vectors."""
     ratings = service.heads.ratings
     if ratings is None or asked.aesthetic_score is None or ratings.shape[1] != version.manifest.dim:
         return vector
@@ -172,19 +173,19 @@ def _beautified(service: Service, version: OpenVersion, asked: KnnRequest, vecto
 
 
 def _rows(service: Service, name: str, version: OpenVersion, ids: list[int], base: str) -> list[dict[str, Any]]:
-    """Metadata as clip-retrieval's page and client show it: `url` leads to the image, `image` is it in base64."""
+    """Return metadata as clip-retrieval's page and client expect it: `url` of the image, `image` in base64."""
     rows, readable = metadata(service, version, np.asarray(ids, np.int64), shown(service, version))
-    within = "image" in service.config.columns
-    for id, row, can in zip(ids, rows, readable, strict=True):
-        if can and "url" not in version.columns:
+    embedded = "image" in service.config.columns
+    for id, row, has_image in zip(ids, rows, readable, strict=True):
+        if has_image and "url" not in version.columns:
             row["url"] = base + image_path(name, version, id)
-        if can and within and (data := original(version, id)) is not None:
+        if has_image and embedded and (data := original(version, id)) is not None:
             row["image"] = base64.b64encode(data).decode()
     return rows
 
 
 def _base(request: Request) -> str:
-    """Where the client reached this server; "" if it does not say so plainly."""
+    """Return the URL at which the client reached this server, or "" if its Host header is not plainly a host."""
     host = request.headers.get("host", "")
     root = request.scope.get("root_path", "")
     return (

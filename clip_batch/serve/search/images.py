@@ -1,4 +1,4 @@
-"""The original image of a row, read from its tar by the byte range that the metadata records."""
+"""The original image of a row, read from its tar at the byte range in the metadata."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ if TYPE_CHECKING:
 _MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 COLUMNS = ("shard", "offset", "length")
-"""Of the metadata: where the image lies."""
+"""The metadata columns that locate a row's image."""
 
 
 def has_image(row: dict[str, Any]) -> bool:
-    """Whether a row's metadata says where its image lies."""
+    """Whether a row's metadata locates its image."""
     return all(row.get(name) is not None for name in COLUMNS)
 
 
 def original(version: OpenVersion, row: int) -> bytes | None:
-    """The image bytes of a row; None where its metadata names none, or its tar is not there any more. Blocks."""
+    """Return the image bytes of a row, or None if its metadata locates none or its tar is gone. Blocks."""
     if not version.planned(row) or not set(COLUMNS) <= set(version.columns):
         return None
-    (where,) = version.searcher.metadata([row], list(COLUMNS))
-    if not has_image(where):
+    (location,) = version.searcher.metadata([row], list(COLUMNS))
+    if not has_image(location):
         return None
-    return lineage.image(where, version.searcher.storage)
+    return lineage.image(location, version.searcher.storage)
 
 
 def media_type(data: bytes) -> str:
-    """What a browser may take the bytes for; nothing that it would run."""
-    found = next((kind for magic, kind in _MEDIA.items() if data.startswith(magic)), None)
-    return found or "application/octet-stream"
+    """Return the media type of an image's bytes; never a type whose content a browser would execute."""
+    return next((kind for magic, kind in _MEDIA.items() if data.startswith(magic)), "application/octet-stream")

@@ -1,7 +1,7 @@
-"""The indices that are served, each in its live version; a new version takes the place of the old one unnoticed.
+"""The served indices, each in its live version. A new version replaces the old one without failing any request.
 
-A request holds the version it began with until it ends; a version that was replaced is closed when nobody
-holds it. All bookkeeping is on the event loop; opening, warming and closing are in threads.
+A request uses the version it started with until it ends; a replaced version is closed when no request uses it.
+All bookkeeping is done on the event loop; opening, warming and closing a version happens in threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clip_batch.config import DatabaseConfig, SearchConfig
-from clip_batch.errors import ClipBatchError, ConfigError, EncoderError
+from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.index import removals
 from clip_batch.index.manifest import current_version
 from clip_batch.search.backend import Backend
@@ -23,21 +23,21 @@ from clip_batch.search.lineage import is_planned
 from clip_batch.search.prefilter import Prefilter
 from clip_batch.search.searcher import Searcher
 from clip_batch.serve.http.errors import Refused
-from clip_batch.serve.search.batching import Encoding
+from clip_batch.serve.search.encodings import Encoding, Encodings
 from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig, StorageConfig
-    from clip_batch.serve.http.metrics import Metrics
+    from clip_batch.serve.search.metrics import Metrics
 
 State = tuple[str | None, ...]
-"""CURRENT, and the digests of the removal lists."""
+"""The content of CURRENT, and the digests of the removal lists."""
 
 log = logging.getLogger("clip_batch.serve")
 
 
 class OpenVersion:
-    """One opened version of an index, and how many requests hold it. `encoder` is what those of one encoder share."""
+    """An opened version of an index, with the number of requests that use it."""
 
     def __init__(self, searcher: Backend) -> None:
         self.searcher, self.manifest = searcher, searcher.manifest
@@ -52,7 +52,7 @@ class OpenVersion:
         return is_planned(self.manifest, row)
 
     def warm(self) -> None:
-        """Touch what the first request would touch."""
+        """Search once, so that the pages that the first request needs are in memory."""
         if self.manifest.rows:
             vector = np.full(self.manifest.dim, self.manifest.dim**-0.5, np.float32)
             for modality in self.modalities:
@@ -61,6 +61,8 @@ class OpenVersion:
 
 
 class _Index:
+    """A named index: its version that is served, if any, and what is wrong with the one in INDEX, if anything."""
+
     def __init__(self, name: str, url: str) -> None:
         self.name, self.url = name, url
         self.version: OpenVersion | None = None
@@ -69,7 +71,7 @@ class _Index:
 
 
 class Indices:
-    """Named indices. Errors of the constructor: ConfigError, where there is no index; others are retried."""
+    """Named indices. An index that cannot be opened is tried again, but the constructor raises ConfigErrors."""
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Indices:
         self._databases = databases
         self._config, self._storage, self._metrics = config, storage, metrics
         self._indices = {name: _Index(name, url) for name, url in urls.items()}
-        self._encodings: dict[str, asyncio.Task[Encoding]] = {}
+        self._encodings = Encodings(config, metrics)
         self._open: set[OpenVersion] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         for index in self._indices.values():
@@ -98,12 +100,15 @@ class Indices:
 
     @property
     def names(self) -> list[str]:
-        """In the order they were given; the first is what a request means that names none."""
+        """The names of the indices, as given; the first one answers requests that name none."""
         return list(self._indices)
 
     @contextlib.contextmanager
     def use(self, name: str | None, field: str = "index") -> Iterator[tuple[str, OpenVersion]]:
-        """An index's name and live version, which stays open within the block. Refused: 404 unknown, 503 not open."""
+        """Yield an index's name and live version, which stays open within the block.
+
+        Raises Refused: 404 if there is no such index, 503 if it is not open.
+        """
         index = self._indices.get(name or self.names[0])
         if index is None:
             raise Refused(404, f"{field}: no index {name!r}; there is {', '.join(self.names)}", field)
@@ -118,54 +123,37 @@ class Indices:
             self._close_if_done(version)
 
     async def encoding(self, version: OpenVersion) -> Encoding:
-        """The encoder that made a version; EncoderError if it is not here or not the one."""
-        key = version.encoder
-        if key not in self._encodings:
-            self._encodings[key] = asyncio.create_task(asyncio.to_thread(self._load, version.searcher))
-        return await asyncio.shield(self._encodings[key])
-
-    def _load(self, searcher: Backend) -> Encoding:
-        encoder, manifest = searcher.encoder, searcher.manifest
-        if encoder.dim != manifest.dim:
-            raise EncoderError(f"the encoder has {encoder.dim} dimensions, index {manifest.version} {manifest.dim}")
-        if encoder.has_text:
-            encoder.encode_texts(["warm up"])
-        return Encoding(encoder, self._config, self._metrics)
+        """Return the encoding of a version. Raises EncoderError as `Encodings.get`."""
+        return await self._encodings.get(version.searcher)
 
     def reads_text(self, version: OpenVersion) -> bool:
-        """Whether the encoder of a version has a text side; true until it is loaded."""
-        task = self._encodings.get(version.encoder)
-        loaded = task is not None and task.done() and task.exception() is None
-        return task.result().encoder.has_text if task is not None and loaded else True
+        """Whether the encoder of a version has a text side; true as long as it is not loaded."""
+        return self._encodings.reads_text(version.encoder)
 
     def problems(self) -> dict[str, str]:
-        """Why each index that cannot be searched by text cannot; {} when all is ready."""
-        found = {}
+        """Return why each index that cannot be searched by text cannot; {} when all are ready."""
+        problems = {}
         for index in self._indices.values():
             if index.version is None:
-                found[index.name] = index.problem or "not open"
-                continue
-            task = self._encodings.get(index.version.encoder)
-            if task is None or not task.done():
-                found[index.name] = "its encoder is being loaded"
-            elif error := task.exception():
-                found[index.name] = str(error)
-        return found
+                problems[index.name] = index.problem or "not open"
+            elif problem := self._encodings.problem(index.version.encoder):
+                problems[index.name] = problem
+        return problems
 
     def closed(self) -> list[str]:
-        """Names of indices of which no version is open."""
+        """Return the names of the indices of which no version is open."""
         return [index.name for index in self._indices.values() if index.version is None]
 
     def rows(self) -> dict[str, int]:
-        """Rows of each open index."""
+        """Return the number of rows of each open index."""
         return {i.name: i.version.manifest.rows for i in self._indices.values() if i.version is not None}
 
     def warnings(self) -> dict[str, str]:
-        """Why the version that CURRENT names does not serve yet, where an older one does."""
+        """Return why an older version is served instead of the one that CURRENT names, for each such index."""
         return {i.name: i.problem for i in self._indices.values() if i.version is not None and i.problem is not None}
 
     def start(self) -> None:
-        """Load the encoders, and begin to look for new versions. On the event loop."""
+        """Load the encoders and start polling for new versions. Call it on the event loop."""
         self._spawn(self._run())
 
     async def _run(self) -> None:
@@ -178,15 +166,15 @@ class Indices:
 
     async def _prepare(self, index: _Index) -> None:
         if index.version is not None:
-            with contextlib.suppress(ClipBatchError, OSError):  # readyz tells of it
+            with contextlib.suppress(ClipBatchError, OSError):  # /readyz reports it
                 await self.encoding(index.version)
 
     async def refresh(self, name: str) -> None:
-        """Let what lies at an index now serve, once it is open, warm and has its encoder."""
+        """Serve the version that CURRENT names now, once it is open and warm and its encoder is loaded."""
         index = self._indices[name]
         try:
             state = await asyncio.to_thread(self._state, index)
-            self._forget_failed()
+            self._encodings.forget_failed()
             if index.version is not None and state == index.state:
                 index.problem = None
                 await self._prepare(index)
@@ -194,7 +182,7 @@ class Indices:
             version = await asyncio.to_thread(self._opened, index)
             try:
                 await asyncio.to_thread(version.warm)
-                if name not in self.problems():  # the old one serves until the new one can do all it does
+                if name not in self.problems():  # the old version answers texts, and so must its successor
                     await self.encoding(version)
             except BaseException:
                 await asyncio.to_thread(version.searcher.close)
@@ -205,7 +193,7 @@ class Indices:
             self._fail(index, error)
 
     def _state(self, index: _Index) -> State:
-        """What changes when the index must be opened anew, by a merge or a `remove`; read before it is opened."""
+        """Return what a merge or a removal changes. Read it before opening the index, lest a change be missed."""
         store = Store(index.url, self._storage.storage_options)
         return current_version(store), *removals.names(store)
 
@@ -224,7 +212,7 @@ class Indices:
         if old is not None:
             self._metrics.rows.remove(index.name, old.manifest.version)
             self._metrics.swaps.labels(index.name).inc()
-            log.warning("index %s: version %s serves now", index.name, version.manifest.version)
+            log.warning("index %s: version %s is served now", index.name, version.manifest.version)
             old.retired = True
             self._close_if_done(old)
         self._metrics.rows.labels(index.name, version.manifest.version).set(version.manifest.rows)
@@ -238,30 +226,18 @@ class Indices:
         if version.retired and not version.users and version in self._open:
             self._open.remove(version)
             self._spawn(asyncio.to_thread(version.searcher.close))
-            used = {other.encoder for other in self._open}
-            for key in set(self._encodings) - used:
-                task = self._encodings.pop(key)
-                if task.done() and not task.exception():
-                    task.result().close()
-
-    def _forget_failed(self) -> None:
-        """So that an encoder that was not there is looked for again."""
-        for key, task in list(self._encodings.items()):
-            if task.done() and task.exception():
-                del self._encodings[key]
+            self._encodings.keep(other.encoder for other in self._open)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)  # the loop itself holds tasks weakly
+        self._tasks.add(task)  # the event loop holds only a weak reference
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Close all, at the end of the service."""
+        """Close all versions and encoders."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for encoding in self._encodings.values():
-            if encoding.done() and not encoding.exception():
-                encoding.result().close()
+        self._encodings.keep(())
         for version in self._open:
             await asyncio.to_thread(version.searcher.close)

@@ -1,4 +1,4 @@
-"""Hits as a Parquet file, for whoever asks for one: `Accept: application/vnd.apache.parquet`."""
+"""Hits as a Parquet file, for clients that send `Accept: application/vnd.apache.parquet`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from fastapi import Request
 
 PARQUET = "application/vnd.apache.parquet"
-"""Parquet's media type, as IANA has it."""
+"""Parquet's media type, as registered with IANA."""
 
 
 def wants_parquet(request: Request) -> bool:
-    """Whether the Accept header names Parquet."""
+    """Whether the request's Accept header names Parquet."""
     kinds = (kind.partition(";")[0].strip().lower() for kind in request.headers.get("accept", "").split(","))
     return PARQUET in kinds
 
 
 def parquet(hits: Sequence[Mapping[str, Any]]) -> Response:
-    """One row a hit, best first: id int64, score float32, then the metadata, a column each."""
+    """Return a Parquet file with a row for each hit, best first: id int64, score float32, then the metadata columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -41,7 +41,7 @@ def parquet(hits: Sequence[Mapping[str, Any]]) -> Response:
 
 
 def _column(values: list[Any]) -> Any:
-    """Values as one Arrow array; what has no common type is kept as JSON text."""
+    """Return the values as an Arrow array, or as JSON texts if they have no common type."""
     import pyarrow as pa
 
     try:

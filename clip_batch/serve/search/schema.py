@@ -143,13 +143,6 @@ class IndicesResponse(BaseModel):
     max_queries: int
 
 
-class Problem(BaseModel):
-    """Why a request was refused; `field` is where in it the reason lies, null where it is not one field."""
-
-    detail: str
-    field: str | None = None
-
-
 def finite(values: dict[str, Any]) -> dict[str, Any]:
     """Metadata as JSON can hold it: no NaN; bytes as text."""
     return {name: _plain(value) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""What the routes work with, and how a query becomes a vector."""
+"""The state that the search routes share, and how a query becomes a vector."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from clip_batch.encoders.device import cores
 from clip_batch.samples.decode import DecodeError
 from clip_batch.search.heads import load_heads
 from clip_batch.serve.http.errors import Refused
-from clip_batch.serve.http.metrics import Metrics
-from clip_batch.serve.http.threads import Threads
-from clip_batch.serve.search.fetch import fetch
 from clip_batch.serve.search.live import Indices, OpenVersion
+from clip_batch.serve.search.metrics import Metrics
 from clip_batch.serve.search.schema import QueryModel, WeightedQuery
+from clip_batch.serve.search.threads import Threads
+from clip_batch.storage import web
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig, StorageConfig
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 Vector = npt.NDArray[np.float32]
 
-_FETCHES = 8
-"""Images that are fetched by URL at once; slow hosts must not hold the threads that search."""
+_DOWNLOADS = 8
+"""Threads that download images by URL; they are apart so that slow hosts do not delay searches."""
 
 
 class Service:
-    """Options, indices, heads, threads and metrics of one server. ConfigError where an option does not fit."""
+    """Options, indices, heads, threads and metrics of one server. Raises ConfigError if an option does not fit."""
 
     def __init__(
         self,
@@ -47,23 +47,23 @@ class Service:
         self.heads = load_heads(config, storage)
         self.indices = Indices(urls, config, storage, databases, self.metrics)
         self.threads = Threads("search", config.serve_threads or 2 * cores(), 4 * config.max_pending)
-        self._fetches = Threads("fetch", _FETCHES, 4 * _FETCHES)
+        self._downloads = Threads("download", _DOWNLOADS, 4 * _DOWNLOADS)
 
     async def close(self) -> None:
         """Close the indices and end the threads."""
         await self.indices.close()
         self.threads.close()
-        self._fetches.close()
+        self._downloads.close()
 
     async def text(self, version: OpenVersion, text: str) -> Vector:
-        """The unit vector (d,) of a text. Refused (400): the index's model has no text side."""
+        """Return the unit vector (d,) of a text. Raises Refused (400) if the index's model has no text side."""
         encoding = await self.indices.encoding(version)
         if not encoding.encoder.has_text:
             raise Refused(400, f"text: {NO_TEXT}", "text")
         return await encoding.text(text)
 
     async def image(self, version: OpenVersion, data: bytes, field: str = "image") -> Vector:
-        """The unit vector (d,) of an image file's bytes. Refused (400): it is none, or too large."""
+        """Return the unit vector (d,) of an image file's bytes. Raises Refused (400) if they cannot be decoded."""
         encoding = await self.indices.encoding(version)
 
         def prepare() -> Pixels:
@@ -76,15 +76,21 @@ class Service:
             raise Refused(400, f"{field} cannot be used: {error}", field) from None
 
     async def download(self, url: str) -> bytes:
-        """What lies at a URL. Refused (400): image_url is off, or it cannot be had."""
+        """Return the bytes at a URL. Raises Refused (400) if `image_url` is off or the download fails."""
         if not self.config.image_url:
             raise Refused(400, "image_url is off on this server (--image-url turns it on)", "image_url")
         settings = self.max_body, self.config.fetch_timeout, self.config.image_url_private
-        with self.metrics.steps["download_time"].time():
-            return await self._fetches.run(fetch, url, *settings)
+        try:
+            with self.metrics.steps["download_time"].time():
+                return await self._downloads.run(web.fetch, url, *settings)
+        except web.FetchError as error:
+            raise Refused(400, f"image_url {error}", "image_url") from None
 
     async def vector(self, version: OpenVersion, query: QueryModel, path: str = "") -> Vector:
-        """The unit vector (d,) of a query; `path` is where it stands in the request. Refused (4xx): it has none."""
+        """Return the unit vector (d,) of a query; `path` is the place of the query in the request.
+
+        Raises Refused (4xx) if it has no vector.
+        """
         if query.text is not None:
             return await self.text(version, query.text)
         if query.image is not None:
@@ -98,17 +104,20 @@ class Service:
         if query.id >= rows:
             raise Refused(404, f"{field}: the index has rows 0 to {rows - 1}", field)
         modality = "image" if "image" in version.modalities else version.modalities[0]
-        found = await self.threads.run(version.searcher.reconstruct, [query.id], modality)
-        return unit(found[0], field)
+        (vector,) = await self.threads.run(version.searcher.reconstruct, [query.id], modality)
+        return unit(vector, field)
 
     async def mixed(self, version: OpenVersion, terms: list[tuple[str, WeightedQuery]]) -> Vector:
-        """The unit vector (d,) of the weighted sum of queries. Refused (400) where they cancel out."""
+        """Return the unit vector (d,) of the weighted sum of (path, query) terms.
+
+        Raises Refused (400) if they cancel each other out.
+        """
         vectors = [query.weight * await self.vector(version, query, path) for path, query in terms]
         return unit(np.sum(vectors, axis=0), "queries")
 
 
 def decode_base64(text: str, field: str) -> bytes:
-    """The bytes of base64, after a data: URL's head if there is one. Refused: 422."""
+    """Return the bytes of a base64 text, which may be a data: URL. Raises Refused (422) if it is not base64."""
     try:
         return base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
     except ValueError as error:
@@ -116,21 +125,21 @@ def decode_base64(text: str, field: str) -> bytes:
 
 
 def checked(values: list[float], version: OpenVersion, field: str) -> Vector:
-    """A vector (d,) of the index's dimension. Refused: 400."""
+    """Return `values` as a vector (d,). Raises Refused (400) if it is not finite or not of the index's dimension."""
     with np.errstate(over="ignore"):
         vector = np.asarray(values, np.float32)
     if len(vector) != version.manifest.dim:
         raise Refused(400, f"{field} has {len(vector)} numbers, this index {version.manifest.dim}", field)
     if not np.isfinite(vector).all():
-        raise Refused(400, f"{field} holds numbers that are not finite in float32", field)
+        raise Refused(400, f"{field} has numbers that are not finite in float32", field)
     return vector
 
 
 def unit(vector: Vector, field: str) -> Vector:
-    """A vector (d,) of norm 1. Refused (400) where it is all but zero."""
-    wide = vector.astype(np.float64)
-    norm = float(np.linalg.norm(wide))
+    """Return a vector (d,) scaled to norm 1. Raises Refused (400) if its norm is almost zero."""
+    exact = vector.astype(np.float64)
+    norm = float(np.linalg.norm(exact))
     if norm < 1e-6:
-        raise Refused(400, f"{field} gives a vector of length 0, which is like nothing", field)
-    found: Vector = (wide / norm).astype(np.float32)
-    return found
+        raise Refused(400, f"{field} gives a vector of length 0, which is similar to nothing", field)
+    scaled: Vector = (exact / norm).astype(np.float32)
+    return scaled

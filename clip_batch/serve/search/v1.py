@@ -9,12 +9,13 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, Response
 
 from clip_batch.serve.http.errors import Refused
-from clip_batch.serve.http.limits import answer, read
-from clip_batch.serve.http.metrics import REQUEST
 from clip_batch.serve.http.openapi import REFUSALS, takes
+from clip_batch.serve.http.requests import read
+from clip_batch.serve.http.responses import answer
 from clip_batch.serve.search.find import Wanted, check, find, metadata
 from clip_batch.serve.search.images import media_type, original
 from clip_batch.serve.search.live import OpenVersion
+from clip_batch.serve.search.metrics import REQUEST
 from clip_batch.serve.search.parquet import parquet, wants_parquet
 from clip_batch.serve.search.schema import (
     EmbedRequest,

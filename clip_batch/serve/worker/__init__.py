@@ -1,1 +1,1 @@
-"""serve-worker: plan, embed and merge over HTTP."""
+"""The worker service, `clip-batch serve-worker`: plan, embed and merge over HTTP."""

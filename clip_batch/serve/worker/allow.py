@@ -1,4 +1,4 @@
-"""Which paths and URLs a request may name: those below the folders that the worker was started with."""
+"""The paths and URLs that a request may name: those below the folders that the worker was started with."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ _GLOB = "*?["
 
 
 class Allowed:
-    """Folders, as paths or URLs. Of local names, symbolic links are followed before they are compared."""
+    """The allowed folders, as paths or URLs. Symbolic links in local paths are resolved before paths are compared."""
 
     def __init__(self, prefixes: Sequence[str]) -> None:
         if not prefixes:
-            raise ConfigError("serve-worker needs --allow: the folders (or URLs of some) that requests may name")
+            raise ConfigError("serve-worker needs --allow: the folders, as paths or URLs, that requests may name")
         self._prefixes = [_canonical(prefix) for prefix in prefixes]
         if "" in self._prefixes:
-            wrong = prefixes[self._prefixes.index("")]
-            raise ConfigError(f"--allow {wrong!r} is not understood: write a folder, or a URL such as s3://bucket/runs")
+            prefix = prefixes[self._prefixes.index("")]
+            raise ConfigError(
+                f"--allow {prefix!r} is not understood: write a folder, or a URL such as s3://bucket/runs"
+            )
 
     def check(self, name: str, field: str) -> None:
-        """Refused (403): `name` is not below one of the folders, or is no plain path or URL."""
-        found = _canonical(name)
-        if not found or not any(_below(found, prefix) for prefix in self._prefixes):
+        """Raise Refused (403) unless `name` is a plain path or URL below one of the folders."""
+        path = _canonical(name)
+        if not path or not any(_below(path, prefix) for prefix in self._prefixes):
             raise Refused(403, f"{field}: {name!r:.300} is not below what this worker allows (--allow)", field)
 
     def check_input(self, spec: str, field: str) -> None:
-        """Likewise for each name that a SPEC of tars stands for; of a glob, for the folder it looks through."""
+        """Check each name that a SPEC of tars expands to; for a glob, the folder in which it matches."""
         if spec.startswith("@") or spec.endswith((".txt", ".list")):
-            raise Refused(400, f"{field}: a list may name anything: send its lines", field)
+            raise Refused(400, f"{field}: a list may name any path: send its lines instead", field)
         for folder in sorted({_head(name) for name in expand_braces(spec)}):
             self.check(folder, field)
 
 
 def _head(name: str) -> str:
-    """A name up to the folder before its first wildcard."""
+    """Return a name up to the folder before its first wildcard."""
     places = [place for place in map(name.find, _GLOB) if place >= 0]
     return name[: min(places)].rpartition("/")[0] or "/" if places else name
 
@@ -49,7 +51,7 @@ def _below(name: str, folder: str) -> bool:
 
 
 def _canonical(name: str) -> str:
-    """The one spelling of a path or URL; "" where it has parts that another program may read otherwise."""
+    """Return the canonical spelling of a path or URL, or "" if another program could read it differently."""
     if not name or "\0" in name or "::" in name:  # fsspec chains URLs with ::
         return ""
     if is_local(name):

@@ -1,4 +1,4 @@
-"""`clip-batch serve-worker`: the stages over HTTP, for whatever orchestrates them."""
+"""`clip-batch serve-worker`: the stages over HTTP, for any orchestrator."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from clip_batch.errors import ConfigError
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.metrics import Traffic
 from clip_batch.serve.http.openapi import describe
-from clip_batch.serve.search.app import answer_errors
+from clip_batch.serve.http.responses import answer_errors
 from clip_batch.serve.worker.allow import Allowed
 from clip_batch.serve.worker.jobs import GRACE
-from clip_batch.serve.worker.routes import MODELS, Stages, router
+from clip_batch.serve.worker.routes import router
+from clip_batch.serve.worker.schema import MODELS
+from clip_batch.serve.worker.stages import Stages
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -30,9 +32,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def create_worker(
     allow: list[str], config: ServeConfig, embed: EmbedConfig, storage: StorageConfig = StorageConfig()
 ) -> FastAPI:
-    """The service over the stages. ConfigError: nothing is allowed, or others could ask without a token."""
+    """Return the service over the stages. Raises ConfigError if nothing is allowed, or other machines need no token."""
     if config.host not in LOOPBACK and not config.token:
-        raise ConfigError(f"serve-worker on {config.host} writes for whoever can reach it: set CLIP_BATCH_TOKEN")
+        raise ConfigError(f"serve-worker on {config.host} writes for anyone who can reach it: set CLIP_BATCH_TOKEN")
     stages = Stages(Allowed(allow), embed, storage)
     traffic = Traffic()
 
@@ -46,26 +48,26 @@ def create_worker(
 
     @app.get("/healthz")
     async def alive() -> dict[str, Any]:
-        """That the worker runs, and what it is at."""
+        """Whether the worker runs, and its current job."""
         job = stages.jobs.now
         return {"status": "ok", "version": __version__, "at": job.what if job else None}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """What is measured, for Prometheus."""
+        """The metrics, in Prometheus' text format."""
         return Response(traffic.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     app.include_router(router(stages))
     describe(app, MODELS)
     answer_errors(app)
     app.add_middleware(Guard, config=config, metrics=traffic)
-    if not config.token:  # a page whose name is made to mean this machine sends its own name as Host
+    if not config.token:  # against DNS rebinding: such a web page sends its own name as Host
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])
     return app
 
 
 class _Server(uvicorn.Server):
-    """Tells the job to stop as soon as the signal comes, not when its request has ended."""
+    """A server that asks the job to stop as soon as a signal arrives, instead of when its request has ended."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         app: Any = self.config.app
@@ -74,7 +76,7 @@ class _Server(uvicorn.Server):
 
 
 def run(allow: list[str], config: ServeConfig, embed: EmbedConfig, storage: StorageConfig) -> None:
-    """Serve until a signal; what is at work then stops cleanly, or is as good as not begun."""
+    """Serve until a signal. The running job then stops cleanly; at worst it leaves nothing behind."""
     app = create_worker(allow, config, embed, storage)
     print(f"worker at http://{config.host}:{config.port}/, below {', '.join(allow)}", flush=True)
     settings = uvicorn.Config(
@@ -85,5 +87,5 @@ def run(allow: list[str], config: ServeConfig, embed: EmbedConfig, storage: Stor
         access_log=False,
         timeout_graceful_shutdown=int(GRACE),
     )
-    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))  # what schedulers warn with
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))  # schedulers' warning
     _Server(settings).run()

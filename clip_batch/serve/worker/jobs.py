@@ -1,4 +1,4 @@
-"""One job at a time, in a thread: a request for the same one waits for it too, any other is sent away."""
+"""The worker's one job, which runs in a thread. Requests for the same job share it; others are refused as Busy."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from clip_batch.serve.http.errors import Busy
 
+T = TypeVar("T")
+
 GRACE = 30.0
-"""Seconds that a job is given to stop: embed ends after the batch it is at."""
+"""Seconds that a job may take to stop; embed stops after its current batch."""
 
 AGAIN = 5
-"""Seconds after which a client that found the worker busy may ask again."""
+"""Seconds after which a client that was refused as Busy may ask again."""
 
 
 @dataclass
 class StageRequest:
-    """Work under a name; `stop` tells it to end. `kept` once a client was told to come back for it."""
+    """A job. Jobs of equal `name` are the same work; `what` describes it to people; `stop` asks it to end.
+
+    `waiting` clients wait for it. It is `kept` once a client was told to ask for its result again later.
+    """
 
     name: Hashable
     what: str
@@ -34,7 +39,7 @@ class StageRequest:
 
 
 class Jobs:
-    """The one job of a worker, if it has any."""
+    """The job of a worker, of which there is at most one at a time."""
 
     def __init__(self) -> None:
         self.now: StageRequest | None = None
@@ -42,41 +47,36 @@ class Jobs:
         self._thread = ThreadPoolExecutor(1, "stage")
 
     async def run(
-        self,
-        name: Hashable,
-        what: str,
-        work: Callable[[threading.Event], dict[str, Any]],
-        request: Request,
-        wait: float | None,
-    ) -> dict[str, Any] | None:
-        """What `work(stop)` returns or raises; None if that takes longer than `wait` seconds, and it goes on.
+        self, name: Hashable, what: str, work: Callable[[threading.Event], T], request: Request, wait: float | None
+    ) -> T | None:
+        """Return what `work(stop)` returns, or None if that takes longer than `wait` seconds; the work then goes on.
 
-        Busy: another job is at work, or the worker is ending. When the last client that waits for a job goes
-        away, the job is stopped, unless one was told to come back for it.
+        Raises what `work` raises, and Busy if another job is running or the worker is shutting down. If the last
+        client that waits for a job disconnects, the job is stopped, unless a client was told to ask for it again.
         """
         if self._closing:
-            raise Busy("this worker is ending: ask another one", after=AGAIN)
+            raise Busy("this worker is shutting down: ask another one", after=AGAIN)
         job = self.now
         if job is None:
             job = self._start(StageRequest(name, what), work)
         elif job.name != name:
-            raise Busy(f"this worker is at {job.what}", after=AGAIN)
+            raise Busy(f"this worker is busy: {job.what}", after=AGAIN)
         job.waiting += 1
-        gone = asyncio.ensure_future(_gone(request))
+        disconnected = asyncio.ensure_future(_disconnected(request))
         try:
-            done, _ = await asyncio.wait({job.future, gone}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({job.future, disconnected}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
             if job.future in done:
-                found: dict[str, Any] = job.future.result()
-                return found
+                result: T = job.future.result()
+                return result
             job.kept = job.kept or not done
             return None
         finally:
-            gone.cancel()
+            disconnected.cancel()
             job.waiting -= 1
             if not job.waiting and not job.kept:
                 job.stop.set()
 
-    def _start(self, job: StageRequest, work: Callable[[threading.Event], dict[str, Any]]) -> StageRequest:
+    def _start(self, job: StageRequest, work: Callable[[threading.Event], object]) -> StageRequest:
         self.now = job
         job.future = asyncio.get_running_loop().run_in_executor(self._thread, work, job.stop)
         job.future.add_done_callback(self._ended)
@@ -85,16 +85,16 @@ class Jobs:
     def _ended(self, future: asyncio.Future[Any]) -> None:
         self.now = None
         if not future.cancelled():
-            future.exception()  # it was told to whoever waited, if anyone did
+            future.exception()  # mark it as retrieved: nobody may be waiting any more, and asyncio would warn
 
     def stop(self) -> None:
-        """Take no more jobs, and tell the one at work to stop."""
+        """Accept no more jobs, and ask the running one to stop."""
         self._closing = True
         if job := self.now:
             job.stop.set()
 
     async def close(self) -> None:
-        """Stop, and wait for the job as long as it is given."""
+        """Stop, and wait up to GRACE seconds for the running job."""
         self.stop()
         if job := self.now:
             with contextlib.suppress(Exception):
@@ -102,7 +102,7 @@ class Jobs:
         self._thread.shutdown(wait=False)
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has closed its connection."""
+async def _disconnected(request: Request) -> None:
+    """Return when the client has closed its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

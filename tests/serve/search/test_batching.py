@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from clip_batch.config import ServeConfig
 from clip_batch.encoders.families.fake import FakeEncoder
 from clip_batch.serve.http.errors import Busy
-from clip_batch.serve.http.metrics import Metrics
-from clip_batch.serve.http.threads import Threads
-from clip_batch.serve.search.batching import Encoding, Lane, TextCache
+from clip_batch.serve.search.batching import Lane, TextCache
+from clip_batch.serve.search.encodings import Encoding
+from clip_batch.serve.search.metrics import Metrics
+from clip_batch.serve.search.threads import Threads
 from tests.servers.serving import make_index, served
 
 

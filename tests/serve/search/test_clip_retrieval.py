@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from clip_batch.serve.http.metrics import REQUEST, STEPS
 from clip_batch.serve.search.app import create_app
+from clip_batch.serve.search.metrics import REQUEST, STEPS
 from tests import ROOT
 from tests.corpus import jpeg
 from tests.servers.serving import ROWS, make_index, running, served

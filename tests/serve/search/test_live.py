@@ -194,7 +194,7 @@ def test_several_indices(made: Path, tmp_path: Path) -> None:
         assert (found["index"], len(found["hits"])) == ("b/c", 2 * ROWS)
         asked = {"text": "a", "num_images": 3, "modality": "image", "indice_name": "b/c"}
         assert len(client.post("/knn-service", json=asked).json()) == 3
-        assert len(app.state.service.indices._encodings) == 1  # one encoder for both
+        assert len(app.state.service.indices._encodings._tasks) == 1  # one encoder for both
 
 
 def test_names_of_indices(tmp_path: Path) -> None:

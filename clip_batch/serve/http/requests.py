@@ -1,0 +1,51 @@
+"""Reading and checking the JSON body of a request."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from clip_batch.serve.http.errors import Refused
+
+Model = TypeVar("Model", bound=BaseModel)
+
+READ_SECONDS = 30.0
+"""How long a request's body may take to arrive."""
+
+_INLINE_BYTES = 64 * 1024
+"""Bodies up to this size are parsed on the event loop, larger ones in a thread so that they delay no other request."""
+
+
+async def read(request: Request, model: type[Model], limit: int) -> Model:
+    """Return the JSON body of a request as a `model`; the content type is not checked.
+
+    Raises Refused: 413 if the body is larger than `limit` bytes, 408 if it does not arrive in time, 422 if it does not
+    fit the model.
+    """
+    too_large = Refused(413, f"a request may have {limit} bytes at most")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise Refused(408, f"the request's body did not arrive within {READ_SECONDS:.0f} s") from None
+    except ClientDisconnect:
+        raise Refused(400, "the client closed the connection") from None
+    try:
+        if len(body) <= _INLINE_BYTES:
+            return model.model_validate_json(bytes(body))
+        return await asyncio.to_thread(model.model_validate_json, bytes(body))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"])) or None
+        raise Refused(422, f"{field or 'request'}: {first['msg'].removeprefix('Value error, ')}", field) from None

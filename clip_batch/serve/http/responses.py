@@ -1,0 +1,61 @@
+"""JSON responses, and the one form in which every error is answered."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from clip_batch.errors import ClipBatchError, ConfigError
+from clip_batch.serve.http.errors import Busy, Refused
+
+
+class Problem(BaseModel):
+    """Why a request was refused. `field` names the part of the request that is wrong, or is null if none is."""
+
+    detail: str
+    field: str | None = None
+
+
+def answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return `data` as a JSON response in UTF-8. Raises ValueError if it contains NaN or infinity."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(text.encode(errors="replace"), status, headers, "application/json")
+
+
+def refusal(error: Refused) -> Response:
+    """Return the response to a refused request; its body is a `Problem`."""
+    headers = {}
+    if isinstance(error, Busy):
+        headers["retry-after"] = str(error.after)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return answer({"detail": str(error), "field": error.field}, error.status, headers)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Make `app` answer every error with a `Problem`."""
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return refusal(error)
+
+    @app.exception_handler(ClipBatchError)
+    async def failed(_: Request, error: ClipBatchError) -> Response:
+        return refusal(Refused(400 if isinstance(error, ConfigError) else 503, str(error)))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> Response:
+        response = refusal(Refused(error.status_code, str(error.detail)))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first: dict[str, Any] = error.errors()[0]
+        field = ".".join(map(str, first["loc"][1:]))
+        return refusal(Refused(422, f"{field}: {first['msg']}", field))

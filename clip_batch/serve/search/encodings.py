@@ -1,0 +1,117 @@
+"""The encoders of the served indices: each is loaded once, in a thread, and batches the queries of all its indices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clip_batch.config import ServeConfig, parse_bytes
+from clip_batch.errors import EncoderError
+from clip_batch.serve.search.batching import Lane, TextCache, Vector
+from clip_batch.serve.search.metrics import Metrics
+
+if TYPE_CHECKING:
+    from clip_batch.encoders import Encoder, Pixels
+    from clip_batch.search.backend import Backend
+
+
+class Encoding:
+    """An encoder with a lane for texts, a lane for images and a cache of text vectors."""
+
+    def __init__(self, encoder: Encoder, config: ServeConfig, metrics: Metrics) -> None:
+        self.encoder, self._metrics = encoder, metrics
+
+        def timed(step: str, lane: str, encode: Callable[[Any], Any]) -> Callable[[list[Any]], Vector]:
+            def run(items: list[Any]) -> Vector:
+                metrics.batch.labels(lane).observe(len(items))
+                with metrics.steps[step].time():
+                    vectors: Vector = encode(items)
+                return vectors
+
+            return run
+
+        texts = timed("text_clip_inference_time", "text", encoder.encode_texts)
+        images = timed("image_clip_inference_time", "image", lambda items: encoder.encode_images(np.stack(items)))
+        settings = config.query_batch, config.query_wait / 1000, config.max_pending * config.max_queries
+        self._texts: Lane[str] = Lane(texts, *settings)
+        self._images: Lane[Pixels] = Lane(images, *settings)
+        self._cache = TextCache(parse_bytes(config.text_cache))
+
+    async def text(self, text: str) -> Vector:
+        """Return the vector (d,) of a text."""
+        vector = self._cache.get(text)
+        self._metrics.cache.labels("miss" if vector is None else "hit").inc()
+        if vector is None:
+            (vector,) = await self._texts.submit([text])
+            self._cache.put(text, vector)
+        return vector
+
+    async def image(self, pixels: Pixels) -> Vector:
+        """Return the vector (d,) of an image that the encoder's `preprocess` returned."""
+        (vector,) = await self._images.submit([pixels])
+        return vector
+
+    def close(self) -> None:
+        """End both lanes."""
+        self._texts.close()
+        self._images.close()
+
+
+class Encodings:
+    """Encodings by the encoder's fingerprint. Used on the event loop alone, so no lock is needed."""
+
+    def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
+        self._config, self._metrics = config, metrics
+        self._tasks: dict[str, asyncio.Task[Encoding]] = {}
+
+    async def get(self, searcher: Backend) -> Encoding:
+        """Return the encoding of an index, loading its encoder the first time.
+
+        Raises EncoderError if the encoder is not available or is not the one that embedded the index.
+        """
+        fingerprint = searcher.manifest.encoder.fingerprint
+        if fingerprint not in self._tasks:
+            self._tasks[fingerprint] = asyncio.create_task(asyncio.to_thread(self._load, searcher))
+        return await asyncio.shield(self._tasks[fingerprint])
+
+    def _load(self, searcher: Backend) -> Encoding:
+        encoder, manifest = searcher.encoder, searcher.manifest
+        if encoder.dim != manifest.dim:
+            raise EncoderError(f"the encoder has {encoder.dim} dimensions, index {manifest.version} {manifest.dim}")
+        if encoder.has_text:
+            encoder.encode_texts(["warm up"])
+        return Encoding(encoder, self._config, self._metrics)
+
+    def reads_text(self, fingerprint: str) -> bool:
+        """Whether the encoder has a text side; true as long as it is not loaded."""
+        encoding = self._loaded(fingerprint)
+        return encoding is None or encoding.encoder.has_text
+
+    def problem(self, fingerprint: str) -> str | None:
+        """Return why the encoder cannot be used yet, or None if it can."""
+        task = self._tasks.get(fingerprint)
+        if task is None or not task.done():
+            return "its encoder is being loaded"
+        error = task.exception()
+        return None if error is None else str(error)
+
+    def forget_failed(self) -> None:
+        """Forget the encoders that failed to load, so that `get` tries them again."""
+        for fingerprint, task in list(self._tasks.items()):
+            if task.done() and task.exception():
+                del self._tasks[fingerprint]
+
+    def keep(self, fingerprints: Iterable[str]) -> None:
+        """Close all encodings but those of `fingerprints`."""
+        for fingerprint in set(self._tasks).difference(fingerprints):
+            encoding = self._loaded(fingerprint)
+            del self._tasks[fingerprint]
+            if encoding is not None:
+                encoding.close()
+
+    def _loaded(self, fingerprint: str) -> Encoding | None:
+        task = self._tasks.get(fingerprint)
+        return task.result() if task is not None and task.done() and task.exception() is None else None

@@ -1,0 +1,158 @@
+"""plan, embed and merge as the worker service runs them: each returns what is committed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import asdict
+from typing import Any, TypedDict
+
+from clip_batch import encoders
+from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
+from clip_batch.embeddings import embed as embed_stage
+from clip_batch.embeddings.commits import read_commit
+from clip_batch.embeddings.workers import WorkerRun
+from clip_batch.encoders import Encoder
+from clip_batch.errors import (
+    ClipBatchError,
+    ConfigError,
+    EncoderError,
+    IncompleteError,
+    InputError,
+    PlanError,
+    Preempted,
+    one_line,
+)
+from clip_batch.index.merge import merge as merge_stage
+from clip_batch.index.merge.job import MergeJob, open_job
+from clip_batch.plan.plan import count_partitions, load_plan, make_plan
+from clip_batch.serve.http.errors import Busy, Refused
+from clip_batch.serve.worker.allow import Allowed
+from clip_batch.serve.worker.jobs import AGAIN, Jobs
+from clip_batch.serve.worker.schema import MergeTask
+from clip_batch.storage.store import Store
+from clip_batch.types import EncoderSpec, partition_name
+
+
+class PlanAnswer(TypedDict):
+    """The frozen plan: how many partitions it has, its digest, and the encoder's fingerprint."""
+
+    partitions: int
+    digest: str
+    encoder: str
+
+
+class EmbedAnswer(TypedDict):
+    """The commit of a partition, as commits/<partition>.json has it."""
+
+    commit: dict[str, Any]
+
+
+class MergeAnswer(TypedDict, total=False):
+    """The version of a merge; its manifest if it is complete, otherwise the record of the task that ran."""
+
+    version: str
+    index_shards: int
+    manifest: dict[str, Any]
+    record: dict[str, Any] | None
+
+
+class Stages:
+    """The state that the routes share: options, the encoder that was loaded last, and the job that is running."""
+
+    def __init__(self, allowed: Allowed, config: EmbedConfig, storage: StorageConfig) -> None:
+        self.allowed, self.config, self.storage = allowed, config, storage
+        self.jobs = Jobs()
+        self._encoder: tuple[str, Encoder] | None = None
+
+    def store(self, url: str) -> Store:
+        """Return the store at a URL, opened with this worker's storage options."""
+        return Store(url, self.storage.storage_options)
+
+    def plan(self, output: str, config: PlanConfig) -> PlanAnswer:
+        """Freeze a plan in OUT. If the same plan is frozen there already, return that."""
+        plan = make_plan(config, output, self.storage)
+        return {"partitions": len(plan.partitions), "digest": plan.digest, "encoder": plan.encoder.fingerprint}
+
+    def committed(self, output: str, partition: int) -> EmbedAnswer | None:
+        """Return a partition's commit, or None if there is none. Raises PlanError if there is no such partition."""
+        store = self.store(output)
+        count = count_partitions(store)
+        if partition >= count:
+            raise PlanError(f"partition {partition} does not exist: the plan has 0 to {count - 1}")
+        try:
+            return {"commit": asdict(read_commit(store, partition_name(partition, count)))}
+        except FileNotFoundError:
+            return None
+
+    def embed(self, output: str, partition: int, stop: threading.Event) -> EmbedAnswer:
+        """Embed a partition and return its commit, which another worker may have written first.
+
+        Raises Refused (422) if the data made it fail, and Busy if this machine did.
+        """
+        plan = load_plan(self.store(output))
+        for piece in plan.partitions[partition].slices:
+            self.allowed.check(piece.shard.url, "output")
+        run = WorkerRun("http", stop=stop)
+        outcomes = embed_stage.embed(output, self.config, [partition], self.storage, run, self._load(plan.encoder))
+        for outcome in outcomes:
+            if outcome.state == "failed":
+                what = f"partition {partition} failed: {outcome.error}"
+                raise Busy(what, after=AGAIN) if outcome.again else Refused(422, what, "partition")
+        commit = self.committed(output, partition)
+        assert commit is not None
+        return commit
+
+    def _load(self, spec: EncoderSpec) -> Encoder:
+        """Return the encoder, which stays loaded until a request needs another one."""
+        if self._encoder is None or self._encoder[0] != spec.fingerprint:
+            self._encoder = None  # free its memory before the next one is loaded
+            size = embed_stage.compiled_size(self.config)
+            encoder = encoders.load(spec, self.config.device, self.storage.storage_options, size)
+            self._encoder = spec.fingerprint, encoder
+        return self._encoder[1]
+
+    def merge(self, request: MergeTask, config: MergeConfig) -> MergeAnswer:
+        """Run a task of a merge and return its record, or the version's manifest once the version is complete."""
+        job = open_job(request.output, request.index, config, self.storage)
+        manifest = merge_stage.finished(job)
+        if manifest is None:
+            if request.task in ("all", "train"):
+                merge_stage.train(job, every_row=request.task == "all")
+            for shard in _shards(job, request):
+                merge_stage.build_shard(job, shard)
+            if request.task in ("all", "manifest"):
+                manifest = merge_stage.publish(job)
+        version: MergeAnswer = {"version": job.version, "index_shards": job.shards}
+        if manifest is not None:
+            return {**version, "manifest": json.loads(manifest.to_json())}
+        return {**version, "record": job.trained() if request.shard is None else job.built(request.shard)}
+
+
+def _shards(job: MergeJob, request: MergeTask) -> range:
+    """Return the index shards that the request builds. Raises ConfigError if its shard does not exist."""
+    if request.task == "all":
+        return range(job.shards)
+    if request.task != "shard":
+        return range(0)
+    if request.shard is None or request.shard >= job.shards:
+        raise ConfigError(f"task shard needs a shard: version {job.version} has 0 to {job.shards - 1}")
+    return range(request.shard, request.shard + 1)
+
+
+def refused(error: Exception) -> Refused:
+    """Return how an error of a stage is answered.
+
+    400: the request must be corrected. 409: another task must run first. 422: the data is at fault. 503: try again.
+    """
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, (ConfigError, PlanError, EncoderError, InputError)):
+        return Refused(400, str(error))
+    if isinstance(error, IncompleteError):
+        return Refused(409, str(error))
+    if isinstance(error, Preempted):
+        return Busy("the job was stopped, and nothing is half done", after=AGAIN)
+    if isinstance(error, ClipBatchError):
+        return Refused(422, str(error))
+    return Busy(one_line(f"{type(error).__name__}: {error}"), after=AGAIN)

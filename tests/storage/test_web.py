@@ -1,0 +1,106 @@
+"""Fetching images from hosts that may be hostile, and addresses that must not be reached."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from clip_batch.storage import web
+from clip_batch.storage.web import FetchError, fetch
+from tests.servers.image_server import image_server
+
+
+@pytest.mark.parametrize(
+    ("address", "right"),
+    [
+        ("8.8.8.8", True),
+        ("2001:4860:4860::8888", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("fec0::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b::808:808", True),
+    ],
+)
+def test_public_addresses(address: str, right: bool) -> None:
+    assert web.public(address) is right
+
+
+@pytest.fixture(scope="module")
+def images() -> Iterator[str]:
+    with image_server() as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/loop", "redirects"),
+        ("/file", "must begin with http"),
+        ("/bad", "cannot be fetched"),
+        ("/large", "more than 2000 bytes"),
+        ("/absent", "answers 404"),
+        ("/slow", "no answer within 0.5 s"),
+        ("/a b\r\nX-Injected: 1", "more than 2000 bytes|cannot be fetched|answers|^$"),
+    ],
+)
+def test_hostile_hosts(images: str, path: str, text: str) -> None:
+    started = time.monotonic()
+    if path.startswith("/a b"):
+        assert fetch(images + path, 2000, 5, private=True)  # quoted: one request, no header of its own
+        return
+    with pytest.raises(FetchError, match=text):
+        fetch(images + path, 2000, 0.5 if path == "/slow" else 5, private=True)
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://a.example/x",
+        "file:///etc/passwd",
+        "http://",
+        "//a",
+        "a",
+        "http://user:pw@127.0.0.1/",
+        "http://127.0.0.1:99999/",
+        "http://[::1]/",
+        "http://0x7f.1/",
+        "http://2130706433/",
+        "http://localhost/",
+        "http://a\x00b/",
+        "http://" + "a" * 300 + "/",
+        "http://xn--/",
+        "http://\udcff/",
+    ],
+)
+def test_urls_that_lead_nowhere_or_home(url: str) -> None:
+    with pytest.raises(FetchError) as failed:
+        fetch(url, 1000, 2)
+    assert failed.value.reason in web.REASONS
+    assert "\n" not in str(failed.value)
+
+
+def test_a_redirect_home_is_checked_too(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def first_only(address: str) -> bool:
+        asked.append(address)
+        return len(asked) == 1
+
+    monkeypatch.setattr(web, "public", first_only)
+    with pytest.raises(FetchError, match="not a public address"):
+        fetch(f"{images}/moved", 10**6, 5)
+    assert len(asked) == 2
