@@ -66,7 +66,7 @@ check: $(STAMP)         ## style, types, generated files
 	$(BIN)/mypy
 	$(BIN)/python -m docs.generate --check
 
-docs: $(STAMP)          ## regenerate configs/reference.yaml and docs/config.md
+docs: $(STAMP)          ## regenerate configs/reference.yaml, docs/config.md, the table in docs/architecture.md and docs/benchmarks.md
 	$(BIN)/python -m docs.generate
 
 BENCHES ?= tar text data_path dataset engines embed worker slow_worker scaling plan merge memory metadata metadata_provider remote serve status sweep compare laion

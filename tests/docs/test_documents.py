@@ -1,4 +1,4 @@
-"""What the documents name exists: commands, flags, files; and the jobs run."""
+"""What the documents name exists: commands, flags, links, files and modules; and the jobs run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from clip_batch.cli import COMMANDS, main
 from tests import ROOT
+from tests.test_layers import FILES, FOLDERS, PACKAGE
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("s*/README.md")])
 
@@ -33,6 +34,26 @@ def test_commands_and_flags_exist(page: Path, capsys: pytest.CaptureFixture[str]
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_paths_exist(page: Path) -> None:
+    """Files of the repository, and paths below the package that begin with one of its folders."""
+    starts = "|".join((*FOLDERS, "clip_batch", "configs", "docs", "jobs", "slurm", "spark", "tests"))
+    text = re.sub(r"https?://\S+", "", page.read_text())
+    for path in re.findall(rf"(?<![\w./-])((?:{starts})/(?:[\w-]+/)*(?:[\w-]+\.(?:py|sbatch|sh|md|ya?ml|txt))?)", text):
+        assert (ROOT / path).exists() or (PACKAGE / path).exists() or (page.parent / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_their_names_exist(page: Path) -> None:
+    """`clip_batch.folder.module`, and a name in it."""
+    for name in re.findall(r"(?<![\w/.-])clip_batch(?:\.(?!json\b)[A-Za-z_]\w*)+", page.read_text()):
+        module = name
+        while module not in FILES:
+            module = module.rpartition(".")[0]
+        inside = name.removeprefix(module).removeprefix(".").partition(".")[0]
+        assert not inside or re.search(rf"\b{inside}\b", FILES[module].read_text()), name
 
 
 @pytest.mark.parametrize("job", sorted(ROOT.glob("jobs/*.py")), ids=lambda job: job.name)
