@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from clip_batch.config.options import reference_markdown, reference_yaml
 from docs.benchmark_page import benchmark_page
+from docs.options_page import reference_markdown, reference_yaml
 from tests.test_layers import FOLDERS, HEAVY, PACKAGE
 
 ROOT = Path(__file__).parent.parent

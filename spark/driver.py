@@ -7,7 +7,7 @@ exits    0 all committed (and merged); 1 some partitions failed, or the merge di
 run      spark-submit spark/driver.py --output OUT [--index INDEX] [--tasks N]; see spark/submit.sh
 """
 
-from clip_batch.launch.spark import main
+from clip_batch.cli.spark_driver import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

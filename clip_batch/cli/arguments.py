@@ -1,4 +1,4 @@
-"""What a command is given, and how it answers."""
+"""The arguments that several commands share, and how commands answer."""
 
 from __future__ import annotations
 
@@ -8,64 +8,55 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clip_batch.config import (
-    DatabaseConfig,
-    DownloadConfig,
-    EmbedConfig,
-    MergeConfig,
-    PlanConfig,
-    SearchConfig,
-    ServeConfig,
-    SlurmConfig,
-    SparkConfig,
-    StorageConfig,
-    SubmitConfig,
-    SweepConfig,
-    TargetConfig,
-)
 from clip_batch.errors import ConfigError
+
+CommandLine = Callable[[Sequence[str]], int]
+"""Runs a command given as words, and returns its exit code; `submit` gives SLURM's tasks this."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """One instance of each section, filled from flags, environment and file."""
+class Only:
+    """Annotates a config section of which a command has some flags alone; files and the environment fill the rest."""
 
-    target: TargetConfig
-    storage: StorageConfig
-    download: DownloadConfig
-    plan: PlanConfig
-    embed: EmbedConfig
-    merge: MergeConfig
-    sweep: SweepConfig
-    submit: SubmitConfig
-    slurm: SlurmConfig
-    spark: SparkConfig
-    search: SearchConfig
-    serve: ServeConfig
-    database: DatabaseConfig
-    main: Callable[[Sequence[str]], int]
-    """The command line itself, for commands that have a scheduler run others."""
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonArguments:
+    """How a command answers."""
+
+    json: bool = False
+    """Answer in JSON on standard output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputArguments:
+    """The embeddings folder that a command works on."""
+
+    output: str
+    """The embeddings folder OUT: a path, or any URL that fsspec opens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexArguments:
+    """The index that a command works on."""
+
+    index: list[str]
+    """The index folder INDEX, given once: a path, or any URL that fsspec opens."""
 
     @property
-    def output(self) -> str:
-        """OUT; ConfigError if it is not given."""
-        if not self.target.output:
-            raise ConfigError("--output OUT is needed: the embeddings folder")
-        return self.target.output
-
-    @property
-    def index(self) -> str:
-        """INDEX; ConfigError unless it is given, once."""
-        if len(self.target.index) != 1:
+    def index_folder(self) -> str:
+        """INDEX. ConfigError: several are given."""
+        if len(self.index) != 1:
             raise ConfigError("--index INDEX is needed, once: the index folder")
-        return self.target.index[0]
+        return self.index[0]
 
 
 def say(text: str) -> None:
-    """Progress, for people: to standard error."""
+    """Print progress, for people, on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
-def answer(options: Options, value: Any, text: str) -> None:
-    """The result, to standard output: the value with --json, else the text."""
-    print(json.dumps(value, indent=1, ensure_ascii=False) if options.target.json else text, flush=True)
+def answer(arguments: JsonArguments, value: Any, text: str) -> None:
+    """Print the result on standard output: `value` with --json, otherwise `text`."""
+    print(json.dumps(value, indent=1, ensure_ascii=False) if arguments.json else text, flush=True)

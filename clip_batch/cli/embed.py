@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-from clip_batch.cli.arguments import Options, answer, say
-from clip_batch.config import TargetConfig
+from clip_batch.cli.arguments import JsonArguments, Only, OutputArguments, answer, say
+from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig
 from clip_batch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,70 +16,108 @@ if TYPE_CHECKING:
     from clip_batch.embeddings.slots import Slot
 
 
-def plan(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments(JsonArguments, OutputArguments):
+    """Where `plan` writes."""
+
+
+def plan(arguments: PlanArguments, plan: PlanConfig, storage: StorageConfig) -> int:
     """Freeze the plan: which tars, in which partitions, by which encoder."""
-    answer(options, *planned(options))
+    answer(arguments, *_plan(arguments.output, plan, storage))
     return 0
 
 
-def planned(options: Options) -> tuple[dict[str, Any], str]:
-    """What was planned, as values and as text."""
+def _plan(output: str, config: PlanConfig, storage: StorageConfig) -> tuple[dict[str, Any], str]:
+    """Make the plan; what was planned, as values and as text."""
     from clip_batch.plan.plan import make_plan
 
-    if not options.plan.input:
+    if not config.input:
         raise ConfigError("plan needs --input: paths, URLs, globs or brace patterns of tars")
-    made = make_plan(options.plan, options.output, options.storage, say)
-    shards = {piece.shard.url for partition in made.partitions for piece in partition.slices}
-    summary = {"partitions": len(made.partitions), "shards": len(shards), "encoder": made.encoder.fingerprint}
-    return summary, f"planned {len(shards):,} shards in {len(made.partitions):,} partitions: {options.target.output}"
+    plan = make_plan(config, output, storage, say)
+    shards = {piece.shard.url for partition in plan.partitions for piece in partition.slices}
+    summary = {"partitions": len(plan.partitions), "shards": len(shards), "encoder": plan.encoder.fingerprint}
+    return summary, f"planned {len(shards):,} shards in {len(plan.partitions):,} partitions: {output}"
 
 
-def prefetch(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PrefetchArguments(JsonArguments):
+    """Whose model `prefetch` fetches."""
+
+    output: str = ""
+    """The embeddings folder OUT whose planned model is fetched, instead of the one of --model."""
+
+
+def prefetch(
+    arguments: PrefetchArguments,
+    plan: Annotated[PlanConfig, Only(("model", "pretrained", "preprocess", "precision"))],
+    storage: StorageConfig,
+) -> int:
     """Fetch a model's files into this machine's caches, once for all workers: --model's, or the plan's of --output."""
     from clip_batch import encoders
     from clip_batch.plan.plan import load_plan
     from clip_batch.storage.store import Store
 
-    how, stored = options.plan, options.storage.storage_options
-    if options.target.output:
-        spec = load_plan(Store(options.target.output, stored)).encoder
-        found = encoders.resolve(spec.model, spec.pretrained, spec.preprocess, spec.precision, stored)
-        encoders.check(found.weights, spec)
+    options = storage.storage_options
+    if arguments.output:
+        planned = load_plan(Store(arguments.output, options)).encoder
+        spec = encoders.resolve(planned.model, planned.pretrained, planned.preprocess, planned.precision, options)
+        encoders.check(spec.weights, planned)
     else:
-        found = encoders.resolve(how.model, how.pretrained, how.preprocess, how.precision, stored)
-    text = f"{found.model} {found.pretrained}".strip() + f" is on this machine: {found.weights[:12]}"
-    answer(options, {**asdict(found), "fingerprint": found.fingerprint}, text)
+        spec = encoders.resolve(plan.model, plan.pretrained, plan.preprocess, plan.precision, options)
+    text = f"{spec.model} {spec.pretrained}".strip() + f" is on this machine: {spec.weights[:12]}"
+    answer(arguments, {**asdict(spec), "fingerprint": spec.fingerprint}, text)
     return 0
 
 
-def embed(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class EmbedArguments(JsonArguments, OutputArguments):
+    """What is embedded on this machine, and by how many processes."""
+
+    workers: int = 0
+    """Worker processes on this machine; 0: one a GPU, or one."""
+
+
+def embed(arguments: EmbedArguments, embed: EmbedConfig, plan: PlanConfig, storage: StorageConfig) -> int:
     """Embed every uncommitted partition on this machine; with --input, plan first."""
     from clip_batch.launch import local
 
-    if options.plan.input:
-        say(planned(options)[1])
-    workers = processes(options)
+    if plan.input:
+        say(_plan(arguments.output, plan, storage)[1])
+    workers = processes(arguments.workers, embed)
     if workers <= 1:
-        return report(options, local.run_worker(options.output, None, options.embed, options.storage))
-    return local.run_workers(options.output, workers, options.embed, options.storage)
+        return report(arguments, local.run_worker(arguments.output, None, embed, storage))
+    return local.run_workers(arguments.output, workers, embed, storage)
 
 
-def processes(options: Options) -> int:
-    """Processes that embed on this machine."""
+def processes(workers: int, config: EmbedConfig) -> int:
+    """Processes that embed on this machine: `workers`, or where that is 0 one for each GPU (0: there is none)."""
     from clip_batch.encoders.device import gpus
 
-    return options.target.workers or (gpus() if options.embed.device in ("auto", "cuda") else 0)
+    return workers or (gpus() if config.device in ("auto", "cuda") else 0)
 
 
-def worker(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class WorkerArguments(JsonArguments, OutputArguments):
+    """Which partitions one worker embeds."""
+
+    partitions: str = ""
+    """The partitions to embed, such as 0,3-5; without it, those of --slot."""
+    slot: int | None = None
+    """This worker's number among `slots`, from 0."""
+    slots: int | None = None
+    """How many workers share the plan; may change between launches."""
+    submission: str = ""
+    """Take the partitions of `slot` from this submission (see `submit`) instead of the plan."""
+
+
+def worker(arguments: WorkerArguments, embed: EmbedConfig, storage: StorageConfig) -> int:
     """One worker: the partitions given, or those of its slot, that are not committed yet."""
     from clip_batch.launch import local
 
-    target = options.target
-    if bool(target.partitions) == (target.slot is not None):
+    if bool(arguments.partitions) == (arguments.slot is not None):
         raise ConfigError("worker needs either --partitions 0,3-5, or --slot I with --slots N or --submission ID")
-    work = _slot(target) if target.slot is not None else _numbers(target.partitions)
-    return report(options, local.run_worker(options.output, work, options.embed, options.storage))
+    work = _numbers(arguments.partitions) if arguments.slot is None else _slot(arguments, arguments.slot)
+    return report(arguments, local.run_worker(arguments.output, work, embed, storage))
 
 
 def _numbers(text: str) -> list[int]:
@@ -91,22 +129,21 @@ def _numbers(text: str) -> list[int]:
         raise ConfigError(f"--partitions {text!r} is not understood: write it like 0,3-5") from None
 
 
-def _slot(target: TargetConfig) -> Slot:
+def _slot(arguments: WorkerArguments, number: int) -> Slot:
     """The slot of a submission, or of the whole plan."""
     from clip_batch.embeddings.slots import Slot
 
-    assert target.slot is not None
-    if bool(target.submission) == (target.slots is not None):
+    if bool(arguments.submission) == (arguments.slots is not None):
         raise ConfigError("--slot needs --slots N, how many workers share the plan, or --submission ID")
-    return Slot(target.slot, target.slots or 0, target.submission)
+    return Slot(number, arguments.slots or 0, arguments.submission)
 
 
-def report(options: Options, outcomes: Sequence[Outcome]) -> int:
-    """Say what became of partitions; 1 if some failed."""
+def report(arguments: JsonArguments, outcomes: Sequence[Outcome]) -> int:
+    """Print what became of partitions; the exit code, 1 if some failed."""
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:
         print(f"partition {outcome.partition} failed: {outcome.error}", file=sys.stderr)
     rows, bad = sum(outcome.rows for outcome in outcomes), sum(outcome.failed for outcome in outcomes)
     text = f"{len(outcomes) - len(failed)} partitions done, {rows:,} samples embedded, {bad:,} listed as failed"
-    answer(options, [asdict(outcome) for outcome in outcomes], text)
+    answer(arguments, [asdict(outcome) for outcome in outcomes], text)
     return 1 if failed else 0

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Literal
 
-from clip_batch.cli.arguments import Options, answer, say
+from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArguments, answer, say
+from clip_batch.config import MergeConfig, StorageConfig, SweepConfig
 from clip_batch.errors import ConfigError
 
 
-def merge(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class MergeArguments(JsonArguments, IndexArguments, OutputArguments):
+    """What is merged into which index, and which task of it."""
+
+    task: Literal["all", "train", "shards", "manifest"] = "all"
+    """Which task of the merge to run; `shards` takes --slot I and --slots N; all: one after another."""
+    slot: int | None = None
+    """Number of this task among `slots`, from 0; with --task shards."""
+    slots: int | None = None
+    """How many tasks share the index shards; with --task shards."""
+
+
+def merge(arguments: MergeArguments, merge: MergeConfig, storage: StorageConfig) -> int:
     """Build sharded indices and metadata in index order, and measure their recall."""
     from clip_batch.index.merge import merge as stage
     from clip_batch.index.merge.job import open_job
 
-    task, slot, slots = options.target.task, options.target.slot, options.target.slots
+    index, task, slot, slots = arguments.index_folder, arguments.task, arguments.slot, arguments.slots
     if {slot is None, slots is None} != {task != "shards"}:
         raise ConfigError("merge --task shards needs --slot I and --slots N; the other tasks take neither")
     if slot is not None and slots is not None and not 0 <= slot < slots:
         raise ConfigError(f"merge --slot {slot} of --slots {slots} does not exist: slots count from 0 to {slots - 1}")
-    job = open_job(options.output, options.index, options.merge, options.storage)
+    job = open_job(arguments.output, index, merge, storage)
     manifest = stage.finished(job, say)
     if manifest is None and task in ("all", "train"):
         stage.train(job, say)
@@ -30,47 +44,69 @@ def merge(options: Options) -> int:
         manifest = stage.publish(job, say)
     if manifest is None:
         summary = {"task": task, "version": job.version, "index_shards": job.shards}
-        answer(options, summary, f"{task} done of version {job.version}, which has {job.shards} index shards")
+        answer(arguments, summary, f"{task} done of version {job.version}, which has {job.shards} index shards")
         return 0
-    text = f"merged {manifest.rows:,} rows into {len(manifest.shards)} index shards: {options.index}"
-    answer(options, json.loads(manifest.to_json()), text)
+    text = f"merged {manifest.rows:,} rows into {len(manifest.shards)} index shards: {index}"
+    answer(arguments, json.loads(manifest.to_json()), text)
     return 0
 
 
-def sweep(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class SweepArguments(JsonArguments, OutputArguments):
+    """Whose vectors `sweep` tries index keys on."""
+
+
+def sweep(arguments: SweepArguments, sweep: SweepConfig, merge: MergeConfig, storage: StorageConfig) -> int:
     """Try index keys on a sample of OUT: recall, ms a query, bytes a vector, and which one to take."""
     from clip_batch.index.merge import sweep as stage
 
-    found = stage.sweep(options.output, options.merge, options.storage, options.sweep, say)
-    answer(options, asdict(found), stage.describe(found))
+    report = stage.sweep(arguments.output, merge, storage, sweep, say)
+    answer(arguments, asdict(report), stage.describe(report))
     return 0
 
 
-def versions(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class VersionsArguments(JsonArguments, IndexArguments):
+    """What `versions` changes."""
+
+    use: str = ""
+    """Make this version the live one."""
+    drop: str = ""
+    """Delete this version, unless it is live or another one needs it."""
+
+
+def versions(arguments: VersionsArguments, storage: StorageConfig) -> int:
     """The versions of an index, and which one is live; --use makes another one live."""
     from clip_batch.index import versions as stage
     from clip_batch.storage.store import Store
 
-    store = Store(options.index, options.storage.storage_options)
-    if options.target.use:
-        stage.use(store, options.target.use)
-    if options.target.drop:
-        stage.drop(store, options.target.drop)
-    found = stage.versions(store)
-    answer(options, [asdict(one) for one in found], stage.describe(found))
+    store = Store(arguments.index_folder, storage.storage_options)
+    if arguments.use:
+        stage.use(store, arguments.use)
+    if arguments.drop:
+        stage.drop(store, arguments.drop)
+    listed = stage.versions(store)
+    answer(arguments, [asdict(version) for version in listed], stage.describe(listed))
     return 0
 
 
-def remove(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class RemoveArguments(JsonArguments, IndexArguments):
+    """Which rows `remove` removes."""
+
+    keys: str
+    """A file of values of `column`: one a line, or a Parquet or CSV file with that column."""
+    column: str = "key"
+    """The metadata column that the values are of, such as key or url."""
+
+
+def remove(arguments: RemoveArguments, storage: StorageConfig) -> int:
     """Remove rows from every search, now and in later versions, by a list of keys."""
     from clip_batch.index import versions as stage
 
-    if not options.target.keys:
-        raise ConfigError("remove needs --keys FILE: one value of --column a line")
-    target = options.target
-    report = stage.remove(options.index, target.keys, target.column, options.storage, say)
-    text = f"{report.rows:,} rows of the live version removed by {report.values:,} values of {target.column}"
+    report = stage.remove(arguments.index_folder, arguments.keys, arguments.column, storage, say)
+    text = f"{report.rows:,} rows of the live version removed by {report.values:,} values of {arguments.column}"
     if report.missing:
         text += f"; {report.missing:,} values have no row in it, such as {', '.join(report.examples)}"
-    answer(options, asdict(report), text)
+    answer(arguments, asdict(report), text)
     return 0

@@ -2,52 +2,112 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated
 
-from clip_batch.cli.arguments import Options, answer, say
+from clip_batch.cli.arguments import JsonArguments, Only, answer, say
 from clip_batch.cli.embed import processes
+from clip_batch.config import (
+    DatabaseConfig,
+    DownloadConfig,
+    EmbedConfig,
+    MergeConfig,
+    PlanConfig,
+    ServeConfig,
+    StorageConfig,
+)
 from clip_batch.errors import ConfigError
 
+WEB = ("host", "port", "token")
+"""The flags of ServeConfig that every service takes."""
 
-def serve(options: Options) -> int:
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments:
+    """What is served."""
+
+    index: list[str]
+    """The index folder, or several, each as INDEX or NAME=INDEX."""
+
+
+def serve(arguments: ServeArguments, serve: ServeConfig, database: DatabaseConfig, storage: StorageConfig) -> int:
     """Serve indices over HTTP, with a web page."""
     from clip_batch.serve.search.app import run
 
-    if not options.target.index:
-        raise ConfigError("serve needs --index INDEX, or several as NAME=INDEX")
-    run(options.target.index, options.serve, options.storage, options.database)
+    run(arguments.index, serve, storage, database)
     return 0
 
 
-def serve_worker(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class ServeWorkerArguments:
+    """Where requests may read and write."""
+
+    allow: list[str] = field(default_factory=list)
+    """The folders, or URLs of some, that requests may read and write below."""
+
+
+def serve_worker(
+    arguments: ServeWorkerArguments,
+    embed: EmbedConfig,
+    serve: Annotated[ServeConfig, Only(WEB)],
+    storage: StorageConfig,
+) -> int:
     """Plan, embed and merge over HTTP, for an orchestrator of your own; see docs/services.md."""
     from clip_batch.serve.worker.app import run
 
-    run(options.target.allow, options.serve, options.embed, options.storage)
+    run(arguments.allow, serve, embed, storage)
     return 0
 
 
-def end2end(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class End2EndArguments(JsonArguments):
+    """Where `end2end` writes, and how it goes on."""
+
+    output: str
+    """The folder for images, embeddings and index: a path, or any URL that fsspec opens."""
+    workers: int = 0
+    """Worker processes on this machine; 0: one a GPU, or one."""
+    serve: bool = True
+    """Go on to serve the index with its web page."""
+
+
+def end2end(
+    arguments: End2EndArguments,
+    download: DownloadConfig,
+    plan: PlanConfig,
+    embed: EmbedConfig,
+    merge: MergeConfig,
+    serve: Annotated[ServeConfig, Only(WEB)],
+    storage: StorageConfig,
+) -> int:
     """From a URL list to the web page: img2dataset, plan, embed, merge and serve, in OUTPUT; run again to go on."""
     from clip_batch.launch.end2end.account import describe
     from clip_batch.launch.end2end.end2end import end2end
+    from clip_batch.serve.search.app import run
 
-    if not options.target.output:
-        raise ConfigError("--output DIR is needed: the folder for images, embeddings and index")
-    if options.plan.input:
+    if plan.input:
         raise ConfigError("end2end takes its input from --urls: leave --input out")
-    stages = options.download, options.plan, options.embed, options.merge, options.storage
-    index, found = end2end(options.target.output, *stages, processes(options), say)
-    answer(options, {**asdict(found), "index": index}, f"{describe(found)}\nindex: {index}")
-    if not options.target.serve:
-        return 0
-    target = replace(options.target, index=[f"index={index}"])
-    # The flags of model and device were the plan's and embed's; the index knows its encoder.
-    return serve(replace(options, target=target, serve=replace(options.serve, model="", pretrained="")))
+    workers = processes(arguments.workers, embed)
+    index, account = end2end(arguments.output, download, plan, embed, merge, storage, workers, say)
+    answer(arguments, {**asdict(account), "index": index}, f"{describe(account)}\nindex: {index}")
+    if arguments.serve:
+        device = embed.device if serve.device == "auto" else serve.device
+        run([f"index={index}"], replace(serve, device=device), storage)
+    return 0
 
 
-def demo(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    """Where `demo` writes, and how it goes on."""
+
+    folder: str = field(default="clip-batch-demo", metadata={"positional": True})
+    """The folder to write."""
+    serve: bool = True
+    """Go on to serve the index with its web page."""
+
+
+def demo(arguments: DemoArguments, serve: ServeConfig, storage: StorageConfig) -> int:
     """The whole line on embedded pictures with an embedded model: tars, plan, embed, merge, search."""
     from clip_batch.demo.run import run
 
-    return run(options.target.folder, options.target.serve, options.serve)
+    return run(arguments.folder, arguments.serve, serve)

@@ -3,60 +3,98 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
-from clip_batch.cli.arguments import Options, answer
+from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArguments, answer
 from clip_batch.cli.embed import report
+from clip_batch.config import EmbedConfig, StorageConfig
+from clip_batch.errors import ConfigError
 
 
-def status(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class StatusArguments(JsonArguments, OutputArguments):
+    """Whose state `status` tells."""
+
+
+def status(arguments: StatusArguments, storage: StorageConfig) -> int:
     """Done, failed, missing, rate, ETA, and the command that relaunches what is missing."""
     from clip_batch.embeddings.status import describe, status
     from clip_batch.storage.store import Store
 
-    found = status(Store(options.output, options.storage.storage_options))
-    answer(options, found, describe(found))
+    found = status(Store(arguments.output, storage.storage_options))
+    answer(arguments, found, describe(found))
     return 0
 
 
-def verify(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments(JsonArguments):
+    """What `verify` proves, and how thoroughly."""
+
+    output: str = ""
+    """The embeddings folder OUT, if that is to be verified."""
+    index: list[str] = field(default_factory=list)
+    """The index folder INDEX, if that is to be verified."""
+    deep: bool = False
+    """Read every byte of OUT or INDEX, and of OUT's input; without it, only sizes and counts are compared."""
+
+
+def verify(arguments: VerifyArguments, storage: StorageConfig) -> int:
     """Prove that OUT, or an index, is complete and sound; exit 1 and the names of what is not."""
     from clip_batch.embeddings.verify import verify_output
     from clip_batch.index.verify import verify_index
     from clip_batch.storage.store import Store
 
-    store_options = options.storage.storage_options
-    if options.target.index:
-        found = verify_index(Store(options.index, store_options), options.target.deep)
+    options = storage.storage_options
+    if arguments.index:
+        folder = IndexArguments(index=arguments.index).index_folder
+        found = verify_index(Store(folder, options), arguments.deep)
+    elif arguments.output:
+        found = verify_output(Store(arguments.output, options), arguments.deep, options)
     else:
-        found = verify_output(Store(options.output, store_options), options.target.deep, store_options)
+        raise ConfigError("--output OUT or --index INDEX is needed: the folder to verify")
     for name, problem in found.problems.items():
         print(f"{name}: {problem}", file=sys.stderr)
-    proof = "deep" if options.target.deep else "quick"
+    proof = "deep" if arguments.deep else "quick"
     text = f"{found.checked - len(found.problems)} of {found.checked} sound ({proof}), {found.rows:,} rows"
     text += f", {found.failed:,} listed as failed" if found.failed else ""
-    answer(options, {"ok": found.ok, **asdict(found)}, text)
+    answer(arguments, {"ok": found.ok, **asdict(found)}, text)
     return 0 if found.ok else 1
 
 
-def repair(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class RepairArguments(JsonArguments, OutputArguments):
+    """How thoroughly `repair` looks."""
+
+    deep: bool = False
+    """Read every byte of OUT and of its input first; without it, only sizes and counts are compared."""
+
+
+def repair(arguments: RepairArguments, embed: EmbedConfig, storage: StorageConfig) -> int:
     """Run again only what verify names."""
     from clip_batch.embeddings.repair import repair
     from clip_batch.embeddings.verify import verify_output
     from clip_batch.launch import local
     from clip_batch.storage.store import Store
 
-    store_options = options.storage.storage_options
-    store = Store(options.output, store_options)
-    numbers = repair(store, verify_output(store, options.target.deep, store_options).problems)
-    return report(options, local.run_worker(options.output, numbers, options.embed, options.storage))
+    options = storage.storage_options
+    store = Store(arguments.output, options)
+    numbers = repair(store, verify_output(store, arguments.deep, options).problems)
+    return report(arguments, local.run_worker(arguments.output, numbers, embed, storage))
 
 
-def gc(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class GcArguments(JsonArguments, OutputArguments):
+    """What `gc` removes."""
+
+    everything: bool = False
+    """Remove uncommitted files of unfinished partitions too; no worker may be running."""
+
+
+def gc(arguments: GcArguments, storage: StorageConfig) -> int:
     """Remove what no commit names."""
     from clip_batch.embeddings.repair import gc
     from clip_batch.storage.store import Store
 
-    removed = gc(Store(options.output, options.storage.storage_options), options.target.everything)
-    answer(options, removed, f"{len(removed)} files removed")
+    removed = gc(Store(arguments.output, storage.storage_options), arguments.everything)
+    answer(arguments, removed, f"{len(removed)} files removed")
     return 0

@@ -11,64 +11,6 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class TargetConfig:
-    """What a command works on and how it answers; each command takes those of these it needs."""
-
-    output: str = ""
-    """The embeddings folder OUT, a path or any URL that fsspec opens; of `filter` and `end2end`, what they write."""
-    index: list[str] = field(default_factory=list)
-    """The index folder INDEX; `serve` takes several, each as INDEX or NAME=INDEX."""
-    folder: str = "clip-batch-demo"
-    """Where `demo` writes."""
-    partitions: str = ""
-    """Partitions of one worker, such as 0,3-5."""
-    slot: int | None = None
-    """This worker's number among `slots`, from 0."""
-    slots: int | None = None
-    """How many workers share the plan; may change between launches."""
-    task: Literal["all", "train", "shards", "manifest"] = "all"
-    """Of `merge`: one task of it, `shards` with --slot I --slots N; all: one after another."""
-    submission: str = ""
-    """Take the partitions of `slot` from this submission (see `submit`) instead of the plan."""
-    on_node: bool = False
-    """Of `doctor`: run the checks on a compute node, through srun with the options of `submit slurm`."""
-    calibrate: bool = False
-    """Of `doctor`: instead of the checks, measure what bounds embed here and what to set (for --slots workers)."""
-    workers: int = 0
-    """Worker processes on this machine; 0: one a GPU, or one."""
-    text: str = ""
-    """A text to search for."""
-    image: str = ""
-    """An image file to search for."""
-    embedding: str = ""
-    """A .npy file of one vector to search for."""
-    deep: bool = False
-    """Read every byte, and the input again; of `export`: compare every row."""
-    verify: bool = False
-    """Of `export milvus` and `export sql`: write nothing, only compare what is there with the index."""
-    keys: str = ""
-    """Of `remove`: a file of values, one a line, or a Parquet or CSV file with that column."""
-    images: bool = False
-    """Of `filter`: copy the rows' images too, into tars."""
-    to: str = ""
-    """Of `export`: the folder to write."""
-    column: str = "key"
-    """Of `remove`: the metadata column that the values are of, such as key or url."""
-    use: str = ""
-    """Of `versions`: make this version the live one."""
-    drop: str = ""
-    """Of `versions`: delete this version, unless it is live or another one needs it."""
-    everything: bool = False
-    """Of `gc`: remove uncommitted files of unfinished partitions too; no worker may be running."""
-    serve: bool = True
-    """Of `demo` and `end2end`: go on to serve the index with its web page."""
-    allow: list[str] = field(default_factory=list)
-    """Of `serve-worker`: the folders, or URLs of some, that requests may read and write below."""
-    json: bool = False
-    """Answer in JSON on standard output."""
-
-
-@dataclass(frozen=True)
 class StorageConfig:
     """How stores are opened; every command takes these."""
 
@@ -322,7 +264,7 @@ class SparkConfig:
 class SearchConfig:
     """Search an index from the shell, in process."""
 
-    k: int = 10
+    k: int = field(default=10, metadata={"short": "-k"})
     """Hits."""
     threshold: float | None = None
     """Least score of a hit; for `filter`, every row that has it, however many."""

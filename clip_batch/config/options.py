@@ -1,25 +1,28 @@
-"""Flags, YAML keys, environment variables and their documents, all derived from config.py.
+"""Flags, YAML keys and environment variables, all derived from dataclasses.
 
-A value comes from, in this order: its flag, CLIP_BATCH_<FIELD> in the environment, the YAML file
-named by --config (a section a stage), the dataclass's default. pydantic checks and converts.
+A value comes from, in this order: its flag; its variable in the environment; the YAML file named by --config, which
+has a section for each stage; the dataclass's default. pydantic checks and converts.
+
+The variable of a section's field is CLIP_BATCH_<SECTION>_<FIELD>, such as CLIP_BATCH_EMBED_DEVICE. The section is not
+said twice: `slurm_partition` of `slurm` is CLIP_BATCH_SLURM_PARTITION. Where only one section has a field of that
+name, CLIP_BATCH_<FIELD> is read too, if the longer name is not set; a command's own argument has that name alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import functools
-import inspect
 import json
 import os
-import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from clip_batch import config
-from clip_batch.errors import ConfigError
+from clip_batch.config.fields import default as default
+from clip_batch.config.fields import helps as helps
+from clip_batch.config.fields import required, show
+from clip_batch.errors import ConfigError, one_line
 
 SECTIONS: dict[str, type] = {
     "storage": config.StorageConfig,
@@ -35,36 +38,25 @@ SECTIONS: dict[str, type] = {
     "serve": config.ServeConfig,
     "database": config.DatabaseConfig,
 }
-"""YAML section -> the dataclass it fills. TargetConfig's fields stand at the top of the file."""
-
-
-@functools.cache
-def helps(section: type) -> dict[str, str]:
-    """Field name -> the string beneath it in the source, on one line."""
-    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]).body
-    found = {}
-    for field, text in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            found[typing.cast(ast.Name, field.target).id] = " ".join(str(text.value.value).split())
-    return found
-
-
-def default(field: dataclasses.Field[Any]) -> Any:
-    """A field's default value."""
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()
+"""YAML section -> the dataclass it fills. The arguments of commands stand at the top of the file."""
 
 
 def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str] | None = None) -> None:
-    """Add a flag for each field (or those of `only`): --a-field, and --no-a-field for a bool."""
+    """Add a flag for each field (or those of `only`): --a-field, and --no-a-field for a bool.
+
+    A field's metadata may say that it has a short flag too ("short"), or is given by its place ("positional").
+    """
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         if only is not None and field.name not in only:
             continue
         kind, value = hints[field.name], default(field)
         text = helps(section)[field.name].replace("%", "%%")
-        shown = "" if value in ("", None, [], {}) else f" [{_show(value)}]"
-        settings: dict[str, Any] = {"dest": field.name, "help": text + shown, "default": argparse.SUPPRESS}
+        shown = "" if value in ("", None, [], {}) else f" [{show(value)}]"
+        settings: dict[str, Any] = {"help": text + shown, "default": argparse.SUPPRESS}
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, nargs="?", **settings)
+            continue
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
@@ -72,53 +64,72 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
         else:
             choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
             settings["metavar"] = "{" + ",".join(choices) + "}" if choices else field.name.upper()
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+        short = [field.metadata["short"]] if "short" in field.metadata else []
+        parser.add_argument(*short, _flag(field.name), dest=field.name, **settings)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def to_flags(section: Any) -> list[str]:
     """The flags that give a section's values where they differ from the defaults."""
     words: list[str] = []
     for field in dataclasses.fields(section):
-        value, flag = getattr(section, field.name), field.name.replace("_", "-")
+        value, flag = getattr(section, field.name), _flag(field.name)
         if value == default(field):
             continue
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(flag if value else f"--no-{flag[2:]}")
         else:
             items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            words += [f"--{flag}={item}" for item in items]  # one word each, whatever an item begins with
+            words += [f"{flag}={item}" for item in items]  # one word each, whatever an item begins with
     return words
 
 
-def _show(value: Any) -> str:
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, list)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+def to_environment(*sections: Any) -> dict[str, str]:
+    """The environment variables that give all values of sections, for fields that are no lists."""
+    environment = {}
+    for section in sections:
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            text = json.dumps(value) if isinstance(value, dict) else show(value)
+            environment[variable(type(section), field.name)] = text
+    return environment
 
 
-def read_file(path: str) -> dict[str, Any]:
-    """A YAML configuration, its names checked; ConfigError lists the valid ones."""
+def variable(section: type, field: str) -> str:
+    """The environment variable of a field of a section, or of a command's own argument."""
+    name = _name(section)
+    prefix = "" if name is None or field.startswith(f"{name}_") else f"{name}_"
+    return f"CLIP_BATCH_{prefix}{field}".upper()
+
+
+def _name(section: type) -> str | None:
+    """The YAML name of a section; None of a command's own arguments."""
+    return next((name for name, known in SECTIONS.items() if known is section), None)
+
+
+def read_file(path: str, arguments: Iterable[str] = ()) -> dict[str, Any]:
+    """A YAML configuration with the sections of SECTIONS and keys of `arguments`; ConfigError lists the valid ones."""
     import yaml
 
     try:
         with open(path, encoding="utf-8") as file:
-            found = yaml.safe_load(file) or {}
+            content = yaml.safe_load(file) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
-    _known(path, found, [*SECTIONS, *(field.name for field in dataclasses.fields(config.TargetConfig))])
+        raise ConfigError(f"--config {path} cannot be read: {one_line(error)}") from None
+    _check_keys(path, content, [*SECTIONS, *arguments])
     for name, section in SECTIONS.items():
-        _known(f"{path}, section {name}", found.get(name) or {}, [field.name for field in dataclasses.fields(section)])
-    return dict(found)
+        keys = content.get(name) or {}
+        _check_keys(f"{path}, section {name}", keys, [field.name for field in dataclasses.fields(section)])
+    return dict(content)
 
 
-def _known(where: str, found: Any, valid: list[str]) -> None:
-    if not isinstance(found, dict):
-        raise ConfigError(f"{where} is no mapping: write `key: value` lines")
-    for key in found:
+def _check_keys(where: str, content: Any, valid: list[str]) -> None:
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} is not a mapping: write `key: value` lines")
+    for key in content:
         if key not in valid:
             raise ConfigError(f"{where} has no key {key!r}; valid: {', '.join(sorted(valid))}")
 
@@ -126,30 +137,46 @@ def _known(where: str, found: Any, valid: list[str]) -> None:
 def gather(
     section: type, flags: Mapping[str, Any], file: Mapping[str, Any], environ: Mapping[str, str] = os.environ
 ) -> Any:
-    """One section's dataclass from flags, environment and file; ConfigError names the wrong value."""
+    """One section's dataclass from flags, environment and file; ConfigError names the wrong or missing value."""
     import pydantic
 
-    name = next((name for name, known in SECTIONS.items() if known is section), None)
-    inner = {key: value for key, value in file.items() if key not in SECTIONS} if name is None else file.get(name) or {}
+    name = _name(section)
+    keys = {key: value for key, value in file.items() if key not in SECTIONS} if name is None else file.get(name) or {}
     hints = typing.get_type_hints(section)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for field in dataclasses.fields(section):
-        variable = f"CLIP_BATCH_{field.name.upper()}"
         if field.name in flags:
-            values[field.name], sources[field.name] = flags[field.name], f"--{field.name.replace('_', '-')}"
-        elif variable in environ:
-            values[field.name], sources[field.name] = _split(environ[variable], hints[field.name]), variable
-        elif field.name in inner:
-            values[field.name], sources[field.name] = inner[field.name], f"key {field.name} of --config"
+            values[field.name], sources[field.name] = flags[field.name], _flag(field.name)
+        elif used := _used_variable(section, field.name, environ):
+            values[field.name], sources[field.name] = _split(environ[used], hints[field.name]), used
+        elif field.name in keys:
+            values[field.name], sources[field.name] = keys[field.name], f"key {field.name} of --config"
         if typing.get_origin(hints[field.name]) is dict and isinstance(values.get(field.name), str):
             values[field.name] = _parse_json(values[field.name], sources[field.name])
+        if required(field) and values.get(field.name) in (None, "", []):
+            text = helps(section)[field.name].rstrip(".")
+            raise ConfigError(f"{_flag(field.name)} {field.name.upper()} is needed: {text[0].lower()}{text[1:]}")
     try:
         return pydantic.TypeAdapter(section).validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = sources.get(str(first["loc"][0]), section.__name__)
         raise ConfigError(f"{where} {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def _used_variable(section: type, field: str, environ: Mapping[str, str]) -> str | None:
+    """The variable that sets a field, if one does. ConfigError: it does not say of which section it is."""
+    long, short = variable(section, field), f"CLIP_BATCH_{field.upper()}"
+    if long in environ:
+        return long
+    if short not in environ:
+        return None
+    sharing = [known for known in SECTIONS.values() if field in (item.name for item in dataclasses.fields(known))]
+    if len(sharing) > 1:
+        names = ", ".join(variable(known, field) for known in sharing)
+        raise ConfigError(f"{short} does not say whose {field} it sets: set the one that is meant of {names}")
+    return short
 
 
 def _split(text: str, kind: Any) -> Any:
@@ -161,47 +188,3 @@ def _parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from None
-
-
-def reference_yaml() -> str:
-    """configs/reference.yaml: every key with its default and its meaning."""
-    import yaml
-
-    lines = ["# Every key with its default. Generated by `make docs`; give a file like this as --config.", ""]
-    for name, section in SECTIONS.items():
-        lines += [f"# {' '.join((section.__doc__ or '').split())}", f"{name}:"]
-        for field in dataclasses.fields(section):
-            value = yaml.safe_dump({field.name: default(field)}, default_flow_style=True, width=1000).strip()[1:-1]
-            lines += [f"  # {helps(section)[field.name]}", f"  {value}"]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def reference_markdown() -> str:
-    """docs/config.md: the same as tables."""
-    lines = [
-        "# Options",
-        "",
-        "Generated by `make docs`. A flag `--a-field` is the YAML key `a_field` of its section in",
-        "`--config FILE` and the environment variable `CLIP_BATCH_A_FIELD`; flags win over the",
-        "environment, the environment over the file.",
-        "",
-    ]
-    for name, section in {"(top of the file)": config.TargetConfig, **SECTIONS}.items():
-        lines += [
-            f"## {name}",
-            "",
-            " ".join((section.__doc__ or "").split()),
-            "",
-            "| key | default | meaning |",
-            "|---|---|---|",
-        ]
-        for field in dataclasses.fields(section):
-            value = _show(default(field)).replace("|", "\\|")
-            lines.append(
-                f"| `{field.name}` | {f'`{value}`' if value else ''} | {helps(section)[field.name]} |".replace(
-                    "|  |", "| |"
-                )
-            )
-        lines.append("")
-    return "\n".join(lines)

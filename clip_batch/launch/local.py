@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clip_batch.config import EmbedConfig, StorageConfig
+from clip_batch.config.options import to_environment
 from clip_batch.embeddings.commits import committed, read_commit
 from clip_batch.embeddings.embed import Outcome, embed
 from clip_batch.embeddings.slots import Slot, partitions
@@ -92,16 +92,8 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
 
 
 def environment(config: EmbedConfig, storage: StorageConfig) -> dict[str, str]:
-    """A worker's environment: the options that differ from their defaults, credentials among them."""
-    options: dict[str, Any] = {}
-    for section in (config, storage):
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            if value != getattr(type(section)(), field.name):
-                options[f"CLIP_BATCH_{field.name.upper()}"] = (
-                    json.dumps(value) if isinstance(value, dict) else str(value)
-                )
-    return {**os.environ, **options}
+    """A worker's environment: ours, with the options, credentials among them."""
+    return {**os.environ, **to_environment(config, storage)}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Spark: executors run the same worker; Spark carries slot numbers to them and status rows back.
 
     command, submit      here: the spark-submit line, and running it
-    main                 the driver: a submission, `drain`, `merge_on_spark`, the exit code
+    drive                the driver: a submission, `drain`, `merge_on_spark`, the exit code
     drain                one Spark task a slot of the submission; what is true stays in OUT's commits
     merge_on_spark       train (one task) -> index shards (tasks) -> manifest (one task)
 
@@ -11,7 +11,6 @@ lets it come to that: see `executor.embed_slot`.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -26,9 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_batch import errors
-from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConfig, SubmitConfig, TargetConfig, options
+from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConfig, SubmitConfig
+from clip_batch.config.options import to_flags
 from clip_batch.embeddings import submission
-from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError, one_line
+from clip_batch.errors import ConfigError, IncompleteError, one_line
 from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.launch.spark_executor import EmbedTask, Status, embed_slot, merge_task
 from clip_batch.storage.paths import absolute
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 STORAGE = "CLIP_BATCH_STORAGE_OPTIONS"
 """How storage options reach the driver; executors get them in the pickled task."""
 
-DRIVER = str(Path(__file__).parent / "spark_driver.py")
+DRIVER = str(Path(__file__).parent.parent / "cli/spark_driver.py")
+"""The file that spark-submit runs as the driver."""
 
 
 def drain(
@@ -125,60 +126,47 @@ def merge_on_spark(
     return load_manifest(Store(index, storage.storage_options), job["version"])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The driver, run by spark-submit: exit code 0 all committed (and merged), 1 not all, 2 usage.
+def drive(
+    output: str,
+    index: str,
+    submission_id: str,
+    submit: SubmitConfig,
+    embed: EmbedConfig,
+    merge: MergeConfig,
+    storage: StorageConfig,
+) -> int:
+    """What the driver does: drain a submission, then merge into `index` unless that is ""; the exit code.
 
-    Storage options come from `STORAGE` or --config alone: Spark's pages show arguments.
+    Without a submission, it freezes one of all that is missing.
     """
-    sections = {TargetConfig: ("output", "index", "submission"), SubmitConfig: ("tasks", "merge_tasks")}
-    parser = argparse.ArgumentParser("driver.py", "driver.py --output OUT [--index INDEX] [flags]", allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; see configs/reference.yaml")
-    for section in (TargetConfig, SubmitConfig, EmbedConfig, MergeConfig):
-        options.add_flags(parser, section, sections.get(section))
-    flags = vars(parser.parse_args(arguments))
-    try:
-        return _drive(flags, options.read_file(flags["config"]) if flags["config"] else {})
-    except ClipBatchError as error:
-        print(f"clip-batch driver: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-def _drive(flags: dict[str, Any], file: dict[str, Any]) -> int:
     from pyspark.sql import SparkSession
 
-    target: TargetConfig = options.gather(TargetConfig, flags, file)
-    storage: StorageConfig = options.gather(StorageConfig, flags, file)
-    config: EmbedConfig = options.gather(EmbedConfig, flags, file)
-    merge: MergeConfig = options.gather(MergeConfig, flags, file)
-    tasks: SubmitConfig = options.gather(SubmitConfig, flags, file)
-    if not target.output or len(target.index) > 1:
-        raise ConfigError("--output OUT is needed: the embeddings folder; and --index INDEX once at the most")
-    id = target.submission or _freeze(Store(target.output, storage.storage_options), config, tasks.tasks)
+    id = submission_id or _freeze(Store(output, storage.storage_options), embed, submit.tasks)
     spark = SparkSession.builder.getOrCreate()
     try:
-        statuses = drain(spark, target.output, id, config, storage) if id else []
+        statuses = drain(spark, output, id, embed, storage) if id else []
         failed = [status for status in statuses if status.state == "failed"]
         for status in failed:
             print(f"partition {status.partition} failed: {status.error}", file=sys.stderr)
         rows, bad = sum(status.rows for status in statuses), sum(status.failed for status in statuses)
         done = f"{len(statuses) - len(failed)} of {len(statuses)} partitions committed"
         print(f"{done}, {rows:,} samples embedded, {bad:,} listed as failed", flush=True)
-        for index in target.index:
-            made = merge_on_spark(spark, target.output, index, merge, storage, tasks.merge_tasks)
-            print(f"merged {made.rows:,} rows into {len(made.shards)} index shards: {index}", flush=True)
+        if index:
+            manifest = merge_on_spark(spark, output, index, merge, storage, submit.merge_tasks)
+            print(f"merged {manifest.rows:,} rows into {len(manifest.shards)} index shards: {index}", flush=True)
         return 1 if failed else 0
     finally:
         spark.stop()
 
 
 def _freeze(store: Store, config: EmbedConfig, tasks: int) -> str:
-    """A submission of all that is missing, for a driver that was given none; "" where nothing is."""
+    """The id of a new submission of all that is missing; "" where nothing is."""
     if not (missing := submission.missing(store)):
         return ""
-    line = ["spark-submit", sys.argv[0], "--output", store.url, *options.to_flags(config)]
-    made = submission.draft(missing, "spark", tasks, 1, shlex.join(line))
-    submission.publish(store, made)
-    return made.id
+    line = ["spark-submit", sys.argv[0], "--output", store.url, *to_flags(config)]
+    draft = submission.draft(missing, "spark", tasks, 1, shlex.join(line))
+    submission.publish(store, draft)
+    return draft.id
 
 
 def command(config: SparkConfig, arguments: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +12,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_batch.cli import COMMANDS, main
+from clip_batch.cli.embed import WorkerArguments
+from clip_batch.cli.parser import argument_names, sections
+from clip_batch.cli.serve import DemoArguments
 from clip_batch.config import (
     EmbedConfig,
     MergeConfig,
     PlanConfig,
+    ServeConfig,
     SlurmConfig,
     SparkConfig,
     StorageConfig,
-    TargetConfig,
     options,
     parse_bytes,
 )
+from clip_batch.config.fields import helps
 from clip_batch.errors import ConfigError
 from docs.generate import GENERATED
 from tests import ROOT
 
-ALL = [*options.SECTIONS.values(), TargetConfig]
+ARGUMENTS = {section.kind for run in COMMANDS.values() for section in sections(run).values()}
+ALL = [*options.SECTIONS.values(), *sorted(ARGUMENTS - {*options.SECTIONS.values()}, key=lambda kind: kind.__name__)]
 
 
 @pytest.mark.parametrize("section", ALL)
 def test_every_field_has_a_help(section: type) -> None:
-    assert set(options.helps(section)) == {field.name for field in dataclasses.fields(section)}
+    assert set(helps(section)) == {field.name for field in dataclasses.fields(section)}
 
 
-def test_no_two_sections_of_a_command_share_a_name() -> None:
-    for name, command in COMMANDS.items():
-        names = list(command.fields)
-        for section in (*command.sections, StorageConfig):
-            names += [field.name for field in dataclasses.fields(section)]
-        assert len(names) == len(set(names)), name
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_two_sections_of_a_command_share_a_flag(command: str) -> None:
+    names = [flag for section in sections(COMMANDS[command]).values() for flag in section.flags]
+    assert len(names) == len(set(names))
+    assert "storage_options" in names
 
 
 def test_flag_beats_environment_beats_file_beats_default() -> None:
@@ -81,7 +86,7 @@ def test_an_unknown_key_lists_the_valid_ones(tmp_path: Path) -> None:
 
 def test_bool_flags_have_a_no_form() -> None:
     parser = argparse.ArgumentParser()
-    options.add_flags(parser, TargetConfig, ["serve"])
+    options.add_flags(parser, DemoArguments, ["serve"])
     assert vars(parser.parse_args(["--no-serve"])) == {"serve": False}
     assert vars(parser.parse_args([])) == {}
 
@@ -95,9 +100,9 @@ def test_shipped_configurations_are_valid() -> None:
     paths = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(paths) >= 3
     for path in paths:
-        found = options.read_file(str(path))
-        for section in ALL:
-            options.gather(section, {}, found, {})
+        file = options.read_file(str(path), argument_names(COMMANDS.values()))
+        for section in options.SECTIONS.values():
+            options.gather(section, {}, file, {})
 
 
 @pytest.mark.parametrize(
@@ -113,13 +118,41 @@ def test_a_wrong_size_is_refused(text: str) -> None:
         parse_bytes(text)
 
 
-def test_no_two_sections_share_an_environment_variable_of_different_kinds() -> None:
-    import typing
-
-    kinds: dict[str, object] = {}
+def test_no_variable_means_two_fields() -> None:
+    """Neither the long names collide, nor a short name with the long name of another field."""
+    long = defaultdict(set)
     for section in ALL:
-        for name, kind in typing.get_type_hints(section).items():
-            assert name == "serve" or kinds.setdefault(name, kind) == kind, name
+        for field in dataclasses.fields(section):
+            owner = section if section in options.SECTIONS.values() else None
+            long[options.variable(section, field.name)].add((owner, field.name))
+    assert not {name: owners for name, owners in long.items() if len(owners) > 1}
+    for section in options.SECTIONS.values():
+        for field in dataclasses.fields(section):
+            assert long.get(f"CLIP_BATCH_{field.name.upper()}", set()) <= {(section, field.name)}, field.name
+
+
+def test_the_long_name_of_a_variable_says_its_section() -> None:
+    environ = {"CLIP_BATCH_EMBED_MAX_PIXELS": "900000000", "CLIP_BATCH_SERVE_DEVICE": "cpu"}
+    assert options.gather(EmbedConfig, {}, {}, environ) == EmbedConfig(max_pixels=900_000_000)
+    assert options.gather(ServeConfig, {}, {}, environ) == ServeConfig(device="cpu")
+    both = {"CLIP_BATCH_EMBED_THREADS": "2", "CLIP_BATCH_THREADS": "3"}
+    assert options.gather(EmbedConfig, {}, {}, both).threads == 2
+    assert options.variable(SlurmConfig, "slurm_partition") == "CLIP_BATCH_SLURM_PARTITION"
+    assert options.variable(WorkerArguments, "slot") == "CLIP_BATCH_SLOT"
+
+
+@pytest.mark.parametrize("name", ["DEVICE", "MAX_PIXELS", "MODEL", "PRETRAINED"])
+def test_a_variable_of_several_sections_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"CLIP_BATCH_{name}", "1")
+    assert main(["serve", "--index", "nowhere"]) == 2
+    told = capsys.readouterr().err
+    assert f"CLIP_BATCH_{name} does not say" in told and f"CLIP_BATCH_SERVE_{name}" in told
+    assert (f"CLIP_BATCH_EMBED_{name}" in told) == (name in ("DEVICE", "MAX_PIXELS"))
+    monkeypatch.setenv(f"CLIP_BATCH_SERVE_{name}", "1")
+    assert main(["serve", "--index", "nowhere"]) != 0
+    assert "does not say" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -136,7 +169,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["nonsense"], "the commands are demo, plan"),
         (["plan", "--nonsense"], "--nonsense"),
         (["plan", "--output", "x"], "needs --input"),
-        (["embed"], "--output OUT is needed"),
+        (["embed"], "--output OUTPUT is needed: the embeddings folder OUT"),
         (["worker", "--output", "x"], "either --partitions"),
         (["worker", "--output", "x", "--partitions", "a-b"], "not understood"),
         (["worker", "--output", "x", "--slot", "1"], "--slots N"),
@@ -171,3 +204,19 @@ def test_flags_made_of_a_section_give_it_back(data: st.DataObject) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     options.add_flags(parser, section)
     assert options.gather(section, vars(parser.parse_args(options.to_flags(made))), {}, {}) == made
+
+
+@given(st.builds(EmbedConfig), st.dictionaries(st.text(), st.text()))
+def test_the_environment_of_a_section_gives_it_back(embed: EmbedConfig, stored: dict[str, str]) -> None:
+    storage = StorageConfig(stored)
+    inherited = {"CLIP_BATCH_THREADS": "77", "CLIP_BATCH_SHARE": "false", "CLIP_BATCH_INDEX_CACHE": "1GB"}
+    environ = inherited | options.to_environment(embed, storage)
+    assert options.gather(EmbedConfig, {}, {}, environ) == embed
+    assert options.gather(StorageConfig, {}, {}, environ) == storage
+
+
+def test_a_needed_argument_is_named_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["remove", "--index", "x"]) == 2
+    assert "--keys KEYS is needed: a file of values of `column`" in capsys.readouterr().err
+    assert main(["export", "sql", "--index", "x", "y"]) == 2
+    assert "--index INDEX is needed, once" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def run(name: str, **places: str) -> str:
         "PATH": folders,
         "MODEL": "demo",
         "QUERY": "西瓜",
-        "CLIP_BATCH_DEVICE": "cpu",
+        **{f"CLIP_BATCH_{section}_DEVICE": "cpu" for section in ("EMBED", "SEARCH", "SERVE")},
         **places,
     }
     command = ["bash", str(ROOT / "docs/examples" / name)]

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from clip_batch.cli import main
+from clip_batch.cli import main, spark_driver
 from clip_batch.config import EmbedConfig, SparkConfig, StorageConfig
 from clip_batch.demo import data
 from clip_batch.embeddings import submission
@@ -94,9 +94,9 @@ def test_how_often_spark_tries(master: str, wanted: int) -> None:
 
 
 def test_a_driver_that_is_told_too_little_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert spark.main([]) == 2
+    assert spark_driver.main([]) == 2
     assert "--output" in capsys.readouterr().err
-    assert spark.main(["--output", "nowhere"]) == 2
+    assert spark_driver.main(["--output", "nowhere"]) == 2
     assert "no plan" in capsys.readouterr().err
 
 

@@ -1,0 +1,51 @@
+"""What the fields of a dataclass of options say: their help texts, which stand beneath them in the source."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+from typing import Any
+
+
+@functools.cache
+def helps(section: type) -> dict[str, str]:
+    """Field name -> the string beneath it in the source, on one line; fields of base classes come first."""
+    texts: dict[str, str] = {}
+    for base in reversed(section.__mro__):
+        if dataclasses.is_dataclass(base):
+            (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            assert isinstance(node, ast.ClassDef)
+            texts |= _helps(node)
+    return texts
+
+
+def _helps(node: ast.ClassDef) -> dict[str, str]:
+    texts = {}
+    for field, text in zip(node.body, node.body[1:], strict=False):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts
+
+
+def required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    """A field's default value; None where it has none."""
+    if required(field):
+        return None
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def show(value: Any) -> str:
+    """A value as people write it in a file or on the command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
