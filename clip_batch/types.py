@@ -110,6 +110,10 @@ class Plan:
     caption_extensions: tuple[str, ...] = ("txt",)
     digest: str = ""
 
+    def __repr__(self) -> str:
+        """Short, however many partitions there are."""
+        return f"<Plan {self.digest[:12]}: {len(self.partitions):,} partitions of {self.format}, {self.encoder.model}>"
+
     def name(self, partition: int) -> str:
         """The zero-padded partition number, as file names carry it."""
         return partition_name(partition, len(self.partitions))

@@ -1,4 +1,4 @@
-"""Samples of each shard before it is read: from img2dataset's side-cars, or by a scan of the headers."""
+"""Counts the samples of shards before these are read, from img2dataset's side-cars or the headers of the tars."""
 
 from __future__ import annotations
 
@@ -9,36 +9,53 @@ from dataclasses import replace
 from typing import Any
 
 from clip_batch.errors import InputError
-from clip_batch.plan.specs import SIDE_CARS, TAR_SUFFIXES, Options, threaded
+from clip_batch.plan.specs import SIDE_CARS, TAR_SUFFIXES, Options
+from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.files import list_samples
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.store import Store
 from clip_batch.types import Shard
 
 CHEAP_COUNTS = 100_000
-"""Up to this many local tars, side-cars are read though no one asked for counts (20 us each)."""
+"""Side-cars of up to this many local tars are read even if no counts are needed: 20 us each."""
 
 
-def count_tars(shards: Sequence[Shard], options: Options, scan: Callable[[Shard], int | None]) -> list[Shard]:
-    """The shards with `samples` from img2dataset's side-cars, else from `scan`."""
+def count_samples(tars: list[Shard], needed: bool, options: Options) -> list[Shard]:
+    """The tars with `samples` filled in where it is known; `needed` scans the headers of those without side-cars.
 
-    def count(shard: Shard) -> Shard:
-        samples = _side_car(shard.url, options)
-        return replace(shard, samples=scan(shard) if samples is None else samples)
+    Counts that are not needed are only read where that is cheap, from the side-cars of local tars.
+    """
+    from clip_batch.samples.tar.scan import scan_tar
 
-    return list(threaded(count, shards))
+    if needed:
+        return count_tars(tars, options, lambda tar: scan_tar(tar, options)[1])
+    cheap = len(tars) <= CHEAP_COUNTS and all(is_local(tar.url) for tar in tars)
+    return count_tars(tars, options, lambda tar: None) if cheap else tars
+
+
+def count_tars(tars: Sequence[Shard], options: Options, scan: Callable[[Shard], int | None]) -> list[Shard]:
+    """The tars with `samples` from img2dataset's side-cars, or from `scan` where there are none."""
+
+    def count(tar: Shard) -> Shard:
+        samples = _side_car_count(tar.url, options)
+        return replace(tar, samples=scan(tar) if samples is None else samples)
+
+    return list(map_in_threads(count, tars))
 
 
 def count_folder(folder: Shard, images: Sequence[str], captions: Sequence[str], options: Options) -> Shard:
-    """A folder with its number of samples, and a version made of their names."""
-    found = list_samples(folder.url, tuple(images), tuple(captions), options)
-    if not found:
+    """The folder of files with its number of samples, and a digest of their names as its version.
+
+    InputError: no file has one of the extensions of `images`.
+    """
+    samples = list_samples(folder.url, tuple(images), tuple(captions), options)
+    if not samples:
         raise InputError(f"{folder.url} holds no sample with extensions {' '.join(images)}: name another folder")
-    return replace(folder, samples=len(found), etag=hashlib.sha256(repr(found).encode()).hexdigest()[:16])
+    return replace(folder, samples=len(samples), etag=hashlib.sha256(repr(samples).encode()).hexdigest()[:16])
 
 
-def _side_car(url: str, options: Options) -> int | None:
-    """Successes of NAME_stats.json, else the rows of NAME.parquet whose status is success, else None."""
+def _side_car_count(url: str, options: Options) -> int | None:
+    """`successes` in NAME_stats.json, or the rows of NAME.parquet with status "success"; None without either."""
     folder, _, name = url.rpartition("/")
     suffix = next((suffix for suffix in reversed(TAR_SUFFIXES) if name.endswith(suffix)), "")
     stem = name.removesuffix(suffix)
@@ -58,19 +75,10 @@ def _side_car(url: str, options: Options) -> int | None:
 
 
 def _count_rows(file: Any) -> int:
+    """The rows of a Parquet side-car; only those with status "success" if it has that column."""
     from clip_batch.storage.arrow import ParquetFile
 
     table = ParquetFile(file)
     if "status" not in table.schema.names:
         return int(table.metadata.num_rows)
     return sum(piece["status"].to_pylist().count("success") for piece in table.pieces(65_536, ["status"]))
-
-
-def count_samples(tars: list[Shard], needed: bool, options: dict[str, Any]) -> list[Shard]:
-    """Counts, if they are needed to pack, or cheap."""
-    from clip_batch.samples.tar.scan import scan_tar
-
-    if needed:
-        return count_tars(tars, options, lambda tar: scan_tar(tar, options)[1])
-    cheap = len(tars) <= CHEAP_COUNTS and all(is_local(tar.url) for tar in tars)
-    return count_tars(tars, options, lambda tar: None) if cheap else tars

@@ -1,7 +1,7 @@
-"""The plan: which shards, in which partitions, by which encoder; frozen under OUT/_clip_batch.
+"""Makes the plan, writes it to OUT/_clip_batch and loads it: which shards, in which partitions, by which encoder.
 
-`plan.parquet` has one row a slice and `plan.json` the rest; plan.json is written last and carries
-the other's sha256, so that a plan is there whole or not at all. Neither is ever changed again.
+`plan.parquet` has one row per slice, and `plan.json` everything else. plan.json is written last and has the sha256 of
+plan.parquet, so that a plan is complete or does not exist. Neither file ever changes.
 """
 
 from __future__ import annotations
@@ -11,33 +11,36 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
 from clip_batch.errors import ConfigError, CorruptError, PlanError
 from clip_batch.plan import paths, specs
 from clip_batch.plan.counts import count_folder, count_samples
-from clip_batch.plan.pack import Cut, Split, nearest, pack, split_folder
+from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
+from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
 from clip_batch.plan.schema import sample_fields
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
 FORMAT = 1
+"""The version of the plan's files; a plan of another one is refused."""
 
 FILES_SAMPLES = 10_000
-"""Samples of a partition with `--format files` where neither samples nor a count are asked for."""
+"""Samples per partition with `--format files`, unless an option says otherwise."""
 
-
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
+"""Takes one line of text about each step."""
 
 
 def make_plan(
-    config: PlanConfig, output: str, storage: StorageConfig = StorageConfig(), progress: Say | None = None
+    config: PlanConfig, output: str, storage: StorageConfig = StorageConfig(), progress: Progress | None = None
 ) -> Plan:
-    """Freeze a plan at `output`, or return the one that stands there if nothing differs.
+    """Freeze a plan at `output`, or return the plan that exists there if nothing differs.
 
     ConfigError: an option is wrong. InputError: an input is missing or named twice. EncoderError:
-    the weights cannot be had. PlanError: another plan stands at `output`; it names the differences.
+    the weights cannot be found. PlanError: another plan exists at `output`; it lists the differences.
     """
     from clip_batch import encoders
 
@@ -45,10 +48,7 @@ def make_plan(
     options = storage.storage_options
     store = Store(output, options)
     target = _target(config)
-    images, captions = (
-        tuple(name.lower().lstrip(".") for name in names)
-        for names in (config.image_extensions, config.caption_extensions)
-    )
+    images, captions = _extensions(config.image_extensions), _extensions(config.caption_extensions)
     shards = specs.expand_inputs(config.input, config.format, options)
     if config.format == "files":
         shards = [count_folder(shard, images, captions, options) for shard in shards]
@@ -57,60 +57,62 @@ def make_plan(
     draft = Plan((), encoder, config.format, {}, images, captions)
     if not store.exists(paths.PLAN):
         if config.format == "tar":
-            shards = count_samples(shards, "samples" in target, options)
-        partitions = pack(shards, target, split_folder if config.format == "files" else _tar_splitter(target, options))
-        fields = sample_fields(shards, draft, options)
-        plan = replace(draft, partitions=partitions, fields=fields)
+            shards = count_samples(shards, target.unit == "samples", options)
+        partitions = _partitions(shards, target, config.format, options)
+        plan = replace(draft, partitions=partitions, fields=sample_fields(shards, draft, options))
         plan = replace(plan, digest=_digest(plan))
         if _write(store, plan, shards, target, config):
             say(f"{len(partitions):,} partitions planned")
             return plan
-    standing, found = _load(store)
-    if differences := _differences(standing, found, draft, shards, target):
-        raise PlanError(f"another plan stands at {store.url}: {'; '.join(differences)}; give another --output")
+    existing, head = _load(store)
+    if differences := _differences(existing, head, draft, shards, target):
+        raise PlanError(f"another plan exists at {store.url}: {'; '.join(differences)}; give another --output")
     say("unchanged")
-    return standing
+    return existing
 
 
 def count_partitions(store: Store) -> int:
-    """How many partitions are planned, without reading them; PlanError if there is no plan."""
+    """The number of partitions of the plan of an output, from plan.json alone; PlanError if there is no plan."""
     return int(_head(store)["partitions"])
 
 
 def load_plan(store: Store) -> Plan:
-    """The plan of an output; PlanError if it has none, CorruptError if its files do not fit together."""
+    """The plan of an output. PlanError: there is none. CorruptError: plan.parquet is not the one in plan.json."""
     return _load(store)[0]
 
 
-def _tar_splitter(target: dict[str, int], options: dict[str, Any]) -> Split:
-    from clip_batch.samples.tar.scan import scan_tar
-
-    def split(tar: Shard, places: Sequence[float]) -> list[Cut]:
-        cuts = [cut for cut in scan_tar(tar, options)[0] if 0 < cut[0] < (tar.size or 0)]
-        axis = [samples if "samples" in target else byte for byte, samples in cuts]
-        return [cuts[nearest(axis, place)] for place in places] if cuts else []
-
-    return split
+def _extensions(names: Sequence[str]) -> tuple[str, ...]:
+    """File extensions in lower case, without their dot."""
+    return tuple(name.lower().lstrip(".") for name in names)
 
 
-def _target(config: PlanConfig) -> dict[str, int]:
-    """What partitions are packed by: {"partitions": n}, {"samples": n} or {"bytes": n}."""
+def _target(config: PlanConfig) -> PartitionTarget:
+    """What partitions are packed by. ConfigError: it is below 1, or two options contradict each other."""
     if config.partition_count is not None and config.partition_samples is not None:
         raise ConfigError("--partition-count and --partition-samples exclude each other: give one")
     if config.partition_count is not None:
-        target = {"partitions": config.partition_count}
+        target = PartitionTarget("partitions", config.partition_count)
     elif config.partition_samples is not None or config.format == "files":
-        target = {"samples": FILES_SAMPLES if config.partition_samples is None else config.partition_samples}
+        samples = FILES_SAMPLES if config.partition_samples is None else config.partition_samples
+        target = PartitionTarget("samples", samples)
     else:
-        target = {"bytes": parse_bytes(config.partition_bytes)}
-    for unit, value in target.items():
-        if value < 1:
-            raise ConfigError(f"a partition target of {value} {unit} cannot be met: give 1 or more")
+        target = PartitionTarget("bytes", parse_bytes(config.partition_bytes))
+    if target.value < 1:
+        raise ConfigError(f"a partition target of {target.value} {target.unit} is too small: give 1 or more")
     return target
 
 
+def _partitions(
+    shards: Sequence[Shard], target: PartitionTarget, format: str, options: dict[str, Any]
+) -> tuple[Partition, ...]:
+    """The shards packed into partitions, large ones cut between samples."""
+    by_samples = target.unit == "samples"
+    find = folder_cuts if format == "files" else partial(tar_cuts, by_samples=by_samples, options=options)
+    return pack(shards, target, find_cuts(shards, places_to_cut(shards, target), find))
+
+
 def _digest(plan: Plan) -> str:
-    """sha256 over all that changes the result: slices in order, encoder, schema, extensions."""
+    """sha256 over everything that changes the result: slices in order, encoder, schema, extensions."""
     head = [FORMAT, plan.encoder.fingerprint, plan.format, plan.fields, plan.image_extensions, plan.caption_extensions]
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for partition in plan.partitions:
@@ -119,8 +121,8 @@ def _digest(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: dict[str, int], config: PlanConfig) -> bool:
-    """Publish the plan's files, plan.json last; False if another planner was first."""
+def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: PartitionTarget, config: PlanConfig) -> bool:
+    """Write the plan's files, plan.json last; False if another process wrote a plan first."""
     from datetime import UTC, datetime
 
     import yaml
@@ -140,7 +142,7 @@ def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: dict[str, 
         "fields": plan.fields,
         "image_extensions": plan.image_extensions,
         "caption_extensions": plan.caption_extensions,
-        "target": target,
+        "target": {target.unit: target.value},
         "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
     }
     settings = yaml.safe_dump({"plan": asdict(config)}, sort_keys=False, allow_unicode=True).encode()
@@ -154,6 +156,7 @@ def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: dict[str, 
 
 
 def _parquet(partitions: Sequence[Partition]) -> bytes:
+    """plan.parquet, which `_read_partitions` reads."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -174,7 +177,7 @@ def _parquet(partitions: Sequence[Partition]) -> bytes:
 
 
 def _head(store: Store) -> dict[str, Any]:
-    """plan.json, its format checked."""
+    """plan.json. PlanError: it does not exist or has another format. CorruptError: it is not JSON."""
     try:
         head: dict[str, Any] = store.read_json(paths.PLAN)
     except FileNotFoundError:
@@ -189,6 +192,7 @@ def _head(store: Store) -> dict[str, Any]:
 
 
 def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and plan.json; errors as `load_plan`."""
     head = _head(store)
     try:
         table = store.read(paths.SLICES)
@@ -196,7 +200,7 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
         table = b""
     if hashlib.sha256(table).hexdigest() != head["plan_parquet"]["sha256"]:
         raise CorruptError(
-            f"{store.display(paths.SLICES)} is not what was planned: restore it, or plan into another --output"
+            f"{store.display(paths.SLICES)} is not the file that was planned: restore it, or plan into another --output"
         )
     encoder = EncoderSpec(**{name: value for name, value in head["encoder"].items() if name != "fingerprint"})
     images, captions = tuple(head["image_extensions"]), tuple(head["caption_extensions"])
@@ -206,6 +210,7 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
 
 
 def _read_partitions(table: bytes) -> tuple[Partition, ...]:
+    """The partitions in plan.parquet; neighbouring slices of one shard share its object."""
     from clip_batch.storage.arrow import ParquetFile
 
     columns = [column.to_pylist() for column in ParquetFile(io.BytesIO(table)).read().columns]
@@ -221,31 +226,34 @@ def _read_partitions(table: bytes) -> tuple[Partition, ...]:
 
 
 def _differences(
-    plan: Plan, head: dict[str, Any], draft: Plan, shards: Sequence[Shard], target: dict[str, int]
+    plan: Plan, head: dict[str, Any], draft: Plan, shards: Sequence[Shard], target: PartitionTarget
 ) -> list[str]:
-    """What a new plan would change in the standing one, each as one phrase; [] if nothing."""
-    old = {piece.shard.url: piece.shard for partition in plan.partitions for piece in partition.slices}
-    new = {shard.url: shard for shard in shards}
-    changed = [
-        f"{url} ({old[url].size} -> {shard.size} bytes)" if old[url].size != shard.size else f"{url} (rewritten)"
-        for url, shard in new.items()
-        if url in old and (old[url].size, old[url].etag) != (shard.size, shard.etag)
-    ]
-    kinds = (("added", [url for url in new if url not in old]), ("removed", [url for url in old if url not in new]))
-    found = [
-        f"{len(urls)} inputs {kind}: {specs.some(urls, 3)}" for kind, urls in (*kinds, ("changed", changed)) if urls
-    ]
-    if not found and list(old) != list(new):
-        found.append("inputs in another order")
+    """How a new plan would differ from the one that exists, one phrase each; [] if it would not."""
+    phrases = _input_differences(plan, shards)
     if plan.encoder.fingerprint != draft.encoder.fingerprint:
         was, now = asdict(plan.encoder), asdict(draft.encoder)
-        found += [
+        phrases += [
             f"{name} {str(was[name])[:40]!r} -> {str(now[name])[:40]!r}" for name in was if was[name] != now[name]
         ]
-    settings = ((plan, draft, name) for name in ("format", "image_extensions", "caption_extensions"))
-    pairs = [(name, getattr(a, name), getattr(b, name)) for a, b, name in settings]
-    return found + [
-        f"{name} {was} -> {now}"
-        for name, was, now in (*pairs, ("partition target", head["target"], target))
-        if was != now
-    ]
+    names = ("format", "image_extensions", "caption_extensions")
+    settings = [(name, getattr(plan, name), getattr(draft, name)) for name in names]
+    [(unit, value)] = head["target"].items()
+    settings.append(("partition target", PartitionTarget(unit, value), target))
+    return phrases + [f"{name} {was} -> {now}" for name, was, now in settings if was != now]
+
+
+def _input_differences(plan: Plan, shards: Sequence[Shard]) -> list[str]:
+    """Inputs that were added, removed, changed or reordered since the plan, one phrase each."""
+    old = {piece.shard.url: piece.shard for partition in plan.partitions for piece in partition.slices}
+    new = {shard.url: shard for shard in shards}
+    inputs = {
+        "added": [url for url in new if url not in old],
+        "removed": [url for url in old if url not in new],
+        "changed": [
+            f"{url} ({old[url].size} -> {shard.size} bytes)" if old[url].size != shard.size else f"{url} (rewritten)"
+            for url, shard in new.items()
+            if url in old and (old[url].size, old[url].etag) != (shard.size, shard.etag)
+        ],
+    }
+    phrases = [f"{len(urls)} inputs {kind}: {specs.some(urls, 3)}" for kind, urls in inputs.items() if urls]
+    return phrases or (["inputs in another order"] if list(old) != list(new) else [])

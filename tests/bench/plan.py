@@ -23,7 +23,7 @@ import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from clip_batch.config import PlanConfig, StorageConfig
-from clip_batch.plan.pack import pack
+from clip_batch.plan.pack import PartitionTarget, pack
 from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.plan.specs import expand_inputs
 from clip_batch.storage.store import Store
@@ -67,7 +67,7 @@ def measure(spec: str, tars: int) -> dict[str, float]:
         timed("plan", lambda: make_plan(config, output, StorageConfig(options)))
         figures["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
         shards = timed("expand", lambda: expand_inputs([spec], "tar", options))
-        timed("pack", lambda: pack(shards, {"bytes": 4_000_000_000}))
+        timed("pack", lambda: pack(shards, PartitionTarget("bytes", 4_000_000_000)))
         plan = timed("load", lambda: load_plan(Store(output)))
         assert sum(len(partition.slices) for partition in plan.partitions) == tars
         timed("again", lambda: make_plan(config, output, StorageConfig(options)))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from clip_batch.errors import ConfigError
-from clip_batch.plan.specs import expand_braces
+from clip_batch.plan.braces import expand_braces
 from clip_batch.serve.http.errors import Refused
 from clip_batch.storage.paths import absolute, is_local
 
