@@ -196,20 +196,24 @@ def _pax(records: bytes) -> dict[bytes, bytes]:
     return fields
 
 
-def _lost(view: memoryview, position: int, end: int, start: int, what: str) -> Damage:
-    """From a bad header to the next good one: its magic and its checksum are right."""
-    following = end
-    for found in _MAGIC.finditer(view, position + 1 + _MAGIC_AT, end):
-        block = found.start() - _MAGIC_AT
+def next_header(view: memoryview, position: int, end: int) -> int:
+    """The first byte from `position` on where a whole header stands, by magic and checksum; `end` if there is none."""
+    for magic in _MAGIC.finditer(view, position + _MAGIC_AT, end):
+        block = magic.start() - _MAGIC_AT
         if block + BLOCK > end:
             break
         field = bytes(view[block + 148 : block + 156])
         try:
             if field.strip(b"\0 ") and _number(field) == sum(view[block : block + BLOCK]) - sum(field) + 256:
-                following = block
-                break
+                return block
         except ValueError:
             continue
+    return end
+
+
+def _lost(view: memoryview, position: int, end: int, start: int, what: str) -> Damage:
+    """The bytes from a bad header to the next good one."""
+    following = next_header(view, position + 1, end)
     if position == start == 0 and following == end and not _MAGIC.match(view, _MAGIC_AT, end):
         return _not_a_tar(view, end)
     message = f"{what} at byte {position}: bytes {position} to {following} are lost; write the tar again"

@@ -11,7 +11,7 @@ from typing import Any
 from clip_batch.errors import InputError
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.fast_headers import BLOCK
-from clip_batch.samples.tar.headers import Damage, Member, members
+from clip_batch.samples.tar.headers import Damage, Member, members, next_header
 from clip_batch.samples.tar.reader import GZIP_MAGIC, cuts, cuts_among
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.transfer import has_ranges, read_range, source
@@ -53,10 +53,20 @@ def jump(read: Read, size: int, short: int = SHORT, long: int = LONG, far: int =
     read again, longer. `short` and `long` are multiples of BLOCK.
     """
     position, length = 0, max(long // 8, short)
+    damaged = False  # whether the block before ended within damage, which only a header with its magic ends
     while position < size:
         stop = min(position + length, size)
         data = read(position, stop)
         after = position
+        if damaged:
+            start = next_header(memoryview(data), 0, len(data))
+            damaged = start == len(data)
+            after += start if not damaged or stop == size else max(start - BLOCK + 1, 1)  # no header begins before that
+            if after > position:
+                message = f"bytes {position} to {after} hold no header"
+                yield Damage(position, after - position, "corrupt_header", message)
+                position, length = after, min(2 * length, long)
+                continue
         for item in members(data):
             item = item._replace(offset=position + item.offset)
             if isinstance(item, Member):
@@ -65,6 +75,7 @@ def jump(read: Read, size: int, short: int = SHORT, long: int = LONG, far: int =
             elif stop < size and item.offset + item.length == stop:
                 if item.reason != "truncated_tar":  # else it is the block that ends here, not the tar
                     after = max(item.offset, stop - BLOCK + 1)  # no header begins before that
+                    damaged = True
                     yield item._replace(length=after - item.offset)
             else:
                 after = item.offset + item.length
