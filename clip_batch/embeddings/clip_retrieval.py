@@ -28,7 +28,7 @@ from clip_batch.plan import paths
 from clip_batch.storage.npy import read_npy_header
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
-from clip_batch.storage.transfer import version
+from clip_batch.storage.transfer import file_version
 from clip_batch.types import Commit, EncoderSpec, Partition, Plan
 
 KINDS = {**dict.fromkeys(paths.VECTORS.values(), "npy"), paths.METADATA: "parquet"}
@@ -158,7 +158,7 @@ def version_tag(store: Store, path: str) -> tuple[int, str]:
     if store.local:
         size, changed = store.size(path), str(store.modified(path))
     else:
-        told, etag = version(store.remote(path))
+        told, etag = file_version(store.remote(path))
         size, changed = told if told is not None else store.size(path), str(etag)
     return size, f"unverified {size} {changed}"
 

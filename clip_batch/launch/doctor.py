@@ -186,7 +186,7 @@ def _storage(store: Store) -> Iterator[Check]:
     try:
         started = time.time()
         with ThreadPoolExecutor(RACERS) as pool:
-            won = list(pool.map(lambda racer: store.create(race, b"%d" % racer, look=False), range(RACERS)))
+            won = list(pool.map(lambda racer: store.create(race, b"%d" % racer, check_first=False), range(RACERS)))
         finished = time.time()
         yield _race(store, sum(won))
         yield _read_back(store, race, won)

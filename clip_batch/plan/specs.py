@@ -21,7 +21,7 @@ from clip_batch.plan.braces import expand_braces
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.storage.filesystem import filesystem
 from clip_batch.storage.paths import absolute, is_local
-from clip_batch.storage.retry import ask
+from clip_batch.storage.retry import call_store
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import etag_of
 from clip_batch.types import Shard
@@ -179,7 +179,7 @@ def _remote_entry(example: str, options: Options) -> Callable[[str], Entry | Non
 
     def info(url: str) -> Entry | None:
         try:
-            return _entry(url, ask(lambda: fs.info(fs._strip_protocol(url)), f"asking for {url}", options))
+            return _entry(url, call_store(lambda: fs.info(fs._strip_protocol(url)), f"asking for {url}", options))
         except FileNotFoundError:
             return None
         except Exception as error:
@@ -231,7 +231,7 @@ def _listing(url: str, call: str, options: Options) -> list[Entry]:
     fs, path = filesystem(url, options)
     prefix = url.removesuffix("/").removesuffix(path)
     try:
-        listed = ask(lambda: getattr(fs, call)(path, detail=True), f"listing {url}", options)
+        listed = call_store(lambda: getattr(fs, call)(path, detail=True), f"listing {url}", options)
     except Exception as error:
         raise InputError(f"{url} cannot be listed: {error}; check the URL and --storage-options") from None
     # `pop` frees each dictionary when its entry is made: there may be a million.

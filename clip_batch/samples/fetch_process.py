@@ -20,8 +20,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
+from clip_batch.storage.download import THREADS
 from clip_batch.storage.paths import REFUSING
-from clip_batch.storage.transfer import THREADS, RemoteFile, Wait, copy_range, source
+from clip_batch.storage.retry import Sleep
+from clip_batch.storage.transfer import RemoteFile, copy_range, remote_file
 
 _POLL = 0.25  # seconds until a request to stop is noticed
 
@@ -53,16 +55,16 @@ class Fetcher:
         self._listener: threading.Thread | None = None
         self._over = False
 
-    def copy(self, source: RemoteFile, start: int, stop: int, target: str, at: int, wait: Wait = time.sleep) -> None:
-        """See `clip_batch.storage.transfer.copy_range`; `wait` is called every quarter of a second and may raise."""
+    def copy(self, remote: RemoteFile, start: int, stop: int, target: str, at: int, sleep: Sleep = time.sleep) -> None:
+        """See `clip_batch.storage.transfer.copy_range`; `sleep` is called every quarter of a second and may raise."""
         try:
-            answer = self._ask(source.url, source.options, start, stop, target, at)
+            answer = self._send(remote.url, remote.options, start, stop, target, at)
             while not futures.wait([answer], _POLL).done:
-                wait(0)
+                sleep(0)
             answer.result()
         except _Gone:
-            wait(0)
-            copy_range(source, start, stop, target, at, wait)
+            sleep(0)
+            copy_range(remote, start, stop, target, at, sleep)
 
     def close(self) -> None:
         """End the process, whatever it is at."""
@@ -73,7 +75,7 @@ class Fetcher:
         if self._listener:
             self._listener.join()
 
-    def _ask(self, *request: object) -> Future[None]:
+    def _send(self, *request: object) -> Future[None]:
         answer: Future[None] = Future()
         with self._lock:
             try:
@@ -128,7 +130,7 @@ def main() -> None:
     def serve(number: int, url: str, options: dict[str, Any], *request: Any) -> None:
         error = None
         try:
-            copy_range(source(url, options), *request)
+            copy_range(remote_file(url, options), *request)
         except Exception as caught:
             error = caught
         try:

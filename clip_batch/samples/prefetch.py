@@ -18,8 +18,9 @@ from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.samples.fetch_process import Fetcher, apart
+from clip_batch.storage.download import THREADS, Download
 from clip_batch.storage.paths import absolute, is_local
-from clip_batch.storage.transfer import THREADS, Copy, Download, copy_range, source, version
+from clip_batch.storage.transfer import CopyRange, copy_range, file_version, remote_file
 from clip_batch.types import Shard, Slice
 
 LARGE = 16 * 2**20
@@ -128,7 +129,7 @@ class _Fetch:
         size: int,
         pool: ThreadPoolExecutor,
         stopped: Callable[[], bool],
-        copy: Copy,
+        copy: CopyRange,
     ) -> None:
         self.piece, self.bytes, self.path = piece, size, ""
         self._download: Download | None = None
@@ -136,7 +137,7 @@ class _Fetch:
         url = piece.shard.url
         stop = piece.shard.size if piece.stop is None else piece.stop
         try:
-            self._source = source(url, options)
+            self._source = remote_file(url, options)
             descriptor, self.path = tempfile.mkstemp(prefix="clip-batch-")
             os.close(descriptor)
             self._download = Download(self._source, piece.start, stop, self.path, pool, stopped, self._check, copy=copy)
@@ -163,7 +164,7 @@ class _Fetch:
     def _check(self) -> None:
         """Behind the last byte: what is planned and stands now has not changed while it was read."""
         pause = self._download.pause if self._download else time.sleep
-        check(self.piece.shard, *version(self._source, pause))
+        check(self.piece.shard, *file_version(self._source, pause))
 
 
 def check(shard: Shard, size: int | None, etag: str | None) -> None:

@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.storage.download import fetch_pieces
 from clip_batch.storage.store import Store, file_digest
-from clip_batch.storage.transfer import fetch_pieces, source, version
+from clip_batch.storage.transfer import file_version, remote_file
 
 _LOCKS = (".used", ".copied")
 
@@ -97,8 +98,8 @@ def local_copy(url: str, options: dict[str, Any] | None = None) -> str:
 
     FileNotFoundError: it is absent. OSError: the store, or the local disk, does not do it.
     """
-    found = source(url, options)
-    size, etag = version(found)
+    remote = remote_file(url, options)
+    size, etag = file_version(remote)
     if size is None:
         raise OSError(f"{url} has no size: copy it to a local file")
     name = hashlib.sha256(f"{url} {size} {etag}".encode()).hexdigest()[:16]
@@ -107,7 +108,7 @@ def local_copy(url: str, options: dict[str, Any] | None = None) -> str:
     lock = _lock(f"{path}.lock", fcntl.LOCK_EX)
     try:
         if not os.path.exists(path):
-            fetch_pieces(found, f"{path}.part", f"{path}.pieces", size)
+            fetch_pieces(remote, f"{path}.part", f"{path}.pieces", size)
             os.replace(f"{path}.part", path)
             os.unlink(f"{path}.pieces")
     finally:

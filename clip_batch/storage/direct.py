@@ -11,7 +11,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from clip_batch.storage.retry import transient
+from clip_batch.storage.retry import is_transient
 
 _BUFFER = 256 * 2**10  # bytes; what stays in a core's cache is copied on the fastest
 _TIMEOUT = 60.0  # seconds, botocore's own
@@ -45,7 +45,7 @@ def chunks(
         answer = urlopen(request, timeout=timeout)
     except HTTPError as error:
         error.close()
-        if transient(error):
+        if is_transient(error):
             raise
         if error.code not in (404, 416):  # those two are the object's
             _refused.add(place)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from clip_batch.config import extras
 from clip_batch.errors import InputError
 from clip_batch.storage.paths import REFUSING
-from clip_batch.storage.retry import codes, first_line, redact
+from clip_batch.storage.retry import error_codes, message_of, redact
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
             return open_gcs(url, {"use_listings_cache": False, **wanted})
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **wanted)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        said = redact(first_line(error), options)
+        said = redact(message_of(error), options)
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
         mend = extras.mend(missing) or "install the package it names, or mend the URL or --storage-options"
         raise InputError(f"cannot open {redact(url)}: {said}; {mend}") from None
@@ -87,7 +87,7 @@ def put_if_absent(fs: Any, path: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     except Exception as error:
-        if {"412", "PreconditionFailed"} & set(codes(error)):
+        if {"412", "PreconditionFailed"} & set(error_codes(error)):
             return False
         if getattr(error, "errno", None) != errno.ENOSYS:  # S3 servers that do not know If-None-Match
             raise

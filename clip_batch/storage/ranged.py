@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import IO, TYPE_CHECKING
 
-from clip_batch.storage.transfer import RemoteFile, has_ranges, read_range, version
+from clip_batch.storage.transfer import RemoteFile, file_version, has_ranges, read_range
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -14,18 +14,18 @@ BLOCK = 4 * 2**20
 """Bytes of a read, where less is asked for."""
 
 
-def open_ranged(source: RemoteFile) -> IO[bytes]:
-    """A buffered file; fsspec's own where the store gives no ranges or no size. Errors as `version`."""
-    size = version(source).size
-    if size is None or not has_ranges(source):
-        whole: IO[bytes] = source.ask("opening", lambda: source.fs.open(source.path, "rb"))
+def open_ranged(remote: RemoteFile) -> IO[bytes]:
+    """A buffered file; fsspec's own where the store gives no ranges or no size. Errors as `file_version`."""
+    size = file_version(remote).size
+    if size is None or not has_ranges(remote):
+        whole: IO[bytes] = remote.call("opening", lambda: remote.fs.open(remote.path, "rb"))
         return whole
-    return io.BufferedReader(_Ranged(source, size), BLOCK)
+    return io.BufferedReader(_Ranged(remote, size), BLOCK)
 
 
 class _Ranged(io.RawIOBase):
-    def __init__(self, source: RemoteFile, size: int) -> None:
-        self._source, self._size, self._at = source, size, 0
+    def __init__(self, remote: RemoteFile, size: int) -> None:
+        self._remote, self._size, self._at = remote, size, 0
 
     def readable(self) -> bool:
         return True
@@ -42,7 +42,7 @@ class _Ranged(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         view = memoryview(buffer)
-        data = read_range(self._source, self._at, min(self._at + len(view), max(self._size, self._at)))
+        data = read_range(self._remote, self._at, min(self._at + len(view), max(self._size, self._at)))
         view[: len(data)] = data
         self._at += len(data)
         return len(data)

@@ -1,4 +1,7 @@
-"""Trying again: what goes away by itself (a busy store, a reset connection, a timeout) is retried, nothing else."""
+"""Calls to a remote store: repeated while the error may pass, and every error an OSError of one line.
+
+All of storage/ goes through `call_store`, so that no two layers of retries multiply.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,81 @@ from clip_batch.errors import ClipBatchError, CorruptError, InputError, one_line
 
 T = TypeVar("T")
 
+Sleep = Callable[[float], object]
+"""`time.sleep`, or a function that waits likewise and may raise to end the waiting."""
+
 TRIES = 6
-"""Calls in all, before an error that may pass counts as one that does not."""
+"""Calls before a transient error is raised."""
 
 LONGEST = 240.0
-"""Seconds after which no other try begins: hdfs-native alone waits for three minutes for a dead NameNode."""
+"""Seconds after which no other call begins: hdfs-native alone waits for three minutes for a dead NameNode."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
-"""Seconds: a pause is drawn from between half of 0.5, 1, 2, 4, ... and all of it, 20 at the most."""
+"""Seconds: pauses are drawn from the upper half of 0.5, 1, 2, 4, ..., at most 20."""
 
-_FINAL = (
+
+class Unavailable(OSError):
+    """A store does not answer for now. That says nothing about the files it holds."""
+
+
+def call_store(call: Callable[[], T], what: str, options: dict[str, Any] | None = None, sleep: Sleep = time.sleep) -> T:
+    """Return what an operation of a remote filesystem returns, after retries where it fails.
+
+    `what` names the operation and the file ("reading s3://bucket/a.tar"). Errors of the store are raised as
+    FileNotFoundError, FileExistsError, PermissionError or else Unavailable, of one line that begins with `what` and
+    shows no credentials; InputError where the URL or one of the `options` is wrong, which some filesystems only
+    notice at the first request.
+    """
+    try:
+        return with_retries(call, what, sleep)
+    except (ClipBatchError, AssertionError, AttributeError, LookupError, NotImplementedError):
+        raise  # our own errors, and programming errors
+    except (TypeError, ValueError) as error:
+        message = redact(f"{what}: {message_of(error)}", options)
+        raise InputError(f"{message}; mend the URL or --storage-options") from None
+    except Exception as error:
+        raise _as_os_error(error, what, options) from None
+
+
+def with_retries(call: Callable[[], T], what: str, sleep: Sleep = time.sleep) -> T:
+    """Return what `call` returns, calling it up to TRIES times with growing random pauses in between.
+
+    An error that is not transient is raised at once, unchanged. After the last call an OSError names `what` and
+    quotes the store's error, which is its cause.
+    """
+    started = time.monotonic()
+    for number in count(1):
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            if number == TRIES or time.monotonic() - started > LONGEST:
+                message = f"{what}: {one_line(error)} ({number} tries); run again once the store answers"
+                raise OSError(message) from error
+        sleep(min(FIRST_PAUSE * 2 ** (number - 1), LONGEST_PAUSE) * random.uniform(0.5, 1))
+    raise AssertionError  # count() does not end
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether an error may go away by itself.
+
+    Stores raise errors of many types, so every error counts as transient except those known to stay: the types and
+    numbers below, HTTP statuses 400 to 499 other than 408, 425 and 429, and errors about credentials.
+    """
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp"):
+        assert cause is not None  # fsspec reports every status but 200 as "not found"
+        return is_transient(cause)
+    if not isinstance(error, Exception) or isinstance(error, _PERMANENT) or "Credential" in type(error).__name__:
+        return False
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in (408, 425, 429)
+    return getattr(error, "errno", None) not in _PERMANENT_NUMBERS
+
+
+_PERMANENT = (
     FileNotFoundError,
     FileExistsError,
     PermissionError,
@@ -40,61 +108,12 @@ _FINAL = (
     AssertionError,
     MemoryError,
 )
-"""What a second call would only say again."""
+"""Errors that a second call would only raise again."""
 
-_FINAL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG}
-"""Of this machine's disk, and s3fs's numbers for requests that are wrong in themselves."""
-
-
-def transient(error: BaseException) -> bool:
-    """True for what may go away: each store has errors of its own, so all but what is known to stay.
-
-    HTTP errors carry their status: 408, 425, 429 and 5xx pass, the others stay. So do errors about
-    credentials, whatever they derive from.
-    """
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp"):
-        assert cause is not None  # fsspec takes any answer but 200 for "not found"
-        return transient(cause)
-    if not isinstance(error, Exception) or isinstance(error, _FINAL) or "Credential" in type(error).__name__:
-        return False
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in (408, 425, 429)
-    return getattr(error, "errno", None) not in _FINAL_NUMBERS
-
-
-def retried(call: Callable[[], T], what: str, wait: Callable[[float], object] = time.sleep) -> T:
-    """What `call` returns, called up to TRIES times with growing random pauses between.
-
-    An error that stays is raised as it is, at once. After the last try an OSError says `what`
-    ("reading s3://bucket/a.tar") and what the store said, caused by the store's own error. `wait`
-    takes the seconds of a pause, and may raise to end the waiting.
-    """
-    started = time.monotonic()
-    for number in count(1):
-        try:
-            return call()
-        except Exception as error:
-            if not transient(error):
-                raise
-            if number == TRIES or time.monotonic() - started > LONGEST:
-                said = one_line(error)
-                raise OSError(f"{what}: {said} ({number} tries); run again once the store answers") from error
-        wait(min(FIRST_PAUSE * 2 ** (number - 1), LONGEST_PAUSE) * random.uniform(0.5, 1))
-    raise AssertionError  # count() does not end
-
-
-_SECRET = re.compile(r"key|secret|token|password|credential|signature|sas", re.IGNORECASE)
-
-
-_IN_URLS = re.compile(
-    r"(?i)((?:x-amz-|x-goog-)[a-z-]+|sig|signature|token|awsaccesskeyid)=[^&\s'\"]+|(?<=://)[^/\s@]+@"
-)
-
-
-class Unavailable(OSError):
-    """A store does not answer for now. That says nothing about the files it holds."""
+_PERMANENT_NUMBERS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG),  # this machine's disk
+    *(errno.EINVAL, errno.ENOSYS),  # s3fs's numbers for wrong requests
+}
 
 
 @contextlib.contextmanager
@@ -113,51 +132,13 @@ def corrupt_unless_unavailable(what: str, remedy: str, *parse_errors: type[Excep
         raise CorruptError(f"{what} ({one_line(error, 200)}): {remedy}") from None
 
 
-def ask(
-    call: Callable[[], T],
-    what: str,
-    options: dict[str, Any] | None = None,
-    wait: Callable[[float], object] = time.sleep,
-) -> T:
-    """What an operation of a remote filesystem gives, tried again while its trouble may pass.
-
-    Every error of the store comes out as an OSError (FileNotFoundError, FileExistsError, PermissionError
-    where it is one, else Unavailable) of one line that says `what` was done where, without credentials.
-    InputError where the URL or an option is wrong, which some find out at the first request only.
-    """
-    try:
-        return retried(call, what, wait)
-    except (ClipBatchError, AssertionError, AttributeError, LookupError, NotImplementedError):  # no word of a store's
-        raise
-    except (TypeError, ValueError) as error:
-        said = redact(f"{what}: {first_line(error)}", options)
-        raise InputError(f"{said}; mend the URL or --storage-options") from None
-    except Exception as error:
-        raise _told(error, what, options) from None
+def message_of(error: BaseException) -> str:
+    """An error's message on one line, without the stack traces of Java."""
+    return one_line(re.sub(r"(\\n\\t|\s+)at [\w.$<>/]+\([^)]*\)", "", str(error))) or type(error).__name__
 
 
-def _told(error: Exception, what: str, options: dict[str, Any] | None) -> OSError:
-    said = re.sub(r"\[Errno \d+\] ", "", redact(first_line(error).removeprefix(f"{what}: "), options))
-    what = redact(what)
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{what}: there is no such file")
-    if isinstance(error, FileExistsError):
-        return FileExistsError(f"{what}: it is there already")
-    if isinstance(error, PermissionError) or _about_credentials(error):
-        mend = "renew the credentials (environment or --storage-options) or get the right, then run it again"
-        return PermissionError(f"{what}: refused: {said}; {mend}")
-    told = Unavailable(f"{what}: {said}")
-    told.errno = getattr(error, "errno", None)
-    return told
-
-
-def _about_credentials(error: Exception) -> bool:
-    names = " ".join([type(error).__name__, *codes(error)])
-    return bool(re.search(r"Credential|Token|401|403", names)) or "AccessControlException" in str(error)  # HDFS's word
-
-
-def codes(error: BaseException) -> Iterator[str]:
-    """What an error and its causes carry as codes: the store's word for it, the HTTP status, both or none."""
+def error_codes(error: BaseException) -> Iterator[str]:
+    """The codes that an error and its causes carry: the store's name for the error, and HTTP statuses."""
     cause: BaseException | None = error
     while cause is not None:
         response = getattr(cause, "response", None)
@@ -170,17 +151,21 @@ def codes(error: BaseException) -> Iterator[str]:
         cause = cause.__cause__
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, without Java's stack."""
-    return one_line(re.sub(r"(\\n\\t|\s+)at [\w.$<>/]+\([^)]*\)", "", str(error))) or type(error).__name__
-
-
 def redact(text: str, options: dict[str, Any] | None = None) -> str:
-    """A text without the secret values of options, and without credentials within URLs."""
+    """A text without the secret values of `options`, and without the credentials in URLs."""
     for value in _secrets(options or {}):
-        for form in (value, " ".join(value.split())):  # a key of several lines, in what became one
+        for form in (value, " ".join(value.split())):  # `one_line` may have joined a key's lines
             text = text.replace(form, "...")
-    return _IN_URLS.sub(lambda found: f"{found[1]}=..." if found[1] else "...@", text)
+    return _CREDENTIALS.sub(lambda match: f"{match[1]}=..." if match[1] else "...@", text)
+
+
+_SECRET = re.compile(r"key|secret|token|password|credential|signature|sas", re.IGNORECASE)
+"""Part of the name of an option whose value is secret."""
+
+_CREDENTIALS = re.compile(
+    r"(?i)((?:x-amz-|x-goog-)[a-z-]+|sig|signature|token|awsaccesskeyid)=[^&\s'\"]+|(?<=://)[^/\s@]+@"
+)
+"""Credentials in a URL: signed parameters, and what stands before the host."""
 
 
 def _secrets(options: dict[str, Any], secret: bool = False) -> Iterator[str]:
@@ -190,3 +175,23 @@ def _secrets(options: dict[str, Any], secret: bool = False) -> Iterator[str]:
             yield from _secrets(value, hidden)
         elif hidden and isinstance(value, str) and len(value) > 3:
             yield value
+
+
+def _as_os_error(error: Exception, what: str, options: dict[str, Any] | None) -> OSError:
+    message = re.sub(r"\[Errno \d+\] ", "", redact(message_of(error).removeprefix(f"{what}: "), options))
+    what = redact(what)
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{what}: there is no such file")
+    if isinstance(error, FileExistsError):
+        return FileExistsError(f"{what}: the file exists already")
+    if isinstance(error, PermissionError) or _is_refusal(error):
+        remedy = "renew the credentials (environment or --storage-options) or get the right, then run it again"
+        return PermissionError(f"{what}: refused: {message}; {remedy}")
+    unavailable = Unavailable(f"{what}: {message}")
+    unavailable.errno = getattr(error, "errno", None)
+    return unavailable
+
+
+def _is_refusal(error: Exception) -> bool:
+    names = " ".join([type(error).__name__, *error_codes(error)])
+    return bool(re.search(r"Credential|Token|401|403", names)) or "AccessControlException" in str(error)  # HDFS

@@ -21,11 +21,12 @@ from functools import partial
 from typing import IO, Any, TypeVar
 
 from clip_batch.errors import InputError
+from clip_batch.storage.download import download
 from clip_batch.storage.filesystem import abort, filesystem, move, put_if_absent, uploads
 from clip_batch.storage.paths import TEMPORARY, absolute, is_local
 from clip_batch.storage.ranged import open_ranged
-from clip_batch.storage.retry import ask
-from clip_batch.storage.transfer import RemoteFile, download
+from clip_batch.storage.retry import call_store
+from clip_batch.storage.transfer import RemoteFile
 
 T = TypeVar("T")
 
@@ -76,9 +77,9 @@ class Store:
         """Where a name lies: a local path, or the path within the remote filesystem."""
         return f"{self._root}/{name}" if name else self._root
 
-    def _ask(self, what: str, name: str, call: Callable[[], T]) -> T:
-        """An operation of the remote filesystem, tried again while its trouble may pass; OSErrors of one line."""
-        return ask(call, f"{what} {self.display(name)}", self.options)
+    def _call(self, what: str, name: str, operation: Callable[[], T]) -> T:
+        """Run an operation of the remote filesystem on a name (see `call_store`)."""
+        return call_store(operation, f"{what} {self.display(name)}", self.options)
 
     def display(self, name: str) -> str:
         """A name as messages show it."""
@@ -87,20 +88,20 @@ class Store:
     def exists(self, name: str) -> bool:
         if self.local:
             return os.path.exists(self.path(name))
-        return self._ask("looking for", name, lambda: bool(self._fs.exists(self._at(name))))
+        return self._call("looking for", name, lambda: bool(self._fs.exists(self._at(name))))
 
     def size(self, name: str) -> int:
         """Bytes of a file; FileNotFoundError if absent."""
         if self.local:
             return os.path.getsize(self.path(name))
-        return self._ask("looking at", name, lambda: int(self._fs.size(self._at(name))))
+        return self._call("looking at", name, lambda: int(self._fs.size(self._at(name))))
 
     def list(self, folder: str) -> list[str]:
         """Sorted names of the files and folders in a folder, relative to it; [] if there is none."""
         try:
             if self.local:
                 return sorted(os.listdir(self.path(folder)))
-            found = self._ask("listing", folder, lambda: self._fs.ls(self._at(folder), detail=False))
+            found = self._call("listing", folder, lambda: self._fs.ls(self._at(folder), detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found)
@@ -108,7 +109,7 @@ class Store:
     def walk(self) -> Sequence[str]:
         """Sorted names of all files below the root; InputError if there is no such folder."""
         if not self.local:
-            found = self._ask("listing", "", lambda: self._fs.find(self._root))
+            found = self._call("listing", "", lambda: self._fs.find(self._root))
             if not found:
                 raise InputError(f"no files in {self.url}: mend the URL")
             return sorted(str(path).removeprefix(f"{self._root}/") for path in found)
@@ -122,7 +123,7 @@ class Store:
         if self.local:
             return os.path.getmtime(self.path(name))
         with contextlib.suppress(NotImplementedError, OSError):  # an optional part of fsspec
-            return self._ask("looking at", name, lambda: float(self._fs.modified(self._at(name)).timestamp()))
+            return self._call("looking at", name, lambda: float(self._fs.modified(self._at(name)).timestamp()))
         return None
 
     def read(self, name: str) -> bytes:
@@ -130,7 +131,7 @@ class Store:
         if self.local:
             with open(self.path(name), "rb") as file:
                 return file.read()
-        return self._ask("reading", name, lambda: bytes(self._fs.cat_file(self._at(name))))
+        return self._call("reading", name, lambda: bytes(self._fs.cat_file(self._at(name))))
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
@@ -149,13 +150,13 @@ class Store:
             return open(self.path(name), "rb")
         return open_ranged(self.remote(name))
 
-    def create(self, name: str, data: bytes, look: bool = True) -> bool:
+    def create(self, name: str, data: bytes, check_first: bool = True) -> bool:
         """Publish a file only if its name is absent: True if this call made it. The commit.
 
         One atomic step where the store refuses a name that is taken: local disks, S3, HDFS, GCS. On
-        others two calls at once may both be told True, and the last one's bytes stand. After a lost
-        answer False may mean our own bytes: read back what matters. `look` asks first whether the
-        name is there, so that only calls at the same time can meet.
+        others two calls at the same time may both return True, and the last one's bytes stay. False may
+        mean that this call wrote the file but its answer was lost: read back what matters. `check_first`
+        asks whether the name exists, so that on such stores only calls at the same time can collide.
         """
         if self.local:
             with self._spool(name) as spool:
@@ -167,9 +168,9 @@ class Store:
                     return False
             _sync_folder(self.path(name))
             return True
-        if look and self.exists(name):
+        if check_first and self.exists(name):
             return False
-        return self._ask("creating", name, lambda: put_if_absent(self._fs, self._at(name), data))
+        return self._call("creating", name, lambda: put_if_absent(self._fs, self._at(name), data))
 
     def replace(self, name: str, data: bytes) -> None:
         """Publish a file in the place of any older one, atomically."""
@@ -188,10 +189,10 @@ class Store:
             elif spool.seek(0, os.SEEK_END) < _ONE_REQUEST:
                 spool.seek(0)
                 data = spool.read()
-                self._ask("writing", name, lambda: self._fs.pipe_file(self._at(name), data))
+                self._call("writing", name, lambda: self._fs.pipe_file(self._at(name), data))
             else:  # s3fs and gcsfs abort the upload if a part of it fails
                 spool.flush()
-                self._ask("writing", name, lambda: self._fs.put_file(spool.name, self._at(name)))
+                self._call("writing", name, lambda: self._fs.put_file(spool.name, self._at(name)))
 
     def adopt(self, path: str, name: str) -> None:
         """Publish a finished local file as `name`: moved if the store is local (and on the same disk), else copied."""
@@ -200,7 +201,7 @@ class Store:
             os.replace(path, self.path(name))
             _sync_folder(self.path(name))
         else:
-            self._ask("writing", name, lambda: self._fs.put_file(path, self._at(name)))
+            self._call("writing", name, lambda: self._fs.put_file(path, self._at(name)))
 
     @contextlib.contextmanager
     def _spool(self, name: str) -> Iterator[IO[bytes]]:
@@ -224,16 +225,16 @@ class Store:
             if self.local:
                 os.unlink(self.path(name))
             else:
-                self._ask("removing", name, lambda: self._fs.rm_file(self._at(name)))
+                self._call("removing", name, lambda: self._fs.rm_file(self._at(name)))
 
     def abort_uploads(self, folder: str, orphan: Callable[[str], bool]) -> Sequence[str]:
         """End S3's unfinished uploads to files of a folder of which `orphan` is true; their names in the folder."""
         if self.local:
             return []
-        found = self._ask("listing uploads of", folder, lambda: uploads(self._fs, self._at(folder)))
+        found = self._call("listing uploads of", folder, lambda: uploads(self._fs, self._at(folder)))
         ended = [(path, id) for path, id in found if orphan(path.rpartition("/")[2])]
         for path, id in ended:
-            self._ask("ending an upload of", path, partial(abort, self._fs, path, id))
+            self._call("ending an upload of", path, partial(abort, self._fs, path, id))
         return [path.rpartition("/")[2] for path, _ in ended]
 
     def rename(self, old: str, new: str) -> None:
@@ -248,7 +249,7 @@ class Store:
                 os.replace(self.path(old), self.path(new))
                 _sync_folder(self.path(new))
             else:
-                self._ask("renaming", old, lambda: move(self._fs, self._at(old), self._at(new)))
+                self._call("renaming", old, lambda: move(self._fs, self._at(old), self._at(new)))
         except Exception:
             if self.exists(old) or not self.exists(new):
                 raise
@@ -259,7 +260,7 @@ class Store:
             shutil.rmtree(self.path(folder), ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                self._ask("removing", folder, lambda: self._fs.rm(self._at(folder), recursive=True))
+                self._call("removing", folder, lambda: self._fs.rm(self._at(folder), recursive=True))
 
     def digest(self, name: str) -> str:
         """sha256 (hex) of a file."""

@@ -35,7 +35,7 @@ from clip_batch.embeddings import slots, submission
 from clip_batch.embeddings.embed import _Order
 from clip_batch.embeddings.workers import BEAT, SILENT
 from clip_batch.plan.plan import make_plan
-from clip_batch.storage.transfer import PIECE
+from clip_batch.storage.download import PIECE
 from clip_batch.types import Partition, Plan
 from tests.bench.plan import Listing
 

@@ -36,8 +36,9 @@ from clip_batch.samples import read_slice
 from clip_batch.samples.decode import open_image
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.scan import scan_tar
+from clip_batch.storage.download import THREADS, pieces
 from clip_batch.storage.store import Store
-from clip_batch.storage.transfer import THREADS, pieces, read_range, source
+from clip_batch.storage.transfer import read_range, remote_file
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus
 
@@ -110,7 +111,7 @@ def spent(servers: list[int]) -> tuple[float, float, float, float]:
 def raw(shards: list[Shard], options: dict[str, Any]) -> int:
     """Bytes a pool of readers is given, kept by no one."""
     with ThreadPoolExecutor(THREADS) as pool:
-        wanted = [(source(shard.url, options), *piece) for shard in shards for piece in pieces(0, shard.size or 0)]
+        wanted = [(remote_file(shard.url, options), *piece) for shard in shards for piece in pieces(0, shard.size or 0)]
         return sum(pool.map(lambda one: len(read_range(*one)), wanted))
 
 
@@ -150,7 +151,7 @@ def moto() -> Iterator[Place]:
                 if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        source("s3://bucket/x", options).fs.mkdir("bucket")
+        remote_file("s3://bucket/x", options).fs.mkdir("bucket")
         yield Place("s3://bucket/tars", options, [server.pid])
     finally:
         server.kill()

@@ -20,8 +20,9 @@ from clip_batch.errors import InputError, Preempted
 from clip_batch.samples import prefetch, read_slice
 from clip_batch.samples.fetch_process import Fetcher, apart
 from clip_batch.samples.prefetch import Prefetcher
+from clip_batch.storage.download import pieces
 from clip_batch.storage.store import Store
-from clip_batch.storage.transfer import RemoteFile, copy_range, pieces, source
+from clip_batch.storage.transfer import RemoteFile, copy_range, remote_file
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus
 from tests.servers.gcs_server import gcs as gcs
@@ -106,7 +107,7 @@ def fetch(fetcher: Fetcher, remote: RemoteFile, target: Path, start: int, stop: 
 
 
 def test_it_copies_what_is_asked_for(web: str, fetcher: Fetcher, tmp_path: Path) -> None:
-    remote = source(f"{web}/a.tar")
+    remote = remote_file(f"{web}/a.tar")
     Web.busy = 1
     assert fetch(fetcher, remote, tmp_path / "a", 0, len(DATA)) == DATA
     first = pid(fetcher)
@@ -117,7 +118,7 @@ def test_it_copies_what_is_asked_for(web: str, fetcher: Fetcher, tmp_path: Path)
 
 def test_its_errors_are_those_of_this_process(web: str, fetcher: Fetcher, tmp_path: Path) -> None:
     (tmp_path / "a").touch()
-    missing, there = source(f"{web}/none.tar"), source(f"{web}/a.tar")
+    missing, there = remote_file(f"{web}/none.tar"), remote_file(f"{web}/a.tar")
     wrong = RemoteFile(None, "", "https://%zz", {"no_such_option": 1})
     for remote, target in ((missing, tmp_path / "a"), (there, Path("/dev/full")), (there, tmp_path / "gone")):
         told = []
@@ -132,7 +133,7 @@ def test_its_errors_are_those_of_this_process(web: str, fetcher: Fetcher, tmp_pa
 
 
 def test_the_work_goes_on_without_it(web: str, fetcher: Fetcher, tmp_path: Path) -> None:
-    remote, waiting = source(f"{web}/hang.tar"), ThreadPoolExecutor(1)
+    remote, waiting = remote_file(f"{web}/hang.tar"), ThreadPoolExecutor(1)
     found = waiting.submit(fetch, fetcher, remote, tmp_path / "a", 0, 1_000)
     assert Web.asked.wait(20)
     os.kill(pid(fetcher), signal.SIGKILL)
@@ -151,7 +152,7 @@ def test_an_end_is_at_once(web: str, fetcher: Fetcher, tmp_path: Path) -> None:
 
     (tmp_path / "a").touch()
     with ThreadPoolExecutor(1) as waiting:
-        found = waiting.submit(fetcher.copy, source(f"{web}/hang.tar"), 0, 10, str(tmp_path / "a"), 0, pause)
+        found = waiting.submit(fetcher.copy, remote_file(f"{web}/hang.tar"), 0, 10, str(tmp_path / "a"), 0, pause)
         assert Web.asked.wait(20)
         child = pid(fetcher)
         started = time.monotonic()
@@ -167,9 +168,9 @@ def test_it_ends_with_the_process_that_began_it(web: str, tmp_path: Path) -> Non
     script = """
 import sys, threading, time
 from clip_batch.samples.fetch_process import Fetcher
-from clip_batch.storage.transfer import source
+from clip_batch.storage.transfer import remote_file
 fetcher = Fetcher()
-copy = threading.Thread(target=fetcher.copy, args=(source(sys.argv[1]), 0, 10, sys.argv[2], 0), daemon=True)
+copy = threading.Thread(target=fetcher.copy, args=(remote_file(sys.argv[1]), 0, 10, sys.argv[2], 0), daemon=True)
 copy.start()
 while not fetcher._process:
     time.sleep(0.01)

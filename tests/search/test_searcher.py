@@ -18,7 +18,7 @@ from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
 from clip_batch.index.merge.merge import merge
 from clip_batch.search.searcher import Searcher
-from clip_batch.storage import retry, transfer
+from clip_batch.storage import download, retry
 from clip_batch.storage.store import Store
 from tests.fabricated import clustered, make_out
 from tests.servers.flaky import Flaky, put
@@ -178,7 +178,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def remote(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The same index in a remote store, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(transfer, "pieces", functools.partial(transfer.pieces, size=5_000))
+    monkeypatch.setattr(download, "pieces", functools.partial(download.pieces, size=5_000))
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
     for path in Path(folder, "index").rglob("*"):
         if path.is_file():

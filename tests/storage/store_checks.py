@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from clip_batch.storage.store import Store
-from clip_batch.storage.transfer import copy_range, source
+from clip_batch.storage.transfer import copy_range, remote_file
 from tests.servers.proxy import Proxied
 
 
 def one_of_many_racing_creators_wins(store: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda number: store.create("commit.json", b"%d" % number, look=False), range(16)))
+        won = list(pool.map(lambda number: store.create("commit.json", b"%d" % number, check_first=False), range(16)))
     assert sum(won) == 1
     assert store.read("commit.json") == b"%d" % won.index(True)
 
@@ -28,7 +28,7 @@ def large_reads_go_past_the_client(
     store.replace("a b+c?.tar", data)
     target = tmp_path / "a"
     target.write_bytes(b"x" * 100)
-    remote = source(f"{store.url}/a b+c?.tar", store.options)
+    remote = remote_file(f"{store.url}/a b+c?.tar", store.options)
     with server.fault(kind, ranged, times=2) as fault:
         copy_range(remote, 10, len(data) - 10, str(target), 100)
     assert fault.hits == (1 if kind == "delay" else 2)

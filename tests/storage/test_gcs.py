@@ -21,7 +21,7 @@ from clip_batch.samples import read_slice
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage import retry
 from clip_batch.storage.store import Store
-from clip_batch.storage.transfer import copy_range, source, version
+from clip_batch.storage.transfer import copy_range, file_version, remote_file
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus, fabricated
 from tests.servers.gcs_server import BUCKET, SECRET, Gcs, hurry
@@ -105,7 +105,7 @@ def test_large_reads_go_past_the_client(store: Store, gcs: Gcs, kind: str, tmp_p
 def test_what_a_plain_request_is_refused_is_read_by_the_client(store: Store, gcs: Gcs, tmp_path: Path) -> None:
     store.replace("a", b"bytes")
     (tmp_path / "a").touch()
-    remote = source(f"{store.url}/a", {**gcs.options, "project": uuid.uuid4().hex})  # a client of its own
+    remote = remote_file(f"{store.url}/a", {**gcs.options, "project": uuid.uuid4().hex})  # a client of its own
     with gcs.fault("forbidden", ranged, times=1) as fault:
         for _ in range(3):
             copy_range(remote, 1, 5, str(tmp_path / "a"), 0)
@@ -119,7 +119,7 @@ def test_a_create_whose_answer_is_lost_is_ours_by_content(store: Store, gcs: Gcs
     assert fault.hits == 1
     assert store.read("commit") == b"ours"
     with gcs.fault("lost", is_upload, times=1):
-        assert not store.create("commit", b"theirs", look=False)
+        assert not store.create("commit", b"theirs", check_first=False)
     assert store.read("commit") == b"ours"
 
 
@@ -182,8 +182,8 @@ def test_a_tar_is_known_by_its_generation(store: Store, gcs: Gcs, tmp_path: Path
     """Which is new with each writing, of the same bytes too, and not with an edit of its metadata."""
     tar = Path(corpus.good_tar(str(tmp_path / "0.tar"), 3))
     store.replace("0.tar", tar.read_bytes())
-    planned = source(f"{store.url}/0.tar", gcs.options)
-    size, generation = version(planned)
+    planned = remote_file(f"{store.url}/0.tar", gcs.options)
+    size, generation = file_version(planned)
     assert generation == planned.fs.info(planned.path)["generation"] != planned.fs.info(planned.path)["etag"]
     shard = Shard(planned.url, size, generation)
 

@@ -79,7 +79,7 @@ def test_properties_are_hadoops_and_the_rest_is_for_others(hdfs: Hdfs) -> None:
 def test_one_of_many_racing_creators_wins_and_no_reader_sees_less(store: Store) -> None:
     seen = set()
     with ThreadPoolExecutor(9) as pool:
-        futures = [pool.submit(store.create, "commit", b"%09d" % number, look=False) for number in range(24)]
+        futures = [pool.submit(store.create, "commit", b"%09d" % number, check_first=False) for number in range(24)]
         while not all(future.done() for future in futures):
             if store.exists("commit"):
                 seen.add(store.read("commit"))

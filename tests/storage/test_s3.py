@@ -14,7 +14,7 @@ from clip_batch.errors import ClipBatchError
 from clip_batch.launch.doctor import doctor
 from clip_batch.storage import retry
 from clip_batch.storage.store import Store
-from clip_batch.storage.transfer import copy_range, source
+from clip_batch.storage.transfer import copy_range, remote_file
 from tests import fabricated
 from tests.servers.s3_server import BUCKET, S3, SECRET
 from tests.servers.s3_server import s3 as s3
@@ -70,7 +70,7 @@ def test_large_reads_go_past_the_client(store: Store, s3: S3, kind: str, tmp_pat
 def test_what_a_plain_request_is_refused_is_read_by_the_client(store: Store, s3: S3, tmp_path: Path) -> None:
     store.replace("a", b"bytes")
     (tmp_path / "a").touch()
-    remote = source(f"{store.url}/a", {**s3.options, "default_block_size": 1})  # a filesystem of its own
+    remote = remote_file(f"{store.url}/a", {**s3.options, "default_block_size": 1})  # a filesystem of its own
     with s3.fault("expired", signed) as fault:
         for _ in range(3):
             copy_range(remote, 1, 5, str(tmp_path / "a"), 0)
@@ -84,7 +84,7 @@ def test_a_create_whose_answer_is_lost_is_ours_by_content(store: Store, s3: S3) 
     assert fault.hits == 1
     assert store.read("commit") == b"ours"
     with s3.fault("lost", is_put, times=1):
-        assert not store.create("commit", b"theirs", look=False)
+        assert not store.create("commit", b"theirs", check_first=False)
     assert store.read("commit") == b"ours"
 
 
@@ -144,7 +144,7 @@ def test_a_server_that_cannot_refuse_keeps_the_last_pointer(store: Store, s3: S3
         with s3.fault(kind):
             assert store.create(kind, b"first")
             assert not store.create(kind, b"second"), "who looks sees the first"
-            assert [store.create(kind, b"%d" % number, look=False) for number in range(2)] == [True] * wins
+            assert [store.create(kind, b"%d" % number, check_first=False) for number in range(2)] == [True] * wins
             assert store.read(kind) == b"1"
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import errno
-import functools
-import http.server
 import random
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch.errors import InputError, Preempted
-from clip_batch.storage import retry, transfer
-from clip_batch.storage.retry import TRIES, retried, transient
-from clip_batch.storage.transfer import Download, download, has_ranges, pieces, read_range, source, version
+from clip_batch.errors import InputError
+from clip_batch.storage import retry
+from clip_batch.storage.download import pieces
+from clip_batch.storage.transfer import file_version, read_range, remote_file
 from tests.servers.flaky import Flaky, put
 
 DATA = random.Random(0).randbytes(100_000)
@@ -27,18 +23,8 @@ DATA = random.Random(0).randbytes(100_000)
 @pytest.fixture(autouse=True)
 def _flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(transfer, "PIECE", 7_001)
-    monkeypatch.setattr(transfer, "pieces", functools.partial(pieces, size=7_001))
     yield
     Flaky.reset()
-
-
-@given(st.integers(0, 500), st.integers(0, 500), st.integers(1, 60))
-def test_pieces_tile_their_range(start: int, length: int, size: int) -> None:
-    found = pieces(start, start + length, size)
-    assert [at for first, last in found for at in range(first, last)] == list(range(start, start + length))
-    assert all(last - first == size for first, last in found[:-1])
-    assert all(0 < last - first <= size for first, last in found)
 
 
 @settings(max_examples=50)
@@ -46,7 +32,7 @@ def test_pieces_tile_their_range(start: int, length: int, size: int) -> None:
 def test_short_answers_and_errors_at_random_lose_no_byte(a: int, b: int, size: int, seed: int) -> None:
     chance = random.Random(seed)
     start, stop = sorted((a, b))
-    remote = source(put("a", DATA[:3_000]))
+    remote = remote_file(put("a", DATA[:3_000]))
     Flaky.short = chance
     Flaky.before = lambda *_: (_ for _ in ()).throw(OSError(errno.EBUSY, "SlowDown")) if chance.random() < 0.1 else None
     try:
@@ -59,150 +45,15 @@ def test_short_answers_and_errors_at_random_lose_no_byte(a: int, b: int, size: i
         Flaky.reset()
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 100_000), (512, 70_000), (99_999, 100_000), (5, 5)])
-def test_a_download_is_the_range(tmp_path: Path, start: int, stop: int | None) -> None:
-    target = tmp_path / "copy"
-    target.touch()
-    failed = set()
-
-    def once(what: str, path: str, at: int) -> None:
-        if what == "read" and at not in failed and at % 2 == 0:
-            failed.add(at)
-            raise ConnectionResetError("reset by peer")
-
-    remote = source(put("a", DATA))
-    Flaky.before = once
-    download(remote, str(target), start, stop)
-    assert target.read_bytes() == DATA[start:stop]
-    assert max((end - at for what, _, at, end in Flaky.calls if what == "read"), default=0) <= 7_001
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError, PermissionError, ValueError, InputError])
-def test_what_stays_is_told_at_once(error: type[Exception]) -> None:
-    calls = []
-
-    def call() -> None:
-        calls.append(1)
-        raise error("no")
-
-    with pytest.raises(error):
-        retried(call, "reading x")
-    assert len(calls) == 1
-
-
-def test_patience_ends_with_one_line() -> None:
-    pauses: list[float] = []
-
-    def call() -> None:
-        raise TimeoutError("the store\n  is asleep")
-
-    with pytest.raises(OSError, match=rf"^reading x: the store is asleep \({TRIES} tries\); run again") as caught:
-        retried(call, "reading x", pauses.append)
-    assert isinstance(caught.value.__cause__, TimeoutError)
-    assert len(pauses) == TRIES - 1
-    assert all(0.0005 * 2**number <= pause <= 0.001 * 2**number for number, pause in enumerate(pauses))
-
-
-def test_a_status_says_whether_it_passes() -> None:
-    def answer(status: int) -> Exception:
-        error = Exception()
-        error.status = status  # type: ignore[attr-defined]
-        return error
-
-    assert [status for status in (400, 403, 404, 408, 416, 429, 500, 503) if transient(answer(status))] == [
-        408,
-        429,
-        500,
-        503,
-    ]
-    assert not transient(OSError(errno.ENOSPC, "disk full"))
-    assert not transient(KeyboardInterrupt())
-    assert not transient(type("NoCredentialsError", (Exception,), {})())
-
-
 def test_a_file_that_shrank_is_named(tmp_path: Path) -> None:
-    remote = source(put("a", DATA[:10_000]))
+    remote = remote_file(put("a", DATA[:10_000]))
     with pytest.raises(InputError, match=r"flaky://a ends at byte 10000, not 100000 as before"):
         read_range(remote, 0, 100_000)
 
 
 def test_versions_differ_when_a_file_is_written_again() -> None:
-    remote = source(put("a", b"1"))
-    before = version(remote)
+    remote = remote_file(put("a", b"1"))
+    before = file_version(remote)
     put("a", b"2")
-    assert before.size == version(remote).size == 1
-    assert before.etag != version(remote).etag
-
-
-def test_stop_ends_pauses_and_pieces(tmp_path: Path) -> None:
-    (tmp_path / "copy").touch()
-    stop = threading.Event()
-
-    def busy(what: str, path: str, at: int) -> None:
-        stop.set()
-        raise OSError(errno.EBUSY, "SlowDown")
-
-    remote = source(put("a", DATA))
-    Flaky.before = busy
-    with ThreadPoolExecutor(1) as pool:
-        copy = Download(remote, 0, len(DATA), str(tmp_path / "copy"), pool, stop.is_set)
-        with pytest.raises(Preempted):
-            copy.finish()
-    assert len(Flaky.calls) == 1
-
-
-def test_a_full_disk_is_told_and_not_tried_again(tmp_path: Path) -> None:
-    remote = source(put("a", DATA))
-    with pytest.raises(OSError, match=r"writing /dev/full: No space left.*TMPDIR") as caught:
-        download(remote, "/dev/full", 0, 10)
-    assert caught.value.errno == errno.ENOSPC
-    assert len([call for call in Flaky.calls if call[0] == "read"]) == 1
-
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    """The standard library's: whole files only; with `ranges`, what a range asks for."""
-
-    ranges = False
-    busy = 0
-
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range", "")
-        if Server.busy:
-            Server.busy -= 1
-            self.send_error(503)
-        elif self.ranges and asked:
-            first, last = asked.removeprefix("bytes=").split("-")
-            data = DATA[int(first) : int(last) + 1]
-            self.send_response(206)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(DATA)}")
-            self.end_headers()
-            self.wfile.write(data)
-        else:
-            super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_web_servers_with_and_without_ranges(tmp_path: Path, ranges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.tar").write_bytes(DATA)
-    monkeypatch.setattr(Server, "ranges", ranges)
-    handler = functools.partial(Server, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            remote = source(f"http://127.0.0.1:{server.server_port}/a.tar")
-            assert has_ranges(remote) is ranges
-            size, etag = version(remote)
-            assert (size, bool(etag)) == (len(DATA), True)
-            target = tmp_path / "copy"
-            target.touch()
-            Server.busy = 2
-            download(remote, str(target), 1_000, 50_000)
-            assert target.read_bytes() == DATA[1_000:50_000]
-            with pytest.raises(FileNotFoundError):
-                version(source(f"http://127.0.0.1:{server.server_port}/b.tar"))
-        finally:
-            server.shutdown()
+    assert before.size == file_version(remote).size == 1
+    assert before.etag != file_version(remote).etag

@@ -12,7 +12,7 @@ from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import stated
 from clip_batch.storage import web
 from clip_batch.storage.paths import is_local, local_path
-from clip_batch.storage.transfer import has_ranges, read_range, source
+from clip_batch.storage.transfer import has_ranges, read_range, remote_file
 
 OPEN = 64
 """Local tars that are kept open."""
@@ -54,7 +54,7 @@ class Fetch:
         self._via, self._timeout, self._limit, self._private = via, timeout, limit, private
         self.stop = threading.Event()
         self._local = functools.lru_cache(OPEN)(_Tar)
-        self._remote = functools.lru_cache(OPEN)(functools.partial(source, options=options))
+        self._remote = functools.lru_cache(OPEN)(functools.partial(remote_file, options=options))
 
     def __call__(self, place: Place) -> bytes:
         """The image file; Lost where it cannot be had. InputError: no package opens the tar's store."""

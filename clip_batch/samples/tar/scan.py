@@ -14,7 +14,7 @@ from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import Damage, Member, members, next_header
 from clip_batch.samples.tar.reader import GZIP_MAGIC, cuts, cuts_among
 from clip_batch.storage.paths import is_local
-from clip_batch.storage.transfer import has_ranges, read_range, source
+from clip_batch.storage.transfer import has_ranges, read_range, remote_file
 from clip_batch.types import Shard, Slice
 
 SHORT, LONG = 64 * 2**10, 8 * 2**20
@@ -34,7 +34,7 @@ def scan_tar(tar: Shard, options: dict[str, Any] | None = None) -> tuple[list[tu
     if tar.url.endswith("gz"):
         return [], None
     try:
-        if is_local(tar.url) or tar.size is None or not has_ranges(remote := source(tar.url, options)):
+        if is_local(tar.url) or tar.size is None or not has_ranges(remote := remote_file(tar.url, options)):
             with Prefetcher(options=options) as files, files.take(Slice(tar)) as (path, _):
                 found = cuts(path)
         elif tar.size and read_range(remote, 0, 2) == GZIP_MAGIC:
