@@ -35,7 +35,7 @@ KINDS = {**dict.fromkeys(paths.VECTORS.values(), "npy"), paths.METADATA: "parque
 """Folders, and the extension of their files."""
 
 DTYPES = ("<f2", "<f4")
-MEND = "write that file again, or move the files of its number away"
+REMEDY = "write that file again, or move the files of its number away"
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,24 @@ class ClipRetrievalEmbeddings(Embeddings):
     """Parts without commits: theirs are made up, with a version tag of size and time in the place of each sha256."""
 
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
-    mend: ClassVar[str] = MEND
+    remedy: ClassVar[str] = REMEDY
 
     tables: Tables = field(kw_only=True)
 
-    def count(self, commit: Commit) -> tuple[int, int]:
+    def _count_captions(self, commit: Commit) -> tuple[int, int]:
         """See Embeddings. Where there are no captions at all, every text row must have a vector."""
         path = commit.file(paths.METADATA)
         if not path or not self.tables.has_captions(path):
             return commit.rows, commit.rows
         return metadata.count(self.store, path)
 
-    def without_caption(self, commit: Commit) -> npt.NDArray[np.bool_]:
+    def _captionless(self, commit: Commit) -> npt.NDArray[np.bool_]:
         path = commit.file(paths.METADATA)
         if not path or not self.tables.has_captions(path):
             return np.zeros(commit.rows, dtype=np.bool_)
         return metadata.without_caption(self.store, path)
 
-    def table(self, commit: Commit, start: int, stop: int) -> pa.Table:
+    def _read_table(self, commit: Commit, start: int, stop: int) -> pa.Table:
         if path := commit.file(paths.METADATA):
             return self.tables.read(commit.partition, path, start, stop)
         where = self.store.display(next(iter(commit.files)))
@@ -143,12 +143,15 @@ def _look(store: Store, path: str) -> _Matrix:
     if not path.endswith(".npy"):
         return _Matrix(0, 0, size, tag)
     where = store.display(path)
-    with corrupt_unless_unavailable(f"{where} is not a readable npy file", MEND, ValueError), store.open(path) as file:
+    with (
+        corrupt_unless_unavailable(f"{where} is not a readable npy file", REMEDY, ValueError),
+        store.open(path) as file,
+    ):
         header = read_npy_header(file)
     if not header.is_matrix(DTYPES):
-        raise CorruptError(f"{where} is {header}, not float16 or float32 (n, d): {MEND}")
+        raise CorruptError(f"{where} is {header}, not float16 or float32 (n, d): {REMEDY}")
     if size != header.file_size:
-        raise CorruptError(f"{where} has {size} bytes, {header} takes {header.file_size}: {MEND}")
+        raise CorruptError(f"{where} has {size} bytes, {header} takes {header.file_size}: {REMEDY}")
     rows, dim = header.shape
     return _Matrix(rows, dim, size, tag)
 
@@ -169,7 +172,7 @@ def _commit(store: Store, plan: Plan, number: int, files: dict[str, _Matrix]) ->
     for path, other in others:
         if (other.rows, other.dim) != (made.rows, made.dim):
             shapes = f"({other.rows}, {other.dim}), {first} is ({made.rows}, {made.dim})"
-            raise CorruptError(f"{store.display(path)} is {shapes}: {MEND}")
+            raise CorruptError(f"{store.display(path)} is {shapes}: {REMEDY}")
     return Commit(
         partition=number,
         attempt="",
@@ -191,7 +194,7 @@ def _check_metadata(store: Store, commit: Commit, tables: Tables) -> None:
     path = commit.file(paths.METADATA)
     if path and (rows := tables.rows(path)) != commit.rows:
         npy = next(iter(commit.files))
-        raise CorruptError(f"{store.display(path)} has {rows} rows, {npy} has {commit.rows}: {MEND}")
+        raise CorruptError(f"{store.display(path)} has {rows} rows, {npy} has {commit.rows}: {REMEDY}")
 
 
 def _check_dimensions(store: Store, commits: Sequence[Commit]) -> None:

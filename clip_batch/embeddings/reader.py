@@ -1,7 +1,8 @@
 """The committed embeddings of OUT as one long matrix: rows in partition order, checked as they are read.
 
-Only commits are trusted. float16 rows are scaled to unit norm in float32 (float16 rounding moves a
-norm by up to 5e-4, enough to put a near duplicate before the row itself).
+Only commits are trusted. Vectors are returned as they are stored, float16; `storage.npy.unit` scales
+them to unit norm in float32 (float16 rounding moves a norm by up to 5e-4, enough to put a near
+duplicate before the row itself).
 """
 
 from __future__ import annotations
@@ -31,23 +32,24 @@ if TYPE_CHECKING:
 Rows = npt.NDArray[np.int64]
 
 BLOCK = 16_384
-"""Rows converted to float32 at a time."""
+"""Rows that are converted to float32 at a time."""
 
 NORM_TOLERANCE = 5e-3
-"""Of a row's norm: float16 rounding needs 5e-4, normalising in bfloat16 4e-3."""
+"""How far the norm of a row may be from 1: float16 rounding needs 5e-4, normalising in bfloat16 4e-3."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
     """All committed rows of OUT; part i has the rows [starts[i], starts[i + 1]).
 
-    A folder without commits is read by a subclass of this (see `clip_batch.embeddings.clip_retrieval`).
+    A kind is "image" or "text". A folder without commits is read by a subclass (see `embeddings.clip_retrieval`).
     """
 
     dtypes: ClassVar[tuple[str, ...]] = ("<f2",)
-    """Of the npy files."""
+    """The dtypes that npy files may have."""
 
-    mend: ClassVar[str] = "run clip-batch verify, then repair"
+    remedy: ClassVar[str] = "run clip-batch verify, then repair"
+    """How every CorruptError ends."""
 
     store: Store
     plan: Plan
@@ -55,13 +57,16 @@ class Embeddings:
     starts: tuple[int, ...]
     missing: tuple[int, ...]
     verified: bool = True
+    """Whether the commits carry the sha256 of their files."""
 
     @property
     def rows(self) -> int:
+        """The number of rows of all parts."""
         return self.starts[-1]
 
     @property
     def dim(self) -> int:
+        """The dimension of the vectors."""
         return self.commits[0].dim
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[Commit, int, int]]:
@@ -71,17 +76,180 @@ class Embeddings:
             if low < high:
                 yield commit, low, high
 
-    def count(self, commit: Commit) -> tuple[int, int]:
+    def read_vectors(self, kind: str, start: int, stop: int) -> Half:
+        """Rows [start, stop) as float16 (n, dim); their values are not checked (see `check_rows`)."""
+        out = np.empty((stop - start, self.dim), dtype=np.float16)
+        done = 0
+        for commit, low, high in self.pieces(start, stop):
+            path, header = self._path(commit, paths.VECTORS[kind]), self._header(commit, kind)
+            width = header.dtype.itemsize * commit.dim
+            with self.store.open(path) as file:
+                file.seek(header.offset + low * width)
+                data = file.read((high - low) * width)
+            if len(data) != (high - low) * width:
+                raise CorruptError(f"{self.store.display(path)} ended early: {self.remedy}")
+            with np.errstate(over="ignore"):  # `check_rows` finds what is too large for float16
+                out[done : done + high - low] = np.frombuffer(data, dtype=header.dtype).reshape(-1, commit.dim)
+            done += high - low
+        return out
+
+    def read_metadata(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """Metadata rows [start, stop), part by part, with their lineage: columns `partition` and `row` (int32)."""
+        for commit, low, high in self.pieces(start, stop):
+            yield self._read_table(commit, low, high)
+
+    def read_captionless(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Which of the rows [start, stop) have no caption, so that their text vector may be all zero: (n,)."""
+        parts = [self._captionless(commit)[low:high] for commit, low, high in self.pieces(start, stop)]
+        return np.concatenate([np.empty(0, dtype=bool), *parts])
+
+    def gather(self, kind: str, rows: Rows) -> Half:
+        """Rows (n,), ascending, as float16 (n, dim); their values are not checked."""
+        out = np.empty((len(rows), self.dim), dtype=np.float16)
+        cuts = np.searchsorted(rows, self.starts)
+        for commit, first, low, high in zip(self.commits, self.starts, cuts, cuts[1:], strict=False):
+            if low < high:
+                out[low:high] = self._gather_part(commit, kind, rows[low:high] - first)
+        return out
+
+    def draw(
+        self, kind: str, filled: Sequence[int], count: int, seed: int, without: Rows | None = None
+    ) -> tuple[Rows, Half]:
+        """A random sample of `count` rows, except those in `without`: (rows (n,), vectors float16 (n, dim)).
+
+        Each part gives its share. `filled` counts the rows of each part that have a vector of that kind; from a part
+        with gaps more rows are drawn, and its zero rows are dropped. A part's random order depends on the seed and its
+        partition alone, so the sample does not depend on the number of processes or on the parts before it.
+        CorruptError where a drawn row is not finite and of unit norm.
+        """
+        total = sum(filled)
+        ends = np.cumsum([0, *filled])
+        shares = np.diff([min(count, total) * int(end) // total for end in ends])
+        rows, vectors = [np.empty(0, dtype=np.int64)], [np.empty((0, self.dim), dtype=np.float16)]
+        for part, commit in enumerate(self.commits):
+            start, share = self.starts[part], int(shares[part])
+            if not share:
+                continue
+            order = np.random.default_rng([seed, commit.partition]).permutation(commit.rows)
+            if without is not None:
+                order = order[~np.isin(order + start, without)]
+            gaps = commit.rows / filled[part]
+            order = order[: share if gaps == 1 else math.ceil(1.1 * share * gaps) + 100]
+            part_rows, part_vectors = self._draw_part(part, kind, order, filled[part])
+            rows.append(part_rows[:share] + start)
+            vectors.append(part_vectors[:share])
+        return np.concatenate(rows), np.concatenate(vectors)
+
+    def check_files(self, kinds: Sequence[str]) -> list[int]:
+        """The number of captioned rows of each part, after a check of every part's headers, sizes and row counts.
+
+        CorruptError names the first file that is wrong.
+        """
+
+        def check(commit: Commit) -> int:
+            for kind in kinds:
+                self._header(commit, kind)
+            rows, captioned = self._count_captions(commit)
+            if rows != commit.rows:
+                path = self.store.display(self._path(commit, paths.METADATA))
+                raise CorruptError(f"{path} has {rows} rows, its commit says {commit.rows}: {self.remedy}")
+            return captioned
+
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(check, self.commits))
+
+    def check_all_rows(self, kinds: Sequence[str]) -> None:
+        """Check every row of every part, several parts at once; raises what `check_rows` raises."""
+
+        def check(commit: Commit, start: int) -> None:
+            captionless = self.read_captionless(start, start + commit.rows)
+            for kind in kinds:
+                for low in range(0, commit.rows, 4 * BLOCK):
+                    high = min(low + 4 * BLOCK, commit.rows)
+                    vectors = self.read_vectors(kind, start + low, start + high)
+                    self.check_rows(kind, start + low, vectors, captionless[low:high] if kind == "text" else None)
+
+        with ThreadPoolExecutor(cores()) as pool:
+            list(pool.map(check, self.commits, self.starts))
+
+    def check_rows(
+        self, kind: str, start: int, vectors: Half, captionless: npt.NDArray[np.bool_] | None = None
+    ) -> None:
+        """Check that vectors (n, dim), the rows from `start` on, are finite and of unit norm.
+
+        Rows (n,) that are `captionless` may be all zero. CorruptError names the file and the row that is wrong.
+        """
+        for low in range(0, len(vectors), BLOCK):
+            norms = norms_of(vectors[low : low + BLOCK])
+            bad = ~(np.abs(norms - 1) <= NORM_TOLERANCE)
+            if captionless is not None:
+                bad &= ~((norms == 0) & captionless[low : low + BLOCK])
+            if bad.any():
+                at = int(np.flatnonzero(bad)[0])
+                commit, row, _ = next(self.pieces(start + low + at, start + low + at + 1))
+                path = self.store.display(self._path(commit, paths.VECTORS[kind]))
+                hint = " though it has a caption" if kind == "text" and norms[at] == 0 else ""
+                raise CorruptError(f"{path}: row {row} has norm {norms[at]:.4g}{hint}, not 1: {self.remedy}")
+
+    def _count_captions(self, commit: Commit) -> tuple[int, int]:
         """(rows, rows with a caption) of a part's metadata."""
-        return metadata.count(self.store, _path(self, commit, paths.METADATA))
+        return metadata.count(self.store, self._path(commit, paths.METADATA))
 
-    def without_caption(self, commit: Commit) -> npt.NDArray[np.bool_]:
+    def _captionless(self, commit: Commit) -> npt.NDArray[np.bool_]:
         """Which rows (n,) of a part have no caption."""
-        return metadata.without_caption(self.store, _path(self, commit, paths.METADATA))
+        return metadata.without_caption(self.store, self._path(commit, paths.METADATA))
 
-    def table(self, commit: Commit, start: int, stop: int) -> pa.Table:
+    def _read_table(self, commit: Commit, start: int, stop: int) -> pa.Table:
         """Metadata rows [start, stop) of a part, with their lineage."""
-        return metadata.read_rows(self.store, _path(self, commit, paths.METADATA), commit.partition, start, stop)
+        return metadata.read_rows(self.store, self._path(commit, paths.METADATA), commit.partition, start, stop)
+
+    def _path(self, commit: Commit, folder: str) -> str:
+        """The file of a part in a folder; CorruptError if its commit names none."""
+        if (path := commit.file(folder)) is None:
+            where = f"{self.store.url}: the commit of partition {commit.partition}"
+            raise CorruptError(f"{where} names no {folder} file: {self.remedy}")
+        return path
+
+    def _header(self, commit: Commit, kind: str) -> NpyHeader:
+        """The header of a part's npy file, checked against its commit and the file's size."""
+        path = self._path(commit, paths.VECTORS[kind])
+        where = self.store.display(path)
+        with corrupt_unless_unavailable(f"{where} is not a readable npy file", self.remedy, ValueError):
+            with self.store.open(path) as file:
+                header = read_npy_header(file)
+            size = self.store.size(path)
+        if header.shape != (commit.rows, commit.dim) or not header.is_matrix(self.dtypes):
+            committed = f"float16 {(commit.rows, commit.dim)}"
+            raise CorruptError(f"{where} is {header}, the commit says {committed}: {self.remedy}")
+        if size != header.file_size:
+            raise CorruptError(f"{where} is cut: it has {size} bytes for {header}: {self.remedy}")
+        return header
+
+    def _gather_part(self, commit: Commit, kind: str, rows: Rows) -> Half:
+        """Rows (n,), ascending, of a part as float16 (n, dim). Memory-mapped, so that only their pages are read."""
+        header = self._header(commit, kind)
+        with self.store.fetch(self._path(commit, paths.VECTORS[kind])) as local:
+            mapped = map_matrix(local, header)
+            with np.errstate(over="ignore"):
+                vectors = np.asarray(mapped[rows], dtype=np.float16)
+            del mapped
+        return vectors
+
+    def _draw_part(self, part: int, kind: str, order: Rows, captioned: int) -> tuple[Rows, Half]:
+        """(rows, vectors) of a part in a random `order` (m,) of its row numbers, without zero rows."""
+        commit = self.commits[part]
+        rows = np.sort(order)
+        vectors = self._gather_part(commit, kind, rows)
+        has_vector = filled(vectors)
+        if kind == "image" or captioned == commit.rows:
+            has_vector[:] = True
+        bad = ~(np.abs(norms_of(vectors) - 1) <= NORM_TOLERANCE) & has_vector
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            self.check_rows(kind, self.starts[part] + int(rows[at]), vectors[at : at + 1])
+        places = np.searchsorted(rows, order)
+        places = places[has_vector[places]]
+        return rows[places], vectors[places]
 
 
 def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Embeddings:
@@ -98,195 +266,22 @@ def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Em
             f"run clip-batch worker --output {store.url} --partitions {format_numbers(missing)}, "
             "or merge with --allow-partial"
         )
-    filled = tuple(commits[number] for number in sorted(commits) if commits[number].rows)
-    for commit in filled:
-        for what, found, wanted in (
+    nonempty = tuple(commits[number] for number in sorted(commits) if commits[number].rows)
+    for commit in nonempty:
+        for what, committed, expected in (
             ("plan", commit.plan, plan.digest),
             ("encoder", commit.encoder, plan.encoder.fingerprint),
-            ("dimension", commit.dim, filled[0].dim),
+            ("dimension", commit.dim, nonempty[0].dim),
         ):
-            if found != wanted:
+            if committed != expected:
                 raise CorruptError(
-                    f"{store.url}: partition {commit.partition} has {what} {found}, not {wanted}: "
+                    f"{store.url}: partition {commit.partition} has {what} {committed}, not {expected}: "
                     f"remove its commit and run clip-batch embed --output {store.url}"
                 )
-    if not filled:
+    if not nonempty:
         raise CorruptError(f"{store.url} has no embedded row: there is nothing to merge; see clip-batch status")
-    starts = tuple(int(start) for start in np.cumsum([0, *(commit.rows for commit in filled)]))
-    return Embeddings(store, plan, filled, starts, missing)
-
-
-def check_files(source: Embeddings, kinds: tuple[str, ...]) -> list[int]:
-    """Check every part's headers, sizes and row counts; the captioned rows of each part. CorruptError if wrong."""
-
-    def check(commit: Commit) -> int:
-        for kind in kinds:
-            _header(source, commit, kind)
-        rows, captioned = source.count(commit)
-        if rows != commit.rows:
-            path = source.store.display(_path(source, commit, paths.METADATA))
-            raise CorruptError(f"{path} has {rows} rows, its commit says {commit.rows}: {source.mend}")
-        return captioned
-
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(check, source.commits))
-
-
-def _path(source: Embeddings, commit: Commit, folder: str) -> str:
-    if (path := commit.file(folder)) is None:
-        where = f"{source.store.url}: the commit of partition {commit.partition}"
-        raise CorruptError(f"{where} names no {folder} file: {source.mend}")
-    return path
-
-
-def _header(source: Embeddings, commit: Commit, kind: str) -> NpyHeader:
-    """The header of a part's npy file, checked against its commit and the file's size."""
-    store, path = source.store, _path(source, commit, paths.VECTORS[kind])
-    where = store.display(path)
-    with corrupt_unless_unavailable(f"{where} is not a readable npy file", source.mend, ValueError):
-        with store.open(path) as file:
-            header = read_npy_header(file)
-        size = store.size(path)
-    if header.shape != (commit.rows, commit.dim) or not header.is_matrix(source.dtypes):
-        planned = f"float16 {(commit.rows, commit.dim)}"
-        raise CorruptError(f"{where} is {header}, the commit says {planned}: {source.mend}")
-    if size != header.file_size:
-        raise CorruptError(f"{where} is cut: it has {size} bytes for {header}: {source.mend}")
-    return header
-
-
-def read_vectors(source: Embeddings, kind: str, start: int, stop: int) -> Half:
-    """Rows [start, stop) as float16 (n, dim), not checked: see `check_rows`."""
-    out = np.empty((stop - start, source.dim), dtype=np.float16)
-    done = 0
-    for commit, low, high in source.pieces(start, stop):
-        path, header = _path(source, commit, paths.VECTORS[kind]), _header(source, commit, kind)
-        width = header.dtype.itemsize * commit.dim
-        with source.store.open(path) as file:
-            file.seek(header.offset + low * width)
-            data = file.read((high - low) * width)
-        if len(data) != (high - low) * width:
-            raise CorruptError(f"{source.store.display(path)} ended early: {source.mend}")
-        with np.errstate(over="ignore"):  # what is too large for float16 is found when rows are checked
-            out[done : done + high - low] = np.frombuffer(data, dtype=header.dtype).reshape(-1, commit.dim)
-        done += high - low
-    return out
-
-
-def read_metadata(source: Embeddings, start: int, stop: int) -> Iterator[pa.Table]:
-    """Metadata rows [start, stop), part by part, with their lineage: columns `partition` and `row` (int32)."""
-    for commit, low, high in source.pieces(start, stop):
-        yield source.table(commit, low, high)
-
-
-def read_empty(source: Embeddings, start: int, stop: int) -> npt.NDArray[np.bool_]:
-    """Which of the rows [start, stop) have no caption, so that their text vector may be all zero: (n,)."""
-    found = [source.without_caption(commit)[low:high] for commit, low, high in source.pieces(start, stop)]
-    return np.concatenate([np.empty(0, dtype=bool), *found])
-
-
-def check_all(source: Embeddings, kinds: Sequence[str]) -> None:
-    """Every row of every part, some parts at once; errors as `check_rows`."""
-
-    def check(commit: Commit, start: int) -> None:
-        empty = read_empty(source, start, start + commit.rows)
-        for kind in kinds:
-            for low in range(0, commit.rows, 4 * BLOCK):
-                high = min(low + 4 * BLOCK, commit.rows)
-                rows = read_vectors(source, kind, start + low, start + high)
-                check_rows(source, kind, start + low, rows, empty[low:high] if kind == "text" else None)
-
-    with ThreadPoolExecutor(cores()) as pool:
-        list(pool.map(check, source.commits, source.starts))
-
-
-def check_rows(
-    source: Embeddings, kind: str, start: int, vectors: Half, empty: npt.NDArray[np.bool_] | None = None
-) -> None:
-    """CorruptError, naming file and row, where a row of vectors (n, dim) from `start` on is not finite and unit.
-
-    `empty` (n,) says which rows may be all zero (text rows without a caption).
-    """
-    for low in range(0, len(vectors), BLOCK):
-        norms = norms_of(vectors[low : low + BLOCK])
-        bad = ~(np.abs(norms - 1) <= NORM_TOLERANCE)
-        if empty is not None:
-            bad &= ~((norms == 0) & empty[low : low + BLOCK])
-        if bad.any():
-            at = int(np.flatnonzero(bad)[0])
-            commit, row, _ = next(source.pieces(start + low + at, start + low + at + 1))
-            path = source.store.display(_path(source, commit, paths.VECTORS[kind]))
-            hint = " though it has a caption" if kind == "text" and norms[at] == 0 else ""
-            raise CorruptError(f"{path}: row {row} has norm {norms[at]:.4g}{hint}, not 1: {source.mend}")
-
-
-def _gather(source: Embeddings, kind: str, part: int, order: Rows, captioned: int) -> tuple[Rows, Half]:
-    """Rows of a part in a random `order` (m,) of its row numbers: (rows, their vectors), zero rows left out.
-
-    Memory-mapped and read in file order. CorruptError where a drawn row is not finite and unit.
-    """
-    commit = source.commits[part]
-    path, header = _path(source, commit, paths.VECTORS[kind]), _header(source, commit, kind)
-    in_file_order = np.sort(order)
-    with source.store.fetch(path) as local:
-        mapped = map_matrix(local, header)
-        with np.errstate(over="ignore"):
-            vectors = np.asarray(mapped[in_file_order], dtype=np.float16)
-        del mapped
-    there = filled(vectors)
-    if kind == "image" or captioned == commit.rows:
-        there[:] = True
-    bad = ~(np.abs(norms_of(vectors) - 1) <= NORM_TOLERANCE) & there
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        check_rows(source, kind, source.starts[part] + int(in_file_order[at]), vectors[at : at + 1])
-    back = np.searchsorted(in_file_order, order)
-    keep = back[there[back]]
-    return in_file_order[keep], vectors[keep]
-
-
-def gather(source: Embeddings, kind: str, rows: Rows) -> Half:
-    """Rows (n,), ascending, as float16 (n, dim), not checked; memory-mapped and read in file order."""
-    out = np.empty((len(rows), source.dim), dtype=np.float16)
-    cuts = np.searchsorted(rows, source.starts)
-    for commit, first, low, high in zip(source.commits, source.starts, cuts, cuts[1:], strict=False):
-        if low == high:
-            continue
-        header = _header(source, commit, kind)
-        with source.store.fetch(_path(source, commit, paths.VECTORS[kind])) as local:
-            mapped = map_matrix(local, header)
-            with np.errstate(over="ignore"):
-                out[low:high] = mapped[rows[low:high] - first]
-            del mapped
-    return out
-
-
-def draw(
-    source: Embeddings, kind: str, filled: Sequence[int], wanted: int, seed: int, without: Rows | None = None
-) -> tuple[Rows, Half]:
-    """`wanted` rows of a kind, from each part its share, less those in `without`: (rows (n,), vectors (n, dim)).
-
-    `filled` counts the rows of each part that have a vector of that kind; a part with gaps is drawn
-    from more than its share, and the zero rows dropped. A part's random order depends on the seed and
-    its partition alone, so the draw does not change with the number of processes or parts before it.
-    """
-    total = sum(filled)
-    ends = np.cumsum([0, *filled])
-    shares = np.diff([min(wanted, total) * int(end) // total for end in ends])
-    rows, vectors = [np.empty(0, dtype=np.int64)], [np.empty((0, source.dim), dtype=np.float16)]
-    for part, commit in enumerate(source.commits):
-        start, share = source.starts[part], int(shares[part])
-        if not share:
-            continue
-        order = np.random.default_rng([seed, commit.partition]).permutation(commit.rows)
-        if without is not None:
-            order = order[~np.isin(order + start, without)]
-        gaps = commit.rows / filled[part]
-        order = order[: share if gaps == 1 else math.ceil(1.1 * share * gaps) + 100]
-        found, their = _gather(source, kind, part, order, filled[part])
-        rows.append(found[:share] + start)
-        vectors.append(their[:share])
-    return np.concatenate(rows), np.concatenate(vectors)
+    starts = tuple(int(start) for start in np.cumsum([0, *(commit.rows for commit in nonempty)]))
+    return Embeddings(store, plan, nonempty, starts, missing)
 
 
 def blocks(count: int) -> list[slice]:

@@ -69,7 +69,7 @@ def fabricate(home: Path, rows: int, dim: int) -> None:
     scores, ids = np.empty((len(queries), 0), dtype=np.float32), np.empty((len(queries), 0), dtype=np.int64)
     for start in range(0, rows, PART_ROWS):
         stop = min(start + PART_ROWS, rows)
-        more, places = faiss_index.nearest(queries, npy.unit(reader.read_vectors(source, "image", start, stop)), K)
+        more, places = faiss_index.nearest(queries, npy.unit(source.read_vectors("image", start, stop)), K)
         scores, ids = np.hstack([scores, more]), np.hstack([ids, places + start])
         best = np.argsort(-scores, axis=1, kind="stable")[:, :K]
         scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)

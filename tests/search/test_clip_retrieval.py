@@ -77,16 +77,16 @@ def test_rows_are_in_the_order_of_the_numbers(theirs: Path) -> None:
     images, texts = clustered(550, DIM, 8)
     assert (source.rows, source.dim, source.verified) == (550, DIM, False)
     assert [commit.partition for commit in source.commits] == list(range(11))
-    assert reader.check_files(source, ("image", "text")) == [50] * 11
-    reader.check_all(source, ("image", "text"))
+    assert source.check_files(("image", "text")) == [50] * 11
+    source.check_all_rows(("image", "text"))
     for kind, wanted in (("image", images), ("text", texts)):
-        assert np.array_equal(reader.read_vectors(source, kind, 30, 530), wanted[30:530].astype(np.float16))
-    rows, drawn = reader.draw(source, "image", [50] * 11, 200, seed=1)
+        assert np.array_equal(source.read_vectors(kind, 30, 530), wanted[30:530].astype(np.float16))
+    rows, drawn = source.draw("image", [50] * 11, 200, seed=1)
     assert np.array_equal(drawn, images[rows].astype(np.float16))
 
 
 def test_metadata_gets_one_schema(theirs: Path) -> None:
-    table = pa.concat_tables(reader.read_metadata(read(theirs), 40, 210))
+    table = pa.concat_tables(read(theirs).read_metadata(40, 210))
     assert table.schema.names[:5] == ["key", "shard", "offset", "length", "caption"]
     assert table.schema.names[-2:] == ["partition", "row"]
     assert "__index_level_0__" not in table.schema.names
@@ -117,9 +117,9 @@ def test_one_modality_without_metadata(theirs: Path, kind: str) -> None:
         shutil.rmtree(theirs / folder)
     source = read(theirs)
     modality = "image" if kind == "img_emb" else "text"
-    assert reader.check_files(source, (modality,)) == [50] * 11
-    reader.check_all(source, (modality,))
-    table = pa.concat_tables(reader.read_metadata(source, 549, 550))
+    assert source.check_files((modality,)) == [50] * 11
+    source.check_all_rows((modality,))
+    table = pa.concat_tables(source.read_metadata(549, 550))
     shard = str(theirs / kind / f"{kind}_10.npy")
     assert table.to_pylist()[0] == {
         "key": "49", "shard": shard, "offset": None, "length": None, "caption": None, "partition": 10, "row": 49,
@@ -135,10 +135,10 @@ def test_our_own_folder_without_its_commits_keeps_its_metadata(tmp_path: Path) -
     assert not is_folder(ours.store)
     assert is_folder(Store(str(tmp_path / "copy")))
     source = read(tmp_path / "copy")
-    assert reader.check_files(source, ("image", "text")) == reader.check_files(ours, ("image", "text"))
-    reader.check_all(source, ("image", "text"))
-    wanted = pa.concat_tables(reader.read_metadata(ours, 0, ours.rows)).to_pylist()
-    assert pa.concat_tables(reader.read_metadata(source, 0, ours.rows)).to_pylist() == wanted
+    assert source.check_files(("image", "text")) == ours.check_files(("image", "text"))
+    source.check_all_rows(("image", "text"))
+    wanted = pa.concat_tables(ours.read_metadata(0, ours.rows)).to_pylist()
+    assert pa.concat_tables(source.read_metadata(0, ours.rows)).to_pylist() == wanted
 
 
 def test_a_changed_file_changes_its_tag(theirs: Path) -> None:
@@ -210,7 +210,7 @@ def test_rows_that_are_not_unit_are_refused_by_name(theirs: Path, value: float, 
     rows[7, 0] = value
     np.save(path, rows)
     with pytest.raises(CorruptError, match=rf"img_emb_3.npy: row 7 has norm {norm}, not 1: write that file again"):
-        reader.check_all(read(theirs), ("image",))
+        read(theirs).check_all_rows(("image",))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.embeddings.metadata import LINEAGE
-from clip_batch.embeddings.reader import Embeddings, gather, read_vectors
+from clip_batch.embeddings.reader import Embeddings
 from clip_batch.errors import ClipBatchError, ConfigError, CorruptError
 from clip_batch.index.manifest import IndexShard
 from clip_batch.index.merge.job import digest, open_source
@@ -102,7 +102,7 @@ class VectorRows(IndexRows):
         if len(ids) <= FEW:
             with ThreadPoolExecutor(16) as pool:
                 rows = self._places(source, ids).tolist()
-                few = list(pool.map(lambda row: read_vectors(source, modality, row, row + 1), rows))
+                few = list(pool.map(lambda row: source.read_vectors(modality, row, row + 1), rows))
             return np.concatenate([np.empty((0, source.dim), dtype=np.float16), *few])
         held = self.ids(shard.offset, shard.offset + shard.rows)
         if (shard.name, modality) not in self._held:
@@ -110,7 +110,7 @@ class VectorRows(IndexRows):
             places = self._places(source, held)
             order = np.argsort(places)
             vectors = np.empty((len(held), source.dim), dtype=np.float16)
-            vectors[order] = gather(source, modality, places[order])
+            vectors[order] = source.gather(modality, places[order])
             self._held[shard.name, modality] = vectors
         return self._held[shard.name, modality][np.searchsorted(held, ids)]
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch.embeddings import reader
 from clip_batch.embeddings.reader import BLOCK, Embeddings, Rows
 from clip_batch.storage import npy
 from clip_batch.storage.npy import Half, Vectors
@@ -93,7 +92,7 @@ def _read(source: Embeddings, kind: str, hashes: npt.NDArray[np.uint64]) -> Iter
 
     def load(start: int) -> tuple[int, Rows, Half]:
         stop = min(start + BLOCK, source.rows)
-        data = reader.read_vectors(source, kind, start, stop)
+        data = source.read_vectors(kind, start, stop)
         digests = b"".join([hashlib.blake2b(row, digest_size=16).digest() for row in data])
         hashes[start:stop] = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
         return start, np.arange(start, stop), data
@@ -140,7 +139,7 @@ def _equal(
 def _take(source: Embeddings, kind: str, rows: Rows) -> Half:
     """Rows (n,) in any order, with repeats."""
     wanted, back = np.unique(rows, return_inverse=True)
-    return reader.gather(source, kind, wanted)[back]
+    return source.gather(kind, wanted)[back]
 
 
 def _groups(lists: npt.NDArray[np.int32], dim: int, budget: int) -> Iterator[Rows]:
@@ -169,7 +168,7 @@ def _near(
             yield from _long(source, kind, piece, threshold, budget)
         return
     wanted = np.sort(rows)
-    data = reader.gather(source, kind, wanted)
+    data = source.gather(kind, wanted)
     for piece in pieces:
         yield from _pairs(piece, npy.unit(data[np.searchsorted(wanted, piece)]), threshold)[0]
 
@@ -180,9 +179,9 @@ def _long(source: Embeddings, kind: str, rows: Rows, threshold: float, budget: i
     kept: list[Rows] = []
     for start in range(0, len(rows), length):
         left = rows[start : start + length]
-        exact = npy.unit(reader.gather(source, kind, left))
+        exact = npy.unit(source.gather(kind, left))
         for earlier in kept:
-            found, out = _against(left, exact, earlier, npy.unit(reader.gather(source, kind, earlier)), threshold)
+            found, out = _against(left, exact, earlier, npy.unit(source.gather(kind, earlier)), threshold)
             yield from found
             left, exact = left[~out], exact[~out]
         found, out = _pairs(left, exact, threshold)
@@ -290,6 +289,6 @@ def _describe(source: Embeddings, wanted: Rows, names: list[str]) -> Any:
         if low == high:
             continue
         first, last = int(wanted[low]), int(wanted[high - 1]) + 1
-        tables = [table.select(names) for table in reader.read_metadata(source, first, last)]
+        tables = [table.select(names) for table in source.read_metadata(first, last)]
         pieces.append(pa.concat_tables(tables).take(pa.array(wanted[low:high] - first)))
     return pa.concat_tables(pieces).combine_chunks()

@@ -96,9 +96,9 @@ def train(job: MergeJob, progress: Say = lambda line: None, every_row: bool = Fa
     if job.trained():
         progress(f"version {job.version} is trained already")
         return
-    captioned = reader.check_files(job.source, job.kinds)
+    captioned = job.source.check_files(job.kinds)
     if every_row:
-        reader.check_all(job.source, job.kinds)
+        job.source.check_all_rows(job.kinds)
     with job.try_train() as attempt:
         make_template(job, captioned, attempt, progress)
     if not attempt.won:
@@ -126,12 +126,12 @@ def build_shard(job: MergeJob, shard: int, progress: Say = lambda line: None) ->
 
 def _build(job: MergeJob, trained: dict[str, Any], shard: int, attempt: Attempt) -> None:
     started, name, (start, stop) = time.monotonic(), job.shard_name(shard), job.bounds(shard)
-    empty = reader.read_empty(job.source, start, stop)
+    empty = job.source.read_captionless(start, stop)
     queries, trials = read_queries(job, trained), {}
     order: Ids | None = None
     for modality in sorted(trained["keys"], key=lambda name: name != order_modality(trained["keys"])):
-        data = reader.read_vectors(job.source, modality, start, stop)
-        reader.check_rows(job.source, modality, start, data, empty if modality == "text" else None)
+        data = job.source.read_vectors(modality, start, stop)
+        job.source.check_rows(modality, start, data, empty if modality == "text" else None)
         lists = None
         if order is None:
             order, lists = _order(job, trained, shard, data)
@@ -152,7 +152,7 @@ def _build(job: MergeJob, trained: dict[str, Any], shard: int, attempt: Attempt)
     assert order is not None
     attempt.write(
         f"metadata/{name}.arrow",
-        lambda file: metadata.write_ordered(reader.read_metadata(job.source, start, stop), order, file.name),
+        lambda file: metadata.write_ordered(job.source.read_metadata(start, stop), order, file.name),
     )
     attempt.write(f"{TRUTH}/{name}.npz", lambda file: np.savez(file, **trials))
     attempt.commit(rows=len(order), seconds=time.monotonic() - started)

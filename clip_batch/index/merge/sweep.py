@@ -143,7 +143,7 @@ def sweep(
 def draw(source: reader.Embeddings, modality: str, config: MergeConfig, wanted: int) -> tuple[SweepSample, int]:
     """The sample, without the held-out queries, and how many rows the whole has. ConfigError: no such vectors."""
     kinds = [kind for kind, folder in paths.VECTORS.items() if all(part.file(folder) for part in source.commits)]
-    captioned = reader.check_files(source, tuple(kinds))
+    captioned = source.check_files(tuple(kinds))
     filled: Mapping[str, list[int]] = {"image": [part.rows for part in source.commits], "text": captioned}
     kinds = [kind for kind in kinds if sum(filled[kind])]
     if modality not in kinds:
@@ -151,11 +151,11 @@ def draw(source: reader.Embeddings, modality: str, config: MergeConfig, wanted: 
     queries, held_out = {}, [np.empty(0, dtype=np.int64)]
     for kind in kinds:
         count = min(config.queries, max(1, sum(filled[kind]) // 10))
-        places, drawn = reader.draw(source, kind, filled[kind], count, config.seed)
+        places, drawn = source.draw(kind, filled[kind], count, config.seed)
         queries[kind] = npy.unit(drawn)
         held_out.append(places)
     without = np.unique(np.concatenate(held_out))
-    _, half = reader.draw(source, modality, filled[modality], wanted, config.seed, without)
+    _, half = source.draw(modality, filled[modality], wanted, config.seed, without)
     if len(half) < 2:
         raise ConfigError(f"{source.store.url} has too few {modality} vectors to try keys on: merge with Flat")
     half = half[np.random.default_rng(config.seed).permutation(len(half))]

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.config import parse_bytes
-from clip_batch.embeddings import reader
 from clip_batch.errors import ConfigError
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.merge import duplicates
@@ -57,7 +56,7 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
     queries = {}
     for kind in kinds:
         count = min(job.config.queries, max(1, sum(filled[kind]) // 10))
-        queries[kind] = reader.draw(job.source, kind, filled[kind], count, job.config.seed)
+        queries[kind] = job.source.draw(kind, filled[kind], count, job.config.seed)
     arrays: dict[str, Any] = {}
     for kind, (rows, drawn) in queries.items():
         arrays.update({f"{kind}.rows": rows, f"{kind}.vectors": drawn})
@@ -71,7 +70,7 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
         held_out = np.unique(np.concatenate([rows for rows, _ in queries.values()]))
         for modality, key in keys.items():
             wanted = _sample_rows(job, key)
-            _, sample = reader.draw(job.source, modality, filled[modality], wanted, job.config.seed, held_out)
+            _, sample = job.source.draw(modality, filled[modality], wanted, job.config.seed, held_out)
             if not len(sample):  # so few rows that every one is a query
                 sample = queries[modality][1]
             _make(job, attempt, modality, key, npy.unit(sample), modality == order_modality(keys))

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig
-from clip_batch.embeddings import reader
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.errors import ConfigError, CorruptError, IncompleteError
 from clip_batch.index.ann import faiss_index
@@ -395,13 +394,13 @@ def test_held_out_rows_are_not_trained_on_and_every_part_gives_its_share(tmp_pat
     make_out(tmp_path / "out", images, texts, [100, 300, 600])
     job = open_job(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, queries=50))
 
-    rows, drawn = reader.draw(job.source, "image", [100, 300, 600], 50, 0)
+    rows, drawn = job.source.draw("image", [100, 300, 600], 50, 0)
     assert np.bincount(np.digitize(rows, [100, 400])).tolist() == [5, 15, 30]
     np.testing.assert_array_equal(drawn, images.astype(np.float16)[rows])
-    more, _ = reader.draw(job.source, "image", [100, 300, 600], 1000, 0, without=rows)
+    more, _ = job.source.draw("image", [100, 300, 600], 1000, 0, without=rows)
     assert sorted([*rows, *more]) == list(range(1000))
     captioned = [int(part.any(axis=1).sum()) for part in np.split(texts, [100, 400])]
-    rows, drawn = reader.draw(job.source, "text", captioned, 60, 0)
+    rows, drawn = job.source.draw("text", captioned, 60, 0)
     assert len(rows) == 60
     assert drawn.any(axis=1).all()
 
