@@ -13,6 +13,7 @@ import numpy.typing as npt
 from clip_batch.config import PlanConfig
 from clip_batch.embeddings.commits import PartWriter
 from clip_batch.plan import plan as plans
+from clip_batch.plan.pack import PartitionTarget
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
@@ -42,7 +43,7 @@ def make_plan(out: Place, partitions: int) -> Plan:
     shards = [Shard(f"s3://bucket/{number:05d}.tar", 1, None, None) for number in range(partitions)]
     draft = Plan(tuple(Partition(i, (Slice(shard),)) for i, shard in enumerate(shards)), ENCODER, fields={"n": "int64"})
     plan = replace(draft, digest=plans._digest(draft))
-    plans._write(store_of(out), plan, shards, {"partitions": partitions}, PlanConfig())
+    plans._write(store_of(out), plan, shards, PartitionTarget("partitions", partitions), PlanConfig())
     return plan
 
 
