@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= clip-batch-demo
+SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-fast lowest check docs bench services spark35 clip-retrieval img2dataset clean
 .DELETE_ON_ERROR:
@@ -17,8 +18,9 @@ $(STAMP): setup.cfg constraints.txt
 demo: $(STAMP)          ## the whole line on embedded pictures, then the web page
 	$(BIN)/clip-batch demo $(DEMO)
 
-test: $(STAMP) check services spark35 clip-retrieval img2dataset ## everything
-	$(BIN)/python -m pytest
+test: $(STAMP) check services spark35 clip-retrieval img2dataset ## everything; the fast tests measure branch coverage
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE) --cov
+	$(BIN)/python -m pytest -m slow
 
 services:               ## Chromium, SLURM, Java, HDFS's libraries, databases: where apt cannot install what is missing, its tests are skipped
 	@PATH="$$PATH:/usr/sbin"; for need in chromium:chromium slurmctld:slurm-wlm java:default-jre-headless mariadbd:mariadb-server-core my_print_defaults:mariadb-client-core pg_ctlcluster:postgresql \
@@ -49,7 +51,7 @@ img2dataset: .img2dataset/.installed ## img2dataset likewise, for the tests of e
 	touch $@
 
 test-fast: $(STAMP)     ## without torch and long runs
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
 lowest: .lowest/.installed ## on the oldest versions that setup.cfg allows, whose own warnings are none of ours; TESTS="tests/encoders/test_encoders.py" for others
 	PATH="$(CURDIR)/.lowest/bin:$$PATH" .lowest/bin/python -m pytest -W default $(or $(TESTS),-m "not slow")

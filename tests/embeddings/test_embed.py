@@ -186,6 +186,7 @@ def kill_after_a_commit(out: str, pause: float) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_kill_and_resume_is_the_undisturbed_run(tmp_path: Path) -> None:
     tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 400, seed=number, side=96) for number in range(4)]
     calm, rough = str(tmp_path / "calm"), str(tmp_path / "rough")
@@ -208,6 +209,7 @@ def test_kill_and_resume_is_the_undisturbed_run(tmp_path: Path) -> None:
     assert len(os.listdir(f"{rough}/img_emb")) == len(frozen.partitions)
 
 
+@pytest.mark.slow
 def test_sigterm_exits_75_and_leaves_no_half(tmp_path: Path, out: str) -> None:
     tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 2000, seed=number, side=128) for number in range(2)]
     plan(tars, out, partition_samples=2000)

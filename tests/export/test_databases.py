@@ -214,6 +214,7 @@ def killed(*arguments: str, blocks: int = 2) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_sql_goes_on_after_a_kill_finds_what_is_wrong_and_mends_it(larger: str, sql_url: str, prefix: str) -> None:
     flags = ["export", "sql", "--index", larger, "--sql", sql_url, "--table-prefix", prefix]
     killed(*flags)
@@ -426,6 +427,7 @@ def both(
     backend.close()
 
 
+@pytest.mark.slow
 def test_serve_as_people_start_it(index: str, mariadb: str, milvus_server: str, monkeypatch: Any) -> None:
     monkeypatch.setenv("CLIP_BATCH_SQL", mariadb)
     monkeypatch.setenv("CLIP_BATCH_MILVUS", milvus_server)
@@ -487,6 +489,7 @@ def test_what_does_not_belong_is_refused(copied: str, larger: str, exported: Dat
         export_sql(copied, exported)
 
 
+@pytest.mark.slow
 def test_half_an_export_is_not_served(larger: str, tmp_path: Path) -> None:
     config = DatabaseConfig(milvus=str(tmp_path / "v.db"), milvus_index="FLAT", sql=str(tmp_path / "m.sqlite"))
     killed("export", "sql", "--index", larger, "--sql", config.sql)
@@ -495,6 +498,7 @@ def test_half_an_export_is_not_served(larger: str, tmp_path: Path) -> None:
         DatabaseBackend(larger, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mysql", "postgresql"])
 def test_a_password_is_in_no_message(index: str, kind: str) -> None:
     for url in (

@@ -17,6 +17,7 @@ from clip_batch.storage.store import Store
 from tests import corpus
 
 
+@pytest.mark.slow
 def test_embed_plans_first_and_several_workers_share(tmp_path: Path) -> None:
     for number in range(4):
         corpus.good_tar(str(tmp_path / f"{number:03d}.tar"), 30, seed=number)
@@ -36,6 +37,7 @@ def test_embed_plans_first_and_several_workers_share(tmp_path: Path) -> None:
     assert "fake:9" in refused.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_workers_and_exits_75(tmp_path: Path, out: str) -> None:
     for number in range(4):
         corpus.good_tar(str(tmp_path / f"{number}.tar"), 1500, seed=number, side=96)

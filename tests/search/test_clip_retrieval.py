@@ -416,6 +416,7 @@ def test_what_is_added_is_of_the_encoder_that_was_named(theirs: Path, tmp_path: 
     assert again.rows == 1050
 
 
+@pytest.mark.slow
 def test_the_encoder_of_what_clip_retrieval_made_can_be_named_later(theirs: Path, tmp_path: Path) -> None:
     faiss_index = str(tmp_path / "index")
     merge(str(theirs), faiss_index, MergeConfig(queries=20, made_by=["of-another-time"]))

@@ -74,6 +74,7 @@ def cells(count: int, dim: int) -> tuple[Vectors, duplicates.Callable[[Vectors],
     return centroids, lambda block: faiss_index.assign_nearest(centroids, block)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(sum),

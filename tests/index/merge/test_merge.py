@@ -569,12 +569,14 @@ def race(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     return Race(str(tmp_path) if request.param == "local" else f"memory://{secrets.token_hex(4)}", monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_another_merge_may_pass_an_attempt_at_any_point(race: Race, task: str) -> None:
     for _ in race.disturb(task, race.merge):
         race.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_an_attempt_may_die_at_any_point_whatever_of_its_writes_took_effect(race: Race, task: str) -> None:
     def die() -> None:
@@ -590,6 +592,7 @@ def test_an_attempt_may_die_at_any_point_whatever_of_its_writes_took_effect(race
         race.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_an_attempt_may_die_after_another_merge_has_passed_it(race: Race, task: str) -> None:
     def die() -> None:

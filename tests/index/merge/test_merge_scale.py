@@ -135,6 +135,7 @@ def test_the_template_is_counted_at_what_it_takes(tmp_path: Path) -> None:
 # additions
 
 
+@pytest.mark.slow
 @given(cut=st.integers(60, 240), shard_rows=st.integers(30, 200), gaps=st.booleans(), seed=st.integers(0, 99))
 @settings(max_examples=15)
 def test_an_addition_answers_as_one_merge_of_both_would(cut: int, shard_rows: int, gaps: bool, seed: int) -> None:
@@ -271,6 +272,7 @@ def test_exact_scores_of_few_bits_by_reranking(tmp_path: Path) -> None:
         np.testing.assert_allclose(searcher.reconstruct([hit[0].id for hit in hits]), stored, atol=1e-6)
 
 
+@pytest.mark.slow
 @given(
     cut=st.integers(100, 900),
     shard_rows=st.integers(60, 300),
@@ -322,6 +324,7 @@ def named(searcher: Searcher, queries: Vectors, k: int) -> list[list[tuple[str, 
     ]
 
 
+@pytest.mark.slow
 def test_the_recall_reported_is_that_of_a_search_whatever_the_layout(tmp_path: Path) -> None:
     images, texts = clustered(4000, 32, 40)
     config = replace(IVF, index_key="IVF16,PQ4x4", rerank=12, queries=300, modalities=["image"], recall_target=0.85)
