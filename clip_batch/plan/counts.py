@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 from clip_batch.errors import InputError
 from clip_batch.plan.specs import SIDE_CARS, TAR_SUFFIXES, Options
 from clip_batch.plan.threads import map_in_threads
-from clip_batch.samples.files import list_samples
+from clip_batch.samples.files import list_samples, listing_digest
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.store import Store
 from clip_batch.types import Shard
@@ -51,7 +50,7 @@ def count_folder(folder: Shard, images: Sequence[str], captions: Sequence[str], 
     samples = list_samples(folder.url, tuple(images), tuple(captions), options)
     if not samples:
         raise InputError(f"{folder.url} holds no sample with extensions {' '.join(images)}: name another folder")
-    return replace(folder, samples=len(samples), etag=hashlib.sha256(repr(samples).encode()).hexdigest()[:16])
+    return replace(folder, samples=len(samples), etag=listing_digest(samples))
 
 
 def _side_car_count(url: str, options: Options) -> int | None:

@@ -1,17 +1,39 @@
-"""Folders of images with captions and JSON beside them: the same samples as a tar, one file each.
+"""Folders of images with captions and JSON beside them: the same samples as in a tar, one file each.
 
-The key is the path below the folder without its last extension: file names in the wild carry dots,
+A sample's key is the path below the folder without its last extension. File names in the wild carry dots,
 so unlike in a tar the first dot does not end the key.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.storage.store import Store
-from clip_batch.types import Failure, Plan, Sample, Slice
+from clip_batch.types import Failure, Plan, Sample, Shard, Slice
+
+Listing = list[tuple[str, dict[str, str]]]
+"""Each sample's key, and its files' names by their lower-case extension; sorted by key."""
+
+
+def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Sample | Failure]:
+    """Read the samples [start, stop) of a folder's sorted listing; see `clip_batch.samples.read_slice`."""
+    url = piece.shard.url
+    store = Store(url, options)
+    for key, names in _planned_listing(piece.shard, plan, options)[piece.start : piece.stop]:
+        image = _first(names, plan.image_extensions)
+        if image is None:
+            extensions = ", ".join(plan.image_extensions)
+            yield Failure(key, url, None, "missing_image", f"no file of this key ends in {extensions}")
+            continue
+        caption = _first(names, plan.caption_extensions)
+        try:
+            data = [store.read(name) if name else None for name in (image, caption, names.get("json"))]
+        except FileNotFoundError:
+            raise InputError(f"{url} lost files of {key} since it was planned: plan again") from None
+        yield Sample(key, url, None, None, *data)
 
 
 def list_samples(
@@ -19,37 +41,44 @@ def list_samples(
     image_extensions: Sequence[str],
     caption_extensions: Sequence[str],
     options: dict[str, Any] | None = None,
-) -> list[tuple[str, dict[str, str]]]:
-    """Each sample's key and its files' names by extension, sorted by key; hidden names are skipped.
-
-    InputError if there is no such folder.
-    """
-    wanted = {*image_extensions, *caption_extensions, "json"}
-    found: dict[str, dict[str, str]] = {}
+) -> Listing:
+    """Every sample of a folder; hidden files and folders are left out. InputError if there is no such folder."""
+    extensions = {*image_extensions, *caption_extensions, "json"}
+    samples: dict[str, dict[str, str]] = {}
     for name in Store(url, options).walk():
         stem, dot, extension = name.rpartition(".")
-        if dot and extension.lower() in wanted and not any(part.startswith(".") for part in name.split("/")):
-            found.setdefault(stem, {}).setdefault(extension.lower(), name)
-    return sorted(found.items())
+        if dot and extension.lower() in extensions and not any(part.startswith(".") for part in name.split("/")):
+            samples.setdefault(stem, {}).setdefault(extension.lower(), name)
+    return sorted(samples.items())
 
 
-def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Sample | Failure]:
-    """The samples [start, stop) of a folder's sorted listing; see `clip_batch.samples.read_slice`."""
-    url = piece.shard.url
-    store = Store(url, options)
-    samples = list_samples(url, plan.image_extensions, plan.caption_extensions, options)
-    if piece.shard.samples is not None and len(samples) != piece.shard.samples:
-        raise InputError(f"{url} has {len(samples)} samples, planned were {piece.shard.samples}: plan again")
-    for key, names in samples[piece.start : piece.stop]:
-        image = _first(names, plan.image_extensions)
-        if image is None:
-            yield Failure(
-                key, url, None, "missing_image", f"no file of this key ends in {', '.join(plan.image_extensions)}"
-            )
-            continue
-        caption = _first(names, plan.caption_extensions)
-        read = [store.read(name) if name else None for name in (image, caption, names.get("json"))]
-        yield Sample(key, url, None, None, *read)
+def listing_digest(samples: Listing) -> str:
+    """The version of a folder, its Shard's `etag`: a digest of the names of its files."""
+    return hashlib.sha256(repr(samples).encode()).hexdigest()[:16]
+
+
+_last: tuple[object, Listing] | None = None
+"""The listing that was used last, and what it is of."""
+
+
+def _planned_listing(folder: Shard, plan: Plan, options: dict[str, Any] | None) -> Listing:
+    """The listing that a folder was planned with. InputError: the names of its files have changed since.
+
+    Slices are ranges of the listing. The last one stays in memory, so that a process walks a folder once, not once
+    a slice.
+    """
+    global _last
+    what = folder, plan.image_extensions, plan.caption_extensions, repr(options)
+    if (last := _last) and last[0] == what:
+        return last[1]
+    samples = list_samples(folder.url, plan.image_extensions, plan.caption_extensions, options)
+    if folder.samples is not None and len(samples) != folder.samples:
+        raise InputError(f"{folder.url} has {len(samples)} samples, planned were {folder.samples}: plan again")
+    if folder.etag is not None:  # without it nothing tells whether the folder is still the planned one
+        if listing_digest(samples) != folder.etag:
+            raise InputError(f"{folder.url} has files of other names than were planned: plan again")
+        _last = what, samples
+    return samples
 
 
 def _first(names: dict[str, str], extensions: Sequence[str]) -> str | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from clip_batch.errors import InputError
+from clip_batch.plan.counts import count_folder
 from clip_batch.samples import read_slice
 from clip_batch.samples.files import list_samples
+from clip_batch.storage.store import Store
 from clip_batch.types import Failure, Sample, Shard, Slice
 from tests import corpus
 
@@ -73,3 +77,70 @@ def test_a_changed_folder_is_refused(folder: str) -> None:
         read(folder, samples=5)
     with pytest.raises(InputError):
         read(folder + "/none")
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that are walked, in order."""
+    walks: list[str] = []
+    walk = Store.walk
+    monkeypatch.setattr(Store, "walk", lambda store: walks.append(store.url) or walk(store))
+    return walks
+
+
+def planned(folder: str) -> Shard:
+    return count_folder(Shard(folder), IMAGES, CAPTIONS, {})
+
+
+def read_planned(shard: Shard, start: int = 0, stop: int | None = None) -> list[str | None]:
+    """The keys of a slice of a planned folder."""
+    plan = replace(corpus.plan_of("files"), image_extensions=IMAGES, caption_extensions=CAPTIONS)
+    return [item.key for item in read_slice(Slice(shard, start, stop), plan)]
+
+
+def test_a_planned_folder_is_walked_once_for_all_its_slices(folder: str, walks: list[str]) -> None:
+    shard = planned(folder)
+    walks.clear()
+    keys = [read_planned(shard, start, start + 1) for start in range(4)]
+    assert keys == [["a/IMG.2021.05"], ["a/c"], ["b"], ["lone"]]
+    assert walks == [folder]
+
+
+def test_a_folder_is_walked_again_for_another_plan_or_options(folder: str, walks: list[str]) -> None:
+    shard = planned(folder)
+    read_planned(shard)
+    walks.clear()
+    list(read_slice(Slice(shard), replace(corpus.plan_of("files"), image_extensions=IMAGES), {"anything": 1}))
+    Path(folder, "new.jpg").touch()
+    with pytest.raises(InputError, match="has 5 samples, planned were 4: plan again"):
+        read_planned(shard)
+    assert "new" in read_planned(planned(folder))
+    assert len(walks) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda folder: (folder / "a/c.png").rename(folder / "a/d.png"), "has files of other names than were planned"),
+        (lambda folder: (folder / "b.txt").unlink(), "has files of other names than were planned"),
+        (lambda folder: (folder / "new.jpg").touch(), "has 5 samples, planned were 4"),
+        (lambda folder: (folder / "lone.txt").unlink(), "has 3 samples, planned were 4"),
+    ],
+)
+def test_a_folder_that_changed_since_it_was_planned_is_refused(
+    folder: str, change: Callable[[Path], object], text: str
+) -> None:
+    shard = planned(folder)
+    change(Path(folder))
+    with pytest.raises(InputError, match=f"{text}.*: plan again"):
+        read_planned(shard)
+
+
+def test_a_file_that_goes_while_its_folder_is_read_is_named(folder: str) -> None:
+    shard = planned(folder)
+    assert read_planned(shard, 0, 1) == ["a/IMG.2021.05"]
+    Path(folder, "b.txt").unlink()
+    Path(folder, "new.jpg").touch()
+    assert read_planned(shard, 1, 2) == ["a/c"]
+    with pytest.raises(InputError, match=f"{folder} lost files of b since it was planned: plan again"):
+        read_planned(shard, 2, 3)
