@@ -104,7 +104,7 @@ def test_each_url_is_embedded_or_listed_with_its_reason(
     assert main(["verify", "--index", f"{folder}/index"]) == 0
     capsys.readouterr()
 
-    asked, said = site.asked.copy(), "all 3 shards stand already"
+    asked, said = site.asked.copy(), "all 3 shards are downloaded already"
     assert main(command(img2dataset, urls, folder)) == 0
     second = capsys.readouterr()
     assert json.loads(second.out) == found and said in second.err
@@ -278,7 +278,7 @@ def test_images_and_all_else_on_s3(
     assert main(remote) == 0
     assert json.loads(capsys.readouterr().out)["embedded"] == 30
     assert main(remote) == 0
-    assert "all 2 shards stand already" in capsys.readouterr().err
+    assert "all 2 shards are downloaded already" in capsys.readouterr().err
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n"), max_size=20)
@@ -345,7 +345,7 @@ def test_rows_are_found_by_img2datasets_keys(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_files_of_many_types_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip_batch.launch.end2end.urls.FILE", 5)
+    monkeypatch.setattr("clip_batch.launch.end2end.urls.FILE_URLS", 5)
     source = tmp_path / "lists"
     source.mkdir()
     urls = [f"https://a/{i}" for i in range(24)]
@@ -368,10 +368,11 @@ def test_a_folder_of_files_of_many_types_and_sizes(tmp_path: Path, monkeypatch: 
     ("name", "data", "options", "said"),
     [
         ("a.csv", b"URL,TEXT\nhttp://a,b\n", {}, "no column 'url'.*it has URL, TEXT"),
-        ("a.csv", b"url,caption\nhttp://a\n", {}, "1 cells, the head 2"),
+        ("a.csv", b"url,caption\nhttp://a\n", {}, "1 cells, the header 2"),
         ("a.csv", b'url\n"http://a\n', {}, "unexpected end"),
         ("a.csv", b"url\n", {}, "lists no URL"),
         ("a.json", b"[1]", {}, "no object"),
+        ("a.json", b"[null]", {}, "no object"),
         ("a.json", b"{", {}, "a.json cannot be read"),
         ("a.parquet", b"PAR1", {}, "a.parquet cannot be read"),
         ("a.txt", b"\xff\xfe", {}, "decode"),

@@ -1,9 +1,9 @@
-"""What became of each URL of a list: embedded, or listed as failed with its reason.
+"""The account of a URL list: each URL is embedded, or listed as failed with its reason.
 
-    DIR/failures.parquet   a row each that has no vector: row in the list, url, stage, reason, message
+    DIR/failures.parquet   a row for each URL without a vector: its place in the list, url, stage, reason, message
     DIR/summary.json       written last: counts
 
-What img2dataset tells of a URL is not trusted to be there: rows are counted against the list.
+img2dataset may record nothing of a URL, so its records are checked against the list.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,14 +39,35 @@ SCHEMA = pa.schema(
         ("message", pa.string()),
     ]
 )
+"""The columns of failures.parquet: those of `FailedUrl`."""
 
 _MOST_MESSAGES = 20
-"""Of what servers and decoders said, counted in the summary; each row's own is in the Parquet file."""
+"""The number of messages that the summary counts, the most frequent first; failures.parquet has all of them."""
+
+
+class FailedUrl(NamedTuple):
+    """A URL that has no vector: its place in the list, and the stage that failed with its reason and message."""
+
+    row: int
+    url: str | None
+    stage: Literal["list", "download", "embed"]
+    reason: str
+    message: str
+
+
+class Cause(NamedTuple):
+    """Why a URL failed: a reason, which is one of a few words, and a message for people."""
+
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Account:
-    """`urls` = `embedded` + the sum of `failed`, which maps "stage: reason" to a count, as `messages` does words."""
+    """Counts: `urls` is `embedded` plus the sum of `failed`.
+
+    `failed` maps "stage: reason" to the number of URLs; `messages` does so for the most frequent messages.
+    """
 
     urls: int
     embedded: int
@@ -55,95 +76,95 @@ class Account:
 
 
 def read_account(home: Store) -> Account | None:
-    """What was found before; None while not all is committed."""
+    """Return the account that is in DIR, or None if there is none yet."""
     try:
         return Account(**home.read_json(SUMMARY))
     except FileNotFoundError:
         return None
 
 
-def account(home: Store, frozen: UrlList, output: Store) -> Account:
-    """Find each URL in what img2dataset and embed recorded. CorruptError: one was embedded, or failed, twice."""
-    embedded, unreadable = _of_embed(frozen, output)
+def account(home: Store, url_list: UrlList, output: Store) -> Account:
+    """Write and return the account of a list. Raises CorruptError if a URL was embedded, or failed, twice."""
+    embedded, unreadable = _embed_results(url_list, output)
     failed, messages = Counter[str](), Counter[str]()
     with home.writer(FAILURES) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-        for start, listed in read_frozen(home, frozen):
-            rows = list(_failures(home, frozen, start, listed, embedded, unreadable))
-            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-            failed.update(f"{row['stage']}: {row['reason']}" for row in rows)
-            messages.update(row["message"] for row in rows)
-    found = Account(
-        frozen.urls, int(embedded.sum()), dict(failed.most_common()), dict(messages.most_common(_MOST_MESSAGES))
+        for start, table in read_frozen(home, url_list):
+            rows = list(_failed_urls(home, url_list, start, table, embedded, unreadable))
+            writer.write_table(pa.Table.from_pylist([row._asdict() for row in rows], schema=SCHEMA))
+            failed.update(f"{row.stage}: {row.reason}" for row in rows)
+            messages.update(row.message for row in rows)
+    result = Account(
+        url_list.urls, int(embedded.sum()), dict(failed.most_common()), dict(messages.most_common(_MOST_MESSAGES))
     )
-    home.replace(SUMMARY, json.dumps(asdict(found), indent=1, ensure_ascii=False).encode())
-    return found
+    home.replace(SUMMARY, json.dumps(asdict(result), indent=1, ensure_ascii=False).encode())
+    return result
 
 
-def describe(found: Account) -> str:
-    """For people."""
-    lines = [f"{found.urls:,} URLs: {found.embedded:,} embedded, {found.urls - found.embedded:,} listed as failed"]
-    lines += [f"  {count:,} {reason}" for reason, count in found.failed.items()]
-    lines += [f"    {count:,} {message}" for message, count in found.messages.items()]
+def describe(result: Account) -> str:
+    """Return the account as text for people."""
+    lines = [f"{result.urls:,} URLs: {result.embedded:,} embedded, {result.urls - result.embedded:,} listed as failed"]
+    lines += [f"  {count:,} {reason}" for reason, count in result.failed.items()]
+    lines += [f"    {count:,} {message}" for message, count in result.messages.items()]
     return "\n".join(lines)
 
 
-def _of_embed(frozen: UrlList, output: Store) -> tuple[npt.NDArray[np.uint8], dict[int, tuple[str, str]]]:
-    """How often each URL was embedded (n,): 0 or 1; and (reason, message) of those whose image it could not use."""
-    embedded, unreadable = np.zeros(frozen.urls, np.uint8), dict[int, tuple[str, str]]()
+def _embed_results(url_list: UrlList, output: Store) -> tuple[npt.NDArray[np.uint8], dict[int, Cause]]:
+    """Return how often each URL was embedded (n,), which is 0 or 1, and the failures of images by place in the list."""
+    embedded, unreadable = np.zeros(url_list.urls, np.uint8), dict[int, Cause]()
     count = 0
     for commit in read_commits(output).values():
         if name := commit.file(paths.METADATA):
             with output.open(name) as file:
-                numbers = frozen.rows(ParquetFile(file).read(["key"])["key"])
-            np.add.at(embedded, numbers, 1)
+                places = url_list.rows(ParquetFile(file).read(["key"])["key"])
+            np.add.at(embedded, places, 1)
         if name := commit.file(paths.FAILURES):
             with output.open(name) as file:
                 table = ParquetFile(file).read()
-            told = [row for row in table.to_pylist() if row["key"] is not None]  # others are of a shard
-            numbers = frozen.rows(pa.array([row["key"] for row in told], pa.string()))
-            count += len(told)
-            for number, row in zip(numbers.tolist(), told, strict=True):
-                unreadable[number] = row["reason"], row["message"]
-    if embedded.max() > 1 or len(unreadable) < count or any(embedded[number] for number in unreadable):
+            samples = [row for row in table.to_pylist() if row["key"] is not None]  # the other failures are of shards
+            places = url_list.rows(pa.array([row["key"] for row in samples], pa.string()))
+            count += len(samples)
+            for place, row in zip(places.tolist(), samples, strict=True):
+                unreadable[place] = Cause(row["reason"], row["message"])
+    if embedded.max() > 1 or len(unreadable) < count or any(embedded[place] for place in unreadable):
         raise CorruptError(f"{output.url} has a sample twice: clip-batch verify --output {output.url} names more")
     return embedded, unreadable
 
 
-def _failures(
+def _failed_urls(
     home: Store,
-    frozen: UrlList,
+    url_list: UrlList,
     start: int,
-    listed: pa.Table,
+    table: pa.Table,
     embedded: npt.NDArray[np.uint8],
-    unreadable: dict[int, tuple[str, str]],
-) -> Iterator[dict[str, Any]]:
-    """A row of `SCHEMA` for each URL of a frozen file that was not embedded."""
-    urls, refused = listed["url"].to_pylist(), listed["refused"].to_pylist()
-    for first in range(start, start + len(urls), frozen.shard_samples):
-        last = min(first + frozen.shard_samples, start + len(urls))
+    unreadable: dict[int, Cause],
+) -> Iterator[FailedUrl]:
+    """Yield each URL of a frozen file that was not embedded; the file begins at place `start` of the list."""
+    urls, refused = table["url"].to_pylist(), table["refused"].to_pylist()
+    for first in range(start, start + len(urls), url_list.shard_samples):
+        last = min(first + url_list.shard_samples, start + len(urls))
         if embedded[first:last].all():
             continue
-        told = _of_download(home, frozen, first // frozen.shard_samples)
-        for row in first + np.flatnonzero(embedded[first:last] == 0):
-            number = int(row)
-            url, instead = urls[number - start], refused[number - start]
+        downloads = _download_failures(home, url_list, first // url_list.shard_samples)
+        for offset in np.flatnonzero(embedded[first:last] == 0).tolist():
+            place = first + offset
+            url, instead = urls[place - start], refused[place - start]
             if url is None:
-                why = "list", "not_a_url", f"{instead!r:.200} is no http(s) URL"
-            elif number in unreadable:
-                why = "embed", *unreadable[number]
+                yield FailedUrl(place, instead, "list", "not_a_url", f"{instead!r:.200} is no http(s) URL")
+            elif place in unreadable:
+                yield FailedUrl(place, url, "embed", *unreadable[place])
             else:
-                why = "download", *told.get(number, ("lost", "img2dataset recorded nothing of it"))
-            yield dict(zip(SCHEMA.names, (number, url if url is not None else instead, *why), strict=True))
+                lost = Cause("lost", "img2dataset recorded nothing of it")
+                yield FailedUrl(place, url, "download", *downloads.get(place, lost))
 
 
-def _of_download(home: Store, frozen: UrlList, shard: int) -> dict[int, tuple[str, str]]:
-    """(reason, message) of the URLs of a shard, as img2dataset has them."""
+def _download_failures(home: Store, url_list: UrlList, shard: int) -> dict[int, Cause]:
+    """Return what img2dataset recorded of the URLs of a shard, by place in the list; all of them count as failures."""
     with home.open(table_name(shard)) as file:
         table = ParquetFile(file).read(["key", "status", "error_message"])
-    numbers = frozen.rows(table["key"]).tolist()
-    pairs = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)
-    lost = ("lost", "img2dataset has its image, embed saw none")
+    places = url_list.rows(table["key"]).tolist()
+    records = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)
+    lost = Cause("lost", "img2dataset downloaded its image, but embed did not see it")
     return {
-        number: lost if status == "success" else (status, one_line(message))
-        for number, (status, message) in zip(numbers, pairs, strict=True)
+        place: lost if status == "success" else Cause(status, one_line(message))
+        for place, (status, message) in zip(places, records, strict=True)
     }

@@ -1,4 +1,4 @@
-"""Reading URL lists: Parquet, CSV, TSV, JSON, JSON lines and plain text, each with or without gzip."""
+"""Reading URL lists: Parquet, CSV, TSV, JSON, JSON lines and plain text; all but Parquet may be gzipped."""
 
 from __future__ import annotations
 
@@ -17,28 +17,35 @@ from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.store import Store
 
 BATCH = 10_000
-"""Rows that are held at a time where a format can be read in pieces."""
+"""Rows that are in memory at a time, for formats that can be read in pieces."""
+
+_CSV_FIELD_BYTES = 2**24
+"""The longest CSV cell that is read."""
 
 
-def _format(name: str) -> str:
-    return name.lower().removesuffix(".gz").rpartition(".")[2]
-
-
-def _read(store: Store, names: Iterable[str]) -> Generator[pa.Table]:
-    """The files' rows in pieces. InputError names the file that cannot be read."""
+def read_tables(store: Store, names: Iterable[str]) -> Generator[pa.Table]:
+    """Yield the rows of the files in pieces. Raises InputError, which names the file, if one cannot be read."""
     for name in names:
         try:
             with store.open(name) as raw, _unzipped(raw, name) as file:
-                for table in READERS.get(_format(name), _read_text)(file):
+                for table in READERS.get(format_of(name), _read_text)(file):
                     if len(table):
                         yield table
         except (ValueError, EOFError, gzip.BadGzipFile, csv.Error) as error:
-            raise _unreadable(store, name, error) from None
+            raise unreadable(store, name, error) from None
 
 
-def _unreadable(store: Store, name: str, error: Exception) -> InputError:
-    said = one_line(error, 300)
-    return InputError(f"{store.display(name)} cannot be read as a {_format(name)} list: {said}; mend it or its name")
+def format_of(name: str) -> str:
+    """Return a file name's extension in lower case, without .gz."""
+    return name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def unreadable(store: Store, name: str, error: Exception) -> InputError:
+    """Return the error for a file that cannot be read in the format of its name."""
+    reason = one_line(error, 300)
+    return InputError(
+        f"{store.display(name)} cannot be read as a {format_of(name)} list: {reason}; correct it or its name"
+    )
 
 
 def _unzipped(file: IO[bytes], name: str) -> Any:
@@ -50,7 +57,7 @@ def _read_parquet(file: IO[bytes]) -> Iterator[pa.Table]:
 
 
 def _read_text(file: IO[bytes]) -> Iterator[pa.Table]:
-    """A URL a line; blank lines are none."""
+    """Read one URL a line; blank lines are skipped."""
     with io.TextIOWrapper(file, "utf-8-sig") as lines:
         urls = (url for line in lines if (url := line.strip()))
         while piece := list(islice(urls, BATCH)):
@@ -58,16 +65,16 @@ def _read_text(file: IO[bytes]) -> Iterator[pa.Table]:
 
 
 def _read_csv(file: IO[bytes], delimiter: str = ",") -> Iterator[pa.Table]:
-    limit = csv.field_size_limit(2**24)  # the whole process's
+    limit = csv.field_size_limit(_CSV_FIELD_BYTES)  # the limit of the whole process, so it is restored below
     try:
         with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
-            head = next(rows, [])
+            header = next(rows, [])
             while piece := list(islice((row for row in rows if row), BATCH)):
-                if wrong := next((row for row in piece if len(row) != len(head)), None):
-                    raise ValueError(f"a row has {len(wrong)} cells, the head {len(head)}: {wrong!r:.200}")
+                if short := next((row for row in piece if len(row) != len(header)), None):
+                    raise ValueError(f"a row has {len(short)} cells, the header {len(header)}: {short!r:.200}")
                 columns = [pa.array(cells, pa.string()) for cells in zip(*piece, strict=True)]
-                yield pa.table(dict(zip(head, columns, strict=True)))
+                yield pa.table(dict(zip(header, columns, strict=True)))
     finally:
         csv.field_size_limit(limit)
 
@@ -77,11 +84,11 @@ def _read_tsv(file: IO[bytes]) -> Iterator[pa.Table]:
 
 
 def _read_json(file: IO[bytes]) -> Iterator[pa.Table]:
-    """An array of objects, or of hits as the page, the service and `search --json` give them."""
-    found = json.load(file)
-    if isinstance(found, dict):
-        found = found.get("hits", [found])
-    yield from _objects(iter(found))
+    """Read an array of objects, or hits as the page, the service and `search --json` write them."""
+    content = json.load(file)
+    if isinstance(content, dict):
+        content = content.get("hits", [content])
+    yield from _objects(iter(content))
 
 
 def _read_jsonl(file: IO[bytes]) -> Iterator[pa.Table]:
@@ -89,11 +96,12 @@ def _read_jsonl(file: IO[bytes]) -> Iterator[pa.Table]:
 
 
 def _objects(rows: Iterator[Any]) -> Iterator[pa.Table]:
-    """Objects as tables of text; what is not text is JSON. A hit's metadata are its columns."""
+    """Yield JSON objects as tables of strings; other values become JSON texts, and a hit's metadata become columns."""
     names: dict[str, None] = {}
     while piece := list(islice(rows, BATCH)):
-        if wrong := next((row for row in piece if not isinstance(row, dict)), None):
-            raise ValueError(f"{wrong!r:.100} is no object with a url")
+        for row in piece:
+            if not isinstance(row, dict):
+                raise ValueError(f"{row!r:.100} is no object with a url")
         flat = [{**row, **row["metadata"]} if isinstance(row.get("metadata"), dict) else row for row in piece]
         names.update(dict.fromkeys(name for row in flat for name in row))
         yield pa.table({name: pa.array([_text(row.get(name)) for row in flat], pa.string()) for name in names})
@@ -112,4 +120,4 @@ READERS = {
     "ndjson": _read_jsonl,
     "txt": _read_text,
 }
-"""By a name's extension, with .gz or without; any other file is read as text."""
+"""The reader of each extension; a file with any other extension is read as text."""

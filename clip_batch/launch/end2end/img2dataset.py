@@ -1,9 +1,9 @@
-"""Run img2dataset over a frozen list, until each of its shards stands whole in DIR/images.
+"""Running img2dataset over a frozen list, until DIR/images has each of its shards.
 
-    DIR/images/00000.tar, 00000.parquet, 00000_stats.json   a shard, the stats written last
+    DIR/images/00000.tar, 00000.parquet, 00000_stats.json   a shard; the stats are written last
 
-img2dataset has an environment of its own, as its requirements clash with ours, so it is a process. It skips
-the shards whose stats stand: running it again is resuming.
+img2dataset runs as a process in an environment of its own, because its requirements conflict with ours. It skips
+the shards whose stats exist, so running it again resumes.
 """
 
 from __future__ import annotations
@@ -34,52 +34,53 @@ child=$!
 wait "$child"
 kill -KILL 0
 """
-"""Runs a command in a session of its own, all of which is killed when our end of its standard input closes, or the
-command has ended: its processes would else outlive us, and write to the files of those that are started next."""
+"""Runs a command in a new session, and kills the session when our end of its standard input closes or the command ends.
+Otherwise its processes would outlive us and write to the files of the run that is started next."""
 
 _PATIENCE = 5.0
-"""Seconds for the processes of a run that was killed to go."""
+"""Seconds to wait for the processes of an earlier run that was killed to end."""
 
 
 def download(
     config: DownloadConfig,
     home: Store,
-    frozen: UrlList,
+    url_list: UrlList,
     lock: int | None,
     max_pixels: int,
     options: dict[str, Any],
     say: Say,
-) -> list[dict[str, Any]]:
-    """Download what is missing; the stats of every shard, in order, as img2dataset wrote them.
+) -> list[int]:
+    """Download the missing shards, and return the number of images in every shard, in order.
 
-    `lock` is what `alone` gave. ConfigError: there is no img2dataset, or it does not know an option. IncompleteError:
-    shards are missing after all; what it said last is in the message.
+    `lock` is what `exclusive` yielded. Raises ConfigError if there is no img2dataset or it rejects an option, and
+    IncompleteError, with img2dataset's last line, if shards are still missing.
     """
-    stats = _stats(home, frozen)
-    if not (missing := [shard for shard, one in enumerate(stats) if one is None]):
-        say(f"download: all {frozen.shards:,} shards stand already")
-        return [one for one in stats if one is not None]
-    say(f"download: {len(missing):,} of {frozen.shards:,} shards are missing")
-    command = _command(config, home, frozen)
-    for shard in missing:  # cut off while it was written, img2dataset would take its shard for done
-        home.remove(f"{IMAGES}/{_name(shard)}_stats.json")
-    said = _run(command, _environment(home, max_pixels, options), lock, say)
-    if said.startswith("ERROR:"):  # of its command line, which it reads to the end when it has downloaded
-        raise ConfigError(f"img2dataset says {said!r}: mend --img2dataset-options, and give another --output")
-    whole = [one for one in _stats(home, frozen) if one is not None]
-    if len(whole) < frozen.shards:
+    images = _image_counts(home, url_list)
+    missing = [shard for shard, count in enumerate(images) if count is None]
+    if not missing:
+        say(f"download: all {url_list.shards:,} shards are downloaded already")
+        return [count for count in images if count is not None]
+    say(f"download: {len(missing):,} of {url_list.shards:,} shards are missing")
+    command = _command(config, home, url_list)
+    for shard in missing:  # img2dataset would take a shard for complete if a truncated stats file of it is there
+        home.remove(_stats_name(shard))
+    last_line = _run(command, _environment(home, max_pixels, options), lock, say)
+    if last_line.startswith("ERROR:"):  # img2dataset rejects unknown options only after it has downloaded
+        raise ConfigError(f"img2dataset says {last_line!r}: correct --img2dataset-options, and give another --output")
+    complete = [count for count in _image_counts(home, url_list) if count is not None]
+    if len(complete) < url_list.shards:
         raise IncompleteError(
-            f"{frozen.shards - len(whole)} of {frozen.shards} shards are not downloaded, img2dataset said {said!r}: "
-            "run again"
+            f"{url_list.shards - len(complete)} of {url_list.shards} shards are not downloaded, img2dataset said "
+            f"{last_line!r}: run again"
         )
-    return whole
+    return complete
 
 
 @contextlib.contextmanager
-def alone(home: Store) -> Iterator[int | None]:
-    """Hold DIR for this run and what it starts, where it is on a local disk; the lock's descriptor.
+def exclusive(home: Store) -> Iterator[int | None]:
+    """Lock DIR for this run and its processes, and yield the lock's descriptor; None if DIR is not on a local disk.
 
-    ConfigError: another run is at work there.
+    Raises ConfigError if another run has the lock.
     """
     import fcntl
 
@@ -95,39 +96,40 @@ def alone(home: Store) -> Iterator[int | None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise ConfigError(f"another end2end downloads into {home.url}: wait for it, or end it") from None
+                    raise ConfigError(f"another end2end downloads into {home.url}: wait for it, or stop it") from None
                 time.sleep(0.1)
         yield file.fileno()
 
 
-def tars(home: Store, stats: list[dict[str, Any]]) -> list[str]:
-    """The tars that have images, as SPECs of a plan."""
-    return [home.display(f"{IMAGES}/{_name(shard)}.tar") for shard, one in enumerate(stats) if one["successes"]]
+def tars(home: Store, images: list[int]) -> list[str]:
+    """Return the tars of the shards that have images, as SPECs of a plan."""
+    return [home.display(f"{IMAGES}/{shard:05d}.tar") for shard, count in enumerate(images) if count]
 
 
 def table_name(shard: int) -> str:
-    """The Parquet file in which img2dataset tells of each URL of a shard."""
-    return f"{IMAGES}/{_name(shard)}.parquet"
+    """Return the name of the Parquet file in which img2dataset records each URL of a shard."""
+    return f"{IMAGES}/{shard:05d}.parquet"
 
 
-def _name(shard: int) -> str:
-    return f"{shard:05d}"
+def _stats_name(shard: int) -> str:
+    return f"{IMAGES}/{shard:05d}_stats.json"
 
 
-def _stats(home: Store, frozen: UrlList) -> list[dict[str, Any] | None]:
-    """Of each shard what img2dataset wrote last of it; None where it has not, or not to the end."""
-    there = set(home.list(IMAGES))
-    found: list[dict[str, Any] | None] = []
-    for shard in range(frozen.shards):
-        name = f"{_name(shard)}_stats.json"
+def _image_counts(home: Store, url_list: UrlList) -> list[int | None]:
+    """Return the number of images in each shard; None if its stats are missing or truncated."""
+    existing = {f"{IMAGES}/{name}" for name in home.list(IMAGES)}
+    counts: list[int | None] = []
+    for shard in range(url_list.shards):
+        name = _stats_name(shard)
         try:
-            found.append(dict(home.read_json(f"{IMAGES}/{name}")) if name in there else None)
+            counts.append(int(home.read_json(name)["successes"]) if name in existing else None)
         except ValueError:
-            found.append(None)
-    return found
+            counts.append(None)
+    return counts
 
 
-def _command(config: DownloadConfig, home: Store, frozen: UrlList) -> list[str]:
+def _command(config: DownloadConfig, home: Store, url_list: UrlList) -> list[str]:
+    """Return img2dataset's command line. Raises ConfigError if there is no img2dataset, or an option is taken."""
     program = shutil.which(os.path.expanduser(config.img2dataset))
     if not program:
         raise ConfigError(
@@ -138,11 +140,11 @@ def _command(config: DownloadConfig, home: Store, frozen: UrlList) -> list[str]:
         "url_list": home.display(FOLDER),
         "input_format": "parquet",
         "url_col": "url",
-        "caption_col": "caption" if frozen.captions else None,
+        "caption_col": "caption" if url_list.captions else None,
         "save_additional_columns": config.save_columns or None,
         "output_folder": home.display(IMAGES),
         "output_format": "webdataset",
-        "number_sample_per_shard": frozen.shard_samples,
+        "number_sample_per_shard": url_list.shard_samples,
         "incremental_mode": "incremental",
     }
     if taken := sorted(ours.keys() & config.img2dataset_options.keys()):
@@ -158,12 +160,12 @@ def _command(config: DownloadConfig, home: Store, frozen: UrlList) -> list[str]:
         **config.img2dataset_options,
         **ours,
     }
-    # Its command line evaluates values as Python literals; repr leaves no text to be taken for a number or a list.
+    # img2dataset evaluates the values as Python literals; repr keeps texts from being read as numbers or lists.
     return [program, *(f"--{name}={value!r}" for name, value in options.items())]
 
 
 def _environment(home: Store, max_pixels: int, options: dict[str, Any]) -> dict[str, str]:
-    """Ours without what is only ours; nothing is sent to anyone, and an image is refused before it fills the memory."""
+    """Return our environment without clip-batch's and Python's variables, with telemetry off and a limit of pixels."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("CLIP_BATCH_", "PYTHON"))}
     quiet = {
         "WANDB_MODE": "disabled",
@@ -174,15 +176,15 @@ def _environment(home: Store, max_pixels: int, options: dict[str, Any]) -> dict[
         "PYTHONUNBUFFERED": "1",
         "OPENCV_IO_MAX_IMAGE_PIXELS": str(max_pixels),
     }
-    if not home.local and options:  # fsspec reads them there; a command line would show them
+    if not home.local and options:  # fsspec reads them from here; on a command line others would see them
         protocol = home.url.partition("://")[0]
         quiet[f"FSSPEC_{protocol.upper()}"] = json.dumps(own_options(protocol, options))
     return {**kept, **quiet}
 
 
 def _run(command: list[str], environment: dict[str, str], lock: int | None, say: Say) -> str:
-    """Run img2dataset to its end, telling how far it is; what it said is wrong, or else its last line."""
-    last, wrong, broken = "", "", False
+    """Run img2dataset to its end, reporting its progress. Return the error it prints, otherwise its last line."""
+    last, problem, failed = "", "", False
     keeper = subprocess.Popen(
         ["sh", "-c", _KEEPER, "sh", *command],
         stdin=subprocess.PIPE,
@@ -199,13 +201,13 @@ def _run(command: list[str], environment: dict[str, str], lock: int | None, say:
             last = line.strip() or last
             if line.startswith("total"):
                 say(f"download: {' '.join(line.split()).removeprefix('total - ')}")
-            if line.startswith("ERROR:"):  # of its command line; a page of help follows
-                wrong = line.strip()
-            if broken and not line.startswith(" "):
-                break  # it has failed, but waits for a process of its own that never ends
-            broken = broken or "fire.Fire(" in line
+            if line.startswith("ERROR:"):  # about its command line; a page of help follows
+                problem = line.strip()
+            if failed and not line.startswith(" "):
+                break  # its traceback has ended, but it waits for a child process that never ends
+            failed = failed or "fire.Fire(" in line
     finally:
         keeper.stdin.close()
         keeper.wait()
         keeper.stdout.close()
-    return wrong or last
+    return problem or last

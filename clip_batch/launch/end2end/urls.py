@@ -1,10 +1,10 @@
-"""URL lists of any kind, frozen as Parquet files that img2dataset reads just as they are.
+"""A URL list of any format, frozen as Parquet files that img2dataset reads unchanged.
 
-    DIR/urls/00000.parquet   url, caption, refused and the columns that are kept, in the order of the list
-    DIR/urls.json            written last: how many URLs, from which files, by which options
+    DIR/urls/00000.parquet   url, caption, refused and the saved columns, in the order of the list
+    DIR/urls.json            written last: the number of URLs, the source files and the options
 
-Frozen, so that the n-th URL is the same one whenever a download goes on, and is known by the key that
-img2dataset gives it. `url` is null where the list has no http(s) URL; `refused` is what it has there.
+As the list is frozen, the n-th URL stays the same when a download is resumed, and img2dataset's key identifies it.
+`url` is null where the list has no http(s) URL; `refused` then holds what the list has there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from clip_batch.config import DownloadConfig
 from clip_batch.errors import ConfigError, InputError
-from clip_batch.launch.end2end.formats import READERS, _format, _read, _unreadable
+from clip_batch.launch.end2end.formats import READERS, format_of, read_tables, unreadable
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
@@ -31,23 +31,25 @@ FROZEN = "urls.json"
 FOLDER = "urls"
 IMAGES = "images"
 
-FILE = 1_000_000
-"""URLs of a frozen file, rounded up to whole shards: img2dataset begins a shard with each file."""
+FILE_URLS = 1_000_000
+"""URLs in a frozen file, rounded up to whole shards, because img2dataset starts a new shard with each file."""
 
+FIXED_OPTIONS = ("url_column", "caption_column", "save_columns", "image_size", "resize_mode", "img2dataset_options")
+"""Options that change what is downloaded, so a resumed download must have the same."""
 
-CHANGES = ("url_column", "caption_column", "save_columns", "image_size", "resize_mode", "img2dataset_options")
-"""Options that what is downloaded depends on; a download that goes on must have the same."""
-
-KEYS_OF_IMG2DATASET = frozenset(
+RESERVED_COLUMNS = frozenset(
     {"key", "caption", "url", "width", "height", "original_width", "original_height", "status", "error_message"}
     | {"exif", "md5", "sha256", "sha512", "refused"}
 )
-"""Columns that it, or we, write; no column of the list can be kept under these names."""
+"""Columns that img2dataset or this module writes; no column of the list can be saved under these names."""
 
 
 @dataclass(frozen=True)
 class UrlList:
-    """A frozen list: shard s has its URLs [s * shard_samples, (s + 1) * shard_samples)."""
+    """A frozen list. Shard s has its URLs [s * shard_samples, (s + 1) * shard_samples).
+
+    `files` has [name, size, modification time] of each source file; `options` has the values of FIXED_OPTIONS.
+    """
 
     urls: int
     shard_samples: int
@@ -57,59 +59,65 @@ class UrlList:
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return math.ceil(self.urls / self.shard_samples)
 
     @property
     def rows_of_file(self) -> int:
-        """URLs of each frozen file but the last."""
-        return math.ceil(FILE / self.shard_samples) * self.shard_samples
-
-    @property
-    def _scale(self) -> int:
-        return int(10 ** math.ceil(math.log10(self.shard_samples)))
+        """The number of URLs in each frozen file but the last."""
+        return math.ceil(FILE_URLS / self.shard_samples) * self.shard_samples
 
     def rows(self, keys: pa.Array | pa.ChunkedArray) -> Any:
-        """Numbers (n,) int64 in the list of the samples with these keys, which img2dataset made of shard and place."""
+        """Return the places (n,) int64 in the list of the samples with these keys.
+
+        img2dataset makes a key of the shard's number and the place in the shard, with as many digits as that needs.
+        """
+        scale = int(10 ** math.ceil(math.log10(self.shard_samples)))
         numbers = pc.cast(keys, pa.int64()).to_numpy()
-        return numbers // self._scale * self.shard_samples + numbers % self._scale
+        return numbers // scale * self.shard_samples + numbers % scale
 
 
 def freeze(config: DownloadConfig, home: Store, options: dict[str, Any]) -> UrlList:
-    """The list frozen in DIR, or the one that stands there if nothing differs.
+    """Freeze the list in DIR and return it; if the same list is frozen there already, return that one.
 
-    Until a shard is downloaded, another one takes its place. ConfigError: an option is wrong, or another list has
-    shards there. InputError: the list cannot be read.
+    A different list replaces it as long as no shard is downloaded. Raises ConfigError if an option is wrong or shards
+    of another list are there, and InputError if the list cannot be read.
     """
     _check(config)
-    store, names = _files(config.urls, options)
+    store, names = _list_files(config.urls, options)
     files = [[store.display(name), store.size(name), store.modified(name)] for name in names]
-    settings = {name: getattr(config, name) for name in CHANGES}
+    settings = {name: getattr(config, name) for name in FIXED_OPTIONS}
     if home.exists(FROZEN) and any(name.endswith("_stats.json") for name in home.list(IMAGES)):
-        standing = UrlList(**home.read_json(FROZEN))
+        earlier = UrlList(**home.read_json(FROZEN))
         new = {**settings, "files": files, "shard_samples": config.shard_samples}
-        old = {**standing.options, "files": standing.files, "shard_samples": standing.shard_samples}
+        old = {**earlier.options, "files": earlier.files, "shard_samples": earlier.shard_samples}
         if different := [name for name in new if new[name] != old[name]]:
             raise ConfigError(
                 f"{home.url} holds another download: {', '.join(different)} differ; give another --output"
             )
-        return standing
+        return earlier
     schema = _schema(config, store, names)
     home.remove(FROZEN)
     home.remove_folder(FOLDER)
     draft = UrlList(0, config.shard_samples, "caption" in schema.names, files, settings)
-    urls = _write(home, schema, (_plain(table, config, schema) for table in _read(store, names)), draft.rows_of_file)
+    tables = (_normalized(table, config, schema) for table in read_tables(store, names))
+    urls = _write(home, schema, tables, draft.rows_of_file)
     if not urls:
         raise InputError(f"{config.urls} lists no URL: give another list")
-    frozen = UrlList(urls, draft.shard_samples, draft.captions, files, settings)
-    home.replace(FROZEN, json.dumps(asdict(frozen), indent=1).encode())
-    return frozen
+    url_list = UrlList(urls, draft.shard_samples, draft.captions, files, settings)
+    home.replace(FROZEN, json.dumps(asdict(url_list), indent=1).encode())
+    return url_list
 
 
-def read_frozen(home: Store, frozen: UrlList) -> Iterator[tuple[int, pa.Table]]:
-    """(number of its first URL, table of url and refused) of each frozen file."""
-    for start in range(0, frozen.urls, frozen.rows_of_file):
-        with home.open(f"{FOLDER}/{start // frozen.rows_of_file:05d}.parquet") as file:
+def read_frozen(home: Store, url_list: UrlList) -> Iterator[tuple[int, pa.Table]]:
+    """Yield, for each frozen file, the place of its first URL in the list and a table of `url` and `refused`."""
+    for start in range(0, url_list.urls, url_list.rows_of_file):
+        with home.open(_file_name(start // url_list.rows_of_file)) as file:
             yield start, ParquetFile(file).read(["url", "refused"])
+
+
+def _file_name(number: int) -> str:
+    return f"{FOLDER}/{number:05d}.parquet"
 
 
 def _check(config: DownloadConfig) -> None:
@@ -118,117 +126,124 @@ def _check(config: DownloadConfig) -> None:
     for name in ("image_size", "shard_samples", "download_threads"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}, not 1 or more")
-    if taken := KEYS_OF_IMG2DATASET.intersection(config.save_columns):
-        raise ConfigError(f"save_columns cannot have {', '.join(sorted(taken))}: img2dataset writes columns so named")
+    if reserved := RESERVED_COLUMNS.intersection(config.save_columns):
+        raise ConfigError(f"save_columns cannot have {', '.join(sorted(reserved))}: img2dataset writes these columns")
 
 
-def _files(urls: str, options: dict[str, Any]) -> tuple[Store, list[str]]:
-    """Where the list lies, and the names of its files: itself, those of a folder, or of `filter`'s rows."""
+def _list_files(urls: str, options: dict[str, Any]) -> tuple[Store, list[str]]:
+    """Return the store of the list and the names of its files: one file, those of a folder, or the rows of `filter`."""
     folder, _, base = absolute(urls).rstrip("/").rpartition("/")
     store = Store(folder or "/", options)
     for inside in (f"{base}/rows", base):
-        names = [name for name in store.list(inside) if _format(name) in READERS]
+        names = [name for name in store.list(inside) if format_of(name) in READERS]
         if names and (inside == base or store.exists(f"{base}/filter.json")):
             return store, [f"{inside}/{name}" for name in names]
     if store.list(base) or not store.exists(base):
-        raise InputError(f"{urls} is no URL list and no folder of some: give a file ({', '.join(READERS)})")
+        raise InputError(f"{urls} is no URL list and no folder of URL lists: give a file ({', '.join(READERS)})")
     return store, [base]
 
 
 def _schema(config: DownloadConfig, store: Store, names: Sequence[str]) -> pa.Schema:
-    """What is frozen: url, caption if there is one, refused, and the kept columns in types that JSON has."""
-    kinds: dict[str, pa.DataType] = {}
+    """Return the schema of the frozen list: url, caption if there is one, refused, and the saved columns.
+
+    A saved column has the type that holds its values in all files, or text where JSON has no such type.
+    """
+    types: dict[str, pa.DataType] = {}
     for name in names:
-        found = _columns(store, name)
+        columns = _file_schema(store, name)
         for column in (config.url_column, *config.save_columns):
-            if found.names and column not in found.names:
-                had = ", ".join(found.names[:20])
-                raise ConfigError(f"{store.display(name)} has no column {column!r} (see --url-column); it has {had}")
-        if config.caption_column not in ("caption", *found.names):
-            raise ConfigError(f"{store.display(name)} has no column {config.caption_column!r}: mend --caption-column")
-        for column in found.names:
-            kinds[column] = _common(kinds.get(column, pa.null()), found.field(column).type)
-    captions = [("caption", pa.string())] if config.caption_column in kinds else []
-    kept = [
-        (name, kinds[name] if name in kinds and kinds[name] != pa.null() else pa.string())
+            if columns.names and column not in columns.names:
+                existing = ", ".join(columns.names[:20])
+                raise ConfigError(
+                    f"{store.display(name)} has no column {column!r} (see --url-column); it has {existing}"
+                )
+        if config.caption_column not in ("caption", *columns.names):
+            raise ConfigError(
+                f"{store.display(name)} has no column {config.caption_column!r}: correct --caption-column"
+            )
+        for column in columns.names:
+            types[column] = _common_type(types.get(column, pa.null()), columns.field(column).type)
+    captions = [("caption", pa.string())] if config.caption_column in types else []
+    saved = [
+        (name, types[name] if name in types and types[name] != pa.null() else pa.string())
         for name in config.save_columns
     ]
-    return pa.schema([("url", pa.string()), *captions, ("refused", pa.string()), *kept])
+    return pa.schema([("url", pa.string()), *captions, ("refused", pa.string()), *saved])
 
 
-def _columns(store: Store, name: str) -> pa.Schema:
-    if _format(name) != "parquet":
+def _file_schema(store: Store, name: str) -> pa.Schema:
+    """Return the columns of one file of the list and their types."""
+    if format_of(name) != "parquet":
         schema = pa.schema([])
-        with contextlib.closing(_read(store, [name])) as tables:
+        with contextlib.closing(read_tables(store, [name])) as tables:
             for table in tables:
                 schema = table.schema
-                if "json" not in _format(name):  # an object may have what those before it had not
+                if "json" not in format_of(name):  # a later JSON object may have further fields, so all are read
                     break
         return schema
     with store.open(name) as file:
         try:
             return ParquetFile(file).schema
         except pa.ArrowInvalid as error:
-            raise _unreadable(store, name, error) from None
+            raise unreadable(store, name, error) from None
 
 
-def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    """The type that holds a column's values of two files: whole numbers, numbers, truth values, or else text."""
-    kinds = {
-        pa.int64()
-        if pa.types.is_integer(kind) and kind != pa.uint64()
-        else pa.float64()
-        if pa.types.is_floating(kind)
-        else kind
-        if pa.types.is_boolean(kind)
-        else pa.string()
-        for kind in (one, other)
-        if not pa.types.is_null(kind)
-    }
-    if kinds == {pa.int64(), pa.float64()}:
+def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Return the type that holds a column's values of two files: int64, double, bool, or otherwise string."""
+    types = {_json_type(arrow_type) for arrow_type in (one, other) if not pa.types.is_null(arrow_type)}
+    if types == {pa.int64(), pa.float64()}:
         return pa.float64()
-    return kinds.pop() if len(kinds) == 1 else pa.string() if kinds else pa.null()
+    return types.pop() if len(types) == 1 else pa.string() if types else pa.null()
 
 
-def _plain(table: pa.Table, config: DownloadConfig, schema: pa.Schema) -> pa.Table:
-    """A piece of the list as it is frozen."""
-    names = {"url": config.url_column, "caption": config.caption_column}
+def _json_type(arrow_type: pa.DataType) -> pa.DataType:
+    if pa.types.is_integer(arrow_type) and arrow_type != pa.uint64():
+        return pa.int64()
+    if pa.types.is_floating(arrow_type):
+        return pa.float64()
+    return arrow_type if pa.types.is_boolean(arrow_type) else pa.string()
+
+
+def _normalized(table: pa.Table, config: DownloadConfig, schema: pa.Schema) -> pa.Table:
+    """Return a piece of the list in the schema of the frozen list."""
+    sources = {"url": config.url_column, "caption": config.caption_column}
     columns: dict[str, Any] = {}
     for field in schema:
-        name = names.get(field.name, field.name)
-        there = name in table.column_names
-        columns[field.name] = _cast(table[name], field.type) if there else pa.nulls(len(table), field.type)
+        name = sources.get(field.name, field.name)
+        exists = name in table.column_names
+        columns[field.name] = _cast(table[name], field.type) if exists else pa.nulls(len(table), field.type)
     url = pc.utf8_trim_whitespace(columns["url"])
-    good = pc.fill_null(pc.match_substring_regex(url, r"^(?i)https?://[^/]"), False)
-    columns["url"] = pc.if_else(good, url, None)
-    columns["refused"] = pc.if_else(good, None, pc.fill_null(url, ""))
+    valid = pc.fill_null(pc.match_substring_regex(url, r"^(?i)https?://[^/]"), False)
+    columns["url"] = pc.if_else(valid, url, None)
+    columns["refused"] = pc.if_else(valid, None, pc.fill_null(url, ""))
     return pa.table(columns, schema=schema)
 
 
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+def _cast(column: pa.ChunkedArray, arrow_type: pa.DataType) -> pa.ChunkedArray:
+    """Return the column cast to a type; lists and structs, which have no cast to string, become JSON texts."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     try:
-        return column.cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # lists, structs: as JSON
+        return column.cast(arrow_type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         values = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
         return pa.chunked_array([pa.array(values, pa.string())])
 
 
 def _write(home: Store, schema: pa.Schema, tables: Iterable[pa.Table], rows_of_file: int) -> int:
-    """Write files of `rows_of_file` rows, the last one shorter; how many rows there were."""
-    rows, rest = 0, iter(tables)
-    waiting = next(rest, None)
-    while waiting is not None:
+    """Write the tables as files of `rows_of_file` rows, the last one shorter, and return the number of rows."""
+    rows, remaining = 0, iter(tables)
+    table = next(remaining, None)
+    while table is not None:
         with (
-            home.writer(f"{FOLDER}/{rows // rows_of_file:05d}.parquet") as file,
+            home.writer(_file_name(rows // rows_of_file)) as file,
             pq.ParquetWriter(file, schema, compression="zstd") as writer,
         ):
             room = rows_of_file
-            while waiting is not None and room:
-                writer.write_table(waiting.slice(0, room))
-                taken = min(room, len(waiting))
-                room, rows, waiting = room - taken, rows + taken, waiting.slice(taken)
-                if not len(waiting):
-                    waiting = next(rest, None)
+            while table is not None and room:
+                writer.write_table(table.slice(0, room))
+                written = min(room, len(table))
+                room, rows, table = room - written, rows + written, table.slice(written)
+                if not len(table):
+                    table = next(remaining, None)
     return rows
