@@ -1,16 +1,15 @@
-"""The same vectors indexed by autofaiss alone, by clip-retrieval's `index` and by clip-batch's merge; as JSON.
+"""Indexes the same vectors by autofaiss alone, by clip-retrieval's `index` and by clip-batch's merge, and compares.
 
-python -m tests.bench.compare [--rows 200000] [--memory 410MiB] [--limit 480] [--ours '--rerank 3']
+    python -m tests.bench.compare [--rows 200000] [--memory 410MiB] [--limit 480] [--ours '--rerank 3'] [--record]
 
-Each contender builds in a process of its own, one after another, image vectors only, with the same
-memory for the served index and its own defaults otherwise. Figures of each: seconds of the build, and
-CPU seconds, which tell more on a machine that others use; its peak resident memory, and the anonymous
-part of it (file pages left out); the size of the index; recall@10 against exact search and milliseconds
-a query (one by one, one thread) as it would be served, and over a sweep of its search effort. A build
-over --limit seconds is ended and reported so.
+Each contender builds in a process of its own, one after another, image vectors only, with the same memory for the
+served index and its own defaults otherwise. Figures of each are the seconds of the build; its CPU seconds, which say
+more on a machine that others use; its peak resident memory, and the anonymous part of it (file pages left out); the
+size of the index; recall@10 against exact search and milliseconds for each query (one by one, one thread), as it would
+be served and over a sweep of its search effort. A build that takes over `--limit` seconds is ended, and reported so.
 
-clip-retrieval runs with the interpreter that CLIP_RETRIEVAL_PYTHON names, else .clip-retrieval/bin/python,
-and is left out where there is none.
+clip-retrieval runs with the interpreter that CLIP_RETRIEVAL_PYTHON names, else with .clip-retrieval/bin/python, and is
+left out where there is none.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from clip_batch.plan.plan import load_plan
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
 from tests import ROOT
+from tests.bench import result
 from tests.bench.realistic import realistic
 from tests.fabricated import commit, make_plan
 
@@ -244,7 +244,7 @@ def _ours(folder: Path, home: Path) -> tuple[Search, int, list[int], dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--memory", help="of the served index, for all; default: 2GiB for 1,000,000 rows")
@@ -279,8 +279,32 @@ def main() -> None:
                 lines[name] |= json.loads(subprocess.run(ask, check=True, stdout=subprocess.PIPE).stdout)
             else:
                 print((home / f"{name}.log").read_text()[-2000:], file=sys.stderr)
-        load = os.getloadavg()[0]
-        print(json.dumps({"benchmark": "compare", **vars(options), "load": round(load, 1), "contenders": lines}))
+        result.report("compare", "index", options, _rows(options, lines), {"contenders": lines})
+
+
+def _rows(options: argparse.Namespace, lines: dict[str, dict[str, Any]]) -> list[result.Row]:
+    """Ours beside each peer that built its index; nothing where ours or all of them failed."""
+    built = {name: line for name, line in lines.items() if line["exit"] == 0}
+    ours = built.pop("clip-batch", None)
+    rows = []
+    for peer, theirs in built.items() if ours else ():
+        assert ours is not None
+        size = (
+            f"index of {options.rows:,} x {options.dim}, image vectors, {ours['key']} against {theirs.get('key', '?')}"
+        )
+        peaks = f"peak {ours['peak_mb']:,} against {theirs['peak_mb']:,} MB"
+        cpu_ms = round(1000 * ours["cpu_seconds"] / options.rows, 4)
+        for key, what, unit, mine, other in (
+            ("seconds", f"{size}, built ({peaks})", "s", ours["seconds"], theirs["seconds"]),
+            ("cpu", "CPU time of that build", "s", ours["cpu_seconds"], theirs["cpu_seconds"]),
+            ("query", "one search of it as served, one thread", "ms", ours["served"]["ms"], theirs["served"]["ms"]),
+            ("recall", "recall@10 of it as served", "", ours["served"]["recall"], theirs["served"]["recall"]),
+        ):
+            ratio = round(other / mine, 2) if unit else None
+            spent = cpu_ms if key == "seconds" else None
+            end = "" if peer == "autofaiss" else f"_{peer}"
+            rows.append(result.Row(f"{key}{end}", what, unit, mine, other, peer, ratio, None, spent))
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Images a second from tars to what the encoder takes, ours against webdataset's; prints JSON.
+"""Measures how many images a second get from tars to the encoder's input, beside webdataset.
 
-python -m tests.bench.data_path [--side 256] [--tars 4] [--samples 1000] [--rounds 5] [--ways fast exact webdataset]
+    python -m tests.bench.data_path [--side 256] [--tars 4] [--samples 1000] [--rounds 5] [--record]
+        [--ways fast exact webdataset]
 
-Ours, `fast`, `exact` and `scaled`: read_slice, a thread a core, uint8 batches. The peer: webdataset, open_clip's own
-transform, a DataLoader with a worker a core, float32 batches made in the workers. Both give 224 x 224 in
-batches of 64, in this process; rounds are interleaved and the best of each counts. A round of the peer
-starts its workers, as each epoch does; `seconds_to_first_batch` tells how much of it that is. `cpu_ms` is
-of an image, all processes: it tells more on a machine that others use.
+Ours (`fast`, `exact` and `scaled`) is read_slice, a thread for each core, and uint8 batches. The peer is webdataset
+with open_clip's own transform and a DataLoader with a worker for each core, which makes float32 batches. Both give
+224 x 224 in batches of 64 in this process; rounds are interleaved and the best of each counts. A round of the peer
+starts its workers, as each epoch does; `seconds_to_first_batch` says how much of the time that is. `cpu_ms` is CPU
+time for each image over all processes: it says more on a machine that others use.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import tempfile
@@ -29,6 +28,7 @@ from PIL import Image
 from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Plan, Sample, Shard, Slice
 from tests import corpus
+from tests.bench import result
 from tests.bench.text import captions
 
 BATCH = 64
@@ -54,7 +54,7 @@ def photo(seed: int, side: int) -> bytes:
 
 
 def write_tars(folder: str, tars: int, samples: int, side: int = 256) -> list[str]:
-    """Tars of JPEGs with captions and empty side-cars; their paths."""
+    """Write tars of JPEGs with captions and empty side-cars; returns their paths."""
     photos = [photo(seed, side) for seed in range(min(KINDS, samples))]
     paths = []
     for tar in range(tars):
@@ -110,13 +110,13 @@ def peer(tars: list[str], cores: int) -> Batches:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it has waited for."""
+    """CPU seconds of this process and of those it has waited for."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--side", type=int, default=256, help="shorter side of the images")
     parser.add_argument("--tars", type=int, default=4)
     parser.add_argument("--samples", type=int, default=1000, help="a tar")
@@ -137,26 +137,39 @@ def main() -> None:
         size = round(sum(os.path.getsize(path) for path in tars) / total)
         for _ in range(options.rounds):
             for name in options.ways:
-                started, before, found = time.perf_counter(), cpu_seconds(), 0
+                started, used, seen = time.perf_counter(), cpu_seconds(), 0
                 for batch in ours(tars, name, cores) if name in OURS else peer(tars, cores):
-                    if not found:
+                    if not seen:
                         first[name] = min(first.get(name, 1e9), time.perf_counter() - started)
-                    found += len(batch)
+                    seen += len(batch)
                     assert tuple(batch.shape[1:]) == (3, 224, 224)
-                assert found == total
+                assert seen == total
                 best[name] = min(best.get(name, 1e9), time.perf_counter() - started)
-                cpu[name] = min(cpu.get(name, 1e9), cpu_seconds() - before)
-    result = {
-        "benchmark": "data_path",
-        **vars(options),
-        "cores": cores,
+                cpu[name] = min(cpu.get(name, 1e9), cpu_seconds() - used)
+    peer_name = options.ways[-1]
+    cpu_ms = {name: round(seconds / total * 1000, 2) for name, seconds in cpu.items()}
+    rows = [
+        result.Row(
+            name,
+            f"JPEGs of {options.side:,} pixels (shorter side) from tars to 224 x 224, `{name}`, all cores",
+            "images/s",
+            round(total / best[name], 1),
+            None if name == peer_name else round(total / best[peer_name], 1),
+            peer_name,
+            None if name == peer_name else round(best[peer_name] / best[name], 2),
+            4 if (name, peer_name) == ("fast", "webdataset") else None,
+            cpu_ms[name],
+        )
+        for name in options.ways
+    ]
+    figures = {
         "sample_bytes": size,
         "images_per_second": {name: round(total / seconds, 1) for name, seconds in best.items()},
-        f"over_{options.ways[-1]}": {name: round(best[options.ways[-1]] / best[name], 2) for name in options.ways[:-1]},
-        "cpu_ms": {name: round(seconds / total * 1000, 2) for name, seconds in cpu.items()},
+        f"over_{peer_name}": {name: round(best[peer_name] / best[name], 2) for name in options.ways[:-1]},
+        "cpu_ms": cpu_ms,
         "seconds_to_first_batch": {name: round(seconds, 2) for name, seconds in first.items()},
     }
-    print(json.dumps(result))
+    result.report("data_path", "encoders", options, rows, figures)
 
 
 if __name__ == "__main__":

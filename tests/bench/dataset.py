@@ -1,17 +1,16 @@
-"""Samples a second of FilteredDataset from local tars, against its limits, in one run; prints JSON.
+"""Measures samples a second of FilteredDataset from local tars, beside its limits, in one run.
 
-python -m tests.bench.dataset [--side 256] [--tars 4] [--samples 1000] [--rounds 3]
+    python -m tests.bench.dataset [--side 256] [--tars 4] [--samples 1000] [--rounds 3] [--record]
 
-The limits: `read_slice`, which reads the same tars from one end to the other on one thread, and decoding alone, of
-images in memory, by a thread a core. Rounds are interleaved and the best of each counts. Ours are shuffled; with
-workers 0 in this process, with 2 in DataLoader's (a round starts them, as each epoch does: `seconds_to_first_batch`
-is how long that takes). `cpu_ms` is of a sample, all processes. tensor is uint8 224 x 224.
+The limits are `read_slice`, which reads the same tars from one end to the other on one thread, and decoding alone, of
+images in memory, by a thread for each core. Rounds are interleaved and the best of each counts. Ours are shuffled; with
+0 workers in this process, with 2 in the DataLoader's (a round starts them, as each epoch does, and
+`seconds_to_first_batch` is how long that takes). `cpu_ms` is CPU time for each sample over all processes. A "tensor" is
+uint8 224 x 224.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 import time
@@ -27,6 +26,7 @@ from clip_batch.encoders.device import use_torch_threads
 from clip_batch.export.dataset.pictures import pictures
 from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Plan, Shard, Slice
+from tests.bench import result
 from tests.bench.data_path import cpu_seconds, write_tars
 from tests.servers.serving import index_of
 
@@ -54,7 +54,7 @@ def streamed(dataset: FilteredDataset, workers: int) -> Iterator[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--side", type=int, default=256, help="shorter side of the images")
     parser.add_argument("--tars", type=int, default=4)
     parser.add_argument("--samples", type=int, default=1000, help="a tar")
@@ -91,17 +91,25 @@ def main() -> None:
                 assert found == total, (name, found)
                 best[name] = min(best.get(name, 1e9), time.perf_counter() - started)
                 cpu[name] = min(cpu.get(name, 1e9), cpu_seconds() - before)
-    result = {
-        "benchmark": "dataset",
-        **vars(options),
+    rates = {name: round(total / seconds) for name, seconds in best.items()}
+    cpu_ms = {name: round(seconds / total * 1000, 3) for name, seconds in cpu.items()}
+    rows = []
+    for name in ways:
+        decode, _, workers = name.rpartition("_")
+        limit = {"raw": "read_slice", "tensor": "decode_alone"}.get(decode)
+        if workers.isdigit():
+            peer, ratio = (rates[limit], round(best[limit] / best[name], 2)) if limit else (None, None)
+            what = f"`FilteredDataset`, JPEGs of {options.side:,} pixels, shuffled: {decode}, {workers} workers"
+            rows.append(result.Row(name, what, "samples/s", rates[name], peer, limit or "", ratio, None, cpu_ms[name]))
+    figures = {
         "cores": cores,
-        "samples_per_second": {name: round(total / seconds) for name, seconds in best.items()},
+        "samples_per_second": rates,
         "raw_over_read_slice": round(best["read_slice"] / best["raw_0"], 2),
         "tensor_over_decode_alone": {w: round(best["decode_alone"] / best[f"tensor_{w}"], 2) for w in (0, 2)},
-        "cpu_ms": {name: round(seconds / total * 1000, 3) for name, seconds in cpu.items()},
+        "cpu_ms": cpu_ms,
         "seconds_to_first_batch": {name: round(seconds, 2) for name, seconds in first.items()},
     }
-    print(json.dumps(result))
+    result.report("dataset", "export", options, rows, figures)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""embed against its limits, in one process and run: reading, decoding, the model alone, the whole.
+"""Measures embed beside its limits, in one process and run: reading, decoding, and the model alone.
 
-python -m tests.bench.embed [--model demo] [--pretrained PATH] [--stub 2000]
+    python -m tests.bench.embed [--model demo] [--pretrained PATH] [--stub 2000] [--record]
 
-With --stub, an encoder that only sleeps, so many images a second, stands for the model, and the images
-are 256 x 256 for its 224: what embed adds to a GPU.
+With `--stub N` an encoder that only sleeps, at N images a second, takes the place of the model, and the images are of
+256 x 256 for its 224 x 224. That shows what embed adds to a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 import time
@@ -26,7 +24,8 @@ from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.samples import read_slice
 from clip_batch.storage.store import Store
 from clip_batch.types import Sample
-from tests.bench.data_path import write_tars
+from tests.bench import result
+from tests.bench.data_path import cpu_seconds, write_tars
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Array, Pixels
@@ -67,29 +66,29 @@ class Stub:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = result.parser(__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--pretrained", default="")
-    parser.add_argument("--tars", type=int, default=8, help="of the demo's 8, 239 samples each")
+    parser.add_argument(
+        "--tars", type=int, default=8, help="of the demo's 8, of 239 samples each; with --stub of 1,000"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stub", type=float, default=0, help="images a second")
+    parser.add_argument("--stub", type=float, default=0, help="images a second of an encoder that only sleeps")
     parser.add_argument("--preprocess", choices=("fast", "exact"), default="fast")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        if arguments.stub:
-            tars = write_tars(home, arguments.tars, 1000)
-        else:
-            tars = data.write_tars(f"{home}/tars")[: arguments.tars]
+        count = options.tars
+        tars = write_tars(home, count, 1000) if options.stub else data.write_tars(f"{home}/tars")[:count]
         planned = PlanConfig(
             input=tars,
-            model="fake:512" if arguments.stub else arguments.model,
-            pretrained=arguments.pretrained,
-            preprocess=arguments.preprocess,
-            partition_samples=4000 if arguments.stub else 500,
+            model="fake:512" if options.stub else options.model,
+            pretrained=options.pretrained,
+            preprocess=options.preprocess,
+            partition_samples=4000 if options.stub else 500,
         )
         make_plan(planned, f"{home}/out0")
         plan = load_plan(Store(f"{home}/out0"))
-        stub = Stub(arguments.stub, arguments.preprocess) if arguments.stub else None
+        stub = Stub(options.stub, options.preprocess) if options.stub else None
         encoder = stub or encoders.load(plan.encoder, "cpu")
 
         def read() -> list[Sample]:
@@ -113,7 +112,8 @@ def main() -> None:
             embed(f"{home}/out{number}", EmbedConfig(batch_size=BATCH, device="cpu"), encoder=encoder)
 
         best: dict[str, float] = {}
-        for number in range(1, arguments.rounds + 1):
+        cpu = 1e9
+        for number in range(1, options.rounds + 1):
             make_plan(planned, f"{home}/out{number}")
             for name, work in (
                 ("read", read),
@@ -121,18 +121,27 @@ def main() -> None:
                 ("model", model),
                 ("embed", lambda number=number: whole(number)),
             ):
+                used = cpu_seconds()
                 best[name] = min(best.get(name, 1e9), seconds(work))
+                if name == "embed":
+                    cpu = min(cpu, cpu_seconds() - used)
     rates = {name: round(len(samples) / value, 1) for name, value in best.items()}
-    result = {
-        "benchmark": "embed",
-        "model": f"stub of {arguments.stub:.0f} images a second" if stub else arguments.model,
-        "preprocess": arguments.preprocess,
+    model_name = f"an encoder that sleeps, at {options.stub:.0f} images a second" if stub else options.model
+    ratio = round(best["model"] / best["embed"], 3)
+    cpu_ms = round(1000 * cpu / len(samples), 2)
+    what = f"embed with {model_name}, loaded before"
+    rows = [
+        result.Row("embed", what, "pairs/s", rates["embed"], rates["model"], "the model alone", ratio, None, cpu_ms),
+        result.Row("decode", "decoding on one thread in that run", "images/s", rates["decode"]),
+    ]
+    figures = {
         "cores": len(os.sched_getaffinity(0)),
         "samples": len(samples),
         "samples_per_second": rates,
-        "embed_over_model_alone": round(best["model"] / best["embed"], 3),
+        "embed_over_model_alone": ratio,
+        "embed_cpu_ms": cpu_ms,
     }
-    print(json.dumps(result))
+    result.report("embed", "embeddings", options, rows, figures)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Images a second of end2end, from a web server on this machine; prints JSON.
+"""Measures images a second of end2end, from a web server on this machine.
 
-python -m tests.bench.end2end --img2dataset .img2dataset/bin/img2dataset [--urls 4000] [--side 512] [--model demo]
+    python -m tests.bench.end2end --img2dataset .img2dataset/bin/img2dataset [--urls 4000] [--side 512] [--model demo]
+        [--record]
 
-The server is a process of its own and shares the cores. `download_s` is img2dataset's own clock; `rest_s` is what
-plan, embed and merge take behind it, and `again_s` a second run that finds all done.
+The server is a process of its own and shares the cores. `download_s` is by img2dataset's own clock; `rest_s` is what
+plan, embed and merge take after it, and `again_s` is a second run, which finds all of it done.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bench import result
 from tests.servers.webserver import image, web
 
 IMAGES = 200
@@ -23,7 +25,7 @@ IMAGES = 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--img2dataset", default="img2dataset")
     parser.add_argument("--urls", type=int, default=4000)
     parser.add_argument("--side", type=int, default=512)
@@ -33,11 +35,20 @@ def main() -> None:
     if options.serve:
         serve(options.side)
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps({"benchmark": "end2end", **measure(options, Path(folder))}))
+        figures = measure(options, Path(folder))
+    size = f"{options.urls:,} URLs of JPEGs of {options.side} pixels"
+    rows = [
+        result.Row("download", f"{size} downloaded by img2dataset", "images/s", figures["downloaded_a_second"]),
+        result.Row(
+            "whole", f"{size}, from the list to an index, {options.model}", "images/s", figures["end2end_a_second"]
+        ),
+        result.Row("again", "a second run, which finds all of it done", "s", figures["again_s"]),
+    ]
+    result.report("end2end", "launch", options, rows, figures)
 
 
 def serve(side: int) -> None:
-    """The server, until our standard input ends."""
+    """Run the web server until our standard input ends."""
     with web() as server:
         server.side = side
         for seed in range(IMAGES):
@@ -47,7 +58,7 @@ def serve(side: int) -> None:
     sys.exit()
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.bench.end2end", "--serve", "--side", str(options.side)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdout
@@ -67,7 +78,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     download = max(one["end_time"] for one in stats) - min(one["start_time"] for one in stats)
     embedded = json.loads(done.stdout)["embedded"]
     return {
-        **vars(options),
         "embedded": embedded,
         "download_s": round(download, 1),
         "rest_s": round(taken[0] - download, 1),

@@ -1,16 +1,13 @@
-"""Images a second of the image tower alone: eager, compiled, int8, in interleaved rounds; prints JSON.
+"""Measures images a second of the image tower alone: eager, compiled and int8, in interleaved rounds.
 
-python -m tests.bench.engines [--model ViT-B-32] [--pretrained PATH] [--batch 32] [--rounds 8]
+    python -m tests.bench.engines [--model ViT-B-32] [--pretrained PATH] [--batch 32] [--rounds 8] [--record]
 
-Without a checkpoint the weights are random. `load_s` is loading the model, and compiling or quantizing
-it; cosines are against eager, over one batch of the demo's pictures.
+Without a checkpoint the weights are random. `load_s` is the seconds of loading the model, compiling or quantizing it
+included; cosines are with eager's vectors, over one batch of the demo's pictures.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import tempfile
 import time
 
@@ -20,10 +17,11 @@ from clip_batch import encoders
 from clip_batch.demo import data
 from clip_batch.encoders import Encoder
 from clip_batch.encoders.device import torch_threads
+from tests.bench import result
 
 
 def checkpoint(model: str, home: str) -> str:
-    """The path of random weights for an open_clip model."""
+    """Save random weights for an open_clip model in the folder `home`; returns their path."""
     import open_clip
     import torch
 
@@ -33,7 +31,7 @@ def checkpoint(model: str, home: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--pretrained", default="")
     parser.add_argument("--batch", type=int, default=32)
@@ -62,18 +60,31 @@ def main() -> None:
             engine.encode_images(pixels)
             wall[name] = min(wall[name], time.perf_counter() - started)
             cpu[name] = min(cpu[name], time.process_time() - used)
-    result = {
-        "benchmark": "engines",
-        "model": options.model,
-        "batch": len(images),
+    images_s = {name: round(len(images) / value, 1) for name, value in wall.items()}
+    cpu_ms = {name: round(1000 * value / len(images), 1) for name, value in cpu.items()}
+    what = f"image tower alone, {options.model}, batch of {len(images)}, all cores"
+    rows = [
+        result.Row(
+            name,
+            f"{what}: {name}",
+            "images/s",
+            images_s[name],
+            None if name == "eager" else images_s["eager"],
+            "eager",
+            None if name == "eager" else round(wall["eager"] / wall[name], 2),
+            None,
+            cpu_ms[name],
+        )
+        for name in engines
+    ]
+    figures = {
         "threads": torch_threads(),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
         "load_s": load,
-        "images_s": {name: round(len(images) / value, 1) for name, value in wall.items()},
-        "cpu_ms_image": {name: round(1000 * value / len(images), 1) for name, value in cpu.items()},
+        "images_s": images_s,
+        "cpu_ms_image": cpu_ms,
         "cosine_least": {name: float((vectors["eager"] * rows).sum(1).min()) for name, rows in vectors.items()},
     }
-    print(json.dumps(result))
+    result.report("engines", "encoders", options, rows, figures)
 
 
 if __name__ == "__main__":

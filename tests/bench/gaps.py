@@ -1,19 +1,18 @@
-"""How near JPEGs decoded to fewer pixels come to `exact`, by how many are left (the gap); prints JSON.
+"""Measures how near JPEGs that were decoded to fewer pixels come to `exact`, by how many pixels were left (the gap).
 
-python -m tests.bench.gaps [--model demo] [--pretrained PATH] [--photos FOLDER] [--sides 512 1024 2048 4096]
-    [--gaps 1 1.5 2 3] [--count 24] [--grain 4]
+    python -m tests.bench.gaps [--model demo] [--pretrained PATH] [--photos FOLDER] [--sides 512 1024 2048 4096]
+        [--gaps 1 1.5 2 3] [--count 24] [--grain 4] [--record]
 
-Pictures are those of the folder, or else the demo's (64 x 64), brought to each shorter side, with grain added
-(standard deviation, in levels) where they were enlarged, and saved as JPEGs of quality 90. `inf` is `fast`. Of
-pixels: PSNR over all and the worst picture's; of vectors: cosines with those of `exact`; `ms`: from file to
-pixels on one thread, mean.
+A gap of 2 means that a picture is decoded to at least twice the sides that it is then resized to; "none" is `fast`.
+Pictures are those of the folder, otherwise the demo's (64 x 64), brought to each shorter side, with grain added
+where they were enlarged (its standard deviation in levels), and saved as JPEGs of quality 90. Pixels are compared by
+PSNR, over all pictures and of the worst one; vectors by their cosines with those of `exact`. `ms` is the mean time from
+file to pixels on one thread.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import time
 from functools import partial
 from math import inf
@@ -26,6 +25,7 @@ from PIL import Image
 from clip_batch import encoders
 from clip_batch.demo import data
 from tests import corpus
+from tests.bench import result
 
 LIMIT = 10**9
 
@@ -53,7 +53,7 @@ def psnr(squares: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--pretrained", default="")
     parser.add_argument("--photos", default="")
@@ -76,10 +76,21 @@ def main() -> None:
             seconds = time.perf_counter() - started
             squares = ((found.astype(float) - exact) ** 2).mean((1, 2, 3))
             cosine = (encoder.encode_images(found) * wanted).sum(1)
-            line = {"side": side, "gap": gap, "psnr": psnr(squares.mean()), "psnr_least": psnr(squares.max())}
+            line: dict[str, Any] = {"side": side, "gap": "none" if gap == inf else gap}
+            line |= {"psnr": psnr(squares.mean()), "psnr_least": psnr(squares.max())}
             line |= {"cosine_mean": round(float(cosine.mean()), 6), "cosine_least": round(float(cosine.min()), 6)}
             lines.append({**line, "ms": round(1000 * seconds / len(jpegs), 2)})
-    print(json.dumps({"benchmark": "gaps", **vars(options), "lines": lines}))
+    rows = [
+        result.Row(
+            f"psnr_{line['side']}_{line['gap']}",
+            f"worst picture's PSNR beside `exact` at {line['side']:,} pixels, a gap of {line['gap']} "
+            f"(least cosine {line['cosine_least']})",
+            "dB",
+            line["psnr_least"],
+        )
+        for line in lines
+    ]
+    result.report("gaps", "encoders", options, rows, {"lines": lines})
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""Where the time goes on a GPU, by open_clip model: the model alone, files to files, decoding; prints JSON.
+"""Measures where the time goes on a GPU, by open_clip model: the model alone, files to files, decoding.
 
-python -m tests.bench.gpu [--model ViT-B-32 ViT-L-14 ViT-H-14] [--pretrained PATH] [--device cuda] [--peak 790]
-    [--batch 256] [--seconds 5] [--tars 8] [--samples 2000] [--side 256] [--no-compile]
+    python -m tests.bench.gpu [--model ViT-B-32 ViT-L-14 ViT-H-14] [--pretrained PATH] [--device cuda] [--peak 790]
+        [--batch 256] [--seconds 5] [--tars 8] [--samples 2000] [--side 256] [--no-compile] [--record]
 
-Weights are random unless a checkpoint is given (for one model); `demo` is the small model in the package. Of the
-model alone, eager and compiled: images a second of uint8 batches in the host's memory, pairs a second with captions;
-`flops_used` is an image's operations (2 a product and sum; torch's counter) times its rate, over --peak TFLOP/s.
-`files_s` is pairs a second from tars to committed parts, planning included, the model loaded before. Decoding: JPEGs
-to the model's pixels on one thread and on all; and, on CUDA, to pixels of the file's size by torchvision there.
-The whole runs on a CPU as well: --device cpu --model demo.
+Weights are random unless a checkpoint is given (for one model); `demo` is the small model in the package. The model
+alone is measured eager and compiled: images a second of uint8 batches in the host's memory, and pairs a second with
+captions. `flops_used` is the operations of an image (a product and its sum are 2; by torch's counter) times the rate,
+over `--peak` TFLOP/s. `files_s` is pairs a second from tars to commits, planning included, the model loaded before.
+Decoding is JPEGs to the model's pixels on one thread and on all, and on CUDA to pixels of the file's size by
+torchvision there. All of it runs on a CPU as well: `--device cpu --model demo`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import tempfile
@@ -35,6 +34,7 @@ from clip_batch.encoders.hub import line
 from clip_batch.errors import EncoderError
 from clip_batch.plan.plan import make_plan
 from clip_batch.types import EncoderSpec
+from tests.bench import result
 from tests.bench.data_path import photo, write_tars
 from tests.bench.engines import checkpoint
 from tests.bench.text import captions
@@ -145,7 +145,7 @@ def on_device(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--model", nargs="+", default=["ViT-B-32", "ViT-L-14", "ViT-H-14"])
     parser.add_argument("--pretrained", default="")
     parser.add_argument("--precision", default="", help="of all; bf16 on CUDA, fp32 elsewhere")
@@ -161,7 +161,7 @@ def main() -> None:
     options = parser.parse_args()
     cuda = options.device.startswith("cuda")
     options.precision = options.precision or ("bf16" if cuda else "fp32")
-    rows = []
+    models = []
     with tempfile.TemporaryDirectory() as home:
         tars = write_tars(home, options.tars, options.samples, options.side)
         for number, model in enumerate(options.model):
@@ -180,17 +180,31 @@ def main() -> None:
                     del encoder
                 except EncoderError as error:
                     row["compiled"] = {"error": str(error)}
-            rows.append(row)
-    result = {
-        "benchmark": "gpu",
-        **vars(options),
+            models.append(row)
+    rows = []
+    for row in models:
+        what = f"{row['model']}, {options.precision}, batch of {options.batch}, {options.device}"
+        share = row["files_over_model"]
+        rows += [
+            result.Row(f"{row['model']}_images", f"{what}: the model alone", "images/s", row["images_s"]),
+            result.Row(
+                f"{row['model']}_files",
+                f"{what}: from tars to commits",
+                "pairs/s",
+                row["files_s"],
+                row["pairs_s"],
+                "the model alone",
+                share,
+            ),
+        ]
+    figures = {
         "device_name": torch.cuda.get_device_name(options.device) if cuda else "CPU",
         "torch": torch.__version__,
         "cores": len(os.sched_getaffinity(0)),
-        "rows": rows,
+        "models": models,
         "decode_on_device": on_device(options),
     }
-    print(json.dumps(result))
+    result.report("gpu", "encoders", options, rows, figures)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Milliseconds of a search for very many hits, without their metadata, by faiss alone and through Searcher; as JSON.
+"""Measures a search for very many hits, without their metadata, by faiss alone and through Searcher.
 
-python -m tests.bench.knn --output OUT [--key IVF1024,PQ64x4fs] [--k 100000] [--efforts 128 256]
+    python -m tests.bench.knn --output OUT [--key IVF1024,PQ64x4fs] [--k 100000] [--efforts 128 256] [--record]
 
-OUT is merged into an index in a temporary folder first. One query at a time, medians of 30.
+OUT is first merged into an index in a temporary folder. Queries run one at a time; figures are medians of 30.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,6 +17,7 @@ from clip_batch.config import MergeConfig
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.merge.merge import merge
 from clip_batch.search.searcher import Searcher
+from tests.bench import result
 
 QUERIES = 30
 
@@ -34,7 +33,7 @@ def milliseconds(work: Callable[[int], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--output", required=True)
     parser.add_argument("--key", default="IVF1024,PQ64x4fs")
     parser.add_argument("--k", type=int, default=100_000)
@@ -57,7 +56,20 @@ def main() -> None:
                         lambda i, effort=effort: searcher.search_ids(queries[i], options.k, effort=effort)  # type: ignore[misc]
                     ),
                 }
-    print(json.dumps({"benchmark": "knn", **vars(options), "rows": manifest.rows, **found}))
+    size = f"{options.k:,} hits of {manifest.rows:,} x {manifest.dim} without metadata, {options.key}"
+    rows = [
+        result.Row(
+            f"effort_{effort}",
+            f"{size}, effort {effort}",
+            "ms",
+            (line := found[f"effort {effort}"])["searcher_ms"],
+            line["faiss_ms"],
+            "the index alone",
+            round(line["faiss_ms"] / line["searcher_ms"], 2),
+        )
+        for effort in options.efforts
+    ]
+    result.report("knn", "search", options, rows, {"rows": manifest.rows, **found})
 
 
 if __name__ == "__main__":

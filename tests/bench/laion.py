@@ -1,19 +1,19 @@
-"""LAION-5B without a cluster: its real plan, drained by a thousand simulated workers on a virtual clock.
+"""Simulates LAION-5B: its real plan, worked off by a thousand simulated workers on a virtual clock.
 
-    python -m tests.bench.laion [--tars 585000] [--gpus 1000] [--partition-bytes 1GB 2GB 4GB]
+    python -m tests.bench.laion [--tars 585000] [--gpus 1000] [--partition-bytes 1GB 2GB 4GB] [--record]
 
-Real are the plan (`make_plan` over a listing), the submissions and their slots, what a worker does next (embed's
-order of partitions) and whom it helps (`slots.choose`). Simulated are time and trouble, by `Cluster`: GPUs of
-several speeds, slow nodes, nodes that die, workers that are killed, preemptions, time limits, SLURM's limit of tasks
-at a time, tars that cannot be read at first. An operator submits again what is missing once the queue is empty.
-Prints JSON: for each partition size a run with workers that help each other and one without: its wall clock over
-the ideal one (all samples over all GPUs' rates), that of 99 % of the partitions, GPU time held over the ideal,
-what was computed in vain, how tasks ended, and what was asked of storage.
+The plan (`make_plan` over a listing), the submissions and their slots, what a worker does next (embed's order of
+partitions) and whom it helps (`slots.choose`) are real. Time and trouble are simulated, by `Cluster`: GPUs of several
+speeds, slow nodes, nodes that die, workers that are killed, preemptions, time limits, SLURM's limit of tasks at a time,
+tars that cannot be read at first. An operator submits again what is missing once the queue is empty.
+
+For each size of partitions there is a run with workers that help each other and one without. Figures of a run: its wall
+clock over the ideal one (all samples over all GPUs' rates), that of 99 % of the partitions, GPU time held over the
+ideal, what was computed twice, how tasks ended, and the requests to storage.
 """
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import itertools
 import json
@@ -37,6 +37,7 @@ from clip_batch.embeddings.workers import BEAT, SILENT
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.download import PIECE
 from clip_batch.types import Partition, Plan
+from tests.bench import result
 from tests.bench.plan import Listing
 
 Process = Iterator[float]
@@ -57,7 +58,7 @@ PAGE = 1000
 """Names that one answer to a listing of S3 carries."""
 
 A_PARTITION = {"HEAD": 3, "LIST": 3, "PUT": 4}
-"""Requests to OUT for a partition, besides those for its tars; tests/test_laion.py counts them on an S3 server."""
+"""Requests to OUT for a partition, besides those for its tars; tests/docs/test_laion.py counts them on an S3 server."""
 
 A_TAR = {"HEAD": 1, "GET": math.ceil(SAMPLES_A_TAR * BYTES_A_SAMPLE / PIECE)}
 """Requests for a tar."""
@@ -356,7 +357,7 @@ def make(tars: int, partition_bytes: str, folder: str) -> Plan:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--tars", type=int, default=585_000)
     parser.add_argument("--gpus", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=312, help="samples a second of a GPU")
@@ -380,7 +381,14 @@ def main() -> None:
         for share in (True, False):
             runs.append({**facts, "share": share, **Simulation(plan, cluster, slurm, share, options.tasks).run()})
             print(json.dumps(runs[-1]), file=sys.stderr)
-    print(json.dumps({"benchmark": "laion", "tars": options.tars, **asdict(cluster), "runs": runs}))
+    rows = []
+    for helping, alone in zip(runs[::2], runs[1::2], strict=True):
+        last = helping["over_ideal"], alone["over_ideal"]
+        size = f"partitions of {helping['partition_bytes']}"
+        what = f"{options.tars:,} tars simulated, {options.gpus:,} GPUs, {size}: last commit over the ideal time"
+        ratio = round(last[1] / last[0], 2)
+        rows.append(result.Row(helping["partition_bytes"], what, "times", *last, "`--no-share`", ratio))
+    result.report("laion", "launch", options, rows, {"cluster": asdict(cluster), "runs": runs})
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-"""Metadata of one index shard: writing it in index order and taking from it, by layout; as JSON.
+"""Measures the metadata of one index shard: writing it in index order, and taking rows from it, by layout.
 
-python tests/bench/metadata.py [--rows 10000000] [--rounds 9] [--batch-rows 65536 262144 1048576] [--folder DIR]
+    python -m tests.bench.metadata [--rows 10000000] [--rounds 9] [--batch-rows 65536 262144 1048576] [--folder DIR]
+        [--record]
 
-`near` are 200 runs of 5,000 rows of the index: what neighbouring lists hold. The layout `arrival` is the
-same file before rows are sorted by list, `plain` the default one without dictionaries. Takes are the
-best of the rounds, all layouts in each round: milliseconds of the clock, and of all cores (which other
-work on the machine hardly changes); cold ones, after the kernel was asked to drop the file. The limit is
-what copying as many bytes into fresh memory costs one core.
+`near` is 200 runs of 5,000 rows of the index, as neighbouring lists hold them. The layout `arrival` is the same file
+before rows are sorted by list; `plain` is the default one without dictionaries. Takes are the best of the rounds, each
+of which has all layouts: milliseconds by the clock, and of all cores (which other work on the machine hardly changes).
+Cold takes run after the kernel was asked to drop the file. The limit is what copying as many bytes into fresh memory
+costs one core.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import mmap
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-
 from clip_batch.index import metadata
+from tests.bench import result
 
 PART = 100_000
 LISTS = 4096
@@ -108,56 +105,67 @@ def copy_gb_s(fresh: bool, size: int = 2**27) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch-rows", type=int, nargs="+", default=[65_536, 262_144, 1_048_576])
     parser.add_argument("--folder", help="for the files, some 1.5 GB each (default: a temporary folder)")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     rng = np.random.default_rng(1)
-    order = np.argsort(rng.integers(LISTS, size=arguments.rows, dtype=np.uint16), kind="stable")
-    runs = min(RUNS[1], arguments.rows)
-    near = np.concatenate([np.arange(runs) + start for start in rng.integers(arguments.rows - runs + 1, size=RUNS[0])])
+    order = np.argsort(rng.integers(LISTS, size=options.rows, dtype=np.uint16), kind="stable")
+    runs = min(RUNS[1], options.rows)
+    near = np.concatenate([np.arange(runs) + start for start in rng.integers(options.rows - runs + 1, size=RUNS[0])])
     wanted = {
         "near_1m": near,
         "near_1m_shuffled": rng.permutation(near),
-        "random_1m": rng.integers(arguments.rows, size=1_000_000),
-        "random_1k": rng.integers(arguments.rows, size=1000),
-        "random_10": rng.integers(arguments.rows, size=10),
+        "random_1m": rng.integers(options.rows, size=1_000_000),
+        "random_1k": rng.integers(options.rows, size=1000),
+        "random_10": rng.integers(options.rows, size=10),
     }
     default = metadata.BATCH_ROWS
-    layouts = {str(size): (size, metadata.DICTIONARY_VALUES, order) for size in arguments.batch_rows}
+    layouts = {str(size): (size, metadata.DICTIONARY_VALUES, order) for size in options.batch_rows}
     layouts["plain"] = (default, 0, order)
-    layouts["arrival"] = (default, metadata.DICTIONARY_VALUES, np.arange(arguments.rows))
+    layouts["arrival"] = (default, metadata.DICTIONARY_VALUES, np.arange(options.rows))
     before = {what: order[rows] for what, rows in wanted.items()}
     asked = {name: before if name == "arrival" else wanted for name in layouts}
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        report = {name: layout(f"{folder}/{name}.arrow", *options, asked[name]) for name, options in layouts.items()}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        report = {name: layout(f"{folder}/{name}.arrow", *how, asked[name]) for name, how in layouts.items()}
         opened = {name: metadata.open_table(f"{folder}/{name}.arrow") for name in layouts}
-        for _ in range(arguments.rounds):
+        for _ in range(options.rounds):
             for name, file in opened.items():
                 for what, rows in asked[name].items():
                     took, busy = seconds(functools.partial(file.take, rows))
                     for unit, value in (("ms", took), ("cpu_ms", busy)):
                         key, value = f"{what}_{unit}", round(1000 * value, 2)
                         report[name][key] = min(value, report[name].get(key, value))
-        limit = opened[str(arguments.batch_rows[0])].take(near).nbytes
+        limit = opened[str(options.batch_rows[0])].take(near).nbytes
     fresh = copy_gb_s(True)
-    print(
-        json.dumps(
-            {
-                "benchmark": "metadata",
-                **vars(arguments),
-                "cores": len(os.sched_getaffinity(0)),
-                "load": os.getloadavg(),
-                "copy_gb_s": copy_gb_s(False),
-                "copy_to_fresh_memory_gb_s": fresh,
-                "near_1m_bytes": limit,
-                "near_1m_limit_ms": [round(limit / rate / 1e6, 1) for rate in fresh],
-                "layouts": report,
-            }
+    limit_ms = round(limit / fresh[0] / 1e6, 1)
+    best = report[str(metadata.BATCH_ROWS)] if str(metadata.BATCH_ROWS) in report else next(iter(report.values()))
+    rows = [
+        result.Row(
+            "near_1m",
+            f"`take` of 1,000,000 rows of neighbouring lists from {options.rows:,}, warm",
+            "ms",
+            best["near_1m_ms"],
+            limit_ms,
+            "copying as many bytes into fresh memory",
+            round(limit_ms / best["near_1m_ms"], 2),
         )
-    )
+    ]
+    for key, what in (("random_1k", "1,000 random rows"), ("random_10", "10 random rows")):
+        rows.append(result.Row(key, f"the same, {what}", "ms", best[f"{key}_ms"]))
+    for key, what in (("near_1m", "1,000,000 rows of neighbouring lists"), ("random_1k", "1,000 random rows")):
+        rows.append(result.Row(f"{key}_cold", f"{what}, cold", "ms", best[f"{key}_cold_ms"]))
+    figures = {
+        "cores": len(os.sched_getaffinity(0)),
+        "copy_gb_s": copy_gb_s(False),
+        "copy_to_fresh_memory_gb_s": fresh,
+        "near_1m_bytes": limit,
+        "near_1m_limit_ms": [round(limit / rate / 1e6, 1) for rate in fresh],
+        "layouts": report,
+    }
+    result.report("metadata", "index", options, rows, figures)
 
 
 def layout(path: str, batch_rows: int, values: int, order: Rows, wanted: dict[str, Rows]) -> dict[str, float]:

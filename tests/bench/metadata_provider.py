@@ -1,15 +1,14 @@
-"""Rows a second of metadata by id, against clip-retrieval's own Arrow provider; in one run, as JSON.
+"""Measures rows of metadata a second by id, beside clip-retrieval's own Arrow provider, in one run.
 
-    python -m tests.bench.metadata_provider [--rows 1000000] [--python .clip-retrieval/bin/python]
+    python -m tests.bench.metadata_provider [--rows 1000000] [--python .clip-retrieval/bin/python] [--record]
 
-Urls and captions of the same rows, in a file of ours and in one as clip-retrieval writes them. `columnar` is
-an Arrow table, `dicts` are Python's, as both services answer with them. clip-retrieval has but dicts, so
-both are held against those. Best of rounds, which alternate.
+Both answer with URL and caption of the same rows, from a file of ours and from one as clip-retrieval writes it.
+`columnar` is an Arrow table, `dicts` are Python's, with which both services answer. clip-retrieval gives dicts only, so
+both of ours are compared with those. Rounds alternate, and the best of each counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from clip_batch.index import metadata
+from tests.bench import result
 from tests.bench.metadata import parts
 
 COLUMNS = ["url", "caption"]
@@ -46,7 +46,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--python", default=os.environ.get("CLIP_RETRIEVAL_PYTHON", ".clip-retrieval/bin/python"))
@@ -92,7 +92,20 @@ def main() -> None:
         | {f"{kind}_ratio": round(times["clip_retrieval"] / times[kind], 1) for kind in ("dicts", "columnar")}
         for name, times in best.items()
     }
-    print(json.dumps({"benchmark": "metadata_provider", "rows": options.rows, **report}))
+    rows = [
+        result.Row(
+            name,
+            f"url and caption of {len(ids):,} {name.partition('_')[0]} rows of {options.rows:,}, as dicts "
+            f"(as Arrow columns {report[name]['columnar_ratio']} times)",
+            "rows/s",
+            report[name]["dicts_rows_per_second"],
+            report[name]["clip_retrieval_rows_per_second"],
+            "clip-retrieval's Arrow provider",
+            report[name]["dicts_ratio"],
+        )
+        for name, ids in asked.items()
+    ]
+    result.report("metadata_provider", "index", options, rows, report)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""Pairs of image and caption a second: clip-retrieval's own `inference` against plan and embed; prints JSON.
+"""Measures pairs of image and caption a second of plan and embed, beside clip-retrieval's own `inference`.
 
-python -m tests.bench.pairs --python PYTHON --pretrained FILE [--model ViT-B-32] [--tars 4] [--samples 250]
-    [--plan '--precision bf16'] [--embed '--threads 2']
+    python -m tests.bench.pairs --python PYTHON --pretrained FILE [--model ViT-B-32] [--tars 4] [--samples 250]
+        [--plan '--precision bf16'] [--embed '--threads 2'] [--record]
 
-The same tars (JPEGs of 256 x 256, captions of 2 to 30 words) and weights, commands as a user types them, one
-after the other on this machine, start and end of the processes included. PYTHON is an interpreter
-that has clip-retrieval (`make clip-retrieval`).
+Both have the same tars (JPEGs of 256 x 256, captions of 2 to 30 words) and weights. They run one after the other, as
+commands that a user types, so the start and end of the processes count. PYTHON is an interpreter that has
+clip-retrieval (`make clip-retrieval`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shlex
 import sys
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.bench import result
 from tests.bench.compare import build
 from tests.bench.data_path import write_tars
 
@@ -32,7 +31,7 @@ main(sys.argv[1], sys.argv[2], input_format="webdataset", enable_metadata=True, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--python", default=os.environ.get("CLIP_RETRIEVAL_PYTHON", ".clip-retrieval/bin/python"))
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--pretrained", required=True, help="a checkpoint that open_clip loads")
@@ -56,8 +55,8 @@ def main() -> None:
             "embed": [*ours, "embed", *out, "--device", "cpu", *shlex.split(options.embed)],
         }
         found = {name: build(command, Path(home, f"{name}.log"), 3000) for name, command in commands.items()}
-        for name, result in found.items():
-            assert result["exit"] == 0, Path(home, f"{name}.log").read_text()[-2000:]
+        for name, run in found.items():
+            assert run["exit"] == 0, Path(home, f"{name}.log").read_text()[-2000:]
         for folder in ("ours", "theirs"):
             files = Path(home, folder, "img_emb").glob("*.npy")
             assert sum(len(np.load(path, mmap_mode="r")) for path in files) == pairs, folder
@@ -65,7 +64,14 @@ def main() -> None:
     rates = {"clip-retrieval": pairs / found["clip-retrieval"]["seconds"], "ours": pairs / seconds}
     told = {"pairs_s": {name: round(rate, 1) for name, rate in rates.items()}}
     ratio = round(rates["ours"] / rates["clip-retrieval"], 2)
-    print(json.dumps({"benchmark": "pairs", **vars(options), **told, "over_clip_retrieval": ratio, **found}))
+    cpu_ms = round(1000 * (found["plan"]["cpu_seconds"] + found["embed"]["cpu_seconds"]) / pairs, 1)
+    peaks = f"peak {found['embed']['peak_mb']:,} against {found['clip-retrieval']['peak_mb']:,} MB"
+    precision = "int8" if "int8" in options.plan else "fp32"
+    what = f"{pairs:,} pairs, {options.model}, whole commands {options.plan} {options.embed}".strip()
+    peer, target = "clip-retrieval's `inference`", {"fp32": 1.8, "int8": 3.5}[precision]
+    rates_shown = told["pairs_s"]["ours"], told["pairs_s"]["clip-retrieval"]
+    rows = [result.Row(precision, f"{what} ({peaks})", "pairs/s", *rates_shown, peer, ratio, target, cpu_ms)]
+    result.report("pairs", "embeddings", options, rows, {**told, "over_clip_retrieval": ratio, **found})
 
 
 if __name__ == "__main__":

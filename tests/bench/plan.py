@@ -1,17 +1,15 @@
-"""Plans a million tars and prints seconds and peak memory as JSON.
+"""Measures the seconds and the peak memory of planning a million tars.
 
-    python tests/bench/plan.py [--tars 1000000]
+    python -m tests.bench.plan [--tars 1000000] [--record]
 
-The tars are a listing without files: a brace pattern (a request a tar) and a folder (one listing
-call), each in a process of its own, so that each has its own peak. Figures: `expand` SPEC to
-shards, `pack` shards to partitions, `plan` the whole of make_plan, `load` the plan read back,
-`again` make_plan over the standing plan; in seconds. `rss` is the process's peak in MB.
+The tars are a listing without files, named by a brace pattern (a request for each tar) and by a folder (one listing).
+Each runs in a process of its own, so that each has its own peak. Figures, in seconds: `expand` turns the SPEC into
+shards, `pack` shards into partitions, `plan` is all of make_plan, `load` reads the plan back, `again` is make_plan over
+the plan that stands. `rss` is the process's peak in MB. The listing cannot be read, so side-cars cost nothing here.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import resource
 import tempfile
@@ -27,6 +25,7 @@ from clip_batch.plan.pack import PartitionTarget, pack
 from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.plan.specs import expand_inputs
 from clip_batch.storage.store import Store
+from tests.bench import result
 
 T = TypeVar("T")
 
@@ -57,9 +56,9 @@ def measure(spec: str, tars: int) -> dict[str, float]:
 
     def timed(name: str, call: Callable[[], T]) -> T:
         started = time.perf_counter()
-        result = call()
+        answer = call()
         figures[name] = round(time.perf_counter() - started, 2)
-        return result
+        return answer
 
     options: dict[str, Any] = {"tars": tars}
     with tempfile.TemporaryDirectory() as output:
@@ -75,13 +74,22 @@ def measure(spec: str, tars: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--tars", type=int, default=1_000_000)
-    tars = parser.parse_args().tars
+    options = parser.parse_args()
+    tars = options.tars
     specs = {"brace": f"listing://data/{{0000000..{tars - 1:07d}}}.tar", "folder": "listing://data"}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        found = {name: pool.apply(measure, (spec, tars)) for name, spec in specs.items()}
-    print(json.dumps({"tars": tars, **found}))
+        figures = {name: pool.apply(measure, (spec, tars)) for name, spec in specs.items()}
+    rows = []
+    for name, what in (("brace", "named by a brace pattern"), ("folder", "by one listing")):
+        peak = figures[name]["rss"]
+        rows += [
+            result.Row(name, f"plan of {tars:,} tars {what} (peak {peak:,} MB)", "s", figures[name]["plan"]),
+            result.Row(f"{name}_load", f"that plan, {what}, read back by a worker", "s", figures[name]["load"]),
+            result.Row(f"{name}_again", f"planned again over that plan, {what}", "s", figures[name]["again"]),
+        ]
+    result.report("plan", "plan", options, rows, figures)
 
 
 if __name__ == "__main__":

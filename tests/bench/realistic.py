@@ -1,4 +1,4 @@
-"""Vectors like CLIP's, for benchmarks: clustered, of few real dimensions, captions apart from images."""
+"""Makes vectors like CLIP's for benchmarks: clustered, of few real dimensions, captions apart from images."""
 
 from __future__ import annotations
 

@@ -1,24 +1,22 @@
-"""Reading and splitting tars of 256 px JPEGs: local files against S3, GCS and HDFS on loopback, in one run; as JSON.
+"""Measures reading tars of 256 px JPEGs from S3, GCS and HDFS on this machine, beside local files, in one run.
 
-    python tests/bench/remote.py [--tars 6] [--samples 2000] [--repeats 3] [--rounds 5] [--moto] [--gcs] [--hdfs]
+    python -m tests.bench.remote [--tars 6] [--samples 2000] [--repeats 3] [--rounds 5] [--moto] [--gcs] [--hdfs]
+        [--record]
 
-`s3` is a server of this benchmark's own (`s3_files.py`), which costs next to nothing; `moto` is a test's
-double of S3, in Python, `gcs` one of Google Cloud Storage, in Go. `split` reads every sample; `decode` also
-decodes each image on one thread, which is nearer to what embed does. The clock starts when the first tar is
-there, as a worker reads for hours. `share` is the remote rate over the local one; best of the rounds,
-interleaved.
+`s3` is a server of this benchmark's own (`s3_files.py`), which costs next to nothing; `moto` is a test double of S3 in
+Python, `gcs` one of Google Cloud Storage in Go. `split` reads every sample; `decode` also decodes each image on one
+thread, which is nearer to what embed does. The clock starts when the first tar has arrived, as a worker reads for
+hours. `share` is the remote rate over the local one. Rounds are interleaved, and the best of each counts.
 
-`cpu_ms_mb` are CPU milliseconds a megabyte of the best round: of the reader, of the process that fetches for
-it, of the server. All have the same cores, so `bound` is the share that no arrangement of that work can
-pass; `others` are the cores that other programs had meanwhile. `raw` is the store alone: the same ranged
-reads, without a file, thrown away. `scan` is what planning reads.
+`cpu_ms_mb` is CPU milliseconds for each megabyte in the best round: of the reader, of the process that fetches for it,
+and of the server. All have the same cores, so `bound` is the share that no arrangement of that work can pass; `others`
+are the cores that other programs had meanwhile. `raw` is the store alone: the same ranged reads, without a file, thrown
+away. `scan` is what planning reads.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -41,6 +39,7 @@ from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import read_range, remote_file
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus
+from tests.bench import result
 
 AHEAD = 4
 """Tars that may lie here: so few that reading and fetching soon keep one pace, as they do over hours."""
@@ -179,7 +178,7 @@ def hadoop() -> Iterator[Place]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--tars", type=int, default=6)
     parser.add_argument("--samples", type=int, default=2_000)
     parser.add_argument("--repeats", type=int, default=3, help="how often a pass reads each tar")
@@ -187,17 +186,17 @@ def main() -> None:
     parser.add_argument("--moto", action="store_true", help="S3 as moto serves it, too")
     parser.add_argument("--gcs", action="store_true", help="GCS as fake-gcs-server serves it, too")
     parser.add_argument("--hdfs", action="store_true", help="HDFS too (needs Java: make services)")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory())
-        write(home, arguments.tars, arguments.samples)
+        write(home, options.tars, options.samples)
         places = {"local": Place(home, {}, []), "s3": stack.enter_context(s3_files(home))}
-        if arguments.moto:
+        if options.moto:
             places["moto"] = stack.enter_context(moto())
-        if arguments.gcs:
+        if options.gcs:
             places["gcs"] = stack.enter_context(gcs())
-        if arguments.hdfs:
+        if options.hdfs:
             places["hdfs"] = stack.enter_context(hadoop())
         shards: dict[str, list[Shard]] = {}
         for name, place in places.items():
@@ -211,9 +210,9 @@ def main() -> None:
         def keep(name: str, what: str, rate: float) -> None:
             best[name][what] = max(best[name].get(what, 0.0), rate)
 
-        for _ in range(arguments.rounds):
+        for _ in range(options.rounds):
             for name, place in places.items():
-                paces[name].append(split(shards[name] * arguments.repeats, place, touch))
+                paces[name].append(split(shards[name] * options.repeats, place, touch))
                 keep(name, "decode", split(shards[name][:2], place, decode).samples)
                 if name != "local":
                     started = time.perf_counter()
@@ -223,7 +222,7 @@ def main() -> None:
                 scan_tar(shards[name][0], place.options)
                 keep(name, "scan_mb", (shards[name][0].size or 0) / 1e6 / (time.perf_counter() - started))
         local = max(paces["local"])
-        report: dict[str, dict[str, object]] = {}
+        report: dict[str, dict[str, Any]] = {}
         for name, found in best.items():
             pace = max(paces[name])
             report[name] = {
@@ -236,7 +235,16 @@ def main() -> None:
                 "decode_share": round(found["decode"] / best["local"]["decode"], 2),
                 **{what: round(rate) for what, rate in found.items()},
             }
-    print(json.dumps({"benchmark": "remote", "megabytes": round(size / 1e6), **report}))
+    rows = []
+    for name, line in report.items():
+        if name != "local":
+            what = f"15 kB samples read and split from {name} on the same cores"
+            rates = line["split"], report["local"]["split"]
+            rows.append(result.Row(name, what, "samples/s", *rates, "local files", line["split_share"], 0.8))
+            rates = line["decode"], report["local"]["decode"]
+            what = f"15 kB samples from {name}, decoded on one thread"
+            rows.append(result.Row(f"{name}_decoded", what, "samples/s", *rates, "local files", line["decode_share"]))
+    result.report("remote", "samples", options, rows, {"megabytes": round(size / 1e6), **report})
 
 
 if __name__ == "__main__":

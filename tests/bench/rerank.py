@@ -1,13 +1,14 @@
-"""Re-ranking an index of many shards: of all shards' best candidates once, and of each shard's by itself; as JSON.
+"""Measures two ways to re-rank an index of many shards: the best candidates of all shards, or of each by itself.
 
     python -m tests.bench.rerank [--rows 200000] [--dim 256] [--shards 16] [--key IVF512,PQ32] [--factors 3 10 30 100]
+        [--record]
 
-Captions' vectors that were in no shard ask for images, one at a time. `reads` are vectors read for a query.
+Queries are vectors of captions that are in no shard; they search images, one at a time. `reads` is the number of
+vectors that are read for each query.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from clip_batch.index.merge.merge import merge
 from clip_batch.search.rows import Ids, Vectors
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.npy import unit
+from tests.bench import result
 from tests.bench.realistic import realistic
 from tests.fabricated import make_out
 
@@ -73,7 +75,7 @@ def measure(searcher: Searcher, ask: Callable[[Vectors], Ids], queries: Vectors,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--shards", type=int, default=16)
@@ -109,7 +111,24 @@ def main() -> None:
                     lines.append(found)
                     print(json.dumps(found), file=sys.stderr)
     facts |= {"rows": options.rows, "dim": options.dim, "effort": effort}
-    print(json.dumps({"benchmark": "rerank", **facts, "ways": lines}))
+    rows = []
+    for all_of_them, each in zip(lines[::2], lines[1::2], strict=True):
+        reads = f"{all_of_them['reads']:,} against {each['reads']:,} vectors read"
+        what = f"recall@10 in {facts['shards']} shards, `--rerank {all_of_them['factor']}` ({reads})"
+        peer = "each shard by itself"
+        rows += [
+            result.Row(f"factor_{all_of_them['factor']}", what, "", all_of_them["recall"], each["recall"], peer),
+            result.Row(
+                f"factor_{all_of_them['factor']}_ms",
+                "one search of that",
+                "ms",
+                all_of_them["ms"],
+                each["ms"],
+                peer,
+                round(each["ms"] / all_of_them["ms"], 2),
+            ),
+        ]
+    result.report("rerank", "index", options, rows, {**facts, "ways": lines})
 
 
 if __name__ == "__main__":

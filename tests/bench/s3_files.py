@@ -1,9 +1,9 @@
-"""A folder as an S3 bucket to read from: the kernel sends the bytes, so that a reader is measured, not its server.
+"""Serves a folder as an S3 bucket to read from; the kernel sends the bytes, so a reader is measured, not its server.
 
-    python tests/bench/s3_files.py FOLDER
+    python -m tests.bench.s3_files FOLDER
 
-It knows list, HEAD and ranged GET, and prints its port. The bucket has any name, its keys are `tars/<file>`;
-signatures are not looked at.
+It answers list, HEAD and ranged GET, and prints its port. The bucket has any name, and its keys are `tars/<file>`;
+signatures are not checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ITEM = (
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection of many requests."""
+    """Answers the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
     folder: Path
@@ -56,14 +56,14 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, len(body))
         self.wfile.write(body)
 
-    def _answer(self, status: int, length: int, path: Path | None = None, found: str = "") -> None:
+    def _answer(self, status: int, length: int, path: Path | None = None, content_range: str = "") -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(length))
         if path:
             self.send_header("ETag", f'"{etag(path)}"')
             self.send_header("Last-Modified", formatdate(path.stat().st_mtime, usegmt=True))
-        if found:
-            self.send_header("Content-Range", found)
+        if content_range:
+            self.send_header("Content-Range", content_range)
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def etag(path: Path) -> str:
-    """What stands for the version of a file."""
+    """A file's version, made of its time of modification."""
     return f"{path.stat().st_mtime_ns:x}"
 
 

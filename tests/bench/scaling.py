@@ -1,21 +1,20 @@
-"""What eight times the input costs, over eight times what the input costs: planning, embedding, merging, first search.
+"""Measures what eight times the input costs, over eight times what the input costs.
 
-    python -m tests.bench.scaling [--tars 50000] [--samples 2000] [--rows 50000] [--rounds 3]
+    python -m tests.bench.scaling [--tars 50000] [--samples 2000] [--rows 50000] [--rounds 3] [--record]
 
-`plan`: so many tars (a listing without files) and 8 times as many. `embed`: samples of 256 px through a
-stub of a model that takes no time. `merge`: rows of 256 dimensions, image and text, in index shards of one
-size, so that there are 8 times as many. `search`: opening such an index and one search. CPU seconds of all
-threads, the best of the rounds, as other work on a machine hardly changes those; 1.0 is in proportion.
+`plan` plans tars of a listing without files; `embed` embeds samples of 256 px by a stub of a model that takes no time;
+`merge` merges rows of 256 dimensions, image and text, in index shards of one size, so that there are 8 times as many;
+`search` opens such an index and searches once. Figures are CPU seconds of all threads, which other work on the machine
+hardly changes, and the best of the rounds. A ratio of 1.0 is in proportion.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -25,6 +24,7 @@ from clip_batch.embeddings.embed import embed
 from clip_batch.index.merge.merge import merge
 from clip_batch.plan.plan import make_plan
 from clip_batch.search.searcher import Searcher
+from tests.bench import result
 from tests.bench.data_path import write_tars
 from tests.bench.embed import Stub
 from tests.bench.plan import Listing
@@ -69,7 +69,7 @@ def merges(home: str, size: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--tars", type=int, default=50_000)
     parser.add_argument("--samples", type=int, default=2_000)
     parser.add_argument("--rows", type=int, default=50_000)
@@ -87,11 +87,23 @@ def main() -> None:
                 for name, value in found.items():
                     best = costs.setdefault(name, [np.inf, np.inf])
                     best[place] = min(best[place], value)
-    report = {
+    report: dict[str, dict[str, Any]] = {
         name: {"cpu_s": [round(value, 3) for value in pair], "of_8": round(pair[1] / pair[0] / TIMES, 3)}
         for name, pair in costs.items()
     }
-    print(json.dumps({"benchmark": "scaling", "cores": len(os.sched_getaffinity(0)), **vars(options), **report}))
+    sizes = {
+        "plan": f"plan of {options.tars:,} tars",
+        "embed": f"embed of {options.samples:,} images",
+        "merge": f"merge of {options.rows:,} x {DIM} in shards of {PART:,}",
+        "search": "opening that index and the first search",
+    }
+    rows = [
+        result.Row(
+            name, f"CPU of {TIMES} times the input over {TIMES} times its CPU: {what}", "times", report[name]["of_8"]
+        )
+        for name, what in sizes.items()
+    ]
+    result.report("scaling", "index", options, rows, {"cores": len(os.sched_getaffinity(0)), **report})
 
 
 if __name__ == "__main__":

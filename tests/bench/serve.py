@@ -1,15 +1,14 @@
-"""Text queries to a running service at 1, 8 and 32 clients: throughput, p50 and p99; prints JSON.
+"""Measures throughput, p50 and p99 of text queries to a running service at 1, 8 and 32 clients.
 
-    python -m tests.bench.serve [--index INDEX] [--seconds 10] [--other URL --name INDEX_NAME] [--flags ...]
+    python -m tests.bench.serve [--index INDEX] [--seconds 10] [--other URL --name INDEX_NAME] [--flags ...] [--record]
 
-Without --index, an index of 2,000 random pictures is made with the demo's model. `--other` asks one more
-service, such as clip-retrieval's `back` over the same index and model, by the same requests: both answer
-/knn-service. Each query is a text never asked before, so that no cache helps; `cached` asks one text again.
+Without `--index`, an index of 2,000 random pictures is made with the demo's model. `--other` sends the same requests to
+one more service, such as clip-retrieval's `back` over the same index and model: both answer /knn-service. Each query is
+a text that was never asked before, so that no cache helps; `cached` asks one text again and again.
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import itertools
 import json
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.bench import result
 from tests.servers.serving import make_index, running
 
 WORDS = ["red", "blue", "small", "old", "shining", "cat", "house", "river", "train", "flag", "bread", "night", "snow"]
@@ -79,7 +79,7 @@ def steps(url: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--index", default="")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--other", default="")
@@ -88,16 +88,36 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         index = options.index or make_index(Path(folder), 2000, model="demo")
-        result: dict[str, Any] = {"index": options.index or "2,000 random pictures, demo model"}
+        figures: dict[str, Any] = {"index": options.index or "2,000 random pictures, demo model"}
         with running({"index": index}, *(f"--{flag}" for flag in options.flags)) as url:
             for clients in (1, 8, 32):
-                result[f"{clients} clients"] = load(url, "index", clients, options.seconds, False)
+                figures[f"{clients} clients"] = load(url, "index", clients, options.seconds, False)
                 if options.other:
-                    found = load(options.other, options.name, clients, options.seconds, False)
-                    result[f"{clients} clients, other"] = found
-            result["steps_ms"] = steps(url)
-            result["32 clients, cached"] = load(url, "index", 32, options.seconds, True)
-    print(json.dumps(result, indent=1))
+                    other = load(options.other, options.name, clients, options.seconds, False)
+                    figures[f"{clients} clients, other"] = other
+            figures["steps_ms"] = steps(url)
+            figures["32 clients, cached"] = load(url, "index", 32, options.seconds, True)
+    rows = [row for clients in (1, 8, 32) for row in _rows(figures, clients)]
+    cached = figures["32 clients, cached"]["queries_per_second"]
+    rows.append(result.Row("cached", "a text that was asked before, 32 clients", "queries/s", cached))
+    result.report("serve", "serve", options, rows, figures)
+
+
+def _rows(figures: dict[str, Any], clients: int) -> list[result.Row]:
+    ours, other = figures[f"{clients} clients"], figures.get(f"{clients} clients, other")
+    rows = []
+    for key, field, what, unit in (
+        ("clients", "queries_per_second", f"new text queries, {clients} clients, {figures['index']}", "queries/s"),
+        ("p50", "p50_ms", f"p50 at {clients} clients", "ms"),
+        ("p99", "p99_ms", f"p99 at {clients} clients", "ms"),
+    ):
+        ratio = None
+        if other:
+            more = ours[field] / other[field]
+            ratio = round(more if key == "clients" else 1 / more, 2)
+        peer = other[field] if other else None
+        rows.append(result.Row(f"{key}_{clients}", what, unit, ours[field], peer, "the other service", ratio))
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""One of four workers is four times slower than the others: the wall clock over the ideal one.
+"""Measures the wall clock of four workers of which one is four times slower, over the ideal one.
 
-    python -m tests.bench.slow_worker [--tars 16] [--samples 1000] [--partition 250] [--rate 200]
+    python -m tests.bench.slow_worker [--tars 32] [--samples 1000] [--partition 250] [--rate 200] [--record]
 
-Four processes, a slot each; their encoders only sleep, so that the workers do not vie for cores.
-Ideal is all samples over the sum of the four rates.
+There are four processes with a slot each. Their encoders only sleep, so that they do not compete for cores. The ideal
+time is all samples over the sum of the four rates.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import tempfile
@@ -22,6 +20,7 @@ from clip_batch.embeddings.slots import Slot, partitions
 from clip_batch.embeddings.workers import WorkerRun, read_records
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
+from tests.bench import result
 from tests.bench.data_path import write_tars
 from tests.bench.embed import BATCH, Stub
 
@@ -58,7 +57,7 @@ def wall(tars: list[str], out: str, samples: int, rates: list[float], share: boo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = result.parser(__doc__)
     parser.add_argument("--tars", type=int, default=32)
     parser.add_argument("--samples", type=int, default=1000, help="a tar")
     parser.add_argument("--partition", type=int, default=250, help="samples of a partition")
@@ -76,7 +75,13 @@ def main() -> None:
             found[name] = {"seconds": round(seconds, 1), "over_ideal": round(seconds / ideal, 3)}
             found[name]["computed_in_vain"] = round(computed / total - 1, 4)
     cores = len(os.sched_getaffinity(0))
-    print(json.dumps({"benchmark": "slow_worker", "cores": cores, "samples": total, "ideal": round(ideal, 1), **found}))
+    share, alone = found["share"], found["no_share"]
+    twice = f"{share['seconds']} s; {100 * share['computed_in_vain']:.1f} % computed twice"
+    what = f"wall clock of {WORKERS} workers, one {SLOWER} times slower, over the ideal one ({twice})"
+    ratio = round(alone["over_ideal"] / share["over_ideal"], 2)
+    rows = [result.Row("share", what, "times", share["over_ideal"], alone["over_ideal"], "`--no-share`", ratio)]
+    figures = {"cores": cores, "samples_in_all": total, "ideal": round(ideal, 1), **found}
+    result.report("slow_worker", "embeddings", options, rows, figures)
 
 
 if __name__ == "__main__":

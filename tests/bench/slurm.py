@@ -1,17 +1,15 @@
-"""What SLURM adds to a partition: hundreds of tiny ones, as many tasks or few; prints seconds as JSON.
+"""Measures what SLURM adds to a partition: hundreds of tiny ones, in as many tasks or in few.
 
-    python tests/bench/slurm.py [--partitions 512]
+    python -m tests.bench.slurm [--partitions 512] [--record]
 
-Each partition holds one picture, so that nearly all the time is the launchers'. Figures: `worker`
-one process by hand; `tasks=N` a whole `clip-batch submit slurm --wait` over N array tasks on a real
-SLURM of two nodes on this machine, `partition` its seconds a partition beyond the worker's; a task
-starts a Python, imports and leaves a record, which this machine's cores share.
+Each partition holds one picture, so nearly all the time is the launcher's. `worker` is one process by hand. `tasks=N`
+is a whole `clip-batch submit slurm --wait` over N array tasks on a real SLURM of two nodes on this machine; its
+`partition` is the seconds for each partition beyond the worker's. A task starts a Python, imports, and leaves a record,
+and all share this machine's cores.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from pathlib import Path
 
 from clip_batch.cli import main as clip_batch
 from tests import corpus
+from tests.bench import result
 from tests.servers.slurm_cluster import MAX_ARRAY_SIZE, cluster
 
 
@@ -31,9 +30,10 @@ def seconds(*arguments: str, env: dict[str, str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--partitions", type=int, default=512)
-    count = parser.parse_args().partitions
+    options = parser.parse_args()
+    count = options.partitions
     figures: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder, cluster(Path(folder)) as slurm:
         corpus.good_tar(f"{folder}/0.tar", count)
@@ -53,7 +53,15 @@ def main() -> None:
                 "partition": round((took - by_hand) / count, 3),
                 "task": round((took - by_hand) / tasks, 2),
             }
-    print(json.dumps({"partitions": count, "cores": os.cpu_count(), "figures": figures}, indent=1))
+    by_hand = figures["worker"]["seconds"]
+    rows = [
+        result.Row(
+            name, f"{count} partitions of one picture on SLURM, {name}", "s", line["seconds"], by_hand, "one worker"
+        )
+        for name, line in figures.items()
+        if name != "worker"
+    ]
+    result.report("slurm", "launch", options, rows, {"cores": os.cpu_count(), "figures": figures})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""Times `clip-batch status`, as a process, over an OUT of many partitions; prints seconds as JSON.
+"""Measures the seconds of `clip-batch status`, as a process, over an OUT of many partitions.
 
-    python tests/bench/status.py [--partitions 100000] [--workers 1000]
+    python -m tests.bench.status [--partitions 100000] [--workers 1000] [--record]
 
-Figures: `records` with the records that workers leave; `tasks` with a record a partition, as tasks
-of one partition each leave them; `commits` without records, every commit read; `start` the same
-command over a plan of one partition.
+`records` has the records that workers leave; `tasks` has a record for each partition, as tasks of one partition leave
+them; `commits` has no records, so every commit is read; `start` is the same command over a plan of one partition.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -23,6 +21,7 @@ from clip_batch.embeddings import workers
 from clip_batch.plan import paths
 from clip_batch.types import Commit
 from tests import fabricated
+from tests.bench import result
 
 
 def fill(out: Path, partitions: int, share: int) -> None:
@@ -59,7 +58,7 @@ def seconds(out: Path, expected: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--partitions", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=1_000)
     options = parser.parse_args()
@@ -73,7 +72,16 @@ def main() -> None:
         figures["commits"] = min(seconds(out, options.partitions - 1) for _ in range(3))
         fill(Path(folder, "one"), 1, 1)
         figures["start"] = min(seconds(Path(folder, "one"), 0) for _ in range(3))
-    print(json.dumps({"partitions": options.partitions, "workers": options.workers, "seconds": figures}, indent=1))
+    ways = {
+        "records": f"records of {options.workers:,} workers ({figures['start']} s of it Python's start)",
+        "tasks": "a worker's record for each",
+        "commits": "no records, every commit read",
+    }
+    rows = [
+        result.Row(way, f"status of {options.partitions:,} partitions, {how}", "s", figures[way], target=2)
+        for way, how in ways.items()
+    ]
+    result.report("status", "embeddings", options, rows, {"seconds": figures})
 
 
 if __name__ == "__main__":

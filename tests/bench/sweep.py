@@ -1,28 +1,26 @@
-"""What `clip-batch sweep` costs and finds: python tests/bench/sweep.py [--rows 100000] [--keys Flat ...].
+"""Measures what `clip-batch sweep` costs, and what it recommends.
 
-Fabricated vectors of 512 dimensions in clusters, captions near their images. Prints the table on
-standard error as it grows, and JSON.
+    python -m tests.bench.sweep [--rows 100000] [--keys Flat ...] [--record]
+
+Vectors are made up: clusters in 512 dimensions, with captions near their images. The table is printed on standard error
+as it grows.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 import tempfile
 import time
 from dataclasses import asdict
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-
 from clip_batch.config import MergeConfig, SweepConfig
 from clip_batch.index.merge.sweep import describe, sweep
+from tests.bench import result
 from tests.fabricated import clustered, make_out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = result.parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--queries", type=int, default=200)
@@ -41,7 +39,9 @@ def main() -> None:
             progress=lambda line: print(line, file=sys.stderr, flush=True),
         )
     print(describe(found), file=sys.stderr)
-    print(json.dumps({"seconds": round(time.monotonic() - started, 1), **asdict(found)}, indent=1))
+    seconds = round(time.monotonic() - started, 1)
+    rows = [result.Row("seconds", f"sweep of {options.rows:,} x {options.dim}", "s", seconds)]
+    result.report("sweep", "index", options, rows, {"seconds": seconds, "sweep": asdict(found)})
 
 
 if __name__ == "__main__":

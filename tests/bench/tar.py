@@ -1,15 +1,13 @@
-"""Tar samples a second, one core: ours against webdataset and tarfile, in one run; as JSON.
+"""Measures how many samples a second are read from a tar on one core, beside webdataset and tarfile.
 
-    python tests/bench/tar.py [--samples 20000] [--rounds 5]
+    python -m tests.bench.tar [--samples 20000] [--rounds 5] [--record]
 
-Each sample has an 8 kB image, a caption and a JSON side-car. Best of the rounds, interleaved.
+Each sample has an 8 kB image, a caption and a JSON side-car. Rounds are interleaved, and the best of each counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import tarfile
 import tempfile
 import time
@@ -18,6 +16,8 @@ from collections.abc import Callable
 
 from clip_batch.samples import read_slice
 from clip_batch.types import EncoderSpec, Plan, Shard, Slice
+from tests.bench import result
+from tests.bench.data_path import cpu_seconds
 
 
 def write(path: str, samples: int) -> None:
@@ -49,23 +49,38 @@ def webdataset(path: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = result.parser(__doc__)
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     readers: dict[str, Callable[[str], int]] = {"ours": ours, "tarfile": standard, "webdataset": webdataset}
-    best = dict.fromkeys(readers, float("inf"))
+    best, cpu = dict.fromkeys(readers, float("inf")), dict.fromkeys(readers, float("inf"))
     with tempfile.TemporaryDirectory() as home:
-        write(f"{home}/a.tar", arguments.samples)
-        for _ in range(arguments.rounds):
+        write(f"{home}/a.tar", options.samples)
+        for _ in range(options.rounds):
             for name, reader in readers.items():
-                started = time.perf_counter()
-                assert reader(f"{home}/a.tar") == arguments.samples
+                started, used = time.perf_counter(), cpu_seconds()
+                assert reader(f"{home}/a.tar") == options.samples
                 best[name] = min(best[name], time.perf_counter() - started)
-    rates = {name: round(arguments.samples / seconds) for name, seconds in best.items()}
-    ratio = round(best["webdataset"] / best["ours"], 1)
-    print(json.dumps({"benchmark": "tar", "samples_per_second": rates, "over_webdataset": ratio}))
+                cpu[name] = min(cpu[name], cpu_seconds() - used)
+    rates = {name: round(options.samples / seconds) for name, seconds in best.items()}
+    cpu_ms = {name: round(1000 * seconds / options.samples, 4) for name, seconds in cpu.items()}
+    rows = [
+        result.Row(
+            peer if peer != "webdataset" else "samples",
+            "samples (8 kB image, caption, JSON) from a tar, one core",
+            "samples/s",
+            rates["ours"],
+            rates[peer],
+            peer,
+            round(best[peer] / best["ours"], 1),
+            12 if peer == "webdataset" else None,
+            cpu_ms["ours"],
+        )
+        for peer in ("webdataset", "tarfile")
+    ]
+    result.report("tar", "samples", options, rows, {"samples_per_second": rates, "cpu_ms": cpu_ms})
 
 
 if __name__ == "__main__":

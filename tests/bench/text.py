@@ -1,19 +1,18 @@
-"""Captions a second: cut to their length against padded to the model's context, in one run; prints JSON.
+"""Measures captions a second: cut to their length, beside padded to the model's context, in one run.
 
-python -m tests.bench.text [--model ViT-B-32] [--batch 256] [--rounds 3]
+    python -m tests.bench.text [--model ViT-B-32] [--batch 256] [--rounds 3] [--record]
 
-Random weights; captions of 2 to 30 words, most of them short. `single_ms` is one caption of eight words.
+Weights are random; captions have 2 to 30 words, most of them few. `single_ms` is one caption of eight words.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import time
 from collections.abc import Callable
 from typing import Any
 
+from tests.bench import result
 from tests.bench.serve import WORDS
 
 
@@ -23,7 +22,7 @@ def captions(draw: random.Random, count: int) -> list[str]:
 
 
 def seconds(work: Callable[[], Any], rounds: int) -> float:
-    """The least of some rounds."""
+    """Seconds of the fastest of some rounds."""
     taken = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -33,7 +32,7 @@ def seconds(work: Callable[[], Any], rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
@@ -60,8 +59,24 @@ def main() -> None:
             name: 1000 * seconds(lambda encode=encode: encode(single), 10 * options.rounds)  # type: ignore[misc]
             for name, encode in (("whole", model.encode_text), ("cut", cut))
         }
-    told = {"captions_s": {name: round(rate, 1) for name, rate in rates.items()}, "single_ms": ms}
-    print(json.dumps({"benchmark": "text", **vars(options), **told, "largest_difference": difference}))
+    captions_s = {name: round(rate, 1) for name, rate in rates.items()}
+    single_ms = {name: round(value, 1) for name, value in ms.items()}
+    what, peer = f"captions, {options.model}, batch of {options.batch}, cut to their length", "padded to the context"
+    more = round(rates["cut"] / rates["whole"], 2)
+    rows = [
+        result.Row("batch", what, "captions/s", captions_s["cut"], captions_s["whole"], peer, more),
+        result.Row(
+            "single",
+            "one caption of eight words, cut to its length",
+            "ms",
+            single_ms["cut"],
+            single_ms["whole"],
+            peer,
+            round(ms["whole"] / ms["cut"], 2),
+        ),
+    ]
+    figures = {"captions_s": captions_s, "single_ms": single_ms, "largest_difference": difference}
+    result.report("text", "encoders", options, rows, figures)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Peak memory of a worker that embeds ever more shards, and its pace; prints JSON.
+"""Measures the peak memory, and the pace, of a worker that embeds ever more shards.
 
-python -m tests.bench.worker [--model demo] [--shards 10 100 1000] [--samples 20]
+    python -m tests.bench.worker [--model demo] [--shards 10 100 1000] [--samples 20] [--record]
 
-The shards are names of one tar, in partitions of 500 samples: all that grows is how much there is to do.
+The shards are names of one tar, in partitions of 500 samples, so all that grows is how much there is to do.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import sys
@@ -16,12 +14,13 @@ import tempfile
 from pathlib import Path
 
 from tests import corpus
+from tests.bench import result
 from tests.bench.compare import build
 from tests.bench.text import captions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--shards", type=int, nargs="*", default=[10, 100, 1000])
     parser.add_argument("--samples", type=int, default=20, help="a shard")
@@ -40,17 +39,20 @@ def main() -> None:
             ours, out = [sys.executable, "-m", "clip_batch"], ["--output", f"{folder}/out"]
             plan = ["plan", "--input", f"{folder}/*.tar", *out, "--model", options.model, "--partition-samples", "500"]
             assert build([*ours, *plan], folder / "plan.log", 600)["exit"] == 0, (folder / "plan.log").read_text()
-            result = build([*ours, "embed", *out, "--device", "cpu"], folder / "embed.log", 3600)
-            assert result["exit"] == 0, (folder / "embed.log").read_text()
-            pace = round(shards * options.samples / result["seconds"], 1)
+            run = build([*ours, "embed", *out, "--device", "cpu"], folder / "embed.log", 3600)
+            assert run["exit"] == 0, (folder / "embed.log").read_text()
+            pace = round(shards * options.samples / run["seconds"], 1)
             found[shards] = {
                 "samples_s": pace,
-                "peak_mb": result["peak_mb"],
-                "anonymous_mb": result["peak_anonymous_mb"],
+                "peak_mb": run["peak_mb"],
+                "anonymous_mb": run["peak_anonymous_mb"],
             }
-    print(
-        json.dumps({"benchmark": "worker", **vars(options), "cores": len(os.sched_getaffinity(0)), "by_shards": found})
-    )
+    what = f"shards of {options.samples} samples, {options.model}"
+    rows = [
+        result.Row(f"shards_{n}", f"anonymous memory of a worker that embeds {n:,} {what}", "MB", line["anonymous_mb"])
+        for n, line in found.items()
+    ]
+    result.report("worker", "embeddings", options, rows, {"cores": len(os.sched_getaffinity(0)), "by_shards": found})
 
 
 if __name__ == "__main__":
