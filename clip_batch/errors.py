@@ -1,17 +1,23 @@
-"""The exception tree. Each message is one line: what, where, and how to mend it.
+"""The errors that clip-batch raises on purpose. Each message is one line that says what, where, and what to do.
 
-ClipBatchError
-|-- ConfigError      a flag, key or variable is wrong                         exit 2
-|-- InputError       an input that was planned is missing or changed          exit 1
-|-- PlanError        there is no plan, or it does not fit what is asked       exit 2
-|-- EncoderError     a model cannot be loaded or is not the planned one       exit 2
-|-- PartitionFailed  a policy says that too much of a partition is bad        exit 1
-|-- IncompleteError  what is asked needs partitions that are not committed    exit 1
-|-- CorruptError     stored bytes are not the bytes that were committed       exit 1
-|-- DatabaseError    a database cannot be reached, or holds something else  exit 1
-|-- ServiceError     a search service refuses a request of our client         exit 1
-|   `-- ServiceUnavailable  it cannot be reached, or has no time now          exit 1
-`-- Preempted        a signal asked the worker to stop; run it again          exit 75
+    error                       when                                                             exit code
+    ClipBatchError              the base of all others
+    |-- ConfigError             a flag, a key or a variable is wrong                             2
+    |-- InputError              an input is missing, unreadable, or not as it was planned        1
+    |-- PlanError               there is no plan, or it does not fit the request                 2
+    |-- EncoderError            a model cannot be loaded, or is not the planned one              2
+    |-- DecodeError             an image cannot be used                                          1
+    |-- PartitionFailed         more of a partition is bad than a policy allows                  1
+    |-- IncompleteError         the request needs partitions that are not committed              1
+    |-- CorruptError            stored bytes are not the bytes that were committed               1
+    |-- StorageUnavailable      a store does not answer for now; it is an OSError too            1
+    |-- DatabaseError           a database cannot be reached, or holds something else            1
+    |-- ServiceError            a search service refuses a request of `Client`                   1
+    |   `-- ServiceUnavailable  it cannot be reached, or has no time now                         1
+    `-- Preempted               a signal asked the worker to stop; run the same command again    75
+
+Files that are absent, exist already or may not be read raise Python's own FileNotFoundError, FileExistsError and
+PermissionError, from remote stores too. ValueError and TypeError are mistakes of the calling program.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ class ClipBatchError(Exception):
     """Base of every error that clip-batch raises on purpose."""
 
     exit_code = 1
+    """The exit code of a command that ends with this error."""
 
 
 class ConfigError(ClipBatchError):
@@ -34,7 +41,7 @@ class InputError(ClipBatchError):
 
 
 class PlanError(ClipBatchError):
-    """There is no plan at this output, or it does not fit what is asked."""
+    """There is no plan at this output, or it does not fit the request."""
 
     exit_code = 2
 
@@ -45,24 +52,39 @@ class EncoderError(ClipBatchError):
     exit_code = 2
 
 
+class DecodeError(ClipBatchError):
+    """An image cannot be used; `reason` is one of `clip_batch.types.SAMPLE_REASONS`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
+        return type(self), (self.reason, self.message)
+
+
 class PartitionFailed(ClipBatchError):
     """A policy says that too many samples, or a shard, of a partition are bad."""
 
 
 class IncompleteError(ClipBatchError):
-    """What is asked needs partitions that are not committed yet."""
+    """The request needs partitions that are not committed yet."""
 
 
 class CorruptError(ClipBatchError):
     """Stored bytes are not the bytes that were committed."""
 
 
+class StorageUnavailable(ClipBatchError, OSError):
+    """A store does not answer for now, which says nothing about the files that it holds."""
+
+
 class DatabaseError(ClipBatchError):
-    """A database cannot be reached, refuses what is asked, or does not hold what it should."""
+    """A database cannot be reached, refuses a request, or does not hold what it should."""
 
 
 class ServiceError(ClipBatchError):
-    """A search service refuses a request of `Client`; `status` is HTTP's, None where there was no answer."""
+    """A search service refuses a request of `Client`; `status` is the HTTP status, None without an answer."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -74,12 +96,15 @@ class ServiceUnavailable(ServiceError):
 
 
 class Preempted(ClipBatchError):
-    """A signal asked the worker to stop; nothing is half done, run it again."""
+    """A signal asked the worker to stop; nothing is half done, so that the same command can be run again."""
 
     exit_code = 75
 
     def __init__(self) -> None:
         super().__init__("stopped by a signal; what is committed stays, run the same command again")
+
+    def __reduce__(self) -> tuple[type[Preempted], tuple[()]]:
+        return type(self), ()
 
 
 def one_line(error: object, limit: int | None = None) -> str:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
-from clip_batch.errors import EncoderError, InputError, one_line
+from clip_batch.errors import DecodeError, EncoderError, InputError, one_line
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
-from clip_batch.samples.decode import JPEGS, DecodeError, decode_caption, read_header
+from clip_batch.samples.decode import JPEGS, decode_caption, read_header
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage.store import Store
 from clip_batch.types import Failure, Plan, Sample, Slice

@@ -22,11 +22,11 @@ from clip_batch.embeddings.commits import PartWriter, committed
 from clip_batch.embeddings.metadata import metadata_row
 from clip_batch.embeddings.workers import WorkerRun, recorded
 from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
-from clip_batch.errors import ClipBatchError, PartitionFailed, PlanError, Preempted
+from clip_batch.errors import ClipBatchError, DecodeError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
-from clip_batch.samples.decode import DecodeError, decode_caption, decode_json
+from clip_batch.samples.decode import decode_caption, decode_json
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage.store import Store
 from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample, Slice
@@ -368,7 +368,9 @@ class _Worker:
             self.store.create(name, json.dumps(record).encode())
         except OSError as second:
             message += f" (and it could not be recorded: {second})"
-        return Outcome(number, "failed", error=message, again=not isinstance(error, ClipBatchError))
+        return Outcome(
+            number, "failed", error=message, again=isinstance(error, OSError) or not isinstance(error, ClipBatchError)
+        )
 
 
 def _finish(batch: _Batch, futures: list[Future[list[_Decoded | Failure]]]) -> _Batch:

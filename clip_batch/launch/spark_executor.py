@@ -20,7 +20,7 @@ from clip_batch.embeddings.commits import read_commit
 from clip_batch.embeddings.embed import Outcome, compiled_size, embed
 from clip_batch.embeddings.submission import Submission
 from clip_batch.embeddings.workers import WorkerRun
-from clip_batch.errors import ClipBatchError, ConfigError
+from clip_batch.errors import ClipBatchError, ConfigError, StorageUnavailable
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Plan
@@ -168,5 +168,7 @@ def merge_task(
         else:
             merge.publish(job)
         return [{"version": job.version, "shards": job.shards}]
+    except StorageUnavailable:  # Spark tries the task again
+        raise
     except ClipBatchError as error:
         return [{"error": type(error).__name__, "message": str(error)}]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_batch.errors import one_line
+from clip_batch.errors import DecodeError, one_line
 
 # Our own check of the header counts pixels; Pillow's would refuse what `max_pixels` allows.
 Image.MAX_IMAGE_PIXELS = None
@@ -34,14 +34,6 @@ MAX_DEPTH = 100
 
 MAX_ASPECT = 1000
 """Longer to shorter side: a transform that resizes the shorter one would make gigabytes of more."""
-
-
-class DecodeError(Exception):
-    """An image that cannot be used: `reason` is one of SAMPLE_REASONS."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason, self.message = reason, message
 
 
 def open_image(data: bytes | memoryview, max_pixels: int) -> Image.Image:

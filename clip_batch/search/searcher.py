@@ -19,7 +19,7 @@ import pyarrow as pa
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings.reader import blocks
 from clip_batch.encoders.device import cores
-from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.errors import ConfigError, CorruptError, DecodeError
 from clip_batch.index import removals
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.ann.order import best
@@ -27,7 +27,6 @@ from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
 from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.index.metadata import MetadataFile, common_schema, open_table, take_as
-from clip_batch.samples.decode import DecodeError
 from clip_batch.search import clip_retrieval
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
 from clip_batch.search.encoder import load_encoder

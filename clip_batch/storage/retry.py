@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, TypeVar
 
-from clip_batch.errors import ClipBatchError, CorruptError, InputError, one_line
+from clip_batch.errors import ClipBatchError, CorruptError, InputError, StorageUnavailable, one_line
 
 T = TypeVar("T")
 
@@ -31,20 +31,18 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
 """Seconds: pauses are drawn from the upper half of 0.5, 1, 2, 4, ..., at most 20."""
 
 
-class Unavailable(OSError):
-    """A store does not answer for now. That says nothing about the files it holds."""
-
-
 def call_store(call: Callable[[], T], what: str, options: dict[str, Any] | None = None, sleep: Sleep = time.sleep) -> T:
     """Return what an operation of a remote filesystem returns, after retries where it fails.
 
     `what` names the operation and the file ("reading s3://bucket/a.tar"). Errors of the store are raised as
-    FileNotFoundError, FileExistsError, PermissionError or else Unavailable, of one line that begins with `what` and
-    shows no credentials; InputError where the URL or one of the `options` is wrong, which some filesystems only
+    FileNotFoundError, FileExistsError, PermissionError or else StorageUnavailable, of one line that begins with `what`
+    and shows no credentials; InputError where the URL or one of the `options` is wrong, which some filesystems only
     notice at the first request.
     """
     try:
         return with_retries(call, what, sleep)
+    except StorageUnavailable as error:  # of a call within this one
+        raise _as_os_error(error, what, options) from None
     except (ClipBatchError, AssertionError, AttributeError, LookupError, NotImplementedError):
         raise  # our own errors, and programming errors
     except (TypeError, ValueError) as error:
@@ -80,6 +78,8 @@ def is_transient(error: BaseException) -> bool:
     Stores raise errors of many types, so every error counts as transient except those known to stay: the types and
     numbers below, HTTP statuses 400 to 499 other than 408, 425 and 429, and errors about credentials.
     """
+    if isinstance(error, StorageUnavailable):
+        return error.errno not in _PERMANENT_NUMBERS
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp"):
         assert cause is not None  # fsspec reports every status but 200 as "not found"
@@ -120,13 +120,13 @@ _PERMANENT_NUMBERS = {
 def corrupt_unless_unavailable(what: str, remedy: str, *parse_errors: type[Exception]) -> Iterator[None]:
     """Raise CorruptError "{what} ({error}): {remedy}" where the block cannot read a file.
 
-    Covers OSError and the `parse_errors` of the file's format. Unavailable and PermissionError pass unchanged, as
-    they say nothing about the file: `repair` would otherwise retire sound commits while a store is down.
+    Covers OSError and the `parse_errors` of the file's format. StorageUnavailable and PermissionError pass
+    unchanged, as they say nothing about the file: `repair` would otherwise retire sound commits while a store is down.
     """
     unreadable: tuple[type[Exception], ...] = (OSError, *parse_errors)
     try:
         yield
-    except (Unavailable, PermissionError):
+    except (StorageUnavailable, PermissionError):
         raise
     except unreadable as error:
         raise CorruptError(f"{what} ({one_line(error, 200)}): {remedy}") from None
@@ -187,7 +187,7 @@ def _as_os_error(error: Exception, what: str, options: dict[str, Any] | None) ->
     if isinstance(error, PermissionError) or _is_refusal(error):
         remedy = "renew the credentials (environment or --storage-options) or get the right, then run it again"
         return PermissionError(f"{what}: refused: {message}; {remedy}")
-    unavailable = Unavailable(f"{what}: {message}")
+    unavailable = StorageUnavailable(f"{what}: {message}")
     unavailable.errno = getattr(error, "errno", None)
     return unavailable
 

@@ -16,7 +16,7 @@ import time
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from clip_batch.errors import one_line
+from clip_batch.errors import ClipBatchError, one_line
 
 REDIRECTS = 5
 
@@ -26,7 +26,7 @@ _SAFE = "/%:@!$&'()*+,;=?~"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-class FetchError(Exception):
+class FetchError(ClipBatchError):
     """A URL that gives no image; `reason` is one of REASONS, the message a predicate of the URL."""
 
     def __init__(self, reason: str, message: str) -> None:

@@ -18,9 +18,8 @@ from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings import calibrate as stage
 from clip_batch.embeddings.calibrate import Calibration, Measured, advise, calibrate, describe, planned_samples
-from clip_batch.errors import EncoderError, InputError, PlanError
+from clip_batch.errors import DecodeError, EncoderError, InputError, PlanError
 from clip_batch.plan.plan import make_plan
-from clip_batch.samples.decode import DecodeError
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 from tests import corpus
 

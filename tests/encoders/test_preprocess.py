@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_batch.samples.decode import DecodeError, open_image, read_header
+from clip_batch.errors import DecodeError
+from clip_batch.samples.decode import open_image, read_header
 from tests import corpus
 
 pytestmark = pytest.mark.slow

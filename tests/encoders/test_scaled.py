@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_batch.cli import main
-from clip_batch.errors import EncoderError
+from clip_batch.errors import DecodeError, EncoderError
 from clip_batch.plan.plan import load_plan
-from clip_batch.samples.decode import DecodeError
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 from tests import corpus

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_batch.samples.decode import DecodeError, decode_caption, decode_json, open_image
+from clip_batch.errors import DecodeError
+from clip_batch.samples.decode import decode_caption, decode_json, open_image
 from tests import corpus
 
 LIMIT = 178_956_970

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_batch.errors import CorruptError, InputError
+from clip_batch.errors import CorruptError, InputError, StorageUnavailable
 from clip_batch.storage import retry
 from clip_batch.storage.retry import (
     TRIES,
-    Unavailable,
     call_store,
     corrupt_unless_unavailable,
     is_transient,
@@ -76,10 +75,14 @@ def test_a_status_says_whether_it_passes() -> None:
         (FileExistsError("x"), 1, FileExistsError),
         (PermissionError("x"), 1, PermissionError),
         (TypeError("x"), 1, InputError),
-        (ConnectionResetError("x"), retry.TRIES, Unavailable),
-        (RuntimeError("RPCError(x\n\tat java.base/java.lang.Thread.run(Thread.java:840))"), retry.TRIES, Unavailable),
-        (OSError(errno.EBUSY, "SlowDown"), retry.TRIES, Unavailable),
-        (OSError(errno.ENOSPC, "No space left"), 1, Unavailable),
+        (ConnectionResetError("x"), retry.TRIES, StorageUnavailable),
+        (
+            RuntimeError("RPCError(x\n\tat java.base/java.lang.Thread.run(Thread.java:840))"),
+            retry.TRIES,
+            StorageUnavailable,
+        ),
+        (OSError(errno.EBUSY, "SlowDown"), retry.TRIES, StorageUnavailable),
+        (OSError(errno.ENOSPC, "No space left"), 1, StorageUnavailable),
         (RuntimeError("RPCError(org.apache.hadoop.security.AccessControlException)"), retry.TRIES, PermissionError),
     ],
 )
@@ -134,7 +137,9 @@ def test_a_file_that_cannot_be_read_is_corrupt(error: Exception) -> None:
         raise error
 
 
-@pytest.mark.parametrize("error", [Unavailable("busy"), PermissionError("no"), ValueError("bug"), CorruptError("x: y")])
+@pytest.mark.parametrize(
+    "error", [StorageUnavailable("busy"), PermissionError("no"), ValueError("bug"), CorruptError("x: y")]
+)
 def test_a_store_that_does_not_answer_is_not_corrupt(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, corrupt_unless_unavailable("s3://x is not readable", "copy it again"):
         raise error

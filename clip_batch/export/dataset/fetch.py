@@ -7,7 +7,7 @@ import os
 import threading
 from typing import Any, NamedTuple
 
-from clip_batch.errors import InputError, Preempted, one_line
+from clip_batch.errors import ClipBatchError, InputError, Preempted, one_line
 from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import stated
 from clip_batch.storage import web
@@ -21,7 +21,7 @@ _NAME = 90
 """Bytes of a member's name up to which its one header has all of it."""
 
 
-class Lost(Exception):
+class Lost(ClipBatchError):
     """A row whose image cannot be had; `reason` is one of REASONS."""
 
     def __init__(self, reason: str, message: str) -> None:

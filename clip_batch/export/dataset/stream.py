@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.encoders.device import cores, use_torch_threads
-from clip_batch.errors import ConfigError
+from clip_batch.errors import ConfigError, DecodeError
 from clip_batch.export.dataset import deal
 from clip_batch.export.dataset.failures import Failed, Failures
 from clip_batch.export.dataset.fetch import Fetch, Lost, Place
@@ -30,7 +30,6 @@ from clip_batch.export.dataset.loader import Loader, collate
 from clip_batch.export.dataset.pictures import Decode, pictures
 from clip_batch.export.dataset.select import PLACE, Query, select
 from clip_batch.index.metadata import open_table
-from clip_batch.samples.decode import DecodeError
 from clip_batch.storage.paths import absolute
 
 TAKE = 256

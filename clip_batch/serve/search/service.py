@@ -12,7 +12,7 @@ import numpy.typing as npt
 from clip_batch.config import DatabaseConfig, parse_bytes
 from clip_batch.encoders import NO_TEXT
 from clip_batch.encoders.device import cores
-from clip_batch.samples.decode import DecodeError
+from clip_batch.errors import DecodeError
 from clip_batch.search.heads import load_heads
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.search.live import Indices, OpenVersion

@@ -21,6 +21,7 @@ from clip_batch.errors import (
     InputError,
     PlanError,
     Preempted,
+    StorageUnavailable,
     one_line,
 )
 from clip_batch.index.merge import merge as merge_stage
@@ -153,6 +154,6 @@ def refused(error: Exception) -> Refused:
         return Refused(409, str(error))
     if isinstance(error, Preempted):
         return Busy("the job was stopped, and nothing is half done", after=AGAIN)
-    if isinstance(error, ClipBatchError):
+    if isinstance(error, ClipBatchError) and not isinstance(error, StorageUnavailable):
         return Refused(422, str(error))
     return Busy(one_line(f"{type(error).__name__}: {error}"), after=AGAIN)
