@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.config import PlanConfig
-from clip_batch.embeddings.commits import PartWriter
+from clip_batch.embeddings.part_writer import PartWriter
 from clip_batch.plan import plan as plans
 from clip_batch.plan.pack import PartitionTarget
 from clip_batch.storage.store import Store

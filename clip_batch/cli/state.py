@@ -22,7 +22,7 @@ def status(arguments: StatusArguments, storage: StorageConfig) -> int:
     from clip_batch.storage.store import Store
 
     found = status(Store(arguments.output, storage.storage_options))
-    answer(arguments, found, describe(found))
+    answer(arguments, asdict(found), describe(found))
     return 0
 
 

@@ -1,212 +1,35 @@
-"""A Part: what one attempt at one partition writes, and the commit that makes it count.
+"""Commits: which partitions are committed, and what each commit says.
 
-Files carry the attempt's id, so attempts never touch each other's; `commit` then creates
-`commits/<partition>.json` only if it is absent. Whoever loses that race removes its own files.
+`commits/<partition>.json` is created only if it is absent (see `part_writer`), and is all that readers trust.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import secrets
-import socket
-import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Iterable
 
-from clip_batch.embeddings.metadata import metadata_schema
 from clip_batch.plan import paths
-from clip_batch.storage.npy import half_header
-from clip_batch.storage.store import Store, stream_digest
-from clip_batch.types import Commit, Failure, Plan
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import pyarrow as pa
-
-_ROWS_A_GROUP = 10_000
-
-
-def read_commit(store: Store, name: str) -> Commit:
-    """One commit by its zero-padded partition number; FileNotFoundError if there is none."""
-    return Commit(**store.read_json(paths.commit(name)))
-
-
-def committed(store: Store) -> set[int]:
-    """The partitions that are committed, by one listing."""
-    return {int(name) for name in commit_names(store)}
-
-
-def attempted(store: Store) -> set[int]:
-    """The partitions at which an attempt failed, whether they are committed now or not."""
-    return {found[0] for name in store.list(paths.ATTEMPTS) if (found := paths.parse_attempt(name))}
+from clip_batch.storage.store import Store
+from clip_batch.types import Commit
 
 
 def commit_names(store: Store) -> list[str]:
-    """The zero-padded numbers of the committed partitions; spools and strangers' files are passed over."""
+    """The zero-padded numbers of the committed partitions, by one listing; files with other names are ignored."""
     return [name[:-5] for name in store.list(paths.COMMITS) if name.endswith(".json") and name[:-5].isdigit()]
 
 
+def committed(store: Store) -> set[int]:
+    """The committed partitions, by one listing."""
+    return {int(name) for name in commit_names(store)}
+
+
+def read_commit(store: Store, name: str) -> Commit:
+    """The commit of a partition, given its zero-padded number; FileNotFoundError if it is not committed."""
+    return Commit(**store.read_json(paths.commit(name)))
+
+
 def read_commits(store: Store, names: Iterable[str] | None = None) -> dict[int, Commit]:
-    """The commits of these zero-padded numbers, or all, by partition."""
-    wanted = commit_names(store) if names is None else names
-    commits = (Commit(**json.loads(data)) for data in store.read_all(paths.commit(name) for name in wanted))
+    """The commits of these zero-padded numbers (None: all), by partition."""
+    names = commit_names(store) if names is None else names
+    commits = (Commit(**json.loads(data)) for data in store.read_all(paths.commit(name) for name in names))
     return {commit.partition: commit for commit in commits}
-
-
-class PartWriter:
-    """Streams one attempt's rows to its files; nothing is visible before `commit`.
-
-    Use as a context manager: leaving it without `commit` drops everything.
-    """
-
-    def __init__(self, store: Store, plan: Plan, partition: int, dim: int, compression: str = "zstd") -> None:
-        self.store, self.plan, self.partition, self.dim = store, plan, partition, dim
-        self.attempt = secrets.token_hex(4)
-        self.rows = 0
-        self.failed: Counter[str] = Counter()
-        self.warnings: Counter[str] = Counter()
-        self.shards = {
-            piece.shard.url: {"seen": 0, "embedded": 0, "failed": 0} for piece in plan.partitions[partition].slices
-        }
-        self._compression = compression
-        self._started = time.time()
-        self._stack = contextlib.ExitStack()
-        self._spools: dict[str, IO[bytes]] = {}
-        self._parquet: dict[str, Any] = {}
-        self._pending: dict[str, list[dict[str, Any]]] = {paths.METADATA: [], paths.FAILURES: []}
-        self._published: list[str] = []
-
-    def __enter__(self) -> PartWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._close_parquet()
-        if self._spools:
-            self._stack.__exit__(_Dropped, _Dropped(), None)
-        for name in self._published:
-            self.store.remove(name)
-
-    def add(
-        self,
-        rows: Sequence[dict[str, Any]],
-        images: npt.NDArray[np.float32],
-        texts: npt.NDArray[np.float32] | None,
-    ) -> None:
-        """Append n rows: metadata dicts, image and text vectors of shape (n, dim), unit norm.
-
-        `texts` is None each time where the encoder has no text side: then the part has no text file.
-        """
-        import numpy as np
-
-        for folder, vectors in ((paths.VECTORS["image"], images), (paths.VECTORS["text"], texts)):
-            if vectors is not None:
-                self._spool(folder).write(np.ascontiguousarray(vectors, dtype=np.float16).tobytes())
-        self.rows += len(rows)
-        for row in rows:
-            self.shards[row["shard"]]["seen"] += 1
-            self.shards[row["shard"]]["embedded"] += 1
-        self._append(paths.METADATA, rows)
-
-    def fail(self, failure: Failure) -> None:
-        """Record one sample, or one stretch of a shard, that is not embedded."""
-        self.failed[failure.reason] += 1
-        if failure.key is not None:
-            self.shards[failure.shard]["seen"] += 1
-            self.shards[failure.shard]["failed"] += 1
-        self._append(paths.FAILURES, [asdict(failure)])
-
-    def commit(self, encoder: str) -> Commit | None:
-        """Publish the files, then the pointer. None if another attempt was first: ours is gone then.
-
-        Whatever happens once the pointer is on its way, the files stay unless another attempt's
-        pointer is seen to stand: an answer that is lost may have been a yes.
-        """
-        for folder in list(self._pending):
-            self._flush(folder)
-        files = self._publish()
-        commit = Commit(
-            partition=self.partition,
-            attempt=self.attempt,
-            rows=self.rows,
-            dim=self.dim,
-            encoder=encoder,
-            plan=self.plan.digest,
-            files=files,
-            shards=self.shards,
-            failed=dict(self.failed),
-            warnings=dict(self.warnings),
-            started=self._started,
-            finished=time.time(),
-            worker=socket.gethostname(),
-        )
-        text = json.dumps(asdict(commit), indent=1, sort_keys=True)
-        name = self.plan.name(self.partition)
-        ours, self._published = self._published, []
-        won = self.store.create(paths.commit(name), text.encode())
-        if won or read_commit(self.store, name).attempt == self.attempt:
-            return commit
-        self._published = ours
-        return None
-
-    def _publish(self) -> dict[str, dict[str, Any]]:
-        self._close_parquet()
-        files = {}
-        for folder, spool in self._spools.items():
-            if folder.endswith("_emb"):
-                spool.seek(0)
-                spool.write(half_header(self.rows, self.dim))
-            spool.flush()
-            spool.seek(0)
-            digest = stream_digest(spool)
-            files[self._name(folder)] = {"bytes": spool.tell(), "sha256": digest}
-        self._published = list(files)
-        self._spools = {}
-        self._stack.close()
-        return files
-
-    def _name(self, folder: str) -> str:
-        return paths.data_file(folder, self.plan.name(self.partition), self.attempt)
-
-    def _spool(self, folder: str) -> IO[bytes]:
-        if folder not in self._spools:
-            self._spools[folder] = self._stack.enter_context(self.store.writer(self._name(folder)))
-            if folder.endswith("_emb"):
-                self._spools[folder].write(half_header(0, self.dim))
-        return self._spools[folder]
-
-    def _append(self, folder: str, rows: Sequence[dict[str, Any]]) -> None:
-        self._pending[folder].extend(rows)
-        if len(self._pending[folder]) >= _ROWS_A_GROUP:
-            self._flush(folder)
-
-    def _flush(self, folder: str) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        rows, self._pending[folder] = self._pending[folder], []
-        if not rows:
-            return
-        schema = metadata_schema(self.plan.fields) if folder == paths.METADATA else _failures_schema()
-        if folder not in self._parquet:
-            self._parquet[folder] = pq.ParquetWriter(self._spool(folder), schema, compression=self._compression)
-        self._parquet[folder].write_table(pa.Table.from_pylist(rows, schema=schema))
-
-    def _close_parquet(self) -> None:
-        for writer in self._parquet.values():
-            writer.close()
-        self._parquet = {}
-
-
-class _Dropped(Exception):
-    """Tells the spools' context managers to publish nothing."""
-
-
-def _failures_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    text = pa.string()
-    return pa.schema([("key", text), ("shard", text), ("offset", pa.int64()), ("reason", text), ("message", text)])

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
-from clip_batch.embeddings import slots
-from clip_batch.embeddings.commits import PartWriter, committed
+from clip_batch.embeddings.attempts import record_failure
+from clip_batch.embeddings.commits import committed
 from clip_batch.embeddings.metadata import metadata_row
+from clip_batch.embeddings.part_writer import PartWriter
+from clip_batch.embeddings.spare import spare
 from clip_batch.embeddings.workers import WorkerRun, recorded
 from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
 from clip_batch.errors import ClipBatchError, DecodeError, PartitionFailed, PlanError, Preempted
@@ -217,13 +219,13 @@ class _Worker:
         """A partition of another worker's, if there is one to take."""
         if not (self.config.share and self.run.slot) or self.run.stop.is_set():
             return None
-        number = slots.spare(self.store, self.tried)
+        number = spare(self.store, self.tried)
         if number is None:
             return None
         self.tried.add(number)
         self.run.total += 1
         self.run.running.add(number)
-        self.run.tell.set()  # before others look for one
+        self.run.write_now.set()  # before others look for one
         return self.plan.partitions[number]
 
     def _decode(self, order: _Order, files: Prefetcher, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
@@ -357,15 +359,9 @@ class _Worker:
 
     def _record(self, number: int, error: Exception) -> Outcome:
         """Leave word of a failed attempt for `status`; the partition stays uncommitted."""
-        import json
-        import secrets
-        import time
-
         message = f"{type(error).__name__}: {error}"
-        name = paths.failed_attempt(self.plan.name(number), secrets.token_hex(4))
-        record = {"partition": number, "time": time.time(), "error": message}
         try:
-            self.store.create(name, json.dumps(record).encode())
+            record_failure(self.store, self.plan, number, message)
         except OSError as second:
             message += f" (and it could not be recorded: {second})"
         return Outcome(

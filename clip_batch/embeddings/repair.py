@@ -15,7 +15,7 @@ def repair(store: Store, problems: dict[str, str]) -> list[int]:
     plan = load_plan(store)
     numbers = sorted(int(name) for name in problems)
     if numbers:
-        workers.forget(store)
+        workers.remove_records(store)
     for number in numbers:
         store.remove(paths.commit(plan.name(number)))
     return numbers

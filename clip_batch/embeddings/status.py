@@ -1,7 +1,7 @@
-"""status: one view of OUT, read from storage, whatever launched the work.
+"""status: what is done in OUT, read from storage, whatever launched the work.
 
-What is committed comes from one listing of the commits. Their counts come from the workers' records,
-a file a worker, and from the commits themselves only where no record tells.
+One listing of the commits tells what is committed. The counts of the commits come from the workers' records, which are
+one file a worker; only commits that no record counts are read themselves.
 """
 
 from __future__ import annotations
@@ -9,117 +9,140 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
 
 from clip_batch.embeddings import submission, workers
+from clip_batch.embeddings.attempts import last_errors
 from clip_batch.embeddings.commits import commit_names, read_commits
-from clip_batch.plan import paths
+from clip_batch.embeddings.workers import CommitCounts, WorkerRecord
 from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.store import Store
 from clip_batch.types import format_numbers
 
 LONGEST_COMMAND = 2000
-"""Characters of partition numbers up to which a relaunch command names them."""
+"""A relaunch command names the missing partitions if their numbers take at most this many characters."""
+
+MOST_ERRORS = 20
+"""Partitions whose errors `describe` shows."""
 
 
-def status(store: Store) -> dict[str, Any]:
-    """One view of OUT, whatever launched the work: plain values, ready for JSON.
+@dataclass(frozen=True)
+class LiveWorker:
+    """A worker at work: its host and process, its scheduler's name for it, and its partitions."""
 
-    `images_per_second` is the rate of the workers alive now, else that of the whole run so far.
-    `gpu_hours` is the time that workers held a GPU, idle or not.
+    worker: str
+    job: str
+    running: list[int]
+
+
+@dataclass(frozen=True)
+class OutputStatus:
+    """The state of OUT; the JSON of `clip-batch status --json` has the same keys.
+
+    `failed` are the missing partitions whose last attempt failed, and `errors` what it said, by partition. `failures`
+    and `warnings` count samples by reason. `images_per_second` is the rate of the live workers, or if there are none,
+    that of the whole run so far. `gpu_hours` is the time that workers held a GPU, idle or not. `relaunch` is the
+    command that runs what is missing, None where nothing is.
     """
+
+    partitions: int
+    done: int
+    failed: list[int]
+    missing: list[int]
+    running: list[int]
+    workers: list[LiveWorker]
+    rows: int
+    failures: dict[str, int]
+    warnings: dict[str, int]
+    errors: dict[str, str]
+    images_per_second: float
+    eta_seconds: int | None
+    gpu_hours: float
+    relaunch: str | None
+
+
+def status(store: Store) -> OutputStatus:
+    """The state of OUT. PlanError: it has no plan."""
     partitions = count_partitions(store)
     records = workers.read_records(store)
     counts = _counts(store, records)
     missing = sorted(set(range(partitions)) - set(counts))
-    errors = _last_errors(store, set(missing))
-    alive = [record for record in records if record.alive]
+    errors = last_errors(store, set(missing))
+    live = [record for record in records if record.alive]
     rows = sum(count["rows"] for count in counts.values())
-    rate = sum(record.samples / max(record.beat - record.started, 1e-3) for record in alive)
-    left = len(missing) * rows / len(counts) if counts else 0.0
-    return {
-        "partitions": partitions,
-        "done": len(counts),
-        "failed": sorted(errors),
-        "missing": missing,
-        "running": sorted({number for record in alive for number in record.running} - set(counts)),
-        "workers": [{"worker": record.worker, "job": record.job, "running": record.running} for record in alive],
-        "rows": rows,
-        "failures": dict(_total(count["failed"] for count in counts.values())),
-        "warnings": dict(_total(count["warnings"] for count in counts.values())),
-        "errors": {str(number): error for number, error in sorted(errors.items())},
-        "images_per_second": round(rate or _past_rate(counts), 1),
-        "eta_seconds": round(left / rate) if rate else None,
-        "gpu_hours": round(sum(record.gpus * (record.beat - record.started) for record in records) / 3600, 3),
-        "relaunch": relaunch(store, missing) if missing else None,
-    }
+    rate = sum(record.samples / max(record.beat - record.started, 1e-3) for record in live)
+    rows_left = len(missing) * rows / len(counts) if counts else 0.0
+    return OutputStatus(
+        partitions=partitions,
+        done=len(counts),
+        failed=sorted(errors),
+        missing=missing,
+        running=sorted({number for record in live for number in record.running} - set(counts)),
+        workers=[LiveWorker(record.worker, record.job, record.running) for record in live],
+        rows=rows,
+        failures=_total(count["failed"] for count in counts.values()),
+        warnings=_total(count["warnings"] for count in counts.values()),
+        errors={str(number): error for number, error in sorted(errors.items())},
+        images_per_second=round(rate or _past_rate(counts), 1),
+        eta_seconds=round(rows_left / rate) if rate else None,
+        gpu_hours=round(sum(record.gpus * (record.beat - record.started) for record in records) / 3600, 3),
+        relaunch=relaunch(store, missing) if missing else None,
+    )
 
 
-def _counts(store: Store, records: list[workers.WorkerRecord]) -> dict[int, dict[str, Any]]:
+def _counts(store: Store, records: Iterable[WorkerRecord]) -> dict[int, CommitCounts]:
     """The counts of every committed partition."""
-    told: dict[int, dict[str, Any]] = {}
-    for record in records:
-        told.update((int(number), count) for number, count in record.committed.items())
+    recorded = {int(number): counts for record in records for number, counts in record.committed.items()}
     names = commit_names(store)
-    counts = {number: told[number] for number in map(int, names) if number in told}
-    untold = read_commits(store, [name for name in names if int(name) not in told])
-    return counts | {number: vars(commit) for number, commit in untold.items()}
+    counts = {number: recorded[number] for number in map(int, names) if number in recorded}
+    commits = read_commits(store, [name for name in names if int(name) not in recorded])
+    return counts | {number: workers.counts_of(commit) for number, commit in commits.items()}
 
 
-def _past_rate(counts: dict[int, dict[str, Any]]) -> float:
+def _past_rate(counts: dict[int, CommitCounts]) -> float:
+    """Images a second from the start of the first commit to the end of the last."""
     busy = [count for count in counts.values() if count["rows"]]
     if not busy:
         return 0.0
-    wall = max(count["finished"] for count in busy) - min(count["started"] for count in busy)
-    return float(sum(count["rows"] for count in busy) / max(wall, 1e-3))
+    seconds = max(count["finished"] for count in busy) - min(count["started"] for count in busy)
+    return sum(count["rows"] for count in busy) / max(seconds, 1e-3)
+
+
+def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total = Counter[str]()
+    for count in counts:
+        total.update(count)
+    return dict(total)
 
 
 def relaunch(store: Store, missing: list[int]) -> str:
-    """The command that runs what is missing: the last submission's, else one for this machine."""
-    if made := submission.ids(store):
-        return submission.load(store, made[-1]).command
+    """The command that runs the missing partitions: that of the last submission, or one for this machine."""
+    if ids := submission.ids(store):
+        return submission.load(store, ids[-1]).command
     output, numbers = shlex.quote(store.url), format_numbers(missing)
     if len(numbers) > LONGEST_COMMAND:
         return f"clip-batch embed --output {output}"
     return f"clip-batch worker --output {output} --partitions {numbers}"
 
 
-def _total(counts: Iterable[dict[str, int]]) -> Counter[str]:
-    total = Counter[str]()
-    for one in counts:
-        total.update(one)
-    return total
-
-
-def _last_errors(store: Store, missing: set[int]) -> dict[int, str]:
-    """What the last failed attempt at each missing partition said."""
-    errors: dict[int, tuple[float, str]] = {}
-    for name in store.list(paths.ATTEMPTS):
-        found = paths.parse_attempt(name)
-        if found and found[0] in missing:
-            record = store.read_json(f"{paths.ATTEMPTS}/{name}")
-            errors[found[0]] = max(errors.get(found[0], (0.0, "")), (record["time"], record["error"]))
-    return {number: error for number, (_, error) in errors.items()}
-
-
-def describe(found: dict[str, Any]) -> str:
-    """The same as text for people."""
-    done, partitions, missing = found["done"], found["partitions"], len(found["missing"])
+def describe(status: OutputStatus) -> str:
+    """A status as text for people."""
     lines = [
-        f"{done:,} of {partitions:,} partitions done, {missing:,} missing: {len(found['running']):,} of them running "
-        f"on {len(found['workers']):,} workers, {len(found['failed']):,} failed when last tried",
-        f"{found['rows']:,} samples embedded, {found['images_per_second']:,} images/s"
-        + (f", ETA {_duration(found['eta_seconds'])}" if found["eta_seconds"] else "")
-        + (f", {found['gpu_hours']:,} GPU-hours" if found["gpu_hours"] else ""),
+        f"{status.done:,} of {status.partitions:,} partitions done, {len(status.missing):,} missing: "
+        f"{len(status.running):,} of them running on {len(status.workers):,} workers, "
+        f"{len(status.failed):,} failed when last tried",
+        f"{status.rows:,} samples embedded, {status.images_per_second:,} images/s"
+        + (f", ETA {_duration(status.eta_seconds)}" if status.eta_seconds else "")
+        + (f", {status.gpu_hours:,} GPU-hours" if status.gpu_hours else ""),
     ]
-    for title in ("failures", "warnings"):
-        if found[title]:
-            lines.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in found[title].items()))
-    lines += [f"partition {number}: {error}" for number, error in list(found["errors"].items())[:20]]
-    if len(found["errors"]) > 20:
-        lines.append(f"... and {len(found['errors']) - 20:,} more partitions that failed: --json lists them")
-    if found["relaunch"]:
-        lines.append(f"to run what is missing: {found['relaunch']}")
+    for title, counts in (("failures", status.failures), ("warnings", status.warnings)):
+        if counts:
+            lines.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.items()))
+    lines += [f"partition {number}: {error}" for number, error in list(status.errors.items())[:MOST_ERRORS]]
+    if len(status.errors) > MOST_ERRORS:
+        lines.append(f"... and {len(status.errors) - MOST_ERRORS:,} more partitions that failed: --json lists them")
+    if status.relaunch:
+        lines.append(f"to run what is missing: {status.relaunch}")
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from clip_batch.types import Commit, Plan, Sample
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What `verify` found: a problem names a partition (or an index shard) and what is wrong with it."""
 
     checked: int = 0
@@ -33,7 +33,7 @@ class Report:
         return not self.problems
 
 
-def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | None = None) -> Report:
+def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | None = None) -> VerifyReport:
     """Prove that every partition of a plan is committed and that its files are what was committed.
 
     Quick: presence and size of each file, rows in each header. Deep: sha256 of every byte, unit norm
@@ -41,7 +41,7 @@ def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | No
     """
     plan = load_plan(store)
     commits = read_commits(store)
-    report = Report(checked=len(plan.partitions))
+    report = VerifyReport(checked=len(plan.partitions))
 
     def check(number: int) -> str | None:
         if number not in commits:

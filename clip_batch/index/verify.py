@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_batch.embeddings.verify import Report, check_file
+from clip_batch.embeddings.verify import VerifyReport, check_file
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.index.metadata import open_table
@@ -10,13 +10,13 @@ from clip_batch.storage.npy import open_matrix
 from clip_batch.storage.store import Store
 
 
-def verify_index(store: Store, deep: bool = False) -> Report:
+def verify_index(store: Store, deep: bool = False) -> VerifyReport:
     """Prove that the live version of INDEX is whole: sizes and rows, and with `deep` every byte.
 
     Deep also opens every index and metadata file and compares their rows.
     """
     manifest = load_manifest(store)
-    report = Report(checked=len(manifest.shards), rows=manifest.rows)
+    report = VerifyReport(checked=len(manifest.shards), rows=manifest.rows)
     offset = 0
     for shard in manifest.shards:
         problem = _check_index_shard(store, manifest, shard, deep)

@@ -124,7 +124,7 @@ def _complete(request: SubmitRequest, say: Say) -> int:
 
     found = status(request.store)
     say(describe(found))
-    if found["missing"]:
+    if found.missing:
         return 1
     if request.index and not finished(open_job(request.output, request.index, request.merge, request.storage)):
         say(f"{request.index} is not merged: see the logs of the merge tasks")

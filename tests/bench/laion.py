@@ -3,7 +3,7 @@
     python -m tests.bench.laion [--tars 585000] [--gpus 1000] [--partition-bytes 1GB 2GB 4GB] [--record]
 
 The plan (`make_plan` over a listing), the submissions and their slots, what a worker does next (embed's order of
-partitions) and whom it helps (`slots.choose`) are real. Time and trouble are simulated, by `Cluster`: GPUs of several
+partitions) and whom it helps (`spare.choose`) are real. Time and trouble are simulated, by `Cluster`: GPUs of several
 speeds, slow nodes, nodes that die, workers that are killed, preemptions, time limits, SLURM's limit of tasks at a time,
 tars that cannot be read at first. An operator submits again what is missing once the queue is empty.
 
@@ -31,7 +31,7 @@ from typing import Any
 import fsspec
 
 from clip_batch.config import EmbedConfig, PlanConfig, SlurmConfig, StorageConfig, parse_bytes
-from clip_batch.embeddings import slots, submission
+from clip_batch.embeddings import spare, submission
 from clip_batch.embeddings.embed import _Order
 from clip_batch.embeddings.workers import BEAT, SILENT
 from clip_batch.plan.plan import make_plan
@@ -156,7 +156,7 @@ class Simulation:
         self.commits: dict[int, float] = {}
         self.attempted: set[int] = set()
         self.workers: list[Worker] = []
-        self.looks = [(0.0, slots.Look(-math.inf, []))]
+        self.looks = [(0.0, spare.Snapshot(-math.inf, []))]
         """Those that were left for others, and from when on."""
         self.ends, self.vain, self.requests = Counter[str](), Counter[str](), Counter[str]()
 
@@ -298,7 +298,7 @@ class Simulation:
             del self.left[self.owner[number]][number]
 
     def _spare(self, worker: Worker, tried: set[int]) -> Partition | None:
-        """`slots.spare`, with the look that was left, or one's own."""
+        """`spare.spare`, with the look that was left, or one's own."""
         if not self.share:
             return None
         look = self._left()
@@ -310,7 +310,7 @@ class Simulation:
             look = self._look()
             worker.looking = self._look_seconds()
             self.requests.update({"LIST": self._pages() + 2, "GET": self.records + 1})
-        number = slots.choose(look.left, tried)
+        number = spare.choose(look.left, tried)
         self._leave(look.less(number), worker.looking)
         if number is None:
             return None
@@ -318,24 +318,24 @@ class Simulation:
         worker.claims[number] = self.now + worker.looking
         return self.partitions[number]
 
-    def _left(self) -> slots.Look:
+    def _left(self) -> spare.Snapshot:
         """The last look that was left."""
         times = [since for since, _ in self.looks if since <= self.now]
         del self.looks[: len(times) - 1]
         return self.looks[0][1]
 
-    def _leave(self, look: slots.Look, after: float) -> None:
+    def _leave(self, look: spare.Snapshot, after: float) -> None:
         self.requests["PUT"] += 1
         self.looks.append((self.now + after, look))
         self.looks.sort(key=lambda one: one[0])
 
-    def _look(self) -> slots.Look:
+    def _look(self) -> spare.Snapshot:
         """By the records as they can be read now; of what is committed `left` knows already."""
         self.workers = [one for one in self.workers if one.known > self.now]
         taken = set(self.attempted)
         taken.update(number for one in self.workers for number, since in one.claims.items() if since <= self.now)
         left = ([number for number in self.left[one.slot] if number not in taken] for one in self.workers)
-        return slots.Look(self.now, list(left))
+        return spare.Snapshot(self.now, list(left))
 
     def _pages(self) -> int:
         """Requests of a listing of the commits."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from clip_batch.config import EmbedConfig, PlanConfig, SlurmConfig, StorageConfig
-from clip_batch.embeddings.slots import Slot, choose
+from clip_batch.embeddings.slots import Slot
+from clip_batch.embeddings.spare import choose
 from clip_batch.launch.local import run_worker
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store

@@ -264,12 +264,12 @@ def test_a_vanished_tar_fails_its_partition_alone(tars: list[str], out: str) -> 
     states = {outcome.partition: outcome for outcome in embed(out, SMALL)}
     assert [states[number].state for number in range(6)] == ["committed"] * 2 + ["failed"] + ["committed"] * 3
     found = status(Store(out))
-    assert found["failed"] == found["missing"] == [2]
-    assert "00002.tar" in found["errors"]["2"]
-    assert found["relaunch"] == f"clip-batch worker --output {out} --partitions 2"
+    assert found.failed == found.missing == [2]
+    assert "00002.tar" in found.errors["2"]
+    assert found.relaunch == f"clip-batch worker --output {out} --partitions 2"
     os.rename(tars[2] + ".away", tars[2])
     embed(out, SMALL)
-    assert status(Store(out))["missing"] == []
+    assert status(Store(out)).missing == []
     assert len(rows(out)) == 240
 
 
@@ -292,8 +292,8 @@ def test_policies_fail_a_partition(tmp_path: Path, out: str) -> None:
     outcomes = embed(out, EmbedConfig(batch_size=4, max_bad_share=0.9))
     assert [(outcome.state, outcome.error) for outcome in outcomes] == [("committed", "")] * 2
     found = status(Store(out))
-    assert found["failures"] == {"undecodable_image": 6, "not_a_tar": 1}
-    assert found["rows"] == 4
+    assert found.failures == {"undecodable_image": 6, "not_a_tar": 1}
+    assert found.rows == 4
     assert verify_output(Store(out), deep=True).ok
 
 
@@ -370,7 +370,7 @@ def test_a_full_disk_fails_the_partition_and_publishes_nothing(tars: list[str], 
     assert "gives up" in limited.stderr
     assert os.listdir(f"{out}/img_emb") == []
     assert committed(Store(out)) == set()
-    assert status(Store(out))["failed"] == [0, 1, 2]
+    assert status(Store(out)).failed == [0, 1, 2]
     assert {outcome.state for outcome in embed(out, SMALL)} == {"committed"}
     assert len(rows(out)) == 240
 
@@ -388,7 +388,7 @@ def test_folders_of_files_are_embedded_like_tars(tmp_path: Path, out: str) -> No
     keys = [key for key, _, _ in rows(out)]
     assert len(keys) == 30
     assert keys == sorted(keys)
-    assert status(Store(out))["failures"] == {"missing_image": 1}
+    assert status(Store(out)).failures == {"missing_image": 1}
     assert verify_output(Store(out), deep=True).ok
 
 
@@ -438,15 +438,15 @@ def test_the_zoo_of_bad_input_is_embedded_or_listed(tmp_path: Path, out: str) ->
     expected |= {"corrupt_header": 1, "missing_image": 1}
     for _, reason in bad.values():
         expected[reason] = expected.get(reason, 0) + 1
-    assert found["failures"] == expected
-    assert found["rows"] == len(odd) + len(captions) + 3 + 3 + 3 + 4
-    assert found["warnings"]["bad_utf8"] == found["warnings"]["bad_json"] == 1
+    assert found.failures == expected
+    assert found.rows == len(odd) + len(captions) + 3 + 3 + 3 + 4
+    assert found.warnings["bad_utf8"] == found.warnings["bad_json"] == 1
     report = verify_output(Store(out), deep=True)
     assert report.problems == {}
     commits = read_commits(Store(out)).values()
     table = pa.concat_tables(pq.read_table(f"{out}/{commit.file('metadata')}") for commit in commits if commit.rows)
     rowed = {(row["shard"].rpartition("/")[2], row["key"], row["offset"]): row for row in table.to_pylist()}
-    assert len(rowed) == found["rows"]
+    assert len(rowed) == found.rows
     by_key = {row["key"]: row for row in rowed.values() if row["shard"].endswith("texts.tar")}
     assert by_key["none"]["caption"] is None
     assert by_key["latin"]["caption"] == "caf\ufffd"
@@ -493,7 +493,7 @@ def test_a_worker_that_is_done_helps_a_slow_one(share: bool, tmp_path: Path) -> 
         while not at or at != held.running or at != set(read_records(store)[0].running):
             at = set(held.running)
             time.sleep(0.5)
-            held.tell.set()
+            held.write_now.set()
         fast = {outcome.partition: outcome.state for outcome in work(WorkerRun(slot=Slot(1, 3)), encoder)}
         go.set()
         late = {outcome.partition: outcome.state for outcome in slow.result()}

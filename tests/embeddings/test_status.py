@@ -15,7 +15,7 @@ from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings import submission, workers
 from clip_batch.embeddings.commits import read_commit
 from clip_batch.embeddings.embed import embed
-from clip_batch.embeddings.status import describe, status
+from clip_batch.embeddings.status import OutputStatus, describe, status
 from clip_batch.embeddings.workers import WorkerRecord
 from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
@@ -41,15 +41,15 @@ def record(store: Store) -> tuple[str, WorkerRecord]:
     return f"{paths.WORKERS}/{name}", workers.read_records(store)[0]
 
 
-def without_times(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name not in ("gpu_hours", "workers")}
+def without_times(found: OutputStatus) -> dict[str, Any]:
+    return {name: value for name, value in vars(found).items() if name not in ("gpu_hours", "workers")}
 
 
 def test_records_and_commits_tell_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     told = status(store)
-    assert (told["done"], told["missing"], told["rows"]) == (3, [3], 29)
-    assert told["failures"] == {"undecodable_image": 1}
-    assert told["images_per_second"] > 0
+    assert (told.done, told.missing, told.rows) == (3, [3], 29)
+    assert told.failures == {"undecodable_image": 1}
+    assert told.images_per_second > 0
     name, kept = record(store)
     assert kept.ended and sorted(kept.committed) == ["0", "1", "2"]
     with monkeypatch.context() as patch:  # records alone suffice
@@ -62,7 +62,7 @@ def test_records_and_commits_tell_the_same(store: Store, monkeypatch: pytest.Mon
 def test_what_is_not_committed_any_more_does_not_count(store: Store) -> None:
     store.remove(f"{paths.COMMITS}/0001.json")
     found = status(store)
-    assert (found["done"], found["missing"], found["rows"]) == (2, [1, 3], 20)
+    assert (found.done, found.missing, found.rows) == (2, [1, 3], 20)
 
 
 def test_a_silent_worker_is_not_running(store: Store) -> None:
@@ -72,9 +72,9 @@ def test_a_silent_worker_is_not_running(store: Store) -> None:
         changed = replace(kept, ended=ended, beat=beat, started=beat - 3600, gpus=2, running=[2, 3], job="slurm 7_1")
         store.replace(name, json.dumps(vars(changed)).encode())
         found = status(store)
-        assert found["running"] == running  # partition 2 is committed
-        assert [worker["job"] for worker in found["workers"]] == (["slurm 7_1"] if running else [])
-        assert found["gpu_hours"] == pytest.approx(2)
+        assert found.running == running  # partition 2 is committed
+        assert [worker.job for worker in found.workers] == (["slurm 7_1"] if running else [])
+        assert found.gpu_hours == pytest.approx(2)
     assert "2.0 GPU-hours" in describe(found)
 
 
@@ -86,7 +86,7 @@ def test_a_record_that_cannot_be_written_does_not_stop_the_worker(
 
     monkeypatch.setattr(Store, "replace", refuse)
     assert [outcome.state for outcome in embed(store.url, CONFIG)] == ["committed"]
-    assert status(store)["relaunch"] is None
+    assert status(store).relaunch is None
 
 
 def test_repair_forgets_what_records_told(store: Store) -> None:
@@ -94,15 +94,15 @@ def test_repair_forgets_what_records_told(store: Store) -> None:
     Path(store.path(commit.file("img_emb") or "")).unlink()
     assert main(["repair", "--output", store.url, "--batch-size", "4"]) == 0
     assert len(store.list(paths.WORKERS)) == 1
-    assert status(store)["rows"] == 39
+    assert status(store).rows == 39
 
 
 def test_the_relaunch_command_is_the_last_submissions(store: Store) -> None:
-    assert status(store)["relaunch"] == f"clip-batch worker --output {store.url} --partitions 3"
+    assert status(store).relaunch == f"clip-batch worker --output {store.url} --partitions 3"
     for number in range(2):
         made = submission.draft([3], "slurm", 1, 1, f"clip-batch submit slurm {number}")
         submission.publish(store, replace(made, id=f"2026010{number + 1}-000000-00000{number}"))
-    assert status(store)["relaunch"] == "clip-batch submit slurm 1"
+    assert status(store).relaunch == "clip-batch submit slurm 1"
 
 
 def test_a_commit_whose_answer_was_lost_keeps_its_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

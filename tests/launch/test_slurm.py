@@ -133,11 +133,11 @@ def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster)
     _, said = cluster.submit("--tasks", "2", "--batch-size", "2")
     (job,) = jobs(said, "embed")
     cluster.until(lambda: {number % 2 for number in cluster.committed()} == {0, 1})
-    cluster.until(lambda: bool(status(Store(cluster.out))["running"]))
+    cluster.until(lambda: bool(status(Store(cluster.out)).running))
     running = status(Store(cluster.out))
-    assert {worker["job"] for worker in running["workers"]} == {f"slurm {job}_0", f"slurm {job}_1"}
-    assert running["images_per_second"] > 0
-    assert running["relaunch"].startswith(f"clip-batch submit slurm --output {cluster.out} --tasks=2")
+    assert {worker.job for worker in running.workers} == {f"slurm {job}_0", f"slurm {job}_1"}
+    assert running.images_per_second > 0
+    assert running.relaunch.startswith(f"clip-batch submit slurm --output {cluster.out} --tasks=2")
     cluster.slurm.run("scancel", "--signal=USR2", f"{job}_1")
     cluster.until(lambda: "Requeued job" in cluster.logs())
     assert {int(fields["Restarts"]) for fields in cluster.slurm.job(f"{job}_0")} == {0}

@@ -9,6 +9,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -95,7 +96,7 @@ def router(stages: Stages) -> APIRouter:
         """The report of `clip-batch status --json` on OUT."""
         stages.allowed.check(output, "output")
         try:
-            return answer(await asyncio.to_thread(status, stages.store(output)))
+            return answer(asdict(await asyncio.to_thread(status, stages.store(output))))
         except (ClipBatchError, OSError) as error:
             raise refused(error) from error
 

@@ -13,7 +13,8 @@ import pytest
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings.commits import commit_names
 from clip_batch.embeddings.embed import embed
-from clip_batch.embeddings.slots import MANY, Look, Slot, partitions, spare
+from clip_batch.embeddings.slots import Slot, partitions
+from clip_batch.embeddings.spare import MANY, Snapshot, spare
 from clip_batch.embeddings.workers import BEAT, SILENT, WorkerRecord, WorkerRun
 from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
@@ -47,7 +48,7 @@ def at_work(out: Path, slots: int, each: int) -> Counting:
     fabricated.make_plan(out, slots * each)
     store = Counting(str(out))
     for slot in range(slots):
-        one = WorkerRecord("", "", 0, 0, time.time(), False, 0, [slot], {}, (slot, slots, ""))
+        one = WorkerRecord("", "", 0, 0, time.time(), False, 0, [slot], {}, Slot(slot, slots))
         store.replace(f"{paths.WORKERS}/{slot}.json", json.dumps(vars(one)).encode())
     store.asked.clear()
     return store
@@ -55,7 +56,7 @@ def at_work(out: Path, slots: int, each: int) -> Counting:
 
 def left_at(store: Store, ago: float) -> None:
     """Make the look that was left older."""
-    look = Look(**store.read_json(paths.LOOK))
+    look = Snapshot(**store.read_json(paths.LOOK))
     store.replace(paths.LOOK, json.dumps(look._replace(seen=look.seen - ago)._asdict()).encode())
 
 
@@ -110,7 +111,7 @@ def test_a_wrong_look_costs_work_alone(tmp_path: Path) -> None:
     store, slot = Store(out), Slot(1, count)
     embed(out, config, range(0, count, 2))
     before = {name: store.read(f"{paths.COMMITS}/{name}.json") for name in commit_names(store)}
-    store.replace(paths.LOOK, json.dumps(Look(time.time(), [[*range(count)]])._asdict()).encode())
+    store.replace(paths.LOOK, json.dumps(Snapshot(time.time(), [[*range(count)]])._asdict()).encode())
     found = embed(out, config, partitions(store, slot), run=WorkerRun(slot=slot))
     assert {outcome.state for outcome in found} == {"committed"}
     assert {1} < {outcome.partition for outcome in found} <= set(range(1, count, 2))
