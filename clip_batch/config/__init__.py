@@ -95,7 +95,7 @@ class EmbedConfig:
     compile: bool = False
     """Compile the image tower first, once a worker: the same vectors, sooner; see docs/formats.md for what it needs."""
     share: bool = True
-    """When a slot is done, take partitions of slower workers that are at work; see docs/architecture.md."""
+    """When a slot is done, take partitions of slower workers that are at work; see docs/decisions.md."""
     max_pixels: int = 178_956_970
     """Images with more pixels are refused before they are decoded (Pillow's own limit)."""
     max_bad_share: float = 1.0
