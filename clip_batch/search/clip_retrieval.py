@@ -27,7 +27,7 @@ from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import metadata
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import CURRENT, IndexShard, Manifest
-from clip_batch.storage.cache import home, local_copy
+from clip_batch.storage.cache import cache_home, local_copy
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 
@@ -132,7 +132,10 @@ def _key(store: Store, modality: str) -> str:
 
 def _converted(tables: Tables, digest: str, rows: int) -> str:
     """The metadata as one of our Arrow files in the cache; older states of the same folder are removed."""
-    folder, prefix = os.path.join(home(), "clip-retrieval"), hashlib.sha256(tables.store.url.encode()).hexdigest()[:12]
+    folder, prefix = (
+        os.path.join(cache_home(), "clip-retrieval"),
+        hashlib.sha256(tables.store.url.encode()).hexdigest()[:12],
+    )
     path = os.path.join(folder, f"{prefix}-{digest}.arrow")
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)

@@ -1,10 +1,11 @@
-"""Local copies of a remote index, so that it can be memory-mapped: checked, bounded, resumed, shared.
+"""Local copies of remote files: an index, so that it can be memory-mapped, and weights.
 
     $XDG_CACHE_HOME/clip_batch/index/<digest of INDEX>/<version>/<path in INDEX>
     $XDG_CACHE_HOME/clip_batch/files/<digest of URL and version>-<name>     weights at a URL
 
-A file gets its name when its sha256 is right. Until then it is `<file>.part`, with the pieces that are there in
-`<file>.pieces`, so that a copy that was killed goes on where it was. Locks end with their process.
+While a file is copied it is `<file>.part`, and `<file>.pieces` lists its finished pieces, so that a copy that was
+killed is resumed; it gets its name when its sha256 is right. Processes share the copies, under locks that end with
+their process.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _LOCKS = (".used", ".copied")
 
 
 class IndexCache:
-    """One version of a remote index on this machine, in use until `close`.
+    """The local copy of one version of a remote index, in use until `close`.
 
-    `size` is in bytes, of all its files. Versions that no process uses make room, the least recently
-    opened first, so that all stay within `limit` bytes. ConfigError where they cannot.
+    All versions together take at most `limit` bytes. To make room for this one, of `size` bytes, those that no
+    process uses are removed, the least recently opened first. ConfigError where that is not enough.
     """
 
     def __init__(self, store: Store, version: str, size: int, limit: int) -> None:
-        root = os.path.join(home(), "index")
+        root = os.path.join(cache_home(), "index")
         self.store, self.version = store, version
         self.folder = os.path.join(root, hashlib.sha256(store.url.encode()).hexdigest()[:16], version)
         os.makedirs(os.path.dirname(self.folder), exist_ok=True)
@@ -47,44 +48,47 @@ class IndexCache:
             raise
 
     def close(self) -> None:
-        """Let the version be removed when room is needed; what is mapped stays mapped."""
+        """Allow the version to be removed when room is needed; files that are mapped stay mapped."""
         os.close(self._used)
 
     def _make_room(self, root: str, size: int, limit: int) -> None:
-        taken = {folder: _size(folder) for _, folder in sorted(_versions(root)) if folder != self.folder}
-        for folder in list(taken):
-            if sum(taken.values()) + size <= limit:
+        sizes = {folder: _size(folder) for _, folder in sorted(_versions(root)) if folder != self.folder}
+        for folder in list(sizes):
+            if sum(sizes.values()) + size <= limit:
                 return
             with contextlib.suppress(BlockingIOError):
                 lock = _lock(folder + _LOCKS[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
                 try:
                     shutil.rmtree(folder, ignore_errors=True)
-                    del taken[folder]
+                    del sizes[folder]
                 finally:
                     os.close(lock)
-        if (used := sum(taken.values())) + size > limit:
+        if (used := sum(sizes.values())) + size > limit:
             raise ConfigError(
                 f"{self.store.url} takes {size:,} bytes in {root}, which may hold {limit:,}, {used:,} of them in use: "
                 "raise --index-cache, or mount the index as a local folder"
             )
 
-    def file(self, name: str, wanted: dict[str, Any]) -> str:
-        """A local copy of a file of INDEX; `wanted` has its "bytes" and "sha256". CorruptError: it is another."""
+    def file(self, name: str, stored: dict[str, Any]) -> str:
+        """The path of a local copy of a file of INDEX; `stored` has its "bytes" and "sha256" of the manifest.
+
+        CorruptError: the file has another sha256.
+        """
         path = os.path.join(self.folder, name)
         lock = _lock(self.folder + _LOCKS[1], fcntl.LOCK_EX)
         try:
-            if not os.path.exists(path) or os.path.getsize(path) != wanted["bytes"]:
+            if not os.path.exists(path) or os.path.getsize(path) != stored["bytes"]:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                self._copy(name, path, wanted)
+                self._copy(name, path, stored)
         finally:
             os.close(lock)
         return path
 
-    def _copy(self, name: str, path: str, wanted: dict[str, Any]) -> None:
+    def _copy(self, name: str, path: str, stored: dict[str, Any]) -> None:
         part, pieces = f"{path}.part", f"{path}.pieces"
-        for _ in range(2 if os.path.exists(pieces) else 1):  # what an earlier process left may be wrong
-            fetch_pieces(self.store.remote(name), part, pieces, wanted["bytes"])
-            right = file_digest(part) == wanted["sha256"]
+        for _ in range(2 if os.path.exists(pieces) else 1):  # pieces that an earlier process left may be wrong
+            fetch_pieces(self.store.remote(name), part, pieces, stored["bytes"])
+            right = file_digest(part) == stored["sha256"]
             os.unlink(pieces)
             if right:
                 os.replace(part, path)
@@ -94,16 +98,16 @@ class IndexCache:
 
 
 def local_copy(url: str, options: dict[str, Any] | None = None) -> str:
-    """The path of a local copy of a remote file, made once for each version that the store tells of.
+    """The path of a local copy of a remote file, made once for each version of the file.
 
-    FileNotFoundError: it is absent. OSError: the store, or the local disk, does not do it.
+    FileNotFoundError: the file is absent. OSError: the store does not answer or tells no size, or the disk is full.
     """
     remote = remote_file(url, options)
     size, etag = file_version(remote)
     if size is None:
         raise OSError(f"{url} has no size: copy it to a local file")
     name = hashlib.sha256(f"{url} {size} {etag}".encode()).hexdigest()[:16]
-    path = os.path.join(home(), "files", f"{name}-{url.rpartition('/')[2]}")
+    path = os.path.join(cache_home(), "files", f"{name}-{url.rpartition('/')[2]}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     lock = _lock(f"{path}.lock", fcntl.LOCK_EX)
     try:
@@ -116,13 +120,13 @@ def local_copy(url: str, options: dict[str, Any] | None = None) -> str:
     return path
 
 
-def home() -> str:
-    """The folder of all that is kept on this machine."""
+def cache_home() -> str:
+    """The folder of everything that clip-batch keeps on this machine."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clip_batch")
 
 
 def _lock(path: str, kind: int) -> int:
-    """An open file that is locked until it is closed; BlockingIOError with LOCK_NB where another holds it."""
+    """The descriptor of a file that is locked until it is closed; BlockingIOError with LOCK_NB if it is locked."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, kind)
@@ -133,7 +137,7 @@ def _lock(path: str, kind: int) -> int:
 
 
 def _versions(root: str) -> Iterator[tuple[float, str]]:
-    """Every version's folder, and when it was opened."""
+    """When each version was last opened, in Unix seconds, and its folder."""
     for index in os.scandir(root):
         for entry in os.scandir(index.path):
             with contextlib.suppress(FileNotFoundError):  # another process is removing it
@@ -142,10 +146,10 @@ def _versions(root: str) -> Iterator[tuple[float, str]]:
 
 
 def _size(folder: str) -> int:
-    """Bytes of the files below a folder, as far as they can be seen while others remove them."""
+    """Bytes of the files below a folder; files that another process removes meanwhile do not count."""
     total = 0
-    for place, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                total += os.path.getsize(os.path.join(place, name))
+                total += os.path.getsize(os.path.join(parent, name))
     return total

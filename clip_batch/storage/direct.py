@@ -1,6 +1,6 @@
-"""Large reads past a store's client: a request of our own, and a socket that is read into one buffer.
+"""Large reads of S3 and GCS by plain HTTP requests, received into one buffer.
 
-s3fs and gcsfs take the same bytes through asyncio, in many small objects, for two to three times the CPU time.
+s3fs and gcsfs receive the same bytes through asyncio, as many small objects, for two to three times the CPU time.
 """
 
 from __future__ import annotations
@@ -13,55 +13,56 @@ from urllib.request import Request, urlopen
 
 from clip_batch.storage.retry import is_transient
 
-_BUFFER = 256 * 2**10  # bytes; what stays in a core's cache is copied on the fastest
-_TIMEOUT = 60.0  # seconds, botocore's own
+_BUFFER = 256 * 2**10  # bytes; a buffer that stays in the processor's cache is copied fastest
+_TIMEOUT = 60.0  # seconds, as botocore
 
 _refused: set[tuple[Any, str]] = set()
-"""Filesystem and bucket of those that are read by the client: other certificates, a customer's keys, requester pays."""
+"""Filesystem and bucket where plain requests are refused (a customer's keys, requester pays): the client reads them."""
 
 
 def s3_chunks(fs: Any, path: str, start: int, stop: int) -> Iterator[memoryview]:
-    """`chunks` of an object of S3, through a presigned URL."""
-    if "proxies" in (settings := fs.config_kwargs or {}):
+    """The bytes [start, stop) of an S3 object, read through a presigned URL; see `chunks`."""
+    settings = fs.config_kwargs or {}
+    if "proxies" in settings:
         return
     url = fs.url(path)
-    if "AWSAccessKeyId=" not in url:  # a signature of version 2, which most of S3 refuses
+    if "AWSAccessKeyId=" not in url:  # else signed by version 2, which most regions of S3 refuse
         yield from chunks(fs, path, url, {}, start, stop, settings.get("read_timeout", _TIMEOUT))
 
 
 def chunks(
     fs: Any, path: str, url: str, headers: dict[str, str], start: int, stop: int, timeout: float = _TIMEOUT
 ) -> Iterator[memoryview]:
-    """The bytes [start, stop) of an object as they come; each chunk holds until the next one.
+    """The bytes [start, stop) of an object as they arrive; each chunk is valid until the next one.
 
-    Fewer where the connection ends early. None where this request is not answered: the client may know
-    how to ask, or else says what is wrong. Raises what may pass, as HTTPError or OSError.
+    Yields fewer bytes where the connection ends early, and none where the server refuses the request: the store's
+    client then reads the object, or raises the error. Raises transient errors, as HTTPError or OSError.
     """
-    place = fs, path.partition("/")[0]
-    if place in _refused:
+    bucket = fs, path.partition("/")[0]
+    if bucket in _refused:
         return
     request = Request(url, headers={**headers, "Range": f"bytes={start}-{stop - 1}"})
     try:
-        answer = urlopen(request, timeout=timeout)
+        response = urlopen(request, timeout=timeout)
     except HTTPError as error:
         error.close()
         if is_transient(error):
             raise
-        if error.code not in (404, 416):  # those two are the object's
-            _refused.add(place)
+        if error.code not in (404, 416):  # these concern the object, not the bucket
+            _refused.add(bucket)
         return
     except URLError:
         return
-    with answer:
-        if not _is_of(answer.headers, start):
-            _refused.add(place)
+    with response:
+        if not _starts_at(response.headers, start):
+            _refused.add(bucket)
             return
         buffer = memoryview(bytearray(_BUFFER))
-        while taken := answer.readinto(buffer[: stop - start]):
-            yield buffer[:taken]
-            start += taken
+        while size := response.readinto(buffer[: stop - start]):
+            yield buffer[:size]
+            start += size
 
 
-def _is_of(headers: HTTPMessage, start: int) -> bool:
-    """Whether an answer is of a range, from that byte on."""
+def _starts_at(headers: HTTPMessage, start: int) -> bool:
+    """Whether a response is a byte range that begins at `start`."""
     return headers.get("Content-Range", "").startswith(f"bytes {start}-")

@@ -1,86 +1,89 @@
-"""Remote filesystems: fsspec's, opened with their options, asked with patience, their errors told in one line.
+"""fsspec's remote filesystems: opened with their options, and what a Store needs beyond fsspec's interface.
 
-Which ones refuse to create a name that is there, so that a commit can rest on it: `REFUSING`. On all
-others the last to write wins, and each writer goes on believing that it won (see docs/storage.md).
+A commit needs a store that refuses to create a name that is taken (`clip_batch.storage.paths.REFUSING`). On all
+others the last write wins, and every writer believes that it won (see docs/storage.md).
 """
 
 from __future__ import annotations
 
 import errno
 import importlib.util
-from typing import Any, TypeVar
+from typing import Any
 
 from clip_batch.config import extras
 from clip_batch.errors import InputError
 from clip_batch.storage.paths import REFUSING
 from clip_batch.storage.retry import error_codes, message_of, redact
 
-T = TypeVar("T")
-
-
-_NAMES = ({"s3", "s3a"}, {"gs", "gcs"})
-"""Protocols that are one."""
+_ALIASES = ({"s3", "s3a"}, {"gs", "gcs"})
+"""Names of the same protocol."""
 
 
 def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
     """fsspec's filesystem for a URL, and the path within it. Listings are never cached.
 
-    `options` apply to every URL, but those under the name of a protocol ({"s3": {...}, "hdfs": {...}}) to
-    that one's alone. HDFS is hdfs-native's where that is installed, else fsspec's own (pyarrow's libhdfs,
-    which needs Hadoop); of options for all, it takes Hadoop's properties, which have dots in their names.
-    InputError where the protocol has no package, or the options are not its own.
+    `options` apply to every URL, except those under the name of a protocol ({"s3": {...}, "hdfs": {...}}), which
+    apply to that protocol. HDFS is opened by hdfs-native where that is installed, else by fsspec (pyarrow's
+    libhdfs, which needs Hadoop); hdfs-native only takes Hadoop's properties, which have dots in their names.
+    InputError where no package opens the protocol, or an option is wrong.
+
+    Example: `filesystem("s3://bucket/a.tar", {"s3": {"anon": True}})` is (<S3FileSystem>, "bucket/a.tar").
     """
     import fsspec
 
     protocol = url.partition("://")[0]
-    wanted = own_options(protocol, options or {})
+    own = own_options(protocol, options or {})
     try:
         if protocol in ("hdfs", "viewfs") and importlib.util.find_spec("hdfs_native"):
             from clip_batch.storage.hdfs import open_hdfs
 
-            return open_hdfs(url, {name: str(value) for name, value in wanted.items() if "." in name})
-        if protocol in ("s3", "s3a"):  # `ask` repeats; botocore's own five tries at each request would multiply
-            config = {"retries": {"total_max_attempts": 1}, **_signing(url), **wanted.get("config_kwargs", {})}
-            wanted = {**wanted, "config_kwargs": config}
+            return open_hdfs(url, {name: str(value) for name, value in own.items() if "." in name})
+        if protocol in ("s3", "s3a"):  # `call_store` retries; botocore's five tries would multiply
+            config = {"retries": {"total_max_attempts": 1}, **_signing(url), **own.get("config_kwargs", {})}
+            own = {**own, "config_kwargs": config}
         if protocol in ("gs", "gcs") and importlib.util.find_spec("gcsfs"):
             from clip_batch.storage.gcs import open_gcs
 
-            return open_gcs(url, {"use_listings_cache": False, **wanted})
-        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **wanted)
+            return open_gcs(url, {"use_listings_cache": False, **own})
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **own)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        said = redact(message_of(error), options)
+        message = redact(message_of(error), options)
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
-        mend = extras.mend(missing) or "install the package it names, or mend the URL or --storage-options"
-        raise InputError(f"cannot open {redact(url)}: {said}; {mend}") from None
+        remedy = extras.mend(missing) or "install the package it names, or check the URL and --storage-options"
+        raise InputError(f"cannot open {redact(url)}: {message}; {remedy}") from None
     return fs, path
 
 
 def _signing(url: str) -> dict[str, str]:
-    """For presigned URLs, which botocore signs by version 2 otherwise; two kinds of bucket have ways of their own."""
+    """Signature version 4 for presigned URLs, where botocore would use 2; two kinds of bucket choose their own."""
     bucket = url.partition("://")[2].partition("/")[0]
     return {} if bucket.startswith("arn:") or bucket.endswith("--x-s3") else {"signature_version": "s3v4"}
 
 
 def own_options(protocol: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a protocol: those for all but other protocols' sections, then its own, by any of its names."""
+    """The options that apply to a protocol: the general ones, then its section's, under any name of the protocol.
+
+    >>> own_options("s3a", {"timeout": 5, "s3": {"key": "k"}, "gs": {"token": "anon"}})
+    {'timeout': 5, 'key': 'k'}
+    """
     from fsspec.registry import known_implementations
 
     protocols = (*known_implementations, *REFUSING)
     sections = {name for name, value in options.items() if name in protocols and isinstance(value, dict)}
     general = {name: value for name, value in options.items() if name not in sections}
-    names = next((names for names in _NAMES if protocol in names), {protocol})
-    own = {name: value for section in sorted(names & sections) for name, value in options[section].items()}
-    return {**general, **own}
+    names = next((names for names in _ALIASES if protocol in names), {protocol})
+    of_protocol = {name: value for section in sorted(names & sections) for name, value in options[section].items()}
+    return {**general, **of_protocol}
 
 
 def put_if_absent(fs: Any, path: str, data: bytes) -> bool:
-    """Write a small file unless the store refuses because its name is there; True where it was written.
+    """Write a small file unless its name is taken; True where it was written.
 
-    A store that cannot refuse takes it in any case: the last one to write wins. An answer may be lost
-    and the request repeated, so False does not prove that another's file is there: read it back.
+    A store that cannot refuse writes it in any case: the last write wins. The answer to an earlier try may have
+    been lost, so False does not prove that the file is another writer's: read it back.
     """
     try:
-        if refuses(fs):
+        if _refuses(fs):
             fs.pipe_file(path, data, mode="create")
         else:
             fs.pipe_file(path, data)
@@ -89,17 +92,17 @@ def put_if_absent(fs: Any, path: str, data: bytes) -> bool:
     except Exception as error:
         if {"412", "PreconditionFailed"} & set(error_codes(error)):
             return False
-        if getattr(error, "errno", None) != errno.ENOSYS:  # S3 servers that do not know If-None-Match
+        if getattr(error, "errno", None) != errno.ENOSYS:  # an S3 server without If-None-Match
             raise
         fs.pipe_file(path, data)
     return True
 
 
 def move(fs: Any, old: str, new: str) -> None:
-    """Give a file another name, in the place of any older one: at once if the store can, else copy and delete."""
+    """Rename a file, replacing any older one: in one step if the store can, else by copying and deleting."""
     from fsspec import AbstractFileSystem
 
-    if type(fs).mv is AbstractFileSystem.mv:  # which would take a name with brackets for a pattern
+    if type(fs).mv is AbstractFileSystem.mv:  # which takes a name with brackets for a pattern
         fs.cp_file(old, new)
         fs.rm_file(old)
     else:
@@ -107,29 +110,29 @@ def move(fs: Any, old: str, new: str) -> None:
         fs.mv(old, new)
 
 
-def uploads(fs: Any, folder: str) -> list[tuple[str, str]]:
-    """Path and upload id of each multipart upload to S3 below a folder that was begun and not completed."""
-    found: list[tuple[str, str]] = []
+def unfinished_uploads(fs: Any, folder: str) -> list[tuple[str, str]]:
+    """Path and upload id of each unfinished multipart upload to S3 below a folder; [] on other stores."""
+    uploads: list[tuple[str, str]] = []
     if "s3" not in _protocols(fs):
-        return found
+        return uploads
     bucket, _, prefix = folder.partition("/")
-    after: dict[str, str] = {}
+    markers: dict[str, str] = {}
     while True:
-        answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **after)
-        found += [(f"{bucket}/{one['Key']}", one["UploadId"]) for one in answer.get("Uploads", ())]
-        if not answer.get("IsTruncated"):
-            return found
-        after = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+        page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **markers)
+        uploads += [(f"{bucket}/{upload['Key']}", upload["UploadId"]) for upload in page.get("Uploads", ())]
+        if not page.get("IsTruncated"):
+            return uploads
+        markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
 
-def abort(fs: Any, path: str, upload: str) -> None:
-    """Free what such an upload holds."""
+def abort_upload(fs: Any, path: str, upload: str) -> None:
+    """End an unfinished multipart upload, so that S3 frees its parts."""
     bucket, _, key = path.partition("/")
     fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
 
 
-def refuses(fs: Any) -> bool:
-    """Whether a filesystem has the request that `put_if_absent` rests on (libhdfs, for one, has not)."""
+def _refuses(fs: Any) -> bool:
+    """Whether a filesystem has the conditional request that `put_if_absent` needs; libhdfs does not."""
     return not _protocols(fs).isdisjoint(REFUSING) and "arrow" not in type(fs).__module__
 
 

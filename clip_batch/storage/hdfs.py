@@ -1,8 +1,8 @@
-"""HDFS without a JVM: hdfs-native's filesystem, with what stores need and it lacks.
+"""HDFS without a JVM: hdfs-native's filesystem, with atomic writes, which it lacks.
 
-A file is written under a name of its own and then renamed, which HDFS does at once and, unless it is
-asked to replace, refuses where the name is taken. Creating the name itself would not do: it stands
-there empty, for all to read, until its writer has filled it or has died.
+A file is written under a temporary name and then renamed. HDFS renames in one step and, unless told to replace,
+refuses a name that is taken. Creating the name itself would not do: readers would see an empty file until its
+writer has filled it or has died.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ def open_hdfs(url: str, properties: dict[str, str]) -> tuple[Any, str]:
     return fs, kind._strip_protocol(url)
 
 
-class _Whole:
-    """Files appear whole or not at all, and names may hold any character."""
+class _AtomicWrites:
+    """Methods by which files appear whole or not at all, and names may contain any character."""
 
     client: Any
     exists: Callable[[str], bool]
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        """The part after the host; unlike a URL parser's path, "?" and "#" are characters like others."""
+        """The part of a URL after the host; "?" and "#" are characters of it, unlike in the path of a URL parser."""
         return ("/" + path.partition("://")[2].partition("/")[2] if "://" in path else path).rstrip("/") or "/"
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
-        """The bytes [start, end) of a file; negative ones count from its end."""
-        # The packets, joined, cost a quarter less than hdfs-native's `read_range`, which copies twice.
+        """Read the bytes [start, end) of a file; negative numbers count from its end."""
+        # Joining the packets takes a quarter less time than hdfs-native's `read_range`, which copies twice.
         return b"".join(self.chunks(path, start, end))
 
     def chunks(self, path: str, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
-        """The same, packet by packet."""
+        """The bytes that `cat_file` returns, packet by packet."""
         reader = self.client.read(self._strip_protocol(path))
         first, last, _step = slice(start, end).indices(len(reader))
         yield from reader.read_range_stream(first, max(last - first, 0))
@@ -58,7 +58,7 @@ class _Whole:
         self._publish(path, lambda file: file.write(value), mode != "create")
 
     def put_file(self, lpath: str, rpath: str, callback: object = None, mode: str = "overwrite", **_: object) -> None:
-        """Publish a local file, likewise."""
+        """Publish a local file; `mode` as in `pipe_file`."""
         with open(lpath, "rb") as source:
             self._publish(rpath, lambda file: shutil.copyfileobj(source, file, _PIECE), mode != "create")
 
@@ -72,7 +72,7 @@ class _Whole:
             try:
                 self.client.rename(spool, path, overwrite)
             except Exception:
-                if self.exists(spool):  # else it was moved, though the answer was lost: nobody else knows its name
+                if self.exists(spool):  # else it was renamed and the answer was lost: nobody else knows its name
                     raise
         except BaseException:
             with contextlib.suppress(Exception):
@@ -80,13 +80,13 @@ class _Whole:
             raise
 
     def mv(self, path1: str, path2: str, **_: object) -> None:
-        """Rename, in the place of any older file."""
+        """Rename a file, replacing any older one."""
         self.client.rename(self._strip_protocol(path1), self._strip_protocol(path2), True)
 
 
-class Hdfs(_Whole, HdfsFileSystem):  # type: ignore[misc]
-    """hdfs:// through hdfs-native."""
+class Hdfs(_AtomicWrites, HdfsFileSystem):  # type: ignore[misc]
+    """hdfs-native's filesystem for hdfs:// URLs."""
 
 
-class Viewfs(_Whole, ViewfsFileSystem):  # type: ignore[misc]
-    """viewfs:// through hdfs-native."""
+class Viewfs(_AtomicWrites, ViewfsFileSystem):  # type: ignore[misc]
+    """hdfs-native's filesystem for viewfs:// URLs."""

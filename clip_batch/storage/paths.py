@@ -1,19 +1,21 @@
-"""TODO."""
+"""Local paths and URLs: which is which, and names with a meaning."""
 
 from __future__ import annotations
 
 import os
 
 TEMPORARY = ".tmp-"
-"""Marks a file that is being written; nothing but `gc` looks at such names."""
-
+"""Part of the name of a file that is being written; only `gc` looks at such files."""
 
 REFUSING = ("s3", "s3a", "gs", "gcs", "hdfs", "viewfs")
-"""Protocols whose `pipe_file(mode="create")` is one atomic request; an S3 server may ignore it all the same."""
+"""Protocols whose `pipe_file(mode="create")` refuses a name that is taken, in one atomic request.
+
+Some S3 servers ignore the condition all the same.
+"""
 
 
 def is_local(url: str) -> bool:
-    """True for a plain path or a `file://` URL."""
+    """Whether a URL is a plain path or begins with `file://`."""
     return "://" not in url or url.startswith("file://")
 
 
@@ -23,5 +25,5 @@ def local_path(url: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute, so that a plan means the same wherever it is read; URLs as is."""
+    """A local path made absolute, so that it means the same from any working directory; other URLs unchanged."""
     return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url

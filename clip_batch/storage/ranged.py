@@ -1,4 +1,4 @@
-"""Remote files opened to read and seek: every read is a ranged one, whole, and tried again while trouble passes."""
+"""Remote files as Python file objects: each read is a request for a byte range, with retries."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BLOCK = 4 * 2**20
-"""Bytes of a read, where less is asked for."""
+"""Least bytes of a request, which small reads are served from."""
 
 
 def open_ranged(remote: RemoteFile) -> IO[bytes]:
-    """A buffered file; fsspec's own where the store gives no ranges or no size. Errors as `file_version`."""
+    """Open a file to read and seek, buffered; errors as `file_version`.
+
+    It is fsspec's file object where the store serves no ranges or tells no size.
+    """
     size = file_version(remote).size
     if size is None or not has_ranges(remote):
-        whole: IO[bytes] = remote.call("opening", lambda: remote.fs.open(remote.path, "rb"))
-        return whole
+        file: IO[bytes] = remote.call("opening", lambda: remote.fs.open(remote.path, "rb"))
+        return file
     return io.BufferedReader(_Ranged(remote, size), BLOCK)
 
 

@@ -47,7 +47,7 @@ def call_store(call: Callable[[], T], what: str, options: dict[str, Any] | None 
         raise  # our own errors, and programming errors
     except (TypeError, ValueError) as error:
         message = redact(f"{what}: {message_of(error)}", options)
-        raise InputError(f"{message}; mend the URL or --storage-options") from None
+        raise InputError(f"{message}; check the URL and --storage-options") from None
     except Exception as error:
         raise _as_os_error(error, what, options) from None
 

@@ -1,9 +1,9 @@
-"""Every path and every byte read or written: local disks and whatever fsspec opens.
+"""Stores: folders on local disks and on any filesystem that fsspec opens, with one interface.
 
-A `Store` is one root folder (OUT, INDEX, or an input) with names relative to it. Files appear whole
-or not at all: `create` publishes bytes only if the name is absent (the commit), `replace` swaps
-bytes atomically, and `writer` spools to a local file and publishes when its block ends well. What a
-remote store refuses for the moment is tried again, and its errors are OSErrors of one line.
+A `Store` is one root folder (OUT, INDEX, or an input); names are relative to it. Files appear whole or not at
+all: `create` publishes bytes only if the name is absent (the commit), `replace` replaces bytes atomically, and
+`writer` spools to a local file that is published when its block ends without an error. Operations of a remote
+store are retried, and its errors are OSErrors of one line (see `clip_batch.storage.retry`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 from clip_batch.errors import InputError
 from clip_batch.storage.download import download
-from clip_batch.storage.filesystem import abort, filesystem, move, put_if_absent, uploads
+from clip_batch.storage.filesystem import abort_upload, filesystem, move, put_if_absent, unfinished_uploads
 from clip_batch.storage.paths import TEMPORARY, absolute, is_local
 from clip_batch.storage.ranged import open_ranged
 from clip_batch.storage.retry import call_store
@@ -31,17 +31,17 @@ from clip_batch.storage.transfer import RemoteFile
 T = TypeVar("T")
 
 _ONE_REQUEST = 64 * 2**20
-"""Bytes up to which a file is published by one request."""
+"""Bytes up to which a file is uploaded in one request."""
 
 
 def read_url(url: str, options: dict[str, Any] | None = None) -> bytes:
-    """A whole file by its path or URL; FileNotFoundError if absent."""
+    """Read a whole file by its path or URL; FileNotFoundError if absent."""
     folder, _, name = absolute(url).rpartition("/")
     return Store(folder, options).read(name)
 
 
 def stream_digest(file: IO[bytes]) -> str:
-    """sha256 (hex) of what is left of a file, read in pieces."""
+    """sha256 (hex) of the rest of an open file, read in pieces."""
     digest = hashlib.sha256()
     while piece := file.read(2**20):
         digest.update(piece)
@@ -55,7 +55,10 @@ def file_digest(path: str) -> str:
 
 
 class Store:
-    """One folder, local or remote; all names are relative to it and use "/"."""
+    """One folder, local or remote; all names are relative to it and use "/".
+
+    InputError where no package opens the URL, or an option is wrong.
+    """
 
     def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
         self.url = absolute(url).rstrip("/")
@@ -68,13 +71,13 @@ class Store:
             self._root = str(root).rstrip("/")
 
     def path(self, name: str) -> str:
-        """The local path of a name; TypeError if the store is remote, where there is none (see `fetch`)."""
+        """The local path of a name; TypeError if the store is remote, where `fetch` makes a local copy."""
         if not self.local:
             raise TypeError(f"{self.display(name)} has no local path")
         return self._at(name)
 
     def _at(self, name: str) -> str:
-        """Where a name lies: a local path, or the path within the remote filesystem."""
+        """The local path of a name, or its path within the remote filesystem."""
         return f"{self._root}/{name}" if name else self._root
 
     def _call(self, what: str, name: str, operation: Callable[[], T]) -> T:
@@ -82,10 +85,11 @@ class Store:
         return call_store(operation, f"{what} {self.display(name)}", self.options)
 
     def display(self, name: str) -> str:
-        """A name as messages show it."""
+        """The full path or URL of a name, for messages."""
         return f"{self.url}/{name}" if name else self.url
 
     def exists(self, name: str) -> bool:
+        """Whether there is a file or folder of this name."""
         if self.local:
             return os.path.exists(self.path(name))
         return self._call("looking for", name, lambda: bool(self._fs.exists(self._at(name))))
@@ -97,29 +101,29 @@ class Store:
         return self._call("looking at", name, lambda: int(self._fs.size(self._at(name))))
 
     def list(self, folder: str) -> list[str]:
-        """Sorted names of the files and folders in a folder, relative to it; [] if there is none."""
+        """Sorted names of the files and folders in a folder, relative to it; [] if there is no such folder."""
         try:
             if self.local:
                 return sorted(os.listdir(self.path(folder)))
-            found = self._call("listing", folder, lambda: self._fs.ls(self._at(folder), detail=False))
+            paths = self._call("listing", folder, lambda: self._fs.ls(self._at(folder), detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found)
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def walk(self) -> Sequence[str]:
         """Sorted names of all files below the root; InputError if there is no such folder."""
         if not self.local:
-            found = self._call("listing", "", lambda: self._fs.find(self._root))
-            if not found:
-                raise InputError(f"no files in {self.url}: mend the URL")
-            return sorted(str(path).removeprefix(f"{self._root}/") for path in found)
+            remote_paths = self._call("listing", "", lambda: self._fs.find(self._root))
+            if not remote_paths:
+                raise InputError(f"no files in {self.url}: check the URL")
+            return sorted(str(path).removeprefix(f"{self._root}/") for path in remote_paths)
         if not os.path.isdir(self._root):
-            raise InputError(f"no folder {self._root}: mend the path")
+            raise InputError(f"no folder {self._root}: check the path")
         paths = (os.path.join(folder, name) for folder, _, names in os.walk(self._root) for name in names)
         return sorted(os.path.relpath(path, self._root) for path in paths)
 
     def modified(self, name: str) -> float | None:
-        """The store's own time of a file's last change, in Unix seconds; None where it does not tell."""
+        """When a file last changed by the store's clock, in Unix seconds; None where the store does not tell."""
         if self.local:
             return os.path.getmtime(self.path(name))
         with contextlib.suppress(NotImplementedError, OSError):  # an optional part of fsspec
@@ -127,31 +131,32 @@ class Store:
         return None
 
     def read(self, name: str) -> bytes:
-        """A whole file; FileNotFoundError if absent."""
+        """Read a whole file; FileNotFoundError if absent."""
         if self.local:
             with open(self.path(name), "rb") as file:
                 return file.read()
         return self._call("reading", name, lambda: bytes(self._fs.cat_file(self._at(name))))
 
     def read_json(self, name: str) -> Any:
+        """Read and parse a JSON file; FileNotFoundError if absent, ValueError if it is not JSON."""
         return json.loads(self.read(name))
 
     def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
-        """Many small files, in order; at once where each costs a round trip. FileNotFoundError if one is absent."""
-        if self.local:  # threads would only wait for each other
+        """Read many small files, in order; several at once if remote. FileNotFoundError if one is absent."""
+        if self.local:  # threads would be slower
             yield from map(self.read, names)
             return
         with ThreadPoolExecutor(32) as pool:
             yield from pool.map(self.read, names)
 
     def open(self, name: str) -> IO[bytes]:
-        """A seekable file to read."""
+        """Open a file to read and seek; FileNotFoundError if absent."""
         if self.local:
             return open(self.path(name), "rb")
         return open_ranged(self.remote(name))
 
     def create(self, name: str, data: bytes, check_first: bool = True) -> bool:
-        """Publish a file only if its name is absent: True if this call made it. The commit.
+        """Publish a file only if its name is absent; True if this call created it. This is the commit.
 
         One atomic step where the store refuses a name that is taken: local disks, S3, HDFS, GCS. On
         others two calls at the same time may both return True, and the last one's bytes stay. False may
@@ -173,13 +178,13 @@ class Store:
         return self._call("creating", name, lambda: put_if_absent(self._fs, self._at(name), data))
 
     def replace(self, name: str, data: bytes) -> None:
-        """Publish a file in the place of any older one, atomically."""
+        """Publish a file atomically, replacing any older one."""
         with self.writer(name) as file:
             file.write(data)
 
     @contextlib.contextmanager
     def writer(self, name: str) -> Iterator[IO[bytes]]:
-        """A local file to write; published as `name` when the block ends, dropped if it raises."""
+        """A local file to write; published as `name` when the block ends, deleted if it raises."""
         with self._spool(name) as spool:
             yield spool
             if self.local:
@@ -195,7 +200,10 @@ class Store:
                 self._call("writing", name, lambda: self._fs.put_file(spool.name, self._at(name)))
 
     def adopt(self, path: str, name: str) -> None:
-        """Publish a finished local file as `name`: moved if the store is local (and on the same disk), else copied."""
+        """Publish a finished local file as `name`: by moving it if the store is local, else by uploading it.
+
+        A local store must be on the same disk as the file.
+        """
         if self.local:
             os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
             os.replace(path, self.path(name))
@@ -205,7 +213,7 @@ class Store:
 
     @contextlib.contextmanager
     def _spool(self, name: str) -> Iterator[IO[bytes]]:
-        """A temporary file: beside its destination if that is local, so that it can be renamed."""
+        """A temporary file; beside its destination if that is local, so that it can be renamed."""
         if self.local:
             folder, base = os.path.split(self.path(name))
             os.makedirs(folder, exist_ok=True)
@@ -227,21 +235,21 @@ class Store:
             else:
                 self._call("removing", name, lambda: self._fs.rm_file(self._at(name)))
 
-    def abort_uploads(self, folder: str, orphan: Callable[[str], bool]) -> Sequence[str]:
-        """End S3's unfinished uploads to files of a folder of which `orphan` is true; their names in the folder."""
+    def abort_uploads(self, folder: str, is_orphan: Callable[[str], bool]) -> Sequence[str]:
+        """End S3's unfinished uploads into a folder whose file name `is_orphan`; returns these names."""
         if self.local:
             return []
-        found = self._call("listing uploads of", folder, lambda: uploads(self._fs, self._at(folder)))
-        ended = [(path, id) for path, id in found if orphan(path.rpartition("/")[2])]
-        for path, id in ended:
-            self._call("ending an upload of", path, partial(abort, self._fs, path, id))
-        return [path.rpartition("/")[2] for path, _ in ended]
+        uploads = self._call("listing uploads of", folder, lambda: unfinished_uploads(self._fs, self._at(folder)))
+        orphans = [(path, id) for path, id in uploads if is_orphan(path.rpartition("/")[2])]
+        for path, id in orphans:
+            self._call("ending an upload of", path, partial(abort_upload, self._fs, path, id))
+        return [path.rpartition("/")[2] for path, _ in orphans]
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file the name `new`, in the place of any older one.
+        """Rename a file, replacing any older one.
 
-        Atomic on file systems; object stores copy and then delete. Any number of callers may do the
-        same at once, or again: where `old` is gone and `new` is there, it is done.
+        Atomic on file systems; object stores copy and then delete. Any number of callers may make the same call,
+        at once or again: if `old` is absent and `new` exists, the rename is done.
         """
         try:
             if self.local:
@@ -255,7 +263,7 @@ class Store:
                 raise
 
     def remove_folder(self, folder: str) -> None:
-        """Delete a folder and all in it, as far as it can be deleted; no error if absent."""
+        """Delete a folder with its content, as far as that can be deleted; no error if absent."""
         if self.local:
             shutil.rmtree(self.path(folder), ignore_errors=True)
         else:
@@ -273,7 +281,7 @@ class Store:
 
     @contextlib.contextmanager
     def fetch(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
-        """A local path that holds the file: itself if local, else a temporary copy of [start, stop)."""
+        """A local path of the file: its own if the store is local, else a temporary copy of the bytes [start, stop)."""
         if self.local:
             yield self.path(name)
             return

@@ -1,7 +1,7 @@
-"""Fetch an image by a URL that others wrote, without letting it reach into this machine's network.
+"""Fetching images by URLs that strangers wrote, without letting them reach this machine's network.
 
-http and https only. The addresses that a name stands for are checked, and the one that was checked is the
-one that is connected to; so at each redirect. No proxy, no cookies, no credentials. One deadline for all.
+Only http and https are allowed. The addresses of the host are checked, and the connection goes to a checked
+address, at each redirect too. No proxy, cookies or credentials are used. One deadline covers everything.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 from clip_batch.errors import ClipBatchError, one_line
 
 REDIRECTS = 5
+"""Redirects that are followed."""
 
 _SAFE = "/%:@!$&'()*+,;=?~"
-"""What a path or a query keeps as it is."""
+"""Characters that are not escaped in a path or a query."""
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class FetchError(ClipBatchError):
-    """A URL that gives no image; `reason` is one of REASONS, the message a predicate of the URL."""
+    """A URL that cannot be fetched: `reason` is one of REASONS, and the message completes "the URL ..."."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -37,51 +38,51 @@ class FetchError(ClipBatchError):
 REASONS = ("bad_url", "private_address", "not_found", "http_error", "too_large", "timeout", "unreachable")
 
 
-def public(address: str) -> bool:
-    """Whether an IP address is one of the internet, in whatever notation a private one is wrapped."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        wrapped = found.ipv4_mapped or found.sixtofour or (found.teredo and found.teredo[1])
-        if wrapped is None and found in _NAT64:
-            wrapped = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the internet. IPv4 addresses inside IPv6 ones are looked up too."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        wrapped = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if wrapped is None and ip in _NAT64:
+            wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if wrapped is not None:
-            return public(str(wrapped))
-        if found.is_site_local:
+            return is_public(str(wrapped))
+        if ip.is_site_local:
             return False
-    return found.is_global and not found.is_multicast
+    return ip.is_global and not ip.is_multicast
 
 
-def fetch(url: str, limit: int, timeout: float, private: bool = False) -> bytes:
-    """What lies at a URL, up to `limit` bytes, within `timeout` seconds. FetchError otherwise.
+def fetch(url: str, limit: int, timeout: float, allow_private: bool = False) -> bytes:
+    """Fetch a URL: at most `limit` bytes, within `timeout` seconds. FetchError where that is not possible.
 
-    `private` allows addresses that are not public.
+    `allow_private` allows addresses that are not public.
     """
     deadline = time.monotonic() + timeout
     try:
         for _ in range(REDIRECTS + 1):
-            found = _once(url, limit, deadline, private)
-            if isinstance(found, bytes):
-                return found
-            url = found
+            response = _get(url, limit, deadline, allow_private)
+            if isinstance(response, bytes):
+                return response
+            url = response
     except (OSError, ValueError, http.client.HTTPException) as error:
         late = time.monotonic() >= deadline or isinstance(error, TimeoutError)
-        said = f"no answer within {timeout:g} s" if late else one_line(error, 200)
+        why = f"no answer within {timeout:g} s" if late else one_line(error, 200)
         reason = "timeout" if late else "bad_url" if isinstance(error, ValueError) else "unreachable"
-        raise FetchError(reason, f"cannot be fetched: {said or type(error).__name__}") from None
+        raise FetchError(reason, f"cannot be fetched: {why}") from None
     raise FetchError("http_error", f"leads through more than {REDIRECTS} redirects")
 
 
-def _once(url: str, limit: int, deadline: float, private: bool) -> bytes | str:
-    """The body, or where it redirects to."""
+def _get(url: str, limit: int, deadline: float, allow_private: bool) -> bytes | str:
+    """The body of the response, or the URL that it redirects to."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise FetchError("bad_url", "must begin with http:// or https:// and name a host")
     if parts.username is not None or parts.password is not None:
         raise FetchError("bad_url", "must not hold a user or a password")
     connection = http.client.HTTPConnection(parts.hostname)
-    connected = _connect(parts, deadline, private)
-    # A peer that sends a byte now and then keeps a socket's own timeout from ever ending it.
-    line = connected.dup()  # TLS takes the first one over
+    connected = _connect(parts, deadline, allow_private)
+    # A socket's own timeout never ends a peer that sends a byte now and then.
+    line = connected.dup()  # TLS takes over the first descriptor
     watchdog = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, [line])
     watchdog.daemon = True
     watchdog.start()
@@ -106,12 +107,12 @@ def _once(url: str, limit: int, deadline: float, private: bool) -> bytes | str:
             open_socket.close()
 
 
-def _connect(parts: SplitResult, deadline: float, private: bool) -> socket.socket:
+def _connect(parts: SplitResult, deadline: float, allow_private: bool) -> socket.socket:
     port = parts.port or (443 if parts.scheme == "https" else 80)
     assert parts.hostname
-    found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    if not private and not all(map(public, addresses)):
+    entries = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
+    if not allow_private and not all(map(is_public, addresses)):
         raise FetchError("private_address", f"names {parts.hostname}, which is not a public address")
     last: OSError | None = None
     for address in addresses:
@@ -127,7 +128,7 @@ def _secure(connected: socket.socket, host: str) -> socket.socket:
 
 
 def _cut(connected: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it has ended meanwhile
+    with contextlib.suppress(OSError):  # closed meanwhile
         connected.shutdown(socket.SHUT_RDWR)
 
 

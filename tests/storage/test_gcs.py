@@ -234,6 +234,6 @@ def test_what_verify_finds_is_repaired_and_versions_come_and_go(store: Store, gc
 
 def test_wrong_options_are_one_line_without_secrets(gcs: Gcs) -> None:
     for wrong in ({"token": {"private_key": SECRET}}, {"access": "nonsense"}):
-        with pytest.raises(InputError, match="mend the URL or --storage-options") as caught:
+        with pytest.raises(InputError, match="check the URL and --storage-options") as caught:
             Store("gs://bucket/x", {**gcs.options, **wrong}).read("x")
         assert SECRET not in str(caught.value)

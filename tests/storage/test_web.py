@@ -35,7 +35,7 @@ from tests.servers.image_server import image_server
     ],
 )
 def test_public_addresses(address: str, right: bool) -> None:
-    assert web.public(address) is right
+    assert web.is_public(address) is right
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def images() -> Iterator[str]:
 def test_hostile_hosts(images: str, path: str, text: str) -> None:
     started = time.monotonic()
     if path.startswith("/a b"):
-        assert fetch(images + path, 2000, 5, private=True)  # quoted: one request, no header of its own
+        assert fetch(images + path, 2000, 5, allow_private=True)  # quoted: one request, no header of its own
         return
     with pytest.raises(FetchError, match=text):
-        fetch(images + path, 2000, 0.5 if path == "/slow" else 5, private=True)
+        fetch(images + path, 2000, 0.5 if path == "/slow" else 5, allow_private=True)
     assert time.monotonic() - started < 4
 
 
@@ -100,7 +100,7 @@ def test_a_redirect_home_is_checked_too(images: str, monkeypatch: pytest.MonkeyP
         asked.append(address)
         return len(asked) == 1
 
-    monkeypatch.setattr(web, "public", first_only)
+    monkeypatch.setattr(web, "is_public", first_only)
     with pytest.raises(FetchError, match="not a public address"):
         fetch(f"{images}/moved", 10**6, 5)
     assert len(asked) == 2
