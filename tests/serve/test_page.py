@@ -315,7 +315,7 @@ def test_what_is_no_embedding_is_said_so(page: Page, tmp_path: Path) -> None:
     (tmp_path / "no.json").write_text('{"a": 1}')
     told = page.get_by_role("status")
     for name, words in {
-        "i.npy": "<i8", "two.npy": "one vector", "nan.npy": "NaN", "no.npy": "not a .npy", "cut.npy": "cut off",
+        "i.npy": "<i8", "two.npy": "one vector", "nan.npy": "NaN", "no.npy": "not a .npy", "cut.npy": "truncated",
         "no.txt": "neither", "no.json": "JSON array",
     }.items():  # fmt: skip
         page.set_input_files("#file", tmp_path / name)

@@ -1,4 +1,4 @@
-// Asking the service: JSON in and out, its token, and its "not now".
+// Requests to the service: JSON in and out, the token, and a retry when the service is busy.
 
 import { $ } from "./dom.js";
 
@@ -8,7 +8,8 @@ export class Refused extends Error {}
 
 const sleep = seconds => new Promise(done => setTimeout(done, seconds * 1000));
 
-// POST where there is a body, else GET; the Response, whose status is 2xx. Refused says why it is not.
+// Sends POST if there is a body, otherwise GET, and returns the Response if its status is 2xx.
+// Throws Refused, with the reason, for any other status.
 export async function ask(path, body, { signal, accept = "application/json" } = {}) {
   const options = { signal, headers: { accept } };
   if (body !== undefined) {
@@ -26,7 +27,7 @@ export async function ask(path, body, { signal, accept = "application/json" } = 
     }
     if (answer.ok) return answer;
     if (answer.status === 401) {
-      await enter();
+      await enterToken();
     } else if ((answer.status === 503 || answer.status === 429) && attempt < TRIES) {
       await sleep(Math.min(Number(answer.headers.get("retry-after")) || 1, 10));
     } else {
@@ -45,18 +46,18 @@ async function reason(answer) {
   }
 }
 
-// Ask for the token; it goes into a cookie of this session, as pictures are asked for without a header.
-let entering = null;
-function enter() {
-  entering ??= new Promise(done => {
+// Asks the user for the token. It is stored in a session cookie, because the browser requests pictures without a header.
+let tokenEntered = null;
+function enterToken() {
+  tokenEntered ??= new Promise(done => {
     const door = $("door");
     door.addEventListener("close", () => {
       document.cookie = `clip_batch_token=${$("token").value.trim()}; path=/; samesite=strict${location.protocol === "https:" ? "; secure" : ""}`;
       $("token").value = "";
-      entering = null;
+      tokenEntered = null;
       done();
     }, { once: true });
     door.showModal();
   });
-  return entering;
+  return tokenEntered;
 }

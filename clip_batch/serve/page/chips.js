@@ -1,8 +1,8 @@
-// The parts of the query in the search box: a picture or a name, a weight, and a cross.
+// The terms of the query in the search box: each has a picture or a name, a weight, and a button that removes it.
 
 import { $, el, iconButton } from "./dom.js";
 
-// Pictures of embeddings that were made from a file of this session, by the packed vector.
+// The pictures of embeddings that were computed from a file in this session, by packed vector.
 export const thumbs = new Map();
 
 function thumb(term, index) {
@@ -13,14 +13,14 @@ function thumb(term, index) {
   return [image];
 }
 
-// `change` is called with the new list of terms.
+// Shows the terms. `change` is called with the new list when the user changes one.
 export function showChips(terms, index, change) {
   const replace = (place, ...others) => change(terms.toSpliced(place, 1, ...others));
   $("chips").replaceChildren(...terms.map((term, place) => {
     const weight = el("input", { type: "number", step: 0.25, min: -100, max: 100, value: String(term.weight), label: `Weight of ${term.label}` });
     weight.onchange = () => {
-      const wanted = Number(weight.value);
-      if (wanted && Math.abs(wanted) <= 100) replace(place, { ...term, weight: wanted });
+      const value = Number(weight.value);
+      if (value && Math.abs(value) <= 100) replace(place, { ...term, weight: value });
       else weight.value = String(term.weight);
     };
     return el("li", { className: term.weight < 0 ? "chip less" : "chip", title: term.label }, ...thumb(term, index),

@@ -1,14 +1,14 @@
-// Elements from data: text only ever becomes text, and a link only ever leads to http or https.
+// Creating elements from data. Text is only ever inserted as text, and links lead only to http or https.
 
 export const $ = id => document.getElementById(id);
 
 export function el(tag, properties = {}, ...children) {
   const { data, label, ...rest } = properties;
-  const made = Object.assign(document.createElement(tag), rest);
-  Object.assign(made.dataset, data);
-  if (label) made.setAttribute("aria-label", label);
-  made.append(...children);
-  return made;
+  const element = Object.assign(document.createElement(tag), rest);
+  Object.assign(element.dataset, data);
+  if (label) element.setAttribute("aria-label", label);
+  element.append(...children);
+  return element;
 }
 
 export function icon(name) {
@@ -24,7 +24,7 @@ export function iconButton(name, label, onclick) {
   return el("button", { type: "button", className: "icon", label, title: label, onclick }, icon(name));
 }
 
-// The address if it is one that a person may follow, else null.
+// Returns the URL if it is http or https, otherwise null.
 export function safeUrl(value) {
   if (typeof value !== "string" || !/^https?:\/\//i.test(value)) return null;
   try {

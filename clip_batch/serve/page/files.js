@@ -1,8 +1,8 @@
-// What people drop, paste or choose: pictures, and embeddings as .npy or JSON.
+// Reading files that users drop, paste or choose: pictures, and embeddings as .npy or JSON.
 
 export class Unreadable extends Error {}
 
-// {image: base64} or {vector: numbers}; Unreadable says why it is neither.
+// Returns {image: base64} or {vector: numbers}. Throws Unreadable, with the reason, if the file is neither.
 export async function readFile(file) {
   if (file.name.endsWith(".npy")) return { vector: fromNpy(await file.arrayBuffer()) };
   if (file.name.endsWith(".json") || file.type === "application/json") return { vector: fromJson(await file.text()) };
@@ -19,7 +19,7 @@ function toBase64(file) {
   });
 }
 
-// [0.1, ...] or [[0.1, ...]]
+// Reads [0.1, ...] or [[0.1, ...]].
 export function fromJson(text) {
   let values;
   try {
@@ -39,7 +39,7 @@ const READ = {
   "<f8": [8, (view, at) => view.getFloat64(at, true)],
 };
 
-// NumPy's format (numpy.lib.format): magic, version, length of the header, a Python dict as text, then the numbers.
+// Reads NumPy's format (numpy.lib.format): magic, version, length of the header, a Python dict as text, then the numbers.
 export function fromNpy(buffer) {
   const view = new DataView(buffer);
   const magic = [0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59];
@@ -51,9 +51,9 @@ export function fromNpy(buffer) {
   const shape = /'shape':\s*\(([^)]*)\)/.exec(header)?.[1].split(",").filter(part => part.trim()).map(Number) ?? [];
   const size = shape.at(-1);
   if (!(kind in READ) || !size || !(shape.length === 1 || (shape.length === 2 && shape[0] === 1)))
-    throw new Unreadable(`the .npy holds ${kind ?? "nothing known"} of shape (${shape}): one vector of float16, float32 or float64 is wanted`);
+    throw new Unreadable(`the .npy holds ${kind ?? "unknown data"} of shape (${shape}): it must hold one vector of float16, float32 or float64`);
   const [width, read] = READ[kind];
-  if (buffer.byteLength < start + size * width) throw new Unreadable("the .npy file is cut off");
+  if (buffer.byteLength < start + size * width) throw new Unreadable("the .npy file is truncated");
   const values = Array.from({ length: size }, (_, place) => read(view, start + place * width));
   if (!values.every(Number.isFinite)) throw new Unreadable("the .npy holds NaN or infinity");
   return values;

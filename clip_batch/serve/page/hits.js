@@ -1,27 +1,27 @@
-// The grid: one card a hit, moved through by arrows, one of them reachable by Tab at a time.
+// The grid of hits, one card each. Arrow keys move between cards, and Tab reaches only the current one.
 
 import { $, el, icon, iconButton, link, safeUrl } from "./dom.js";
 
-export const EAGER = 12;   // cards that come first, their pictures asked for at once; the others when they are near
-export const LESS = -0.5;   // a whole vector taken away leaves little of what was asked for
+export const EAGER = 12;   // the first cards load their pictures at once, the others when they are near the screen
+export const LESS = -0.5;   // the weight of a subtracted hit: subtracting a whole vector would leave little of the query
 const NARROW = 0.5, WIDE = 2.4;
 
 export const nameOf = hit => String(hit.metadata.caption || hit.metadata.key || `row ${hit.id}`);
 
-// The hit's own web address, if its metadata has one.
+// Returns the web address in the hit's metadata, or null.
 export function urlOf(hit) {
   const { url, image_url, link } = hit.metadata;
   return [url, image_url, link].map(safeUrl).find(Boolean) ?? null;
 }
 
-// The picture of a hit; what stands in for it where there is none, or where it does not load.
+// Returns the picture of a hit, or a placeholder if it has none. A picture that does not load is replaced by one.
 export function picture(hit, lazy, onload = () => {}) {
-  const none = text => el("span", { className: "none" }, icon("broken"), text);
-  if (!hit.image) return none("no image");
+  const placeholder = text => el("span", { className: "none" }, icon("broken"), text);
+  if (!hit.image) return placeholder("no image");
   const image = el("img", { alt: "", decoding: "async", draggable: true });
   image.loading = lazy ? "lazy" : "eager";
   image.onload = () => onload(image.naturalWidth / image.naturalHeight);
-  image.onerror = () => image.replaceWith(none("cannot be shown"));
+  image.onerror = () => image.replaceWith(placeholder("cannot be shown"));
   image.src = hit.image.replace(/^\//, "");
   return image;
 }
@@ -48,16 +48,16 @@ export function createGrid(act) {
   const grid = $("hits");
   let hits = [], current = null;
 
-  // Only the current card's buttons are stops of Tab; the arrows go from card to card.
+  // Makes only the current card's buttons reachable by Tab.
   function setCurrent(box) {
     for (const [one, stop] of [[current, -1], [box, 0]]) one?.querySelectorAll("button, a").forEach(part => (part.tabIndex = stop));
     current = box;
   }
 
-  function add(found) {
-    const boxes = found.map((hit, place) => card(hit, hits.length + place, act));
+  function add(more) {
+    const boxes = more.map((hit, place) => card(hit, hits.length + place, act));
     for (const box of boxes) box.querySelectorAll("button, a").forEach(part => (part.tabIndex = -1));
-    hits = hits.concat(found);
+    hits = hits.concat(more);
     grid.append(...boxes);
     if (!current && boxes.length) setCurrent(boxes[0]);
   }
@@ -75,7 +75,7 @@ export function createGrid(act) {
     box.scrollIntoView({ block: "nearest" });
   }
 
-  // The card above or below whose middle is nearest.
+  // Returns the card in the row above or below whose centre is nearest.
   function across(down) {
     const middle = box => box.offsetLeft + box.offsetWidth / 2;
     let row = null, best = null;

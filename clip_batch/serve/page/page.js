@@ -1,4 +1,4 @@
-// The page: its state is the address, every change of it is a search, and Back takes it back.
+// The page. Its state is in the address; every change of the state searches, and Back restores the previous one.
 
 import { ask, Refused } from "./api.js";
 import { showChips, thumbs } from "./chips.js";
@@ -8,14 +8,14 @@ import { createGrid, EAGER, LESS, nameOf, showDetails } from "./hits.js";
 import { describe, empty, FLAGS, fromAddress, isEmpty, packVector, toAddress, toRequest } from "./query.js";
 import { fileName, save, toCsv } from "./save.js";
 
-const FIRST = 60;   // hits of the first answer; each further one doubles what is asked for
+const FIRST = 60;   // hits of the first request; each further request asks for twice as many
 const PARQUET = "application/vnd.apache.parquet";
 
 let query = empty();
 let server = { indices: [], features: {}, max_k: 10_000 };
-let running = new AbortController();
-let answered = null;   // {query, index, version, k, done} of what is on the page
-let growing = false;
+let running = new AbortController();   // of the latest search
+let results = null;   // {query, index, version, k, done} of the hits on the page
+let loading = false;   // whether more hits are being requested
 
 const say = (text, bad = false) => {
   $("note").textContent = text;
@@ -36,7 +36,7 @@ const grid = createGrid({
   details: showDetails,
 });
 
-// Change the query, remember it in the address, and search.
+// Changes the query, writes it into the address, and searches.
 function go(change) {
   query = { ...query, ...change };
   const address = toAddress(query);
@@ -60,31 +60,31 @@ function show() {
 async function search() {
   running.abort();
   running = new AbortController();
-  const { signal } = running, asked = query, start = performance.now();
-  growing = false;
-  if (isEmpty(asked)) return clear();
+  const { signal } = running, searched = query, start = performance.now();
+  loading = false;
+  if (isEmpty(searched)) return clear();
   const late = setTimeout(() => {
     say("Searching…");
     $("hits").setAttribute("aria-busy", "true");
   }, 150);
   try {
     const k = Math.min(FIRST, server.max_k);
-    const found = await (await ask("v1/search", toRequest(asked, k), { signal })).json();
+    const response = await (await ask("v1/search", toRequest(searched, k), { signal })).json();
     clearTimeout(late);
     const took = Math.round(performance.now() - start);
-    answered = { query: asked, index: found.index, version: found.version, k, done: found.hits.length === 0 || k >= server.max_k };
+    results = { query: searched, index: response.index, version: response.version, k, done: response.hits.length === 0 || k >= server.max_k };
     $("welcome").hidden = true;
-    const within = $("hits").contains(document.activeElement);   // who is among the hits stays there
+    const focused = $("hits").contains(document.activeElement);   // the focus stays on the hits if it is there
     grid.clear();
-    grid.add(found.hits.slice(0, EAGER));
-    if (within) grid.focusCurrent();
+    grid.add(response.hits.slice(0, EAGER));
+    if (focused) grid.focusCurrent();
     scrollTo({ top: 0 });
-    $("save").hidden = !found.hits.length;
+    $("save").hidden = !response.hits.length;
     $("end").textContent = "";
-    say(found.hits.length ? `${found.hits.length} hits for ${describe(asked)} · ${took} ms` : `No hits for ${describe(asked)}`);
+    say(response.hits.length ? `${response.hits.length} hits for ${describe(searched)} · ${took} ms` : `No hits for ${describe(searched)}`);
     await painted();
     if (signal.aborted) return;
-    grid.add(found.hits.slice(EAGER));
+    grid.add(response.hits.slice(EAGER));
     watch();
   } catch (error) {
     trouble(error);
@@ -95,7 +95,7 @@ async function search() {
 }
 
 function clear() {
-  answered = null;
+  results = null;
   grid.clear();
   $("welcome").hidden = false;
   $("save").hidden = true;
@@ -104,42 +104,42 @@ function clear() {
   say("");
 }
 
-// Infinite scroll: the service has no pages, so twice as many are asked for and the new ones added.
-async function more() {
-  if (growing || !answered || answered.done) return;
-  growing = true;
-  const { signal } = running, mine = answered;
+// Infinite scroll: the service has no paging, so request twice as many hits and add the new ones.
+async function loadMore() {
+  if (loading || !results || results.done) return;
+  loading = true;
+  const { signal } = running, shown = results;
   try {
-    const k = Math.min(mine.k * 2, server.max_k);
-    const found = await (await ask("v1/search", toRequest(mine.query, k), { signal })).json();
-    if (mine !== answered) return;
-    if (found.version !== mine.version) return void search();   // a new index took over: its rows are others
+    const k = Math.min(shown.k * 2, server.max_k);
+    const response = await (await ask("v1/search", toRequest(shown.query, k), { signal })).json();
+    if (shown !== results) return;
+    if (response.version !== shown.version) return void search();   // in a new version of the index, rows have other ids
     const known = new Set(grid.hits.map(hit => hit.id));
-    const fresh = found.hits.filter(hit => !known.has(hit.id));
-    mine.k = k;
-    mine.done = !fresh.length || k >= server.max_k;
+    const fresh = response.hits.filter(hit => !known.has(hit.id));
+    shown.k = k;
+    shown.done = !fresh.length || k >= server.max_k;
     grid.add(fresh);
-    if (mine.done) $("end").textContent = "These are all.";
-    say(`${grid.hits.length} hits for ${describe(mine.query)}`);
+    if (shown.done) $("end").textContent = "These are all.";
+    say(`${grid.hits.length} hits for ${describe(shown.query)}`);
     watch();
   } catch (error) {
-    if (mine === answered && error.name !== "AbortError") {   // such as: the service goes no deeper
-      mine.done = true;
+    if (shown === results && error.name !== "AbortError") {   // for example, the service limits k
+      shown.done = true;
       $("end").textContent = error.message;
     }
   } finally {
-    if (mine === answered) growing = false;
+    if (shown === results) loading = false;
   }
 }
 
-const nearEnd = new IntersectionObserver(entries => entries.some(entry => entry.isIntersecting) && more(), { rootMargin: "0px 0px 900px" });
-function watch() {   // observed anew, it tells even if the end is still in sight
+const nearEnd = new IntersectionObserver(entries => entries.some(entry => entry.isIntersecting) && loadMore(), { rootMargin: "0px 0px 900px" });
+function watch() {   // observing it again fires even if the end is still in sight
   nearEnd.disconnect();
   nearEnd.observe($("end"));
 }
 
-// What was typed: an address, an embedding, or words.
-function typed(weight) {
+// Returns the typed text as a term: an address, an embedding, or words.
+function typedTerm(weight) {
   const text = $("text").value.trim();
   if (text.startsWith("[")) {
     const vector = fromJson(text);
@@ -152,11 +152,11 @@ function typed(weight) {
 function submit(weight) {
   try {
     if (!$("text").value.trim()) {
-      if (weight && !query.terms.length) say("Type what to add or to take away");
+      if (weight && !query.terms.length) say("Type the text to add or subtract");
       else go({ text: "" });
       return;
     }
-    const part = typed(weight || 1);
+    const part = typedTerm(weight || 1);
     if (part.kind === "text" && !weight) go({ text: part.value });
     else {
       $("text").value = "";
@@ -167,18 +167,18 @@ function submit(weight) {
   }
 }
 
-// A picture becomes its embedding, so that the address can carry it and it is sent once.
+// Searches by a file. A picture is replaced by its embedding, so that it is sent once and fits into the address.
 async function searchFile(file) {
   try {
-    const read = await readFile(file);
-    let { vector } = read;
-    if (read.image) {
+    const content = await readFile(file);
+    let { vector } = content;
+    if (content.image) {
       say("Reading the image…");
-      const answer = await ask("v1/embed", { images: [read.image], index: query.index || undefined });
+      const answer = await ask("v1/embed", { images: [content.image], index: query.index || undefined });
       [vector] = (await answer.json()).images;
     }
     const packed = packVector(vector);
-    if (read.image) thumbs.set(packed, URL.createObjectURL(file));
+    if (content.image) thumbs.set(packed, URL.createObjectURL(file));
     $("text").value = "";
     await go({ text: "", terms: [term("embedding", packed, file.name || "pasted image")] });
   } catch (error) {
@@ -187,24 +187,24 @@ async function searchFile(file) {
 }
 
 function searchDropped(text) {
-  const own = new RegExp(`^${location.origin}${location.pathname}v1/image/([^/]+)/(\\d+)(\\?|$)`).exec(text);
-  if (own && decodeURIComponent(own[1]) === indexName()) return go({ text: "", terms: [term("id", Number(own[2]), `row ${own[2]}`)] });
+  const ours = new RegExp(`^${location.origin}${location.pathname}v1/image/([^/]+)/(\\d+)(\\?|$)`).exec(text);
+  if (ours && decodeURIComponent(ours[1]) === indexName()) return go({ text: "", terms: [term("id", Number(ours[2]), `row ${ours[2]}`)] });
   $("text").value = text;
   submit();
 }
 
 async function download(kind) {
-  const { query: asked, index } = answered, words = describe(asked);
+  const { query: saved, index } = results, words = describe(saved);
   try {
-    if (kind === "json") save(new Blob([JSON.stringify({ index, query: toAddress(asked), hits: grid.hits }, null, 1)], { type: "application/json" }), fileName(words, kind));
+    if (kind === "json") save(new Blob([JSON.stringify({ index, query: toAddress(saved), hits: grid.hits }, null, 1)], { type: "application/json" }), fileName(words, kind));
     if (kind === "csv") save(new Blob([toCsv(grid.hits)], { type: "text/csv" }), fileName(words, kind));
-    if (kind === "parquet") save(await (await ask("v1/search", toRequest(asked, answered.k), { accept: PARQUET })).blob(), fileName(words, kind));
+    if (kind === "parquet") save(await (await ask("v1/search", toRequest(saved, results.k), { accept: PARQUET })).blob(), fileName(words, kind));
   } catch (error) {
     trouble(error);
   }
 }
 
-// Colours: the system's, dark, light.
+// Switches the colours: the system's, dark, light.
 function theme(next) {
   const root = document.documentElement, order = ["", "dark", "light"];
   const now = order[(order.indexOf(root.dataset.theme ?? "") + next) % 3];
@@ -228,7 +228,7 @@ function listen() {
   };
   $("surprise").onclick = () => go({ text: "", terms: [term("id", Math.floor(Math.random() * current().rows), "a random image")] });
   $("theme-button").onclick = () => theme(1);
-  $("index").onchange = () => go({ index: $("index").value, terms: query.terms.filter(({ kind }) => kind !== "id") });   // rows of the other index
+  $("index").onchange = () => go({ index: $("index").value, terms: query.terms.filter(({ kind }) => kind !== "id") });   // ids of rows mean nothing in another index
   $("modality").onchange = event => go({ modality: event.target.value });
   for (const flag of FLAGS) $(flag).onchange = event => go({ [flag]: event.target.checked });
   $("aesthetic").onchange = event => go({ aesthetic: Number(event.target.value) });
@@ -278,7 +278,7 @@ function restore() {
   return search();
 }
 
-// What the service can do decides which controls there are.
+// Asks the service what it can do, and shows the controls for that.
 async function start() {
   theme(0);
   listen();

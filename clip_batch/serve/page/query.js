@@ -1,4 +1,4 @@
-// A query: text, weighted terms, options; as the page's address carries it, and as the service is asked.
+// A query (text, weighted terms and options), in the page's address and as a request to the service.
 
 export const FLAGS = ["deduplicate", "safety", "violence"];
 const KINDS = ["text", "image_url", "embedding", "id"];
@@ -7,7 +7,7 @@ export const empty = () => ({
   text: "", terms: [], index: "", modality: "image", deduplicate: false, safety: false, violence: false, aesthetic: 0,
 });
 
-// Vectors travel as base64url of little-endian float32: 4 bytes a number, exact.
+// Vectors are written as base64url of little-endian float32: 4 bytes a number, without loss.
 export function packVector(values) {
   const bytes = new Uint8Array(values.length * 4);
   const view = new DataView(bytes.buffer);
@@ -44,10 +44,10 @@ export function fromAddress(text) {
   return query;
 }
 
-// A term is weight~kind~value~label.
+// A term is written as weight~kind~value~label.
 const escape = part => String(part).replaceAll("%", "%25").replaceAll("~", "%7E");
 
-// Addresses come from anywhere: a term that is none is left out.
+// Returns a term, or null if the text is not one, since the address can come from anywhere.
 function toTerm(text) {
   const [weight, kind, value, label] = text.split("~").map(part => part.replaceAll("%7E", "~").replaceAll("%25", "%"));
   const term = { weight: Number(weight), kind, value, label: label || value };
@@ -82,7 +82,7 @@ export function toRequest(query, k) {
   return request;
 }
 
-// In words, for the status line, the title and file names.
+// Describes the query in words, for the status line, the title and file names.
 export function describe(query) {
   const names = query.terms.map(({ kind, label, weight }) =>
     `${weight < 0 ? "− " : "+ "}${kind === "text" ? `“${label}”` : kind === "id" ? `images like “${label}”` : label}`);

@@ -1,4 +1,4 @@
-// Hits as files: JSON and CSV of what is on the page, Parquet from the service.
+// Hits as files: JSON and CSV of the hits on the page; Parquet comes from the service.
 
 export function toCsv(hits) {
   const columns = [...new Set(hits.flatMap(hit => Object.keys(hit.metadata)))];
@@ -6,7 +6,7 @@ export function toCsv(hits) {
   return [["id", "score", ...columns], ...lines].map(line => line.map(cell).join(",")).join("\r\n") + "\r\n";
 }
 
-// RFC 4180: quotes around what has a comma, a quote or a line's end; quotes doubled.
+// Quotes a cell that contains a comma, a quote or a line break, and doubles its quotes (RFC 4180).
 function cell(value) {
   if (value === null || value === undefined) return "";
   const text = typeof value === "object" ? JSON.stringify(value) : String(value);

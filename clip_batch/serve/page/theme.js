@@ -1,3 +1,3 @@
-// Before the first paint: the colours chosen last time, if they are not the system's.
+// Runs before the first paint: restores the colours that the user chose, unless they are the system's.
 const theme = localStorage.getItem("theme");
 if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
