@@ -1,9 +1,9 @@
-"""A whole run by HTTP alone, over workers that `clip-batch serve-worker` started.
+"""A whole run by HTTP alone, on workers that `clip-batch serve-worker` started.
 
     python drive_by_http.py --input 'data/*.tar' --output OUT --index INDEX http://node1:1234 http://node2:1234
 
-Each worker is given one task at a time. A worker that is busy, or that is lost, costs time alone: its task goes
-to another one, and whatever was committed meanwhile is answered at once.
+Each worker gets one task at a time. If a worker is busy or lost, its task goes to another worker; that costs only time,
+since a task that was committed meanwhile is answered at once.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import urllib.request
 from typing import Any
 
 POLL = 30
-"""Seconds after which a worker answers 202 and goes on; shorter than what proxies allow a request."""
+"""Seconds after which a worker answers 202 and continues the task; shorter than the timeouts of proxies."""
 
 LOST = 5
-"""Times in a row that a worker may fail to answer before it is given up."""
+"""Consecutive requests that a worker may leave unanswered before it counts as lost."""
 
 
 def post(worker: str, path: str, body: dict[str, Any]) -> dict[str, Any] | float:
-    """The answer; or, where the worker has none yet, the seconds to wait. OSError: it cannot be reached."""
+    """Return the answer, or the seconds to wait if the worker has none yet. Raises OSError if it cannot be reached."""
     headers = {"content-type": "application/json", "authorization": f"Bearer {os.environ.get('CLIP_BATCH_TOKEN', '')}"}
     request = urllib.request.Request(worker + path, json.dumps({**body, "wait": POLL}).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=2 * POLL) as answer:
-            if answer.status == 202:
+        with urllib.request.urlopen(request, timeout=2 * POLL) as response:
+            if response.status == 202:
                 return 0.0
-            found: dict[str, Any] = json.load(answer)
-            return found
+            answer: dict[str, Any] = json.load(response)
+            return answer
     except urllib.error.HTTPError as error:
         with error:
             detail = json.load(error)["detail"]
@@ -44,7 +44,7 @@ def post(worker: str, path: str, body: dict[str, Any]) -> dict[str, Any] | float
 
 
 def drive(workers: list[str], path: str, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Post each body to one worker or another until it is answered; the answers, in order."""
+    """Post each body to any worker until it is answered, and return the answers in order."""
     tasks: queue.Queue[int] = queue.Queue()
     answers: dict[int, dict[str, Any]] = {}
     errors: list[BaseException] = []
@@ -52,27 +52,27 @@ def drive(workers: list[str], path: str, bodies: list[dict[str, Any]]) -> list[d
         tasks.put(number)
 
     def feed(worker: str) -> None:
-        lost = 0
-        while len(answers) < len(bodies) and not errors and lost < LOST:
+        unanswered = 0
+        while len(answers) < len(bodies) and not errors and unanswered < LOST:
             try:
                 number = tasks.get(timeout=0.2)
-            except queue.Empty:  # others are at the last ones, and may yet put them back
+            except queue.Empty:  # other threads have the last tasks and may still put them back
                 continue
             pause = 0.0
             try:
-                found = post(worker, path, bodies[number])
-                lost = 0
+                result = post(worker, path, bodies[number])
+                unanswered = 0
             except SystemExit as error:
                 errors.append(error)
                 return
             except (OSError, ValueError):
-                found, lost = 1.0, lost + 1
-            if isinstance(found, dict):
-                answers[number] = found
+                result, unanswered = 1.0, unanswered + 1
+            if isinstance(result, dict):
+                answers[number] = result
                 print(f"{path} {number + 1} of {len(bodies)}: {worker}", flush=True)
             else:
                 tasks.put(number)
-                pause = found
+                pause = result
             time.sleep(pause)
 
     threads = [threading.Thread(target=feed, args=[worker]) for worker in workers]
@@ -94,21 +94,22 @@ def main() -> None:
     parser.add_argument("--index", required=True)
     parser.add_argument("--plan", type=json.loads, default={}, help='options of plan, as JSON: {"model": "ViT-B-32"}')
     parser.add_argument("workers", nargs="+")
-    given = parser.parse_args()
+    options = parser.parse_args()
 
-    out = {"output": given.output}
-    [plan] = drive(given.workers, "/v1/plan", [{**out, "input": given.input, **given.plan}])
-    embedded = drive(given.workers, "/v1/embed", [{**out, "partition": n} for n in range(plan["partitions"])])
-    rows = sum(one["commit"]["rows"] for one in embedded)
-    failed = sum(sum(one["commit"]["failed"].values()) for one in embedded)
+    out = {"output": options.output}
+    [plan] = drive(options.workers, "/v1/plan", [{**out, "input": options.input, **options.plan}])
+    embedded = drive(options.workers, "/v1/embed", [{**out, "partition": n} for n in range(plan["partitions"])])
+    commits = [answer["commit"] for answer in embedded]
+    rows = sum(commit["rows"] for commit in commits)
+    failed = sum(sum(commit["failed"].values()) for commit in commits)
     print(f"{rows:,} samples embedded, {failed:,} listed as failed", flush=True)
 
-    merge = {**out, "index": given.index}
-    [trained] = drive(given.workers, "/v1/merge", [{**merge, "task": "train"}])
+    merge = {**out, "index": options.index}
+    [trained] = drive(options.workers, "/v1/merge", [{**merge, "task": "train"}])
     shards = range(trained["index_shards"])
-    drive(given.workers, "/v1/merge", [{**merge, "task": "shard", "shard": shard} for shard in shards])
-    [merged] = drive(given.workers, "/v1/merge", [{**merge, "task": "manifest"}])
-    print(f"{merged['manifest']['rows']:,} rows in {given.index}, version {merged['version']}")
+    drive(options.workers, "/v1/merge", [{**merge, "task": "shard", "shard": shard} for shard in shards])
+    [merged] = drive(options.workers, "/v1/merge", [{**merge, "task": "manifest"}])
+    print(f"{merged['manifest']['rows']:,} rows in {options.index}, version {merged['version']}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 #!/bin/bash
-# SLURM, from a login node: plan, look, submit embed and the merge behind it. Run it again when something is left.
+# SLURM, from a login node: plan, check, and submit embed with the merge after it. Run it again if something is left.
 #
 #     TARS='/shared/laion/{00000..00999}.tar' OUT=/shared/out INDEX=/shared/index docs/examples/slurm.sh
-#     DRY=--dry-run ... docs/examples/slurm.sh         # only show the sbatch scripts
+#     DRY=--dry-run ... docs/examples/slurm.sh         # only prints the sbatch scripts
 set -euo pipefail
 : "${TARS:?}" "${OUT:?}" "${INDEX:?}"
 here=$(cd "$(dirname "$0")" && pwd)
 CONFIG=${CONFIG:-$here/../../configs/slurm.yaml}       # your cluster's partition, account, GPUs, modules
 
 clip-batch plan --input "$TARS" --output "$OUT" --model "${MODEL:-ViT-B-32}" ${PRETRAINED:+--pretrained "$PRETRAINED"}
-[ -n "${DRY:-}" ] || clip-batch doctor --output "$OUT"      # the scheduler's limits, storage, disk, clock
+[ -n "${DRY:-}" ] || clip-batch doctor --output "$OUT"      # checks the scheduler's limits, storage, disk and clock
 
-# --tasks no more than run at the same time: a worker that is done helps the slow ones, and keeps its place for it.
+# --tasks should be at most the number that can run at once: a finished worker stays to help slow ones.
 clip-batch submit slurm --config "$CONFIG" --output "$OUT" --index "$INDEX" --tasks "${TASKS:-64}" ${DRY:-}
 
-clip-batch status --output "$OUT"                    # again and again: done, failed, missing, what to run
+clip-batch status --output "$OUT"                    # repeat it: shows what is done, failed and missing

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Spark: one executor a GPU, one task at a time in it. Run it again when something is left.
+# Spark, with one executor for each GPU and one task at a time in it. Run it again if something is left.
 #
 #     TARS='/shared/{00000..00999}.tar' OUT=/shared/out INDEX=/shared/index MASTER=yarn docs/examples/spark.sh
-#     DRY=--dry-run ... docs/examples/spark.sh         # only show the spark-submit line
+#     DRY=--dry-run ... docs/examples/spark.sh         # only prints the spark-submit command
 set -euo pipefail
 : "${TARS:?}" "${OUT:?}" "${INDEX:?}"
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,10 +1,11 @@
-"""Fine-tune a CLIP on what a text finds in an index, with checkpoints that go on exactly where they were.
+"""Fine-tune a CLIP model on the hits of a text in an index, with checkpoints that resume exactly where they stopped.
 
     clip-batch demo DEMO --no-serve
     python docs/examples/train_filtered.py DEMO/index --text "flag of a country" --amount 200
 
-Without --model it is the demo's model. It prints each epoch's mean loss. Run again with the same --checkpoint, it
-goes on behind the last batch that was saved. With torchrun, each rank trains on its part (see docs/training.md).
+The default model is the demo's. The script prints each epoch's mean loss. If you run it again with the same
+--checkpoint, it continues after the last batch that was saved. With torchrun, each rank trains on its part (see
+docs/training.md).
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", help="INDEX, or a folder that `clip-batch filter` wrote")
     parser.add_argument("--text", default="", help="what to train on")
-    parser.add_argument("--amount", type=int, default=200, help="rows")
+    parser.add_argument("--amount", type=int, default=200, help="number of rows")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--model", default=f"local-dir:{model_path()}", help="open_clip's name of a model")
     parser.add_argument("--pretrained", default=None)
-    parser.add_argument("--checkpoint", default="", help="a file; it is resumed from if it is there")
+    parser.add_argument("--checkpoint", default="", help="a file to save to, and to resume from if it exists")
     parser.add_argument("--every", type=int, default=10, help="batches between checkpoints")
     options = parser.parse_args()
 
