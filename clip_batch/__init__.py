@@ -1,20 +1,57 @@
 """clip-batch: plan, embed, merge and search image-text data with CLIP, exactly once.
 
-Importing this package loads nothing heavy: each public name is loaded when it is first used.
+    from clip_batch import EmbedConfig, PlanConfig, Searcher, embed, make_plan, merge
+
+    make_plan("tars/{000..127}.tar", "out", PlanConfig(model="ViT-B-32", pretrained="openai"))
+    embed("out", EmbedConfig(batch_size=256))
+    merge("out", "index")
+    with Searcher("index") as searcher:
+        hits = searcher.search(searcher.encode_text(["a red bicycle"]), k=5)[0]
+
+Importing this package loads nothing heavy: a name that needs a large library is loaded when it is first used.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
 from clip_batch import errors
-from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, SearchConfig, ServeConfig, StorageConfig
+from clip_batch.config import (
+    DatabaseConfig,
+    DownloadConfig,
+    EmbedConfig,
+    MergeConfig,
+    PlanConfig,
+    SearchConfig,
+    ServeConfig,
+    SlurmConfig,
+    SparkConfig,
+    StorageConfig,
+    SubmitConfig,
+    SweepConfig,
+)
+from clip_batch.errors import (
+    ClipBatchError,
+    ConfigError,
+    CorruptError,
+    DatabaseError,
+    DecodeError,
+    EncoderError,
+    IncompleteError,
+    InputError,
+    PartitionFailed,
+    PlanError,
+    Preempted,
+    ServiceError,
+    ServiceUnavailable,
+    StorageUnavailable,
+)
+from clip_batch.types import Hit, Plan
 
-if TYPE_CHECKING:
-    from clip_batch.client import Client
-    from clip_batch.embeddings.embed import embed
-    from clip_batch.export.dataset import FilteredDataset
+if _typing.TYPE_CHECKING:
+    from clip_batch.client import AsyncClient, Client
+    from clip_batch.embeddings.embed import Outcome, embed
+    from clip_batch.export.dataset import FilteredDataset, Query
+    from clip_batch.index.manifest import Manifest
     from clip_batch.index.merge.merge import merge
     from clip_batch.plan.plan import make_plan
     from clip_batch.search.searcher import Searcher
@@ -22,32 +59,69 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
     "Client",
+    "ClipBatchError",
+    "ConfigError",
+    "CorruptError",
+    "DatabaseConfig",
+    "DatabaseError",
+    "DecodeError",
+    "DownloadConfig",
     "EmbedConfig",
+    "EncoderError",
     "FilteredDataset",
+    "Hit",
+    "IncompleteError",
+    "InputError",
+    "Manifest",
     "MergeConfig",
+    "Outcome",
+    "PartitionFailed",
+    "Plan",
     "PlanConfig",
+    "PlanError",
+    "Preempted",
+    "Query",
     "SearchConfig",
     "Searcher",
     "ServeConfig",
+    "ServiceError",
+    "ServiceUnavailable",
+    "SlurmConfig",
+    "SparkConfig",
     "StorageConfig",
+    "StorageUnavailable",
+    "SubmitConfig",
+    "SweepConfig",
     "embed",
     "errors",
     "make_plan",
     "merge",
 ]
 
-_HOME = {
+_HOMES = {
+    "AsyncClient": "client",
     "Client": "client",
     "FilteredDataset": "export.dataset",
+    "Manifest": "index.manifest",
+    "Outcome": "embeddings.embed",
+    "Query": "export.dataset",
     "Searcher": "search.searcher",
     "embed": "embeddings.embed",
     "make_plan": "plan.plan",
     "merge": "index.merge.merge",
 }
+"""The modules of the names that are loaded when they are first used."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+def __getattr__(name: str) -> _typing.Any:
+    if name not in _HOMES:
         raise AttributeError(f"module 'clip_batch' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"clip_batch.{_HOME[name]}"), name)
+    value = getattr(_importlib.import_module(f"clip_batch.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

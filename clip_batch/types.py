@@ -6,9 +6,13 @@ tuple, as one is made of each sample that is read, and is made three times as fa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+StrPath = str | os.PathLike[str]
+"""A path, or a URL as a str."""
 
 KEY_COLUMNS = ("key", "shard", "offset", "length", "caption")
 """Metadata columns of every row, before the pinned JSON fields (see docs/formats.md)."""

@@ -33,7 +33,7 @@ def _plan(output: str, config: PlanConfig, storage: StorageConfig) -> tuple[dict
 
     if not config.input:
         raise ConfigError("plan needs --input: paths, URLs, globs or brace patterns of tars")
-    plan = make_plan(config, output, storage, say)
+    plan = make_plan(config.input, output, config, storage=storage, progress=say)
     shards = {piece.shard.url for partition in plan.partitions for piece in partition.slices}
     summary = {"partitions": len(plan.partitions), "shards": len(shards), "encoder": plan.encoder.fingerprint}
     return summary, f"planned {len(shards):,} shards in {len(plan.partitions):,} partitions: {output}"

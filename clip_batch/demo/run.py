@@ -32,7 +32,7 @@ def run(folder: str, serve: bool, config: ServeConfig) -> int:
         data.write_tars(tars)
 
     _step("plan", f"clip-batch plan --input {tars} --model demo --partition-samples 400 --output {output}")
-    make_plan(PlanConfig(input=[tars], model="demo", partition_samples=400), output, storage)
+    make_plan([tars], output, PlanConfig(model="demo", partition_samples=400), storage=storage)
 
     _step("embed", f"clip-batch embed --output {output}")
     outcomes = run_worker(output, None, EmbedConfig(), storage)
@@ -41,7 +41,7 @@ def run(folder: str, serve: bool, config: ServeConfig) -> int:
         return 1
 
     _step("merge", f"clip-batch merge --output {output} --index {index} --shard-rows 500")
-    manifest = merge(output, index, MergeConfig(shard_rows=500), storage)
+    manifest = merge(output, index, MergeConfig(shard_rows=500), storage=storage)
     print(f"{manifest.rows:,} rows in {len(manifest.shards)} index shards")
 
     searcher = Searcher(index, storage)

@@ -7,6 +7,7 @@ At most `_BATCHES_AHEAD` batches are in flight, whatever the size of a partition
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections import deque
@@ -31,7 +32,7 @@ from clip_batch.samples import read_slice
 from clip_batch.samples.decode import decode_caption, decode_json
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage.store import Store
-from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample, Slice
+from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample, Slice, StrPath
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Array, Encoder, Pixels
@@ -63,6 +64,12 @@ class Outcome:
     error: str = ""
     again: bool = False
 
+    @property
+    def line(self) -> str:
+        """The outcome as one line of text."""
+        counts = f"{self.rows:,} samples embedded, {self.failed:,} listed as failed"
+        return f"partition {self.partition} {self.state}: {self.error or counts}"
+
 
 @dataclass(frozen=True)
 class _Decoded:
@@ -82,23 +89,28 @@ class _Batch:
 
 
 def embed(
-    output: str,
+    output: StrPath,
     config: EmbedConfig = EmbedConfig(),
     partitions: Iterable[int] | None = None,
+    *,
     storage: StorageConfig = StorageConfig(),
+    progress: Callable[[str], None] | None = None,
     run: WorkerRun | None = None,
     encoder: Encoder | None = None,
 ) -> list[Outcome]:
-    """Embed and commit the given partitions (all, if None) that are not committed yet.
+    """Embed and commit the given partitions (None: all) that are not committed yet; the outcome of each.
 
-    A partition that fails is reported in its `Outcome`, and beside the commits, and the others go
-    on; but after three in a row for which the data is not to blame, the rest is left to others and
-    has no outcome. `encoder` is the plan's, where the process has loaded it already. Raises PlanError,
-    EncoderError or ConfigError before any work, and Preempted once `run.stop` is set, with
-    everything committed so far kept and nothing half done. Where `run.slot` is given, and unless `config.share`
-    is off, other workers' partitions follow when these are done.
+    A partition that fails is reported in its `Outcome`, and beside the commits, and the others go on; but after three
+    in a row for which the data is not to blame, the rest is left to other workers and has no outcome. `progress` takes
+    one line of text about each partition that ends. `encoder` is the plan's, where the process has loaded it already.
+    Where `run.slot` is given, and unless `config.share` is off, other workers' partitions follow when these are done.
+
+    Example: `embed("out", EmbedConfig(batch_size=64), progress=print)`.
+
+    PlanError, EncoderError or ConfigError, before any work. Preempted once `run.stop` is set: everything committed so
+    far is kept, and nothing is half done.
     """
-    store = Store(output, storage.storage_options)
+    store = Store(os.fspath(output), storage.storage_options)
     plan = load_plan(store)
     wanted = list(range(len(plan.partitions))) if partitions is None else list(partitions)
     unknown = [number for number in wanted if not 0 <= number < len(plan.partitions)]
@@ -113,7 +125,7 @@ def embed(
     encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options, compiled_size(config))
     gpus = 0 if pick_device(config.device) == "cpu" else 1
     with recorded(store, run, gpus):
-        return _Worker(store, plan, config, storage, run, encoder).embed(todo)
+        return _Worker(store, plan, config, storage, run, encoder, progress or (lambda line: None)).embed(todo)
 
 
 def batch_size(config: EmbedConfig) -> int:
@@ -175,9 +187,10 @@ class _Worker:
         storage: StorageConfig,
         run: WorkerRun,
         encoder: Encoder,
+        progress: Callable[[str], None],
     ) -> None:
         self.store, self.plan, self.config, self.storage = store, plan, config, storage
-        self.run, self.encoder = run, encoder
+        self.run, self.encoder, self.progress = run, encoder, progress
         self.abandoned: set[int] = set()
         self.tried: set[int] = set()
         self.batch_size = batch_size(config)
@@ -200,6 +213,7 @@ class _Worker:
                 encoded = self._encode(self._decode(order, files, decoders), device, lanes)
                 for number, batches in _by_partition(encoded):
                     outcomes.append(self._write(number, batches))
+                    self.progress(outcomes[-1].line)
                     self.run.running.discard(number)
                     self.run.partitions += 1
                     if outcomes[-1].state == "lost":

@@ -39,7 +39,7 @@ def run_worker(
         return run.total, run.partitions, run.samples, run.failed
 
     with _stopping(run.stop), shown(read) if config.progress else contextlib.nullcontext():
-        return embed(output, config, numbers, storage, run)
+        return embed(output, config, numbers, storage=storage, run=run)
 
 
 def job() -> str:

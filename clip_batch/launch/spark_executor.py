@@ -120,7 +120,7 @@ def _embed(work: EmbedTask, plan: Plan, todo: list[int], run: WorkerRun, context
         pin(gpu.addresses)
         config = replace(config, device="cuda:0" if config.device == "auto" else config.device)
     loaded = encoder(plan.encoder, config.device, json.dumps(work.storage.storage_options), compiled_size(config))
-    return embed(work.output, config, todo, work.storage, run, loaded)
+    return embed(work.output, config, todo, storage=work.storage, run=run, encoder=loaded)
 
 
 def pin(addresses: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
 from clip_batch.plan.schema import sample_fields
 from clip_batch.storage.store import Store
-from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
+from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice, StrPath
 
 FORMAT = 1
 """The version of the plan's files; a plan of another one is refused."""
@@ -35,9 +36,18 @@ Progress = Callable[[str], None]
 
 
 def make_plan(
-    config: PlanConfig, output: str, storage: StorageConfig = StorageConfig(), progress: Progress | None = None
+    input: StrPath | Iterable[StrPath],
+    output: StrPath,
+    config: PlanConfig = PlanConfig(),
+    *,
+    storage: StorageConfig = StorageConfig(),
+    progress: Progress | None = None,
 ) -> Plan:
-    """Freeze a plan at `output`, or return the plan that exists there if nothing differs.
+    """Freeze a plan of `input` at `output`, or return the plan that exists there if nothing differs.
+
+    `input` is one path, URL, glob or brace pattern, or several of them, and takes the place of `config.input`.
+
+    Example: `make_plan("tars/{000..127}.tar", "out", PlanConfig(model="ViT-B-32", pretrained="openai"))`.
 
     ConfigError: an option is wrong. InputError: an input is missing or named twice. EncoderError:
     the weights cannot be found. PlanError: another plan exists at `output`; it lists the differences.
@@ -46,7 +56,8 @@ def make_plan(
 
     say = progress or (lambda line: None)
     options = storage.storage_options
-    store = Store(output, options)
+    config = replace(config, input=[os.fspath(spec) for spec in _as_list(input)])
+    store = Store(os.fspath(output), options)
     target = _target(config)
     images, captions = _extensions(config.image_extensions), _extensions(config.caption_extensions)
     shards = specs.expand_inputs(config.input, config.format, options)
@@ -69,6 +80,10 @@ def make_plan(
         raise PlanError(f"another plan exists at {store.url}: {'; '.join(differences)}; give another --output")
     say("unchanged")
     return existing
+
+
+def _as_list(input: StrPath | Iterable[StrPath]) -> list[StrPath]:
+    return [input] if isinstance(input, (str, os.PathLike)) else list(input)
 
 
 def count_partitions(store: Store) -> int:

@@ -86,7 +86,7 @@ def main() -> None:
             preprocess=options.preprocess,
             partition_samples=4000 if options.stub else 500,
         )
-        make_plan(planned, f"{home}/out0")
+        make_plan(planned.input, f"{home}/out0", planned)
         plan = load_plan(Store(f"{home}/out0"))
         stub = Stub(options.stub, options.preprocess) if options.stub else None
         encoder = stub or encoders.load(plan.encoder, "cpu")
@@ -114,7 +114,7 @@ def main() -> None:
         best: dict[str, float] = {}
         cpu = 1e9
         for number in range(1, options.rounds + 1):
-            make_plan(planned, f"{home}/out{number}")
+            make_plan(planned.input, f"{home}/out{number}", planned)
             for name, work in (
                 ("read", read),
                 ("decode", decode),

@@ -103,7 +103,7 @@ def files_to_files(encoder: Any, spec: EncoderSpec, options: argparse.Namespace,
     )
     config = EmbedConfig(batch_size=options.batch, device=options.device, progress=False)
     started = time.perf_counter()
-    make_plan(planned, out)
+    make_plan(planned.input, out, planned)
     outcomes = embed(out, config, encoder=encoder)
     seconds = time.perf_counter() - started
     pairs = sum(outcome.rows for outcome in outcomes)

@@ -353,7 +353,7 @@ def make(tars: int, partition_bytes: str, folder: str) -> Plan:
     """The real plan of so many tars."""
     fsspec.register_implementation("laion", Tars, clobber=True)
     config = PlanConfig(input=["laion://tars"], model="fake:768", partition_bytes=partition_bytes)
-    return make_plan(config, folder, StorageConfig({"tars": tars}))
+    return make_plan(config.input, folder, config, storage=StorageConfig({"tars": tars}))
 
 
 def main() -> None:

@@ -43,13 +43,13 @@ def plans(home: str, size: int) -> float:
     fsspec.register_implementation("listing", Listing, clobber=True)
     config = PlanConfig(input=["listing://data"], model="fake:8")
     with tempfile.TemporaryDirectory(dir=home) as out:
-        return seconds(lambda: make_plan(config, out, StorageConfig({"tars": size})))
+        return seconds(lambda: make_plan(config.input, out, config, storage=StorageConfig({"tars": size})))
 
 
 def embeds(home: str, size: int) -> float:
     tars = write_tars(home, size // 1000, 1000)
     with tempfile.TemporaryDirectory(dir=home) as out:
-        make_plan(PlanConfig(input=tars, model="fake:512", partition_samples=1000), out)
+        make_plan(tars, out, PlanConfig(model="fake:512", partition_samples=1000))
         return seconds(lambda: embed(out, EmbedConfig(device="cpu"), encoder=Stub(1e9, "fast")))
 
 

@@ -39,7 +39,7 @@ def work(out: str, slot: int, rate: float, share: bool, start: object) -> None:
 
 def wall(tars: list[str], out: str, samples: int, rates: list[float], share: bool) -> tuple[float, int]:
     """Seconds from the start to the last commit; samples that were computed."""
-    plan = make_plan(PlanConfig(input=tars, model="fake:512", partition_samples=samples), out)
+    plan = make_plan(tars, out, PlanConfig(model="fake:512", partition_samples=samples))
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(WORKERS + 1)
     processes = [context.Process(target=work, args=(out, slot, rate, share, start)) for slot, rate in enumerate(rates)]

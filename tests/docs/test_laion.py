@@ -78,7 +78,7 @@ def test_a_partition_asks_of_s3_what_the_simulation_counts(
             data = Path(good_tar(str(tmp_path / f"{tars}-{number}.tar"), 4, number)).read_bytes()
             Store(home, s3.options).replace(f"tars/{number:04d}.tar", data)
         config = PlanConfig(input=[f"{home}/tars"], model="fake:8", partition_count=tars)
-        make_plan(config, f"{home}/out", storage)
+        make_plan(config.input, f"{home}/out", config, storage=storage)
         s3.log.clear()
         run_worker(f"{home}/out", Slot(0, 1), EmbedConfig(progress=False, device="cpu"), storage)
         log = [(verb, path) for verb, path in s3.log if "/workers/" not in path and "/plan" not in path]

@@ -70,7 +70,7 @@ def planned(tmp_path: Path, out: str) -> str:
 
 
 def plan(tars: Sequence[str], out: str, **options: Any) -> str:
-    make_plan(PlanConfig(input=list(tars), **{"model": "fake:8", **options}), out)
+    make_plan(list(tars), out, PlanConfig(**{"model": "fake:8", **options}))
     return out
 
 

@@ -47,7 +47,7 @@ def tars(tmp_path: Path) -> list[str]:
 
 def plan(tars: list[str], out: str, **options: object) -> Plan:
     options = {"partition_samples": 40, "model": "fake:16", **options}
-    return make_plan(PlanConfig(input=tars, **options), out)  # type: ignore[arg-type]
+    return make_plan(tars, out, PlanConfig(**options))  # type: ignore[arg-type]
 
 
 def rows(out: str) -> list[tuple[str, bytes, bytes]]:

@@ -107,7 +107,7 @@ def test_a_wrong_look_costs_work_alone(tmp_path: Path) -> None:
     """One that names what is committed, and what other slots have not begun."""
     tars = [good_tar(f"{tmp_path}/{number}.tar", 3, seed=number) for number in range(4)]
     out, config = f"{tmp_path}/out", EmbedConfig(batch_size=4, progress=False, device="cpu")
-    count = len(make_plan(PlanConfig(input=tars, model="fake:8", partition_samples=1), out).partitions)
+    count = len(make_plan(tars, out, PlanConfig(model="fake:8", partition_samples=1)).partitions)
     store, slot = Store(out), Slot(1, count)
     embed(out, config, range(0, count, 2))
     before = {name: store.read(f"{paths.COMMITS}/{name}.json") for name in commit_names(store)}

@@ -31,7 +31,7 @@ def store(tmp_path: Path, out: str) -> Store:
     for number in range(4):
         broken = [number == 1 and sample == 3 for sample in range(10)]
         corpus.good_tar(str(tmp_path / f"{number}.tar"), 10, seed=number, broken=broken)
-    make_plan(PlanConfig(input=[f"{tmp_path}/*.tar"], model="fake:8", partition_count=4), out)
+    make_plan([f"{tmp_path}/*.tar"], out, PlanConfig(model="fake:8", partition_count=4))
     embed(out, CONFIG, [0, 1, 2])
     return Store(out)
 

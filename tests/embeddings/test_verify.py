@@ -21,7 +21,7 @@ from tests import corpus
 @pytest.fixture
 def index(tmp_path: Path, out: str) -> Path:
     tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 30, seed=number) for number in range(2)]
-    make_plan(PlanConfig(input=tars, model="fake:16"), out)
+    make_plan(tars, out, PlanConfig(model="fake:16"))
     embed(out, EmbedConfig())
     merge(out, str(tmp_path / "index"), MergeConfig(shard_rows=20))
     return tmp_path / "index"

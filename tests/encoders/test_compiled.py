@@ -67,7 +67,7 @@ def test_halves_of_a_batch_too_large_for_memory_run_eagerly(
 def out(tmp_path: Path) -> str:
     """A plan of one partition of the demo's pictures."""
     tars = data.write_tars(str(tmp_path / "tars"), shards=160)[:1]
-    make_plan(PlanConfig(input=tars, model="demo"), str(tmp_path / "out"))
+    make_plan(tars, str(tmp_path / "out"), PlanConfig(model="demo"))
     return str(tmp_path / "out")
 
 

@@ -32,7 +32,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> str:
     home = tmp_path_factory.mktemp("golden")
     tars = data.write_tars(str(home / "tars"), shards=3)
     output = str(home / "out")
-    make_plan(PlanConfig(input=tars, model="demo", partition_samples=400), output)
+    make_plan(tars, output, PlanConfig(model="demo", partition_samples=400))
     assert {outcome.state for outcome in embed(output, EmbedConfig(batch_size=64))} == {"committed"}
     return output
 

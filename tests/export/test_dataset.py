@@ -675,9 +675,9 @@ def index_of_remote(tar: str, folder: Path, storage: StorageConfig) -> str:
     from clip_batch.plan.plan import make_plan
 
     output, index = str(folder / "out"), str(folder / "index")
-    make_plan(PlanConfig(input=[tar], model="fake:8"), output, storage)
+    make_plan([tar], output, PlanConfig(model="fake:8"), storage=storage)
     assert all(done.state == "committed" for done in run_worker(output, None, EmbedConfig(progress=False), storage))
-    merge(output, index, MergeConfig(queries=5), storage)
+    merge(output, index, MergeConfig(queries=5), storage=storage)
     return index
 
 

@@ -29,7 +29,7 @@ def report(output: str | None) -> dict[str, Check]:
 def planned(tmp_path: Path) -> str:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("0.jpg"), io.BytesIO())
-    make_plan(PlanConfig(input=[f"{tmp_path}/0.tar"], model="fake:8"), f"{tmp_path}/out")
+    make_plan([f"{tmp_path}/0.tar"], f"{tmp_path}/out", PlanConfig(model="fake:8"))
     return f"{tmp_path}/out"
 
 

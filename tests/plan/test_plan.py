@@ -49,7 +49,7 @@ def config(tars: Path) -> PlanConfig:
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_plan_is_read_back_as_it_was_made(config: PlanConfig, tmp_path: Path, remote: bool) -> None:
     output = f"memory:/{tmp_path}/out" if remote else f"{tmp_path}/out"
-    plan = make_plan(config, output)
+    plan = make_plan(config.input, output, config)
     store = Store(output)
     assert load_plan(store) == plan
     assert [len(partition.slices) for partition in plan.partitions] == [2, 2]
@@ -63,19 +63,19 @@ def test_a_plan_is_read_back_as_it_was_made(config: PlanConfig, tmp_path: Path, 
 
 
 def test_storage_options_are_written_nowhere(config: PlanConfig, tmp_path: Path) -> None:
-    make_plan(config, f"{tmp_path}/out", StorageConfig({"secret": "hunter2"}))
+    make_plan(config.input, f"{tmp_path}/out", config, storage=StorageConfig({"secret": "hunter2"}))
     written = list((tmp_path / "out" / "_clip_batch").iterdir())
     assert len(written) == 3 and not any(b"hunter2" in path.read_bytes() for path in written)
 
 
 def test_planning_again_changes_nothing(config: PlanConfig, tmp_path: Path) -> None:
     said: list[str] = []
-    first = make_plan(config, f"{tmp_path}/out")
+    first = make_plan(config.input, f"{tmp_path}/out", config)
     files = {path: path.read_bytes() for path in (tmp_path / "out" / "_clip_batch").iterdir()}
-    assert make_plan(config, f"{tmp_path}/out", progress=said.append) == first
+    assert make_plan(config.input, f"{tmp_path}/out", config, progress=said.append) == first
     assert said[-1] == "unchanged"
     assert {path: path.read_bytes() for path in (tmp_path / "out" / "_clip_batch").iterdir()} == files
-    assert make_plan(config, f"{tmp_path}/other").digest == first.digest
+    assert make_plan(config.input, f"{tmp_path}/other", config).digest == first.digest
 
 
 def test_the_digest_covers_what_changes_the_result(config: PlanConfig, tmp_path: Path) -> None:
@@ -88,17 +88,17 @@ def test_the_digest_covers_what_changes_the_result(config: PlanConfig, tmp_path:
         replace(config, caption_extensions=["caption"]),
         replace(config, image_extensions=["png", "jpg"]),
     ]
-    assert len({make_plan(each, f"{tmp_path}/{n}").digest for n, each in enumerate(other)}) == len(other)
+    assert len({make_plan(each.input, f"{tmp_path}/{n}", each).digest for n, each in enumerate(other)}) == len(other)
 
 
 def test_a_changed_input_is_refused_by_name(config: PlanConfig, tars: Path, tmp_path: Path) -> None:
-    make_plan(config, f"{tmp_path}/out")
+    make_plan(config.input, f"{tmp_path}/out", config)
     (tars / "0.tar").unlink()
     write_tar(tars / "1.tar", 9)
     os.utime(tars / "2.tar", ns=(5, 5))
     write_tar(tars / "7.tar", 1)
     with pytest.raises(PlanError) as caught:
-        make_plan(config, f"{tmp_path}/out")
+        make_plan(config.input, f"{tmp_path}/out", config)
     text = str(caught.value)
     assert f"1 inputs added: {tars}/7.tar" in text and f"1 inputs removed: {tars}/0.tar" in text
     assert "2 inputs changed" in text and f"{tars}/2.tar (rewritten)" in text
@@ -119,15 +119,15 @@ def test_a_changed_input_is_refused_by_name(config: PlanConfig, tars: Path, tmp_
 def test_a_changed_option_is_refused_by_name(
     config: PlanConfig, tmp_path: Path, change: dict[str, object], says: str
 ) -> None:
-    make_plan(config, f"{tmp_path}/out")
+    make_plan(config.input, f"{tmp_path}/out", config)
     with pytest.raises(PlanError, match=says):
-        make_plan(replace(config, **change), f"{tmp_path}/out")  # type: ignore[arg-type]
+        make_plan(config.input, f"{tmp_path}/out", replace(config, **change))  # type: ignore[arg-type]
 
 
 def test_another_order_is_refused(config: PlanConfig, tars: Path, tmp_path: Path) -> None:
-    make_plan(config, f"{tmp_path}/out")
+    make_plan(config.input, f"{tmp_path}/out", config)
     with pytest.raises(PlanError, match="another order"):
-        make_plan(replace(config, input=[f"{tars}/{{3..0}}.tar"]), f"{tmp_path}/out")
+        make_plan([f"{tars}/{{3..0}}.tar"], f"{tmp_path}/out", config)
 
 
 def test_no_plan_says_how_to_make_one(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_no_plan_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_refused(config: PlanConfig, tmp_path: Path) -> None:
-    make_plan(config, f"{tmp_path}/out")
+    make_plan(config.input, f"{tmp_path}/out", config)
     home = tmp_path / "out" / "_clip_batch"
     slices = (home / "plan.parquet").read_bytes()
     (home / "plan.parquet").write_bytes(slices[:-1] + b"?")
@@ -151,13 +151,13 @@ def test_damaged_files_are_refused(config: PlanConfig, tmp_path: Path) -> None:
 
 
 def test_a_planner_that_died_before_plan_json_is_taken_up(config: PlanConfig, tmp_path: Path) -> None:
-    plan = make_plan(config, f"{tmp_path}/out")
+    plan = make_plan(config.input, f"{tmp_path}/out", config)
     home = tmp_path / "out" / "_clip_batch"
     (home / "plan.json").unlink()
-    assert make_plan(config, f"{tmp_path}/out") == plan
+    assert make_plan(config.input, f"{tmp_path}/out", config) == plan
     (home / "plan.json").unlink()
     with pytest.raises(PlanError, match="delete that file"):
-        make_plan(replace(config, partition_count=3), f"{tmp_path}/out")
+        make_plan(config.input, f"{tmp_path}/out", replace(config, partition_count=3))
 
 
 def test_a_large_tar_is_split_at_samples_and_its_counts_add_up(tars: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_large_tar_is_split_at_samples_and_its_counts_add_up(tars: Path, tmp_p
     (tars / "big_stats.json").write_text('{"successes": 40}')
     size = (tars / "big.tar").stat().st_size
     config = PlanConfig(input=[f"{tars}/big.tar"], model="fake:8", partition_bytes=str(size // 4))
-    plan = make_plan(config, f"{tmp_path}/out")
+    plan = make_plan(config.input, f"{tmp_path}/out", config)
     slices = slices_of(plan)
     assert len(plan.partitions) >= 4
     assert [piece.start for piece in slices] == [0, *(piece.stop for piece in slices[:-1])]
@@ -178,7 +178,7 @@ def test_a_large_tar_is_split_at_samples_and_its_counts_add_up(tars: Path, tmp_p
 
 
 def test_partitions_by_samples_without_side_cars_scan_the_headers(config: PlanConfig, tmp_path: Path) -> None:
-    plan = make_plan(replace(config, partition_count=None, partition_samples=10), f"{tmp_path}/out")
+    plan = make_plan(config.input, f"{tmp_path}/out", replace(config, partition_count=None, partition_samples=10))
     assert [len(partition.slices) for partition in plan.partitions] == [2, 2]
     assert [piece.samples for piece in slices_of(plan)] == [5] * 4
 
@@ -188,17 +188,17 @@ def test_files_are_cut_by_samples(tmp_path: Path) -> None:
     for number in range(25):
         (tmp_path / "in" / f"{number:02d}.jpg").write_bytes(b"\xff")
     config = PlanConfig(input=[f"{tmp_path}/in"], format="files", model="fake:8", partition_samples=10)
-    plan = make_plan(config, f"{tmp_path}/out")
+    plan = make_plan(config.input, f"{tmp_path}/out", config)
     assert [(piece.start, piece.stop, piece.samples) for piece in slices_of(plan)] == [
         (0, 8, 8),
         (8, 17, 9),
         (17, None, 8),
     ]
     assert load_plan(Store(f"{tmp_path}/out")) == plan
-    assert len(make_plan(replace(config, partition_samples=None), f"{tmp_path}/whole").partitions) == 1
+    assert len(make_plan(config.input, f"{tmp_path}/whole", replace(config, partition_samples=None)).partitions) == 1
     (tmp_path / "in" / "25.jpg").write_bytes(b"\xff")
     with pytest.raises(PlanError, match=r"1 inputs changed: .*/in \(rewritten\)"):
-        make_plan(config, f"{tmp_path}/out")
+        make_plan(config.input, f"{tmp_path}/out", config)
 
 
 @pytest.mark.parametrize(
@@ -212,21 +212,21 @@ def test_files_are_cut_by_samples(tmp_path: Path) -> None:
 )
 def test_wrong_targets(change: dict[str, object], says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says):
-        make_plan(PlanConfig(input=["x.tar"], model="fake:8", **change), str(tmp_path))  # type: ignore[arg-type]
+        make_plan(["x.tar"], str(tmp_path), PlanConfig(model="fake:8", **change))  # type: ignore[arg-type]
 
 
 def test_nothing_is_written_when_an_input_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing"):
-        make_plan(PlanConfig(input=[f"{tmp_path}/none.tar"], model="fake:8"), f"{tmp_path}/out")
+        make_plan([f"{tmp_path}/none.tar"], f"{tmp_path}/out", PlanConfig(model="fake:8"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_frozen_plan_is_a_value(config: PlanConfig, tmp_path: Path) -> None:
-    plan: Plan = make_plan(config, f"{tmp_path}/out")
+    plan: Plan = make_plan(config.input, f"{tmp_path}/out", config)
     with pytest.raises(AttributeError):
         plan.partitions[0].id = 3  # type: ignore[misc]
 
 
 def test_the_repr_of_a_plan_is_short(config: PlanConfig, tmp_path: Path) -> None:
-    plan = make_plan(config, f"{tmp_path}/out")
+    plan = make_plan(config.input, f"{tmp_path}/out", config)
     assert repr(plan) == f"<Plan {plan.digest[:12]}: 2 partitions of tar, fake:8>"

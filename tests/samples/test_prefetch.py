@@ -153,13 +153,13 @@ def test_gzipped_and_local_tars_go_through(tars: list[str], tmp_path: Path) -> N
 
 def _planned(tars: list[str], out: str) -> None:
     remote(tars)
-    make_plan(PlanConfig(input=["flaky://tars/*.tar"], model="fake:8", partition_samples=20), out)
+    make_plan(["flaky://tars/*.tar"], out, PlanConfig(model="fake:8", partition_samples=20))
 
 
 def test_partitions_read_ahead_equal_those_of_local_tars(tars: list[str], out: str, tmp_path: Path) -> None:
     _planned(tars, out)
     assert {one.state for one in embed(out, EmbedConfig(batch_size=8))} == {"committed"}
-    make_plan(PlanConfig(input=tars, model="fake:8", partition_samples=20), str(tmp_path / "local"))
+    make_plan(tars, str(tmp_path / "local"), PlanConfig(model="fake:8", partition_samples=20))
     embed(str(tmp_path / "local"), EmbedConfig(batch_size=8))
     assert rows(out) == rows(str(tmp_path / "local"))
 

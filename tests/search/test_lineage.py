@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         corpus.good_tar(f"{root}/{number}.tar", 20, seed=number, captions=captions)
     corpus.write_tar(f"{root}/3.tar", corpus.good_files(5, 3), mode="w:gz")
     tars = [f"{root}/{number}.tar" for number in range(4)]
-    make_plan(PlanConfig(input=tars, model="fake:8", partition_count=3), f"{root}/out")
+    make_plan(tars, f"{root}/out", PlanConfig(model="fake:8", partition_count=3))
     done = embed(f"{root}/out", EmbedConfig(batch_size=16, threads=2, progress=False))
     assert {outcome.state for outcome in done} == {"committed"}
     merge(f"{root}/out", f"{root}/index", MergeConfig(queries=5, shard_rows=25))

@@ -40,10 +40,10 @@ def index_of(
 ) -> str:
     """INDEX of tars, in `folder`."""
     output, index = str(folder / "out"), str(folder / "index")
-    make_plan(PlanConfig(input=tars, model=model), output, StorageConfig())
+    make_plan(tars, output, PlanConfig(model=model), storage=StorageConfig())
     done = run_worker(output, None, EmbedConfig(progress=False), StorageConfig())
     assert all(outcome.state == "committed" for outcome in done)
-    merge(output, index, config, StorageConfig())
+    merge(output, index, config, storage=StorageConfig())
     return index
 
 

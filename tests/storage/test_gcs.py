@@ -209,7 +209,7 @@ def test_what_verify_finds_is_repaired_and_versions_come_and_go(store: Store, gc
     storage, config = StorageConfig(gcs.options), MergeConfig(queries=5, shard_rows=40)
     images, texts = fabricated.clustered(80, 8, 4)
     plan = fabricated.make_out(out, images, texts, [40, 40])
-    first = merge(out.url, index.url, config, storage).version
+    first = merge(out.url, index.url, config, storage=storage).version
     retired = dict(read_commits(out)[1].files)
     gone = next(name for name in retired if name.startswith("img_emb"))
     out.remove(gone)
@@ -219,7 +219,7 @@ def test_what_verify_finds_is_repaired_and_versions_come_and_go(store: Store, gc
     out.replace(lost, b"of an attempt that lost")
     assert set(gc(out)) == {lost, *retired} - {gone}
     assert verify_output(out).ok
-    second = merge(out.url, index.url, config, storage).version
+    second = merge(out.url, index.url, config, storage=storage).version
     assert verify_index(index, deep=True).ok
     (tmp_path / "keys.txt").write_text("0-3\n1-45\n")
     assert remove(index.url, str(tmp_path / "keys.txt"), storage=storage).rows == 2

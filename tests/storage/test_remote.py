@@ -91,7 +91,7 @@ class Place:
     def plan(self, samples: int) -> None:
         """Plan the tars into partitions of so many samples."""
         config = PlanConfig([f"{self.url}/tars/*.tar"], model="fake:8", partition_samples=samples)
-        make_plan(config, f"{self.url}/out", self.storage)
+        make_plan(config.input, f"{self.url}/out", config, storage=self.storage)
 
     def run(self, *arguments: str, code: int = 0, before: tuple[str, ...] = ()) -> str:
         """Standard output of a command that must end with `code`."""
@@ -231,7 +231,7 @@ def test_with_faults_at_random(place: Place, tmp_path: Path) -> None:
                 for kind in ("slow down", "internal", "reset", "lost", "delay")
             ]
             again(lambda: embedded(place))
-            again(lambda: bool(merge(out, index, MergeConfig(shard_rows=20), place.storage)))
+            again(lambda: bool(merge(out, index, MergeConfig(shard_rows=20), storage=place.storage)))
             assert all(fault.hits for fault in on)
         assert not wrong
     assert verify_output(place.store("out"), deep=True, options=place.options).ok
@@ -254,7 +254,7 @@ def test_hdfs_whose_nodes_die_meanwhile(place: Place, hdfs: Hdfs, tmp_path: Path
         launch.join()
         hdfs.kill_namenode()
         launch = threading.Thread(
-            target=again, args=(lambda: bool(merge(out, index, MergeConfig(shard_rows=20), place.storage)),)
+            target=again, args=(lambda: bool(merge(out, index, MergeConfig(shard_rows=20), storage=place.storage)),)
         )
         launch.start()
         hdfs.start_namenode()

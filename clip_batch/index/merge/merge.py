@@ -42,7 +42,7 @@ from clip_batch.index.merge.job import ATTEMPTS, DUPLICATES, TRUTH, Attempt, Mer
 from clip_batch.index.merge.train import assigner, left_out, make_template, order_modality, read_queries, read_template
 from clip_batch.storage import npy
 from clip_batch.storage.store import file_digest
-from clip_batch.types import format_numbers
+from clip_batch.types import StrPath, format_numbers
 
 Say = Callable[[str], None]
 Ids = npt.NDArray[np.int64]
@@ -50,11 +50,12 @@ Half = npt.NDArray[np.float16]
 
 
 def merge(
-    output: str,
-    index: str,
-    config: MergeConfig,
+    output: StrPath,
+    index: StrPath,
+    config: MergeConfig = MergeConfig(),
+    *,
     storage: StorageConfig = StorageConfig(),
-    progress: Say = lambda line: None,
+    progress: Say | None = None,
 ) -> Manifest:
     """Build a version of INDEX from OUT, or find it finished; all tasks in this process, one after another.
 
@@ -63,13 +64,14 @@ def merge(
     not finite and of unit norm. ConfigError: an option is wrong, or faiss refuses the key. PlanError:
     OUT has no plan.
     """
-    job = open_job(output, index, config, storage)
-    if manifest := finished(job, progress):
+    say = progress or (lambda line: None)
+    job = open_job(os.fspath(output), os.fspath(index), config, storage)
+    if manifest := finished(job, say):
         return manifest
-    train(job, progress, every_row=True)
+    train(job, say, every_row=True)
     for shard in range(job.shards):
-        build_shard(job, shard, progress)
-    return publish(job, progress)
+        build_shard(job, shard, say)
+    return publish(job, say)
 
 
 def finished(job: MergeJob, progress: Say = lambda line: None) -> Manifest | None:

@@ -6,7 +6,6 @@ The stages write DIR/urls, images, embeddings and index. DIR/failures.parquet an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from clip_batch.config import DownloadConfig, EmbedConfig, MergeConfig, PlanConfig, StorageConfig
 from clip_batch.errors import IncompleteError, InputError, Preempted
@@ -44,12 +43,12 @@ def end2end(
         images = download(download_config, home, url_list, lock, embed_config.max_pixels, options, say)
     store = Store(output, options)
     if inputs := tars(home, images):
-        make_plan(replace(plan_config, input=inputs), output, storage, lambda line: say(f"plan: {line}"))
+        make_plan(inputs, output, plan_config, storage=storage, progress=lambda line: say(f"plan: {line}"))
         _embed(output, embed_config, storage, workers, say)
     result = read_account(home) or account(home, url_list, store)
     if not result.embedded:
         raise InputError(f"none of {url_list.urls:,} URLs gave an image: {home.display(FAILURES)} says why")
-    merge(output, index, merge_config, storage, lambda line: say(f"merge: {line}"))
+    merge(output, index, merge_config, storage=storage, progress=lambda line: say(f"merge: {line}"))
     return index, result
 
 

@@ -72,7 +72,7 @@ class Stages:
 
     def plan(self, output: str, config: PlanConfig) -> PlanAnswer:
         """Freeze a plan in OUT. If the same plan is frozen there already, return that."""
-        plan = make_plan(config, output, self.storage)
+        plan = make_plan(config.input, output, config, storage=self.storage)
         return {"partitions": len(plan.partitions), "digest": plan.digest, "encoder": plan.encoder.fingerprint}
 
     def committed(self, output: str, partition: int) -> EmbedAnswer | None:
@@ -95,7 +95,8 @@ class Stages:
         for piece in plan.partitions[partition].slices:
             self.allowed.check(piece.shard.url, "output")
         run = WorkerRun("http", stop=stop)
-        outcomes = embed_stage.embed(output, self.config, [partition], self.storage, run, self._load(plan.encoder))
+        encoder = self._load(plan.encoder)
+        outcomes = embed_stage.embed(output, self.config, [partition], storage=self.storage, run=run, encoder=encoder)
         for outcome in outcomes:
             if outcome.state == "failed":
                 what = f"partition {partition} failed: {outcome.error}"
