@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 StrPath = str | os.PathLike[str]
 """A path, or a URL as a str."""
@@ -159,11 +159,18 @@ SAMPLE_REASONS = frozenset(
 """Failure reasons that speak of one sample."""
 
 
+class StoredFile(TypedDict):
+    """A file as a commit or a manifest records it."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Commit:
     """What one partition committed: `commits/<partition>.json`, the only truth readers trust.
 
-    `files` maps a path under OUT to {"bytes": int, "sha256": str}; a partition of 0 rows has only
+    `files` has the files by their path below OUT; a partition of 0 rows has only
     its failures file, or none. `shards` maps a slice's shard URL to {"seen", "embedded", "failed"}.
     `failed` counts rows by reason and `warnings` counts what was mended (missing_caption, bad_json,
     bad_utf8). Times are Unix seconds, for display only.
@@ -175,7 +182,7 @@ class Commit:
     dim: int
     encoder: str
     plan: str
-    files: dict[str, dict[str, Any]]
+    files: dict[str, StoredFile]
     shards: dict[str, dict[str, int]]
     failed: dict[str, int]
     warnings: dict[str, int]

@@ -56,7 +56,7 @@ def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | No
     return report
 
 
-def check_file(store: Store, name: str, stored: dict[str, Any], deep: bool) -> str | None:
+def check_file(store: Store, name: str, stored: StoredFile, deep: bool) -> str | None:
     """Presence and size of a file, and with `deep` its sha256."""
     try:
         size = store.size(name)

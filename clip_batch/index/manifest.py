@@ -1,45 +1,53 @@
-"""The manifest of an index version, and CURRENT, which names the version that serves.
-
-INDEX/CURRENT                      the live version, swapped atomically
-INDEX/<version>/manifest.json      written last: a version without it does not exist for readers
-"""
+"""The manifest of an index version, and CURRENT, which names the live version."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.index.paths import CURRENT, VersionPaths
 from clip_batch.storage.store import Store
-from clip_batch.types import EncoderSpec
+from clip_batch.types import EncoderSpec, StoredFile
+
+if TYPE_CHECKING:
+    from clip_batch.index.ann.recall import Recall
 
 FORMAT = 2
-CURRENT = "CURRENT"
-MANIFEST = "manifest.json"
+"""Version of the manifest's format. Format 1, which lacks some fields, is read too."""
+
+
+class DuplicateRows(TypedDict, total=False):
+    """Rows that `--dedup` left out: how many, at which cosine, and the report on them, a path below INDEX."""
+
+    rows: int
+    threshold: float
+    file: str
 
 
 @dataclass(frozen=True)
 class IndexShard:
     """One index shard: its rows have the ids [offset, offset + rows).
 
-    `files` maps a path under INDEX/<version> to {"bytes": int, "sha256": str}; `version` is the one
-    that built the shard ("": the manifest's own), `source` the position of its OUT in `sources`.
+    `files` has the shard's files by their path below the version's folder. `version` is the version that
+    built the shard ("": the manifest's own), `source` the position of its OUT in the manifest's `sources`.
     """
 
     name: str
     rows: int
     offset: int
-    files: dict[str, dict[str, Any]]
+    files: dict[str, StoredFile]
     version: str = ""
     source: int = 0
 
 
 @dataclass(frozen=True)
 class MergedOutput:
-    """An OUT that was merged: `digest` is of its commits, `rows` what it has, `missing` as in the manifest.
+    """An OUT that was merged: its URL, its plan's digest, the digest of its commits, and its number of rows.
 
-    `verified` is False where no commits vouch for it (a folder that clip-retrieval wrote).
+    `missing` are the partitions that it lacked. `verified` is False where no commits vouch for the rows
+    (a folder that clip-retrieval wrote).
     """
 
     output: str
@@ -50,18 +58,16 @@ class MergedOutput:
     verified: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
-    """What an index version holds, and how well it finds.
+    """What an index version holds, and its measured recall.
 
-    `key` and `effort` are by modality (effort None: nothing to tune). `recall[modality][queries]` has
-    "1", "10" and "100" (0..1, at the tuned effort) and "queries" (how many), where `queries` is the
-    kind of held-out vector that searched: "text" in the image index is the real use. `missing` are
-    the partitions that were not there (only with `allow_partial`). `created` is Unix seconds.
-    `rerank` is MergeConfig's. `single[modality]` has the files, below INDEX, of the one index that stands for
-    those shards that have none of their own. `base` is the version that this one was added to, `template` the
-    one that trained; `drift[modality]` is then the recall@10 of new queries over the new shards alone.
-    `duplicates` has "rows" (how many were left out), "threshold" and "file".
+    `created` is Unix seconds. `key` (faiss's index key) and `effort` (nprobe or efSearch; None where there is nothing
+    to tune) are by modality. `recall[modality][kind]` is the recall at the tuned effort of held-out queries of a kind:
+    the "text" queries of the image index are the real use. `missing` are the partitions that were not committed
+    (only with `allow_partial`). `rerank` is MergeConfig's. `single[modality]` has the files, by their path below INDEX,
+    of the one index that replaces the shards' own. `base` is the version that this one was added to, `template` the
+    version that trained; `drift[modality][kind]` is then the recall@10 of the new queries among the new shards alone.
     """
 
     version: str
@@ -72,28 +78,36 @@ class Manifest:
     plan: str
     key: dict[str, str]
     effort: dict[str, int | None]
-    recall: dict[str, dict[str, dict[str, float]]]
+    recall: dict[str, dict[str, Recall]]
     recall_target: float
     missing: tuple[int, ...]
     allow_partial: bool
     shards: tuple[IndexShard, ...]
     sources: tuple[MergedOutput, ...] = ()
     rerank: int = 0
-    single: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    single: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
     base: str = ""
     template: str = ""
     drift: dict[str, dict[str, float]] = field(default_factory=dict)
-    duplicates: dict[str, Any] = field(default_factory=dict)
+    duplicates: DuplicateRows = field(default_factory=lambda: DuplicateRows())
     metric: str = "ip"
     format: int = FORMAT
 
+    def __repr__(self) -> str:
+        keys = ", ".join(f"{modality} {index_key}" for modality, index_key in self.key.items())
+        return f"<Manifest {self.version}: {self.rows:,} rows of {self.dim} in {len(self.shards)} shards, {keys}>"
+
+    def paths(self, shard: IndexShard) -> VersionPaths:
+        """The file names of the version that built a shard, relative to INDEX."""
+        return VersionPaths(shard.version or self.version)
+
     @property
-    def files(self) -> dict[str, dict[str, Any]]:
-        """Every file of the version by its path below INDEX, with its bytes and sha256."""
-        found = {name: file for files in self.single.values() for name, file in files.items()}
+    def files(self) -> dict[str, StoredFile]:
+        """Every file of the version by its path below INDEX."""
+        files = {name: file for joined in self.single.values() for name, file in joined.items()}
         for shard in self.shards:
-            found |= {f"{shard.version or self.version}/{name}": file for name, file in shard.files.items()}
-        return found
+            files |= {self.paths(shard).file(name): file for name, file in shard.files.items()}
+        return files
 
     @property
     def size(self) -> int:
@@ -108,9 +122,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """The inverse; ValueError, KeyError or TypeError where it is not a manifest of this format."""
+        """The inverse of `to_json`; ValueError, KeyError or TypeError where the text is no manifest."""
         data = json.loads(text)
-        if data["format"] not in (1, FORMAT):  # 1 had fewer fields
+        if data["format"] not in (1, FORMAT):
             raise ValueError(f"format {data['format']}, this clip-batch reads {FORMAT}")
         fingerprint = data["encoder"].pop("fingerprint")
         data["encoder"] = EncoderSpec(**data["encoder"])
@@ -118,14 +132,14 @@ class Manifest:
             raise ValueError("the encoder is not the one of its fingerprint")
         data["missing"] = tuple(data["missing"])
         data["sources"] = tuple(
-            MergedOutput(**{**one, "missing": tuple(one["missing"])}) for one in data.get("sources", ())
+            MergedOutput(**{**source, "missing": tuple(source["missing"])}) for source in data.get("sources", ())
         )
         data["shards"] = tuple(IndexShard(**shard) for shard in data["shards"])
         return cls(**data)
 
 
 def current_version(store: Store) -> str | None:
-    """What CURRENT names; None where there is no CURRENT."""
+    """The version that CURRENT names; None where there is no CURRENT."""
     try:
         return store.read(CURRENT).decode().strip()
     except FileNotFoundError:
@@ -133,14 +147,14 @@ def current_version(store: Store) -> str | None:
 
 
 def load_manifest(store: Store, version: str | None = None) -> Manifest:
-    """The manifest of a version, by default the live one.
+    """The manifest of a version, by default of the live one.
 
-    ConfigError: no CURRENT, so nothing was merged here. CorruptError: the manifest is absent or not readable.
+    ConfigError: there is no CURRENT, so nothing was merged here. CorruptError: the manifest is missing or not readable.
     """
     version = version or current_version(store)
     if not version:
         raise ConfigError(f"no index at {store.url}: run clip-batch merge --output OUT --index {store.url}")
-    name = f"{version}/{MANIFEST}"
+    name = VersionPaths(version).manifest
     try:
         return Manifest.from_json(store.read(name))
     except FileNotFoundError:
@@ -150,13 +164,16 @@ def load_manifest(store: Store, version: str | None = None) -> Manifest:
 
 
 def publish_manifest(store: Store, manifest: Manifest) -> Manifest:
-    """Make a version the live one: manifest.json first, then CURRENT. The manifest that stands: the first one."""
-    store.create(f"{manifest.version}/{MANIFEST}", manifest.to_json().encode())
+    """Write manifest.json if there is none, then make the version live. Returns the manifest that is there then.
+
+    Where two tasks publish at once, that is the first one's.
+    """
+    store.create(VersionPaths(manifest.version).manifest, manifest.to_json().encode())
     make_current(store, manifest.version)
     return load_manifest(store, manifest.version)
 
 
 def make_current(store: Store, version: str) -> None:
-    """Let a finished version serve, if it does not yet."""
+    """Make a finished version live, unless it is already."""
     if current_version(store) != version:
         store.replace(CURRENT, f"{version}\n".encode())

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,12 +25,11 @@ import pyarrow.compute as pc
 
 from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import Manifest, current_version
+from clip_batch.index.paths import REMOVALS, VersionPaths, parse_removal_list, removal_list
 from clip_batch.storage.arrow import ipc_schema
 from clip_batch.storage.npy import read_npy_header
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
-
-FOLDER = "tombstones"
 
 Ids = npt.NDArray[np.int64]
 Shards = Iterable[tuple[str, int]]
@@ -68,12 +66,12 @@ def make(column: str, values: Iterable[str]) -> Tombstones:
 
 def names(store: Store) -> list[str]:
     """The sorted digests of all lists of INDEX, by one listing."""
-    return [name[:-5] for name in store.list(FOLDER) if re.fullmatch(r"[0-9a-f]{16}\.json", name)]
+    return [digest for name in store.list(REMOVALS) if (digest := parse_removal_list(name))]
 
 
 def load(store: Store, digest: str) -> Tombstones:
     """A list of INDEX; CorruptError where its file is not what its name says."""
-    name = f"{FOLDER}/{digest}.json"
+    name = removal_list(digest)
     data = store.read(name)
     with contextlib.suppress(ValueError, KeyError, TypeError):
         found = json.loads(data)
@@ -86,7 +84,7 @@ def load(store: Store, digest: str) -> Tombstones:
 def add(store: Store, column: str, values: Iterable[str]) -> str:
     """Record a list; its digest. From now on every version that is opened lacks its rows."""
     tombstones = make(column, values)
-    store.create(f"{FOLDER}/{tombstones.digest}.json", tombstones.to_json())
+    store.create(removal_list(tombstones.digest), tombstones.to_json())
     return load(store, tombstones.digest).digest  # a lost answer of `create` tells nothing
 
 
@@ -231,22 +229,19 @@ def keep(store: Store, manifest: Manifest, digest: str, ids: Ids) -> None:
     buffer = io.BytesIO()
     np.save(buffer, ids)
     with contextlib.suppress(OSError, NotImplementedError, InputError):
-        store.replace(_cache(manifest, digest), buffer.getvalue())
-
-
-def _cache(manifest: Manifest, digest: str) -> str:
-    return f"{manifest.version}/{FOLDER}/{digest}.npy"
+        store.replace(VersionPaths(manifest.version).removed_ids(digest), buffer.getvalue())
 
 
 def _cached(store: Store, manifest: Manifest, digests: Sequence[str]) -> dict[str, Ids]:
     """The ids of those lists that the version's cache has, whole."""
-    there = set(store.list(f"{manifest.version}/{FOLDER}"))
-    kept = [digest for digest in digests if f"{digest}.npy" in there]
-    found = {}
-    for digest, data in zip(kept, store.read_all(_cache(manifest, digest) for digest in kept), strict=True):
+    paths = VersionPaths(manifest.version)
+    names = set(store.list(paths.removals))
+    cached = [digest for digest in digests if f"{digest}.npy" in names]
+    ids = {}
+    for digest, data in zip(cached, store.read_all(map(paths.removed_ids, cached)), strict=True):
         with contextlib.suppress(ValueError):
-            found[digest] = _read_ids(data, manifest.rows)
-    return found
+            ids[digest] = _read_ids(data, manifest.rows)
+    return ids
 
 
 def _read_ids(data: bytes, rows: int) -> Ids:

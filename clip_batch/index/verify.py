@@ -36,7 +36,7 @@ def verify_index(store: Store, deep: bool = False) -> VerifyReport:
 
 def _check_index_shard(store: Store, manifest: Manifest, shard: IndexShard, deep: bool) -> str | None:
     for name, stored in shard.files.items():
-        whole = f"{shard.version or manifest.version}/{name}"
+        whole = manifest.paths(shard).file(name)
         if problem := check_file(store, whole, stored, deep):
             return problem
         if deep and (problem := _check_index_file(store, whole, name, shard.rows)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,9 @@ from typing import Any
 from clip_batch.config import StorageConfig
 from clip_batch.errors import ConfigError, CorruptError, one_line
 from clip_batch.index import removals
-from clip_batch.index.manifest import CURRENT, MANIFEST, Manifest, current_version, load_manifest, make_current
+from clip_batch.index.ann.recall import Recall
+from clip_batch.index.manifest import Manifest, current_version, load_manifest, make_current
+from clip_batch.index.paths import CURRENT, VersionPaths, is_version, removal_list
 from clip_batch.storage.store import Store, read_url
 
 EXAMPLES = 5
@@ -40,7 +41,7 @@ class VersionInfo:
     rows: int = 0
     alive: int | None = None
     key: dict[str, str] = field(default_factory=dict)
-    recall: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    recall: dict[str, dict[str, Recall]] = field(default_factory=dict)
     base: str = ""
     problem: str = ""
 
@@ -69,14 +70,14 @@ def versions(store: Store) -> list[VersionInfo]:
 
 
 def _folders(store: Store) -> list[str]:
-    return [name for name in store.list("") if re.fullmatch("[0-9a-f]{12}", name)]
+    return [name for name in store.list("") if is_version(name)]
 
 
 def _info(store: Store, version: str, live: bool) -> VersionInfo:
     try:
         manifest = load_manifest(store, version)
     except CorruptError as error:
-        there = store.exists(f"{version}/{MANIFEST}")
+        there = store.exists(VersionPaths(version).manifest)
         return VersionInfo(version, live, finished=False, problem=str(error) if there else "")
     gone = removals.removed_if_known(store, manifest)
     return VersionInfo(
@@ -108,7 +109,7 @@ def _line(info: VersionInfo) -> str:
     return "; ".join([f"{start}  {when}  {info.rows:,} rows, {removed}", *kinds, *base])
 
 
-def _recall(measured: dict[str, dict[str, float]]) -> str:
+def _recall(measured: dict[str, Recall]) -> str:
     lines = ", ".join(f"{line['10']:.3f} for {kind} queries" for kind, line in measured.items())
     return f" (recall@10 {lines})" if lines else ""
 
@@ -128,7 +129,7 @@ def use(store: Store, version: str) -> Manifest:
     removals.removed(store, manifest, _metadata(store, manifest))
     before = current_version(store)
     make_current(store, version)
-    if store.exists(f"{version}/{MANIFEST}"):
+    if store.exists(VersionPaths(version).manifest):
         return manifest
     if current_version(store) == version:  # `drop` came between: it takes the manifest away first
         make_current(store, before) if before else store.remove(CURRENT)
@@ -136,7 +137,7 @@ def use(store: Store, version: str) -> Manifest:
 
 
 def _finished(store: Store, version: str) -> Manifest:
-    there = [name for name in _folders(store) if store.exists(f"{name}/{MANIFEST}")]
+    there = [name for name in _folders(store) if store.exists(VersionPaths(name).manifest)]
     if version not in there:
         known = ", ".join(there) or "none: run clip-batch merge"
         raise ConfigError(f"{store.url} has no finished version {version!r}; there are {known}")
@@ -154,7 +155,7 @@ def _problem(store: Store, name: str, size: int) -> str | None:
 def _metadata(store: Store, manifest: Manifest) -> Iterator[tuple[str, int]]:
     """(local path, id of the first row) of each shard's metadata; a copy is gone when the next one is asked for."""
     for shard in manifest.shards:
-        with store.fetch(f"{shard.version or manifest.version}/metadata/{shard.name}.arrow") as path:
+        with store.fetch(manifest.paths(shard).metadata(shard.name)) as path:
             yield path, shard.offset
 
 
@@ -175,10 +176,9 @@ def remove(
     manifest = load_manifest(store)
     wanted = removals.make(column, read_values(keys, column, storage))
     for source in {shard.source: shard for shard in manifest.shards}.values():
-        home = source.version or manifest.version
-        removals.check(wanted, removals.read_schema(store, f"{home}/metadata/{source.name}.arrow"))
+        removals.check(wanted, removals.read_schema(store, manifest.paths(source).metadata(source.name)))
     digest = removals.add(store, column, wanted.values)
-    progress(f"{len(wanted.values):,} values of {column} are removed, as {removals.FOLDER}/{digest}.json")
+    progress(f"{len(wanted.values):,} values of {column} are removed, as {removal_list(digest)}")
     (found,) = removals.resolve([wanted], _metadata(store, manifest))
     removals.keep(store, manifest, digest, found.ids)
     missing = found.missing
@@ -242,7 +242,7 @@ def drop(store: Store, version: str) -> None:
         raise ConfigError(f"{store.url} has no version {version!r}; there are {', '.join(folders) or 'none'}")
     if current_version(store) == version:
         raise ConfigError(f"{store.display(version)} is live: use another version first")
-    name = f"{version}/{MANIFEST}"
+    name = VersionPaths(version).manifest
     text = store.read(name) if store.exists(name) else None
     if text is not None:
         _refuse_base(store, version, [other for other in folders if other != version])
@@ -256,7 +256,7 @@ def drop(store: Store, version: str) -> None:
 def _refuse_base(store: Store, version: str, others: list[str]) -> None:
     for other in others:
         where = store.display(other)
-        if not store.exists(f"{other}/{MANIFEST}"):
+        if not store.exists(VersionPaths(other).manifest):
             raise ConfigError(f"{where} is not finished and may be based on {version}: finish it, or drop it first")
         manifest = load_manifest(store, other)
         if version in {manifest.template, *(name.split("/")[0] for name in manifest.files)}:

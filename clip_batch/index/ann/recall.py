@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,9 @@ Ids = npt.NDArray[np.int64]
 
 TOP = 100
 TIE = 1e-6
-DEPTHS = (1, 10, 100)
+
+Recall = TypedDict("Recall", {"1": float, "10": float, "100": float, "queries": float})
+"""Recall at 1, 10 and 100 (0..1), and of how many queries it is the mean."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,9 @@ def least_effort(trials: list[RecallTrial], target: float) -> tuple[int, bool]:
     return found.index(found[-1]), False
 
 
-def summary(trial: RecallTrial, at: int) -> dict[str, float]:
-    """Recall at each depth, and the number of queries; {} where there was nothing to find."""
-    values = {str(k): recall(trial, at, k) for k in DEPTHS}
-    some = {k: value for k, value in values.items() if value is not None}
-    return {**some, "queries": float(len(trial.exact))} if some else {}
+def summary(trial: RecallTrial, effort: int) -> Recall | None:
+    """Recall at each depth of the effort at that position, and the number of queries; None without rows to find."""
+    at_1, at_10, at_100 = (recall(trial, effort, k) for k in (1, 10, 100))
+    if at_1 is None or at_10 is None or at_100 is None:  # all of them are, or none is
+        return None
+    return {"1": at_1, "10": at_10, "100": at_100, "queries": float(len(trial.exact))}
