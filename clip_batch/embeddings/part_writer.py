@@ -21,7 +21,7 @@ from clip_batch.embeddings.metadata import metadata_schema
 from clip_batch.plan import paths
 from clip_batch.storage.npy import half_header
 from clip_batch.storage.store import Store, stream_digest
-from clip_batch.types import Commit, Failure, Plan
+from clip_batch.types import Commit, Failure, Plan, StoredFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,10 +128,10 @@ class PartWriter:
         self._published = published
         return None
 
-    def _publish(self) -> dict[str, dict[str, Any]]:
+    def _publish(self) -> dict[str, StoredFile]:
         """Move the spools to their names; the size and sha256 of each file."""
         self._close_parquet()
-        files = {}
+        files: dict[str, StoredFile] = {}
         for folder, spool in self._spools.items():
             if folder in paths.VECTORS.values():
                 spool.seek(0)

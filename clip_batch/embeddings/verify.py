@@ -16,7 +16,7 @@ from clip_batch.samples import read_slice
 from clip_batch.storage.npy import open_matrix, read_npy_header
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
-from clip_batch.types import Commit, Plan, Sample
+from clip_batch.types import Commit, Plan, Sample, StoredFile
 
 
 @dataclass

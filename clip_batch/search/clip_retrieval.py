@@ -26,10 +26,11 @@ from clip_batch.embeddings.tables import Tables
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import metadata
 from clip_batch.index.ann import faiss_index
-from clip_batch.index.manifest import CURRENT, IndexShard, Manifest
+from clip_batch.index.manifest import IndexShard, Manifest
+from clip_batch.index.paths import CURRENT, VersionPaths
 from clip_batch.storage.cache import cache_home, local_copy
 from clip_batch.storage.store import Store
-from clip_batch.types import EncoderSpec
+from clip_batch.types import EncoderSpec, StoredFile
 
 MODEL, PRETRAINED = "ViT-B-32-quickgelu", "openai"
 """open_clip's names of ViT-B/32, clip-retrieval's default model."""
@@ -76,9 +77,12 @@ def open_index(store: Store, model: str = "", pretrained: str = "") -> ClipRetri
             raise ConfigError(f"{where} is not of inner products: build it with clip-retrieval index, or merge again")
     tags = {path: version_tag(store, path) for path in (*names.values(), *(path for _, path in tables.files))}
     digest = hashlib.sha256(repr([store.url, sorted(tags.items())]).encode()).hexdigest()[:12]
-    files = {f"{modality}/{SHARD}.index": path for modality, path in paths.items()}
-    files[f"metadata/{SHARD}.arrow"] = _converted(tables, digest, rows)
-    sizes = {name: {"bytes": os.path.getsize(path), "sha256": ""} for name, path in files.items()}
+    names_of = VersionPaths()
+    files = {names_of.index(modality, SHARD): path for modality, path in paths.items()}
+    files[names_of.metadata(SHARD)] = _converted(tables, digest, rows)
+    sizes: dict[str, StoredFile] = {
+        name: {"bytes": os.path.getsize(path), "sha256": ""} for name, path in files.items()
+    }
     version = f"clip-retrieval-{digest}"
     manifest = Manifest(
         version=version,
@@ -95,7 +99,7 @@ def open_index(store: Store, model: str = "", pretrained: str = "") -> ClipRetri
         allow_partial=False,
         shards=(IndexShard(SHARD, rows, 0, sizes),),
     )
-    return ClipRetrievalIndex(manifest, {f"{version}/{name}": path for name, path in files.items()})
+    return ClipRetrievalIndex(manifest, {VersionPaths(version).file(name): path for name, path in files.items()})
 
 
 def _local(store: Store, name: str) -> str:

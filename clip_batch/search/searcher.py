@@ -25,7 +25,7 @@ from clip_batch.index.ann import faiss_index
 from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
-from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
+from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.metadata import MetadataFile, common_schema, open_table, take_as
 from clip_batch.search import clip_retrieval
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
@@ -34,7 +34,7 @@ from clip_batch.search.rows import Ids, RowSet, Vectors, selection
 from clip_batch.storage.cache import IndexCache
 from clip_batch.storage.npy import open_matrix, unit
 from clip_batch.storage.store import Store
-from clip_batch.types import Hit
+from clip_batch.types import Hit, StoredFile
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Encoder
@@ -133,33 +133,34 @@ class Searcher:
     def _open(self, store: Store) -> None:
         metadata: list[tuple[str, int]] = []
         stored: dict[str, list[Any]] = {modality: [] for modality in self.manifest.key}
+        files = self.manifest.files
+
+        def local(name: str) -> str:
+            return self._file(store, name, files[name])
+
         for shard in self.manifest.shards:
-            folder = shard.version or self.manifest.version
-
-            def file(name: str, shard: IndexShard = shard, folder: str = folder) -> str:
-                return self._file(store, f"{folder}/{name}", shard.files[name])
-
+            paths = self.manifest.paths(shard)
             for modality, opened in self.indices.items():
-                if (name := f"{modality}/{shard.name}.index") in shard.files:
-                    opened.append(OpenedIndex(faiss_index.read(file(name), mapped=True), shard.offset, shard.rows))
+                if (name := paths.index(modality, shard.name)) in files:
+                    opened.append(OpenedIndex(faiss_index.read(local(name), mapped=True), shard.offset, shard.rows))
                 if self.manifest.rerank:
-                    stored[modality].append(open_matrix(file(f"{modality}/{shard.name}.npy")))
-            metadata.append((file(f"metadata/{shard.name}.arrow"), shard.offset))
+                    stored[modality].append(open_matrix(local(paths.vectors(modality, shard.name))))
+            metadata.append((local(paths.metadata(shard.name)), shard.offset))
             self.tables.append(open_table(metadata[-1][0]))
             if self.tables[-1].rows != shard.rows:
                 name = f"metadata of shard {shard.name}"
                 raise CorruptError(f"{store.url}: {name} is not of {shard.rows} rows: merge again")
-        for modality, files in self.manifest.single.items():
-            paths = [self._file(store, name, wanted) for name, wanted in sorted(files.items())]
+        for modality, joined in self.manifest.single.items():
+            path, *_ = [local(name) for name in sorted(joined)]
             rows = self.manifest.rows - sum(one.rows for one in self.indices[modality])
-            self.indices[modality].insert(0, OpenedIndex(faiss_index.read(paths[0], mapped=True), 0, rows))
+            self.indices[modality].insert(0, OpenedIndex(faiss_index.read(path, mapped=True), 0, rows))
         self._stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
         self.schema = common_schema([one.schema for one in self.tables])
         self.removed = removals.removed(store, self.manifest, metadata)
         for modality, opened in self.indices.items():
             self.indices[modality] = [replace(one, removed=self._removed(one.offset, one.rows)) for one in opened]
 
-    def _file(self, store: Store, name: str, wanted: dict[str, Any]) -> str:
+    def _file(self, store: Store, name: str, wanted: StoredFile) -> str:
         """A local path of a file of INDEX, of the recorded size."""
         if self._files:
             return self._files[name]

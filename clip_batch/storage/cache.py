@@ -22,6 +22,7 @@ from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.storage.download import fetch_pieces
 from clip_batch.storage.store import Store, file_digest
 from clip_batch.storage.transfer import file_version, remote_file
+from clip_batch.types import StoredFile
 
 _LOCKS = (".used", ".copied")
 
@@ -69,7 +70,7 @@ class IndexCache:
                 "raise --index-cache, or mount the index as a local folder"
             )
 
-    def file(self, name: str, stored: dict[str, Any]) -> str:
+    def file(self, name: str, stored: StoredFile) -> str:
         """The path of a local copy of a file of INDEX; `stored` has its "bytes" and "sha256" of the manifest.
 
         CorruptError: the file has another sha256.
@@ -84,7 +85,7 @@ class IndexCache:
             os.close(lock)
         return path
 
-    def _copy(self, name: str, path: str, stored: dict[str, Any]) -> None:
+    def _copy(self, name: str, path: str, stored: StoredFile) -> None:
         part, pieces = f"{path}.part", f"{path}.pieces"
         for _ in range(2 if os.path.exists(pieces) else 1):  # pieces that an earlier process left may be wrong
             fetch_pieces(self.store.remote(name), part, pieces, stored["bytes"])

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
-from clip_batch.index.manifest import CURRENT, Manifest
+from clip_batch.index.manifest import Manifest
+from clip_batch.index.paths import CURRENT
 from clip_batch.index.removals import Tombstones, make
 from clip_batch.storage.store import Store
 from tests.fabricated import ENCODER

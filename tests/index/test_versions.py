@@ -22,9 +22,10 @@ from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
 from clip_batch.index.ann import faiss_index
-from clip_batch.index.manifest import CURRENT, MANIFEST, Manifest, current_version, load_manifest
+from clip_batch.index.manifest import Manifest, current_version, load_manifest
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.metadata import open_table
+from clip_batch.index.paths import CURRENT, VersionPaths
 from clip_batch.index.versions import describe, drop, read_values, remove, use, versions
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage import retry
@@ -109,7 +110,7 @@ def key_file(home: Path, *keys: str) -> str:
 
 def rewrite(store: Store, version: str, change: Callable[[Manifest], Manifest]) -> None:
     manifest = change(load_manifest(store, version))
-    store.replace(f"{version}/{MANIFEST}", manifest.to_json().encode())
+    store.replace(VersionPaths(version).manifest, manifest.to_json().encode())
 
 
 def test_versions_are_listed_by_age_with_what_they_hold(store: Store, home: Path, first: str, second: str) -> None:
@@ -123,7 +124,7 @@ def test_versions_are_listed_by_age_with_what_they_hold(store: Store, home: Path
     remove(store.url, key_file(home, "0-1", "1-50"))
     (home / "index/0123456789ab").mkdir()
     (home / "index/0123456789ac").mkdir()
-    (home / "index/0123456789ac" / MANIFEST).write_text("{}")
+    (home / "index/0123456789ac/manifest.json").write_text("{}")
     (home / "index/lost+found").mkdir()
     old, new, bare, broken = versions(store)
     assert (old.alive, new.alive) == (None, 118)  # the old one was not looked through yet
@@ -349,7 +350,7 @@ def test_dropping(store: Store, home: Path, first: str, second: str) -> None:
     (home / "index/0123456789ab").mkdir()
     with pytest.raises(ConfigError, match="0123456789ab is not finished and may be based on"):
         drop(store, first)
-    (home / "index/0123456789ab" / MANIFEST).write_text("{}")
+    (home / "index/0123456789ab/manifest.json").write_text("{}")
     with pytest.raises(CorruptError, match="is not a manifest"):
         drop(store, first)
     assert shown(store, first) == all_keys("first")

@@ -25,7 +25,7 @@ from clip_batch.errors import (
     one_line,
 )
 from clip_batch.index.merge import merge as merge_stage
-from clip_batch.index.merge.job import MergeJob, open_job
+from clip_batch.index.merge.job import MergeJob, ShardRecord, TemplateRecord, open_job
 from clip_batch.plan.plan import count_partitions, load_plan, make_plan
 from clip_batch.serve.http.errors import Busy, Refused
 from clip_batch.serve.worker.allow import Allowed
@@ -55,7 +55,7 @@ class MergeAnswer(TypedDict, total=False):
     version: str
     index_shards: int
     manifest: dict[str, Any]
-    record: dict[str, Any] | None
+    record: TemplateRecord | ShardRecord | None
 
 
 class Stages:
@@ -128,7 +128,8 @@ class Stages:
         version: MergeAnswer = {"version": job.version, "index_shards": job.shards}
         if manifest is not None:
             return {**version, "manifest": json.loads(manifest.to_json())}
-        return {**version, "record": job.trained() if request.shard is None else job.built(request.shard)}
+        record = job.template_record() if request.shard is None else job.shard_record(request.shard)
+        return {**version, "record": record}
 
 
 def _shards(job: MergeJob, request: MergeTask) -> range:

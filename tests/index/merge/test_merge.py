@@ -27,6 +27,7 @@ from clip_batch.errors import ConfigError, CorruptError, IncompleteError
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.merge import merge as stage
+from clip_batch.index.merge import shard as shard_stage
 from clip_batch.index.merge.job import MergeJob, open_job
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
@@ -275,7 +276,7 @@ def test_resume_builds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.
     images, texts = clustered(90, 8, 3)
     make_out(tmp_path / "out", images, texts, [45, 45])
     out, index, config = str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, shard_rows=30)
-    real, done = stage._fill, []
+    real, done = shard_stage._fill, []
 
     def die(template: object, rows: np.ndarray, lists: np.ndarray | None) -> object:
         done.append(len(rows))
@@ -283,10 +284,10 @@ def test_resume_builds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
         return real(template, rows, lists)
 
-    monkeypatch.setattr(stage, "_fill", die)
+    monkeypatch.setattr(shard_stage, "_fill", die)
     with pytest.raises(KeyboardInterrupt):
         merge(out, index, config)
-    monkeypatch.setattr(stage, "_fill", real)
+    monkeypatch.setattr(shard_stage, "_fill", real)
     job = open_job(out, index, config)
     assert Store(index).list(f"{job.version}/shards") == ["0000.json"]
     with pytest.raises(IncompleteError, match="index shards 1-2 are not built"):
@@ -488,8 +489,8 @@ class Race:
         self.index = ""
         make_out(self.out, self.images, texts, SIZES)
         rng = np.random.default_rng()
-        real = stage._order
-        monkeypatch.setattr(stage, "_order", lambda *given: _shuffled(rng, *real(*given)))
+        real = shard_stage._order
+        monkeypatch.setattr(shard_stage, "_order", lambda *given: _shuffled(rng, *real(*given)))
         for name in ("create", "replace", "rename", "remove_folder"):
             monkeypatch.setattr(Store, name, self._around(getattr(Store, name)))
         monkeypatch.setattr(Store, "writer", self._inside(Store.writer))
@@ -584,7 +585,7 @@ def test_an_attempt_may_die_at_any_point_whatever_of_its_writes_took_effect(race
 
     for _ in race.disturb(task, die):
         job = open_job(race.out, race.index, SMALL)
-        if task == "build_shard" and job.built(0):  # the manifest's task ends what the shard's did not
+        if task == "build_shard" and job.shard_record(0):  # the manifest's task ends what the shard's did not
             stage.build_shard(job, 1)
             stage.publish(job)
         else:
