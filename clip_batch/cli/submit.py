@@ -34,11 +34,10 @@ def slurm(
     main: CommandLine,
 ) -> int:
     """Launch what is missing as SLURM job arrays; with --index, a merge behind them."""
-    from clip_batch.launch.submit import SubmitRequest
-    from clip_batch.launch.submit import slurm as launch
+    from clip_batch.launch.submit import SubmitRequest, submit_to_slurm
 
     request = SubmitRequest(arguments.output, arguments.index_folder, storage, submit, embed, merge)
-    return launch(request, slurm, main, say)
+    return submit_to_slurm(request, slurm, main, say)
 
 
 def spark(
@@ -50,8 +49,7 @@ def spark(
     storage: StorageConfig,
 ) -> int:
     """Launch what is missing as a Spark application; with --index, merge in it too."""
-    from clip_batch.launch.submit import SubmitRequest
-    from clip_batch.launch.submit import spark as launch
+    from clip_batch.launch.submit import SubmitRequest, submit_to_spark
 
     request = SubmitRequest(arguments.output, arguments.index_folder, storage, submit, embed, merge)
-    return launch(request, spark, say)
+    return submit_to_spark(request, spark, say)

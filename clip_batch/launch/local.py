@@ -1,4 +1,4 @@
-"""This machine: one worker here, or one process a GPU, over everything that is not committed."""
+"""Launching on this machine: one worker in this process, or several worker processes, such as one for each GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clip_batch.embeddings.embed import Outcome, embed
 from clip_batch.embeddings.slots import Slot, partitions
 from clip_batch.embeddings.workers import WorkerRun
 from clip_batch.encoders.device import cores, gpus
-from clip_batch.launch.progress import Counts, shown
+from clip_batch.launch.progress import Counts, poll_seconds, show_progress
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import Commit
@@ -28,22 +28,23 @@ from clip_batch.types import Commit
 def run_worker(
     output: str, work: list[int] | Slot | None, config: EmbedConfig, storage: StorageConfig
 ) -> list[Outcome]:
-    """One worker in this process, with progress; SIGTERM, SIGUSR1 and Ctrl-C stop it cleanly (Preempted).
+    """Run one worker in this process, with progress, and return the outcome of each partition.
 
-    Its partitions are those given, those of a slot, or (None) all.
+    `work` is the partitions to embed: their numbers, those of a slot, or (None) all. SIGTERM, SIGUSR1 and Ctrl-C stop
+    the worker in good order: it raises Preempted.
     """
     run = WorkerRun(job(), work if isinstance(work, Slot) else None)
     numbers = partitions(Store(output, storage.storage_options), work) if isinstance(work, Slot) else work
 
     def read() -> Counts:
-        return run.total, run.partitions, run.samples, run.failed
+        return Counts(run.total, run.partitions, run.samples, run.failed)
 
-    with _stopping(run.stop), shown(read) if config.progress else contextlib.nullcontext():
+    with _stopped_by_signals(run.stop), show_progress(read) if config.progress else contextlib.nullcontext():
         return embed(output, config, numbers, storage=storage, run=run)
 
 
 def job() -> str:
-    """The scheduler's name of this process's job; empty where it has none."""
+    """The scheduler's name for this process's job, such as "slurm 7_3"; "" without a scheduler."""
     environ = os.environ
     if "SLURM_JOB_ID" not in environ:
         return ""
@@ -52,7 +53,10 @@ def job() -> str:
 
 
 def run_workers(output: str, workers: int, config: EmbedConfig, storage: StorageConfig) -> int:
-    """`workers` processes, each a slot of as many; returns the worst exit code. Their errors go to our stderr."""
+    """Run `workers` processes, one for each of as many slots, and return the worst of their exit codes.
+
+    Their errors go to this process's stderr.
+    """
     store = Store(output, storage.storage_options)
     plan = load_plan(store)
     before = committed(store)
@@ -62,10 +66,10 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
 
     def start(slot: int) -> subprocess.Popen[bytes]:
         device = f"cuda:{slot % max(gpus(), 1)}" if cuda else config.device
-        own = dataclasses.replace(config, threads=threads, device=device, progress=False)
+        worker_config = dataclasses.replace(config, threads=threads, device=device, progress=False)
         command = [sys.executable, "-m", "clip_batch", "worker", "--output", output]
         command += ["--slot", str(slot), "--slots", str(workers)]
-        return subprocess.Popen(command, env=environment(own, storage), stdout=subprocess.DEVNULL)
+        return subprocess.Popen(command, env=environment(worker_config, storage), stdout=subprocess.DEVNULL)
 
     total = len(plan.partitions) - len(before)
 
@@ -73,12 +77,12 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
         for number in committed(store) - before - set(commits):
             commits[number] = read_commit(store, plan.name(number))
         failed = sum(sum(commit.failed.values()) for commit in commits.values())
-        return total, len(commits), sum(commit.rows for commit in commits.values()), failed
+        return Counts(total, len(commits), sum(commit.rows for commit in commits.values()), failed)
 
-    display = shown(read) if config.progress else contextlib.nullcontext()
+    display = show_progress(read, poll_seconds(store)) if config.progress else contextlib.nullcontext()
     processes = [start(slot) for slot in range(workers)]
     stop = threading.Event()
-    with _stopping(stop), display:
+    with _stopped_by_signals(stop), display:
         while any(process.poll() is None for process in processes) and not stop.wait(0.2):
             pass
         if stop.is_set():
@@ -86,19 +90,19 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
                 process.terminate()
         for process in processes:
             process.wait()
-    # A worker that had just ended its own work when it was told to stop dies of the signal itself.
+    # A worker that has no handler for SIGTERM yet, or no longer, is killed by it.
     codes = [75 if process.returncode == -signal.SIGTERM else process.returncode for process in processes]
     return next((code for code in (2, 1, 75) if code in codes), 0 if not any(codes) else 1)
 
 
 def environment(config: EmbedConfig, storage: StorageConfig) -> dict[str, str]:
-    """A worker's environment: ours, with the options, credentials among them."""
+    """The environment of a worker: this process's, and the options, which may contain credentials."""
     return {**os.environ, **to_environment(config, storage)}
 
 
 @contextlib.contextmanager
-def _stopping(stop: threading.Event) -> Iterator[None]:
-    """Let signals set `stop` while the block runs; a second Ctrl-C ends at once."""
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Let SIGTERM, SIGUSR1 and Ctrl-C set `stop` while the block runs; a second Ctrl-C raises KeyboardInterrupt."""
 
     def on_signal(number: int, frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:

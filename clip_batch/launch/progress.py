@@ -1,4 +1,4 @@
-"""Progress of an embed run: a bar on a terminal, a line every few seconds elsewhere, on stderr."""
+"""Progress of an embed run on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -7,15 +7,36 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-Counts = tuple[int, int, int, int]
-"""Partitions to do and done, images embedded, samples failed; so far, in this run."""
+from clip_batch.storage.store import Store
 
-_PLAIN_SECONDS = 10.0
+BAR_SECONDS = 0.2
+"""Seconds between two updates of a bar."""
+
+LINE_SECONDS = 10.0
+"""Seconds between two lines."""
+
+REMOTE_SECONDS = 5.0
+"""Seconds between two updates that list a remote store: S3 answers, and bills, a request for every 1,000 commits."""
+
+
+class Counts(NamedTuple):
+    """Partitions to do and done, images embedded and samples failed, so far in this run."""
+
+    partitions: int
+    done: int
+    images: int
+    failed: int
+
+
+def poll_seconds(store: Store) -> float:
+    """Seconds between two updates for which a store is listed."""
+    return BAR_SECONDS if store.local else REMOTE_SECONDS
 
 
 def line(counts: Counts, seconds: float) -> str:
-    """One line of figures; the ETA takes partitions to be alike."""
+    """One line of figures after `seconds` of the run; the ETA assumes that partitions take equally long."""
     partitions, done, images, failed = counts
     rate = images / seconds if seconds > 0 else 0.0
     left = seconds * (partitions - done) / done if done else None
@@ -24,12 +45,12 @@ def line(counts: Counts, seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def shown(read: Callable[[], Counts], label: str = "embed") -> Iterator[None]:
-    """Show what `read` returns until the block ends, then its last state."""
+def show_progress(read: Callable[[], Counts], poll: float = BAR_SECONDS, label: str = "embed") -> Iterator[None]:
+    """Show what `read` returns while the block runs, every `poll` seconds at most, and once more when it ends."""
     started = time.monotonic()
     stop = threading.Event()
-    draw = _bar if sys.stderr.isatty() else _lines
-    thread = threading.Thread(target=draw, args=(read, label, started, stop), daemon=True)
+    draw = _draw_bar if sys.stderr.isatty() else _print_lines
+    thread = threading.Thread(target=draw, args=(read, label, started, poll, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -38,23 +59,23 @@ def shown(read: Callable[[], Counts], label: str = "embed") -> Iterator[None]:
         thread.join()
 
 
-def _lines(read: Callable[[], Counts], label: str, started: float, stop: threading.Event) -> None:
-    while not stop.wait(_PLAIN_SECONDS):
+def _print_lines(read: Callable[[], Counts], label: str, started: float, poll: float, stop: threading.Event) -> None:
+    ended = False
+    while not ended:
+        ended = stop.wait(max(poll, LINE_SECONDS))
         print(f"{label}: {line(read(), time.monotonic() - started)}", file=sys.stderr, flush=True)
-    print(f"{label}: {line(read(), time.monotonic() - started)}", file=sys.stderr, flush=True)
 
 
-def _bar(read: Callable[[], Counts], label: str, started: float, stop: threading.Event) -> None:
+def _draw_bar(read: Callable[[], Counts], label: str, started: float, poll: float, stop: threading.Event) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=None, figures="")
-        while True:
-            ended = stop.wait(0.2)
+        ended = False
+        while not ended:
+            ended = stop.wait(poll)
             counts = read()
             figures = line(counts, time.monotonic() - started)
-            bar.update(task, total=counts[0] or None, completed=counts[1], figures=figures)
-            if ended:
-                return
+            bar.update(task, total=counts.partitions or None, completed=counts.done, figures=figures)

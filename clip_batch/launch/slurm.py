@@ -1,8 +1,8 @@
-"""SLURM: what is missing as job arrays through submitit, and a merge chain behind them.
+"""SLURM: job arrays that embed what is missing, and the steps of a merge behind them, through submitit.
 
-A task runs the same commands as a person: `clip-batch worker --submission ID --slot I`, and
+A task runs the commands that a person would: `clip-batch worker --submission ID --slot I`, and
 `clip-batch merge --task ...`. submitit writes the sbatch script and the pickle that names the
-command, and requeues a warned task; nothing asks sacct.
+command, and requeues a task before its time limit. sacct is not needed.
 """
 
 from __future__ import annotations
@@ -30,24 +30,26 @@ Main = Callable[[Sequence[str]], int]
 Say = Callable[[str], None]
 
 EMBED = "clip-batch-embed"
-"""How the names of embed jobs begin."""
+"""The start of the names of embed jobs."""
 
-_EARLY = """trap 'case $? in 140 | 143)
+_REQUEUE_TRAP = """trap 'case $? in 140 | 143)
   me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   me=${me:-$SLURM_JOB_ID}
   [ "$(squeue --noheader --jobs "$me" --format %T)" = RUNNING ] && scontrol requeue "$me"
 esac' EXIT"""
-"""Shell lines before a task: one that SIGUSR2 or SIGTERM killed before `Task` listened is requeued too."""
+"""Shell lines before each task.
+
+They requeue a task that SIGUSR2 (exit code 140) or SIGTERM (143) kills before `Task` handles these signals."""
 
 POLL = 5.0
-"""Seconds between two looks at the queue."""
+"""Seconds between two requests to squeue."""
 
 
 @dataclass(frozen=True)
 class SlurmStep:
-    """One command of a chain, run once, or (`slots` given) by as many workers, each with its `--slot`.
+    """One step of a chain: a command that runs once or, where `slots` is given, in one worker for each `--slot`.
 
-    `workers` processes share a task. `after` says how the work before must have ended.
+    A task runs `workers` of the workers. `after` is how the step before must have ended ("afterok", "afterany").
     """
 
     name: str
@@ -58,23 +60,24 @@ class SlurmStep:
 
     @property
     def tasks(self) -> int:
+        """The number of tasks of the workers; 0 for a command that runs once."""
         return -(-self.slots // self.workers)
 
 
 class Task:
-    """What submitit pickles: a clip-batch command, and how it meets signals.
+    """The function that submitit pickles: it runs a clip-batch command and handles signals.
 
-    The warning (SIGUSR2, `grace` seconds before the end) and SIGTERM (preemption, scancel) stop the
-    command, which exits with 75; if SLURM still counts the task as running, so that nobody cancelled
-    it, it is requeued, this array task alone.
+    SIGUSR2 (SLURM's warning, `grace` seconds before the time limit) and SIGTERM (preemption, scancel) stop the
+    command, which then exits with 75. If squeue still shows the task as running, nobody has cancelled it, and it is
+    requeued: this task of the array alone.
     """
 
     def __init__(self, main: Main) -> None:
         self.main = main
 
     def __call__(self, command: list[str], slot: int | None) -> None:
-        """Run the command; leaves with its exit code. A job's processes take slots from `slot` on."""
-        checkpoint = signal.getsignal(signal.SIGUSR2)  # submitit's
+        """Run the command and exit with its code. The processes of a task take the slots from `slot` on."""
+        checkpoint = signal.getsignal(signal.SIGUSR2)  # the handler that submitit has installed
         signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         signal.signal(signal.SIGTERM, _on_term)
         rank = int(os.environ.get("SLURM_PROCID", "0"))
@@ -87,7 +90,7 @@ class Task:
         raise SystemExit(code)
 
     def checkpoint(self, command: list[str], slot: int | None) -> Any:
-        """What submitit runs after a requeue: the same again; commits tell what is left."""
+        """What submitit runs after a requeue: the same command, which skips what is committed."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, command, slot)
@@ -98,10 +101,10 @@ def _on_term(*_: Any) -> None:
 
 
 def _requeue(checkpoint: Any, rank: int) -> None:
-    """Requeue this task if it runs: the first process through submitit, which counts timeouts, others alone."""
+    """Requeue this task if squeue shows it as running: its first process through submitit, which counts timeouts."""
     from submitit import JobEnvironment
 
-    for number in (signal.SIGUSR2, signal.SIGTERM):  # requeueing brings a SIGTERM of its own
+    for number in (signal.SIGUSR2, signal.SIGTERM):  # a requeue sends SIGTERM itself
         signal.signal(number, signal.SIG_IGN)
     job = JobEnvironment().job_id
     try:
@@ -116,85 +119,84 @@ def _requeue(checkpoint: Any, rank: int) -> None:
 
 
 def chain(worker: list[str], slots: int, workers: int, merge: list[str], merge_tasks: int, id: str) -> list[SlurmStep]:
-    """The works of a submission, in order: embed (none where nothing is missing), then the merge's three kinds.
+    """The steps of a submission, in order: embed (if anything is missing), then the train, shards and manifest of merge.
 
-    A merge waits for the end of embed, however it ends, and refuses by itself where OUT is incomplete.
+    The merge starts when embed has ended, however it ended; it refuses by itself where OUT is incomplete.
     """
-    works = [SlurmStep(f"{EMBED}-{id}", worker, slots, workers)] if slots else []
+    steps = [SlurmStep(f"{EMBED}-{id}", worker, slots, workers)] if slots else []
     if merge:
         shards = [*merge, "--task", "shards", "--slots", str(merge_tasks)]
-        works += [
+        steps += [
             SlurmStep(f"clip-batch-train-{id}", [*merge, "--task", "train"], after="afterany" if slots else ""),
             SlurmStep(f"clip-batch-shards-{id}", shards, merge_tasks, after="afterok"),
             SlurmStep(f"clip-batch-manifest-{id}", [*merge, "--task", "manifest"], after="afterok"),
         ]
-    return works
+    return steps
 
 
-def scripts(works: Sequence[SlurmStep], config: SlurmConfig, folder: Path) -> Iterator[str]:
-    """The sbatch scripts that `submit` hands in; job ids that are not known yet read JOBID."""
+def scripts(steps: Sequence[SlurmStep], config: SlurmConfig, folder: Path) -> Iterator[str]:
+    """The sbatch scripts that `submit` submits, with JOBID in the place of job ids that are not known yet."""
     limit = _array_limit()
     before: list[str] = []
-    for work in works:
-        for first in range(0, work.tasks, limit) or [0]:
-            executor = _executor(work, config, folder, before)
-            if (count := min(limit, work.tasks - first)) > 1:  # as submitit does for arrays
+    for step in steps:
+        for first in range(0, step.tasks, limit) or [0]:
+            executor = _executor(step, config, folder, before)
+            if (count := min(limit, step.tasks - first)) > 1:  # as submitit does for arrays
                 executor.parameters["map_count"] = count
             yield executor._make_submission_file_text(executor._submitit_command_str, "")
         before = ["JOBID"]
 
 
-def submit(works: Sequence[SlurmStep], main: Main, config: SlurmConfig, folder: Path, say: Say) -> None:
-    """Hand the works to sbatch; ConfigError says what it refused. Nothing waits here."""
+def submit(steps: Sequence[SlurmStep], main: Main, config: SlurmConfig, folder: Path, say: Say) -> None:
+    """Submit the steps to sbatch, without waiting for any; ConfigError names the step that sbatch refuses."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     folder.mkdir(parents=True, exist_ok=True)
     limit = _array_limit()
     before: list[str] = []
-    for work in works:
+    for step in steps:
         ids: list[str] = []
-        slots: list[int | None] = [*range(0, work.slots, work.workers)] or [None]
+        slots: list[int | None] = [*range(0, step.slots, step.workers)] or [None]
         while slots:
-            now, slots = slots[:limit], slots[limit:]
-            executor = _executor(work, config, folder, before)
+            array, slots = slots[:limit], slots[limit:]
+            executor = _executor(step, config, folder, before)
             try:
-                with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's, and raises with it
-                    jobs = executor.map_array(Task(main), [work.command] * len(now), now)
+                with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's errors, and raises them too
+                    jobs = executor.map_array(Task(main), [step.command] * len(array), array)
             except (FailedJobError, FailedSubmissionError) as error:
-                handed = f"; {' '.join(ids)} were handed in: scancel them, or let them run" if ids else ""
-                raise ConfigError(f"sbatch refused {work.name}: {_reason(error)}{handed}") from None
+                submitted = f"; {' '.join(ids)} were submitted: scancel them, or let them run" if ids else ""
+                raise ConfigError(f"sbatch refused {step.name}: {_reason(error)}{submitted}") from None
             ids.append(jobs[0].job_id.partition("_")[0])
-        behind = f", {work.after} {':'.join(before)}" if before else ""
-        say(f"{work.name}: {max(work.tasks, 1)} tasks as job {', '.join(ids)}{behind}")
+        dependency = f", {step.after} {':'.join(before)}" if before else ""
+        say(f"{step.name}: {max(step.tasks, 1)} tasks as job {', '.join(ids)}{dependency}")
         before = ids
 
 
 def _array_limit() -> int:
-    """MaxArraySize: array indices must stay below it."""
+    """MaxArraySize, which array indices must stay below."""
     try:
-        told = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
+        settings = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(f"no SLURM answers here ({_reason(error)}): run submit slurm on a login node") from None
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)
-    return max(1, int(found[1])) if found else 1001
+    size = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.MULTILINE)
+    return max(1, int(size[1])) if size else 1001
 
 
 def _reason(error: Exception) -> str:
-    """An error on one line, with what the command said where it said anything."""
-    said = getattr(error, "stderr", "") or str(error)
-    return one_line(said)[-300:]
+    """The end of what a command printed to stderr, or of the error itself, on one line."""
+    return one_line(getattr(error, "stderr", "") or str(error))[-300:]
 
 
-def _executor(work: SlurmStep, config: SlurmConfig, folder: Path, before: list[str]) -> Any:
+def _executor(step: SlurmStep, config: SlurmConfig, folder: Path, before: list[str]) -> Any:
     try:
         from submitit import SlurmExecutor
     except ImportError:
         raise ConfigError("submit slurm needs submitit: pip install 'clip-batch[slurm]'") from None
 
-    own = config if work.name.startswith(EMBED) else _merge_config(config)
+    step_config = config if step.name.startswith(EMBED) else _merge_config(config)
     try:
-        executor = SlurmExecutor(folder, max_num_timeout=config.timeouts, python=_python(own))
-        executor.update_parameters(**_parameters(work, own, before))
+        executor = SlurmExecutor(folder, max_num_timeout=config.timeouts, python=_python(step_config))
+        executor.update_parameters(**_parameters(step, step_config, before))
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"submitit: {_reason(error)}") from None
     return executor
@@ -216,19 +218,19 @@ def _merge_config(config: SlurmConfig) -> SlurmConfig:
     )
 
 
-def _parameters(work: SlurmStep, config: SlurmConfig, before: list[str]) -> dict[str, Any]:
-    """submitit's parameters; what is empty is left to the cluster."""
+def _parameters(step: SlurmStep, config: SlurmConfig, before: list[str]) -> dict[str, Any]:
+    """submitit's parameters; the cluster decides what is empty in the config."""
     more: dict[str, Any] = {"requeue" if config.requeue else "no-requeue": True}
     if before:
-        more["kill-on-invalid-dep"] = "yes"  # or a merge behind a failed task would pend for ever
+        more["kill-on-invalid-dep"] = "yes"  # a merge behind a failed task would otherwise stay pending for ever
     named = {
         "mail_user": config.mail_user,
         "mail_type": config.mail_type,
-        "dependency": f"{work.after}:{':'.join(before)}" if before else "",
+        "dependency": f"{step.after}:{':'.join(before)}" if before else "",
     }
     return {
         **_resources(config),
-        "job_name": work.name,
+        "job_name": step.name,
         "time": config.time,
         "nodes": config.nodes,
         "ntasks_per_node": config.tasks_per_node,
@@ -237,7 +239,7 @@ def _parameters(work: SlurmStep, config: SlurmConfig, before: list[str]) -> dict
         "array_parallelism": config.concurrency,
         "stderr_to_stdout": True,
         "wckey": None,
-        "setup": [_EARLY, "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *config.setup],
+        "setup": [_REQUEUE_TRAP, "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *config.setup],
         "srun_args": ["--kill-on-bad-exit=0", f"--cpus-per-task={config.cpus_per_task}", *_pyxis(config)],
         "additional_parameters": {**more, **config.sbatch},
         **{name: value for name, value in named.items() if value},
@@ -245,7 +247,7 @@ def _parameters(work: SlurmStep, config: SlurmConfig, before: list[str]) -> dict
 
 
 def _resources(config: SlurmConfig) -> dict[str, Any]:
-    """Where and with what a task runs, by sbatch's and srun's names; what is empty is left out."""
+    """The resources of a task by the names that sbatch and srun use, without those that are empty."""
     named = {
         "partition": config.slurm_partition,
         "account": config.account,
@@ -270,7 +272,7 @@ def _pyxis(config: SlurmConfig) -> list[str]:
 
 
 def _python(config: SlurmConfig) -> str | None:
-    """The command that starts Python in a task; None: this interpreter."""
+    """The command that starts Python in a task; None for this interpreter."""
     if config.container == "apptainer":
         mounts = [f"--bind {mount}" for mount in config.container_mounts.split(",") if mount]
         gpu = ["--nv"] if config.gpus_per_task or config.gres else []
@@ -279,7 +281,7 @@ def _python(config: SlurmConfig) -> str | None:
 
 
 def on_node(config: SlurmConfig, command: list[str]) -> list[str]:
-    """The words that run a clip-batch command on one node, with the resources of a worker."""
+    """The srun command line that runs a clip-batch command on one node, with the resources of a worker."""
     flags = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in _resources(config).items()
@@ -289,15 +291,15 @@ def on_node(config: SlurmConfig, command: list[str]) -> list[str]:
     return ["srun", *size, *flags, *_pyxis(config), *shlex.split(python), "-m", "clip_batch", *command]
 
 
-def wait(works: Sequence[SlurmStep], look: Callable[[], str], say: Say) -> None:
-    """Until the queue has none of the works; `look` tells of progress, and changes are said."""
-    names = ",".join(work.name for work in works)
-    said = ""
+def wait(steps: Sequence[SlurmStep], progress: Callable[[], str], say: Say) -> None:
+    """Wait until no step is in the queue, and meanwhile say `progress()` whenever it has changed."""
+    names = ",".join(step.name for step in steps)
+    last = ""
     while True:
         queue = subprocess.run(["squeue", "--noheader", f"--name={names}"], capture_output=True, text=True)
         if queue.returncode == 0 and not queue.stdout.strip():
             return
-        if (now := look()) != said:
+        if (now := progress()) != last:
             say(now)
-            said = now
+            last = now
         time.sleep(POLL)

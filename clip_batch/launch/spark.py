@@ -1,12 +1,12 @@
-"""Spark: executors run the same worker; Spark carries slot numbers to them and status rows back.
+"""Spark: executors run the same worker; Spark carries slot numbers to them and brings back a status of each partition.
 
-    command, submit      here: the spark-submit line, and running it
-    drive                the driver: a submission, `drain`, `merge_on_spark`, the exit code
-    drain                one Spark task a slot of the submission; what is true stays in OUT's commits
-    merge_on_spark       train (one task) -> index shards (tasks) -> manifest (one task)
+    command, submit      the spark-submit command line, and running it on this machine
+    drive                what the driver does: freeze a submission, `drain` it, `merge_on_spark`
+    drain                one Spark task for each slot of the submission; OUT's commits remain the truth
+    merge_on_spark       train (one task) -> index shards (several tasks) -> manifest (one task)
 
-Spark aborts a whole job once one of its tasks has failed spark.task.maxFailures times. A slot never
-lets it come to that: see `executor.embed_slot`.
+Spark aborts a whole job once one of its tasks has failed spark.task.maxFailures times.
+`spark_executor.embed_slot` never lets a task fail that often.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from clip_batch.config.options import to_flags
 from clip_batch.embeddings import submission
 from clip_batch.errors import ConfigError, IncompleteError, one_line
 from clip_batch.index.manifest import Manifest, load_manifest
-from clip_batch.launch.spark_executor import EmbedTask, Status, embed_slot, merge_task
+from clip_batch.launch.spark_executor import EmbedTask, PartitionStatus, embed_slot, merge_task
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STORAGE = "CLIP_BATCH_STORAGE_OPTIONS"
-"""How storage options reach the driver; executors get them in the pickled task."""
+"""The variable that passes storage options to the driver; executors get them in the pickled task."""
 
 DRIVER = str(Path(__file__).parent.parent / "cli/spark_driver.py")
 """The file that spark-submit runs as the driver."""
@@ -46,43 +46,43 @@ DRIVER = str(Path(__file__).parent.parent / "cli/spark_driver.py")
 
 def drain(
     spark: Any, output: str, submission_id: str, config: EmbedConfig, storage: StorageConfig = StorageConfig()
-) -> list[Status]:
-    """Embed a submission's partitions on the executors; the status of each partition, in order.
+) -> list[PartitionStatus]:
+    """Embed a submission's partitions on the executors; returns the status of each partition, in order.
 
-    Slots with partitions that failed for want of a sound machine or store are run again, all
-    together, as long as that commits anything. PlanError: no such submission.
+    Slots with partitions that failed because of a machine or the store (`again`) are run again, all together, as
+    long as that commits anything. PlanError: there is no such submission.
     """
     context = spark.sparkContext
     frozen = submission.load(Store(output, storage.storage_options), submission_id)
-    work = EmbedTask(absolute(output), frozen, config, storage, context.applicationId, _tries(context))
-    statuses: dict[int, Status] = {}
+    task = EmbedTask(absolute(output), frozen, config, storage, context.applicationId, _tries(context))
+    statuses: dict[int, PartitionStatus] = {}
     slots = list(range(frozen.slots))
     while slots:
         before = _committed(statuses)
         context.setJobDescription(f"clip-batch embed: {len(slots)} slots of submission {submission_id}")
-        for row in _map(spark, functools.partial(embed_slot, work, slots), len(slots)):
-            statuses[row["partition"]] = Status(**row)
+        for row in _map(spark, functools.partial(embed_slot, task, slots), len(slots)):
+            statuses[row["partition"]] = PartitionStatus(**row)
         if _committed(statuses) == before:
             break
         slots = [slot for slot in slots if any(statuses[number].again for number in frozen.slot(slot))]
     return [statuses[number] for number in sorted(statuses)]
 
 
-def _committed(statuses: dict[int, Status]) -> int:
+def _committed(statuses: dict[int, PartitionStatus]) -> int:
     return sum(status.state == "committed" for status in statuses.values())
 
 
 def _tries(context: Any) -> int:
-    """How often Spark lets a task fail before it aborts the job, which in local mode the master says."""
+    """How often a task may fail before Spark aborts the job; in local mode the master says it, "local[2,4]"."""
     if local := re.fullmatch(r"local(\[[^,\]]*(,\s*(\d+))?\])?", context.master):
         return int(local[3] or 1)
     return int(context.getConf().get("spark.task.maxFailures", "4"))
 
 
 def _map(spark: Any, task: Callable[[int], Iterable[Any]], count: int) -> list[Any]:
-    """What `task(i)` gives for each i of range(count), each in a Spark task of its own; values travel as JSON.
+    """The values that `task(i)` returns for each i in range(count), each in a Spark task of its own.
 
-    IncompleteError where Spark aborts the job.
+    Values travel as JSON. IncompleteError: Spark aborts the job.
     """
     from py4j.protocol import Py4JError  # type: ignore[import-untyped]
     from pyspark.errors import PySparkException
@@ -98,17 +98,17 @@ def _map(spark: Any, task: Callable[[int], Iterable[Any]], count: int) -> list[A
     try:
         rows = spark.range(0, count, 1, count).mapInArrow(run, "answer string").collect()
     except (Py4JError, PySparkException) as error:
-        told = one_line(error, 400)
-        raise IncompleteError(f"Spark aborted the job: {told} ... what is committed stays, run it again") from None
+        reason = one_line(error, 400)
+        raise IncompleteError(f"Spark aborted the job: {reason} ... what is committed stays, run it again") from None
     return [json.loads(row.answer) for row in rows]
 
 
 def merge_on_spark(
     spark: Any, output: str, index: str, config: MergeConfig, storage: StorageConfig = StorageConfig(), tasks: int = 4
 ) -> Manifest:
-    """Train, build the index shards in `tasks` tasks at the most, publish: all of it on executors.
+    """Merge on the executors: train, build the index shards in at most `tasks` tasks, and publish the version.
 
-    Each task finds what stands already and does the rest. Raises what `clip_batch.merge` raises.
+    Each task skips what is done already. Raises what `clip_batch.merge` raises.
     """
     merge = functools.partial(merge_task, absolute(output), absolute(index), config, storage)
 
@@ -135,9 +135,9 @@ def drive(
     merge: MergeConfig,
     storage: StorageConfig,
 ) -> int:
-    """What the driver does: drain a submission, then merge into `index` unless that is ""; the exit code.
+    """Drain a submission, then merge into `index` unless that is ""; returns the exit code.
 
-    Without a submission, it freezes one of all that is missing.
+    Without a submission, it freezes one of everything that is missing.
     """
     from pyspark.sql import SparkSession
 
@@ -160,7 +160,7 @@ def drive(
 
 
 def _freeze(store: Store, config: EmbedConfig, tasks: int) -> str:
-    """The id of a new submission of all that is missing; "" where nothing is."""
+    """The id of a new submission of everything that is missing; "" where nothing is."""
     if not (missing := submission.missing(store)):
         return ""
     line = ["spark-submit", sys.argv[0], "--output", store.url, *to_flags(config)]
@@ -186,32 +186,33 @@ def command(config: SparkConfig, arguments: Sequence[str]) -> list[str]:
 
 
 def _pythons(config: SparkConfig) -> dict[str, str]:
-    """Which Python runs the driver and the executors, as far as it is ours to say."""
-    found = {} if config.deploy_mode == "cluster" else {"spark.pyspark.driver.python": sys.executable}
+    """The settings of the Python that runs the driver and the executors; the cluster's own Python where none is set."""
+    settings = {} if config.deploy_mode == "cluster" else {"spark.pyspark.driver.python": sys.executable}
     if config.archives:
         path, _, name = config.archives.split(",")[0].partition("#")
-        found["spark.pyspark.python"] = f"./{name or os.path.basename(path)}/bin/python"
+        settings["spark.pyspark.python"] = f"./{name or os.path.basename(path)}/bin/python"
     elif not config.master or config.master.startswith(("local", "spark:")):
-        found["spark.pyspark.python"] = sys.executable
-    return found
+        settings["spark.pyspark.python"] = sys.executable
+    return settings
 
 
 def _spark_submit(name: str) -> str:
-    """As named if it is on PATH; else the one of the pyspark that is installed here, if there is one."""
+    """The name itself if it is on PATH, otherwise the path of the installed pyspark's spark-submit, if there is one."""
     if shutil.which(name) or not (spec := importlib.util.find_spec("pyspark")) or not spec.origin:
         return name
     return str(Path(spec.origin).parent / "bin" / name)
 
 
 def submit(command: Sequence[str]) -> int:
-    """Run such a command line, its output passing through; its exit code. ConfigError: no spark-submit.
+    """Run a spark-submit command line, whose output passes through; returns its exit code.
 
-    Of our own variables the driver gets the storage options alone: the rest is in its arguments.
+    Of this process's CLIP_BATCH_ variables, the driver inherits only the storage options: its arguments carry the other
+    options. ConfigError: there is no spark-submit.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("CLIP_BATCH_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CLIP_BATCH_")}
     if STORAGE in os.environ:
-        kept[STORAGE] = os.environ[STORAGE]
+        environment[STORAGE] = os.environ[STORAGE]
     try:
-        return subprocess.run(command, env=kept, check=False).returncode
+        return subprocess.run(command, env=environment, check=False).returncode
     except FileNotFoundError:
         raise ConfigError(f"no {command[0]}: pip install 'clip-batch[spark]', or name it by --spark-submit") from None

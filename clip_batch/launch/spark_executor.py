@@ -1,7 +1,7 @@
-"""What a Spark task does on an executor: a slot of embed, or a task of merge.
+"""What a Spark task does on an executor: embed a slot, or run a task of a merge.
 
-Only what Spark cannot say through its API is here: which GPU, which encoder is loaded already, and
-what is raised (Spark tries again) or answered (it does not).
+Spark has no API for some of this: pinning a GPU, reusing the encoder of the process, and which errors
+to raise (Spark tries the task again) or to return (it does not).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, MergeConfig, StorageConfig
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Status:
-    """One partition after a task: "committed", by whichever attempt, or "failed".
+class PartitionStatus:
+    """One partition after a Spark task: whether it is committed, by whichever attempt.
 
-    `rows`, `failed` and `seconds` are the commit's, `worker` its host. `again` tells that the fault
-    was not the data's, so that another try may help.
+    `rows`, `failed` (samples) and `seconds` are those of the commit, and `worker` is the host that made it. `again`
+    says that the data is not to blame, so that another attempt may succeed.
     """
 
     partition: int
-    state: str
+    state: Literal["committed", "failed"]
     rows: int = 0
     failed: int = 0
     seconds: float = 0.0
@@ -49,7 +49,7 @@ class Status:
 
 @dataclass(frozen=True)
 class EmbedTask:
-    """What every embed task needs; travels in the pickled function, which no log and no page shows.
+    """What all embed tasks of a job share. It travels in the pickled function, which no log and no page shows.
 
     `tries` is how often Spark lets a task fail before it aborts the job.
     """
@@ -62,29 +62,29 @@ class EmbedTask:
     tries: int
 
 
-def embed_slot(work: EmbedTask, slots: Sequence[int], number: int) -> list[dict[str, Any]]:
-    """The partitions of slot `slots[number]`: the fields of a `Status` for each, whoever committed it.
+def embed_slot(task: EmbedTask, slots: Sequence[int], number: int) -> list[dict[str, Any]]:
+    """Embed the partitions of slot `slots[number]`; returns the fields of a `PartitionStatus` for each of them.
 
-    What lies with the machine or the store raises RuntimeError, so that Spark tries again, best
-    elsewhere, but only when the slot's other partitions are done. Of the attempts that Spark allows,
-    the last but one answers instead. The last one, which exists because processes died, gives up
-    untried: one more death would abort the job of all slots.
+    When the slot's other partitions are done, a failure of the machine or the store raises RuntimeError, and Spark
+    tries again, if possible elsewhere. That holds for attempts 0 to n - 3 of the n that Spark allows. Attempt n - 2
+    returns the failure. Attempt n - 1 runs only if processes died, and returns at once: one more death would abort
+    the job of all slots.
     """
     from pyspark import TaskContext
 
     context: Any = TaskContext.get()
     attempt, slot = context.attemptNumber(), slots[number]
-    numbers = work.submission.slot(slot)
-    store = Store(work.output, work.storage.storage_options)
-    done: dict[int, Status] = {}
+    numbers = task.submission.slot(slot)
+    store = Store(task.output, task.storage.storage_options)
+    done: dict[int, PartitionStatus] = {}
     try:
         plan = load_plan(store)
         done.update(_committed(store, plan, numbers))
         todo = [partition for partition in numbers if partition not in done]
-        if todo and attempt and attempt + 1 >= work.tries:
+        if todo and attempt and attempt + 1 >= task.tries:
             raise RuntimeError(f"{attempt} attempts died or were taken away: the executors' logs tell why")
-        run = WorkerRun(f"spark {work.application} slot {slot} attempt {attempt}")
-        outcomes = _embed(work, plan, todo, run, context) if todo else []
+        run = WorkerRun(f"spark {task.application} slot {slot} attempt {attempt}")
+        outcomes = _embed(task, plan, todo, run, context) if todo else []
         done.update(_committed(store, plan, todo))
         tried = {outcome.partition for outcome in outcomes}
         message = "not tried: the worker gave up before"
@@ -94,54 +94,56 @@ def embed_slot(work: EmbedTask, slots: Sequence[int], number: int) -> list[dict[
         outcomes = [Outcome(partition, "failed", error=message, again=True) for partition in numbers]
     left = [outcome for outcome in outcomes if outcome.partition not in done]
     for outcome in left:
-        if outcome.again and attempt + 2 < work.tries:
+        if outcome.again and attempt + 2 < task.tries:
             raise RuntimeError(f"partition {outcome.partition}: {outcome.error}")
-    failed = [Status(outcome.partition, "failed", error=outcome.error, again=outcome.again) for outcome in left]
+    failed = [
+        PartitionStatus(outcome.partition, "failed", error=outcome.error, again=outcome.again) for outcome in left
+    ]
     return [asdict(status) for status in (*done.values(), *failed)]
 
 
-def _committed(store: Store, plan: Plan, partitions: Iterable[int]) -> dict[int, Status]:
-    """What the commits of these partitions say, as far as there are any."""
-    found = {}
+def _committed(store: Store, plan: Plan, partitions: Iterable[int]) -> dict[int, PartitionStatus]:
+    """The status of each of these partitions that is committed."""
+    statuses = {}
     for partition in partitions:
         try:
             commit = read_commit(store, plan.name(partition))
         except FileNotFoundError:
             continue
         failed, seconds = sum(commit.failed.values()), commit.finished - commit.started
-        found[partition] = Status(partition, "committed", commit.rows, failed, seconds, commit.worker)
-    return found
+        statuses[partition] = PartitionStatus(partition, "committed", commit.rows, failed, seconds, commit.worker)
+    return statuses
 
 
-def _embed(work: EmbedTask, plan: Plan, todo: list[int], run: WorkerRun, context: Any) -> list[Outcome]:
-    """`embed` with the task's cores, its GPU, and the process's encoder."""
-    config = replace(work.config, threads=work.config.threads or context.cpus())
+def _embed(task: EmbedTask, plan: Plan, todo: list[int], run: WorkerRun, context: Any) -> list[Outcome]:
+    """Run `embed` with the cores and the GPU of a Spark task, and the encoder of this process."""
+    config = replace(task.config, threads=task.config.threads or context.cpus())
     if gpu := context.resources().get("gpu"):
         pin(gpu.addresses)
         config = replace(config, device="cuda:0" if config.device == "auto" else config.device)
-    loaded = encoder(plan.encoder, config.device, json.dumps(work.storage.storage_options), compiled_size(config))
-    return embed(work.output, config, todo, storage=work.storage, run=run, encoder=loaded)
+    loaded = encoder(plan.encoder, config.device, json.dumps(task.storage.storage_options), compiled_size(config))
+    return embed(task.output, config, todo, storage=task.storage, run=run, encoder=loaded)
 
 
 def pin(addresses: Sequence[str]) -> None:
-    """Show CUDA the GPUs of a task and no other; ConfigError where it may have started on others.
+    """Let CUDA see the GPUs of a task and no others; ConfigError if CUDA may have started on others.
 
-    The process outlives the task and CUDA reads the variable once, so each process is for one GPU.
+    The process outlives the task, and CUDA reads the variable only once, so each process can use one GPU only.
     """
-    wanted, shown = ",".join(addresses), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if "torch" in sys.modules and shown != wanted:
+    assigned, visible = ",".join(addresses), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "torch" in sys.modules and visible != assigned:
         raise ConfigError(
-            f"a Python worker that has started on GPU {shown} was given GPU {wanted}: set "
+            f"a Python worker that has started on GPU {visible} was given GPU {assigned}: set "
             "spark.executor.resource.gpu.amount=1 and spark.task.cpus to spark.executor.cores, one worker an executor"
         )
-    os.environ["CUDA_VISIBLE_DEVICES"] = wanted
+    os.environ["CUDA_VISIBLE_DEVICES"] = assigned
 
 
 @functools.lru_cache(maxsize=1)
 def encoder(spec: EncoderSpec, device: str, options: str, compiled: int) -> Encoder:
-    """The encoder of this process: Spark reuses its Python workers, so each loads it once."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
-    line = f"process {os.getpid()} loads {spec.model} on {device}, CUDA_VISIBLE_DEVICES={shown}"
+    """The encoder of this process. Spark reuses its Python processes, so that each loads the encoder once."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+    line = f"process {os.getpid()} loads {spec.model} on {device}, CUDA_VISIBLE_DEVICES={visible}"
     print(f"clip-batch: {line}", file=sys.stderr, flush=True)
     return encoders.load(spec, device, json.loads(options), compiled)
 
@@ -149,9 +151,9 @@ def encoder(spec: EncoderSpec, device: str, options: str, compiled: int) -> Enco
 def merge_task(
     output: str, index: str, config: MergeConfig, storage: StorageConfig, task: str, count: int, number: int
 ) -> list[dict[str, Any]]:
-    """Task `number` of `count` of a merge's "train", "shards" or "manifest"; what stands is not done again.
+    """Run task `number` of `count` of a merge's "train", "shards" or "manifest" step, skipping what is done.
 
-    What trying again cannot mend is an answer, the error's name and message, and does not raise.
+    An error that another attempt would meet again is returned, by its name and message, instead of raised.
     """
     from clip_batch.index.merge import merge
     from clip_batch.index.merge.job import open_job

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from clip_batch.config import (
     EmbedConfig,
@@ -31,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """What a scheduler is to run: embed what OUT misses, and merge it behind that if `index` is given."""
+    """What a scheduler is to run: embed what OUT lacks, then merge it into `index` unless that is ""."""
 
     output: str
     index: str
@@ -42,61 +41,65 @@ class SubmitRequest:
 
     @property
     def store(self) -> Store:
+        """OUT."""
         return Store(self.output, self.storage.storage_options)
 
-    def draft(self, name: str, scheduler: Any, workers: int = 1) -> submission.Submission:
-        """A submission of what is missing now to tasks of `workers` processes each, not yet frozen."""
-        again = ["clip-batch", "submit", name, "--output", self.store.url]
-        again += ["--index", absolute(self.index)] if self.index else []
-        settings = (replace(self.submit, dry_run=False, wait=False), scheduler, self.embed, self.merge)
-        command = shlex.join(again + [word for section in settings for word in to_flags(section)])
-        return submission.draft(submission.missing(self.store), name, self.submit.tasks, workers, command)
+    def draft(self, scheduler: str, config: SlurmConfig | SparkConfig, workers: int = 1) -> submission.Submission:
+        """A submission of what is missing now, to tasks of `workers` processes each; it is not frozen yet."""
+        words = ["clip-batch", "submit", scheduler, "--output", self.store.url]
+        words += ["--index", absolute(self.index)] if self.index else []
+        sections = (replace(self.submit, dry_run=False, wait=False), config, self.embed, self.merge)
+        command = shlex.join(words + [word for section in sections for word in to_flags(section)])
+        return submission.draft(submission.missing(self.store), scheduler, self.submit.tasks, workers, command)
 
-    def freeze(self, made: submission.Submission) -> None:
-        """Publish the submission, and lend its tasks the storage options.
+    def freeze(self, draft: submission.Submission) -> None:
+        """Publish the submission, and put the storage options into this process's environment, which its tasks inherit.
 
-        Those travel in the environment: no script, pickle or command line shows a credential.
+        In the environment, no script, pickle or command line shows a credential.
         """
         if options := self.storage.storage_options:
             os.environ["CLIP_BATCH_STORAGE_OPTIONS"] = json.dumps(options)
-        submission.publish(self.store, made)
+        submission.publish(self.store, draft)
 
 
-def slurm(request: SubmitRequest, config: SlurmConfig, main: Callable[..., int], say: Say) -> int:
-    """Job arrays of `main`, the command line, through submitit; the exit code. ConfigError: sbatch refuses."""
+def submit_to_slurm(request: SubmitRequest, config: SlurmConfig, main: Callable[..., int], say: Say) -> int:
+    """Submit job arrays that run `main`, the command line, through submitit; returns the exit code.
+
+    ConfigError: sbatch refuses.
+    """
     from clip_batch.launch import slurm
 
     store, workers = request.store, config.nodes * config.tasks_per_node
-    made = request.draft("slurm", config, workers)
+    draft = request.draft("slurm", config, workers)
     folder = local_path(config.logs or (store.path(paths.LOGS) if store.local else "clip-batch-logs"))
-    worker = ["worker", "--output", store.url, "--submission", made.id, *to_flags(request.embed)]
+    worker = ["worker", "--output", store.url, "--submission", draft.id, *to_flags(request.embed)]
     merge: list[str] = []
     if request.index:
         merge = ["merge", "--output", store.url, "--index", absolute(request.index), *to_flags(request.merge)]
-    works = slurm.chain(worker, made.slots, workers, merge, request.submit.merge_tasks, made.id)
-    logs = Path(folder).absolute() / made.id
+    steps = slurm.chain(worker, draft.slots, workers, merge, request.submit.merge_tasks, draft.id)
+    logs = Path(folder).absolute() / draft.id
     if request.submit.dry_run:
-        for script in slurm.scripts(works, config, logs):
+        for script in slurm.scripts(steps, config, logs):
             print(script)
         return 0
-    if not works:
+    if not steps:
         say("nothing is missing")
         return 0
-    request.freeze(made)
-    slurm.submit(works, main, config, logs, say)
+    request.freeze(draft)
+    slurm.submit(steps, main, config, logs, say)
     say(f"logs: {logs}; progress: clip-batch status --output {store.url}")
     if not request.submit.wait:
         return 0
-    slurm.wait(works, lambda: _progress(store), say)
+    slurm.wait(steps, lambda: _progress(store), say)
     return _complete(request, say)
 
 
-def spark(request: SubmitRequest, config: SparkConfig, say: Say) -> int:
-    """A Spark application, through spark-submit, until it ends; its exit code."""
+def submit_to_spark(request: SubmitRequest, config: SparkConfig, say: Say) -> int:
+    """Run a Spark application through spark-submit until it ends; returns its exit code."""
     from clip_batch.launch import spark
 
-    made = request.draft("spark", config)
-    arguments = ["--output", request.store.url, "--submission", made.id, *to_flags(request.embed)]
+    draft = request.draft("spark", config)
+    arguments = ["--output", request.store.url, "--submission", draft.id, *to_flags(request.embed)]
     if request.index:
         arguments += ["--index", absolute(request.index), *to_flags(request.merge)]
         arguments += ["--merge-tasks", str(request.submit.merge_tasks)]
@@ -104,10 +107,10 @@ def spark(request: SubmitRequest, config: SparkConfig, say: Say) -> int:
     if request.submit.dry_run:
         print(shlex.join(command))
         return 0
-    if not made.slots and not request.index:
+    if not draft.slots and not request.index:
         say("nothing is missing")
         return 0
-    request.freeze(made)
+    request.freeze(draft)
     say(shlex.join(command))
     return spark.submit(command)
 
@@ -117,14 +120,14 @@ def _progress(store: Store) -> str:
 
 
 def _complete(request: SubmitRequest, say: Say) -> int:
-    """0 if every partition is committed and, with an index, merged; else 1, and what is not is said."""
+    """The exit code: 0 if every partition is committed and, with an index, merged; 1 otherwise, saying what is not."""
     from clip_batch.embeddings.status import describe, status
     from clip_batch.index.merge.job import open_job
     from clip_batch.index.merge.merge import finished
 
-    found = status(request.store)
-    say(describe(found))
-    if found.missing:
+    state = status(request.store)
+    say(describe(state))
+    if state.missing:
         return 1
     if request.index and not finished(open_job(request.output, request.index, request.merge, request.storage)):
         say(f"{request.index} is not merged: see the logs of the merge tasks")

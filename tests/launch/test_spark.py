@@ -28,7 +28,7 @@ from clip_batch.embeddings.embed import Outcome
 from clip_batch.embeddings.workers import read_records
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.launch import spark, spark_executor
-from clip_batch.launch.spark_executor import EmbedTask, Status, embed_slot, pin
+from clip_batch.launch.spark_executor import EmbedTask, PartitionStatus, embed_slot, pin
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from tests import ROOT, corpus
@@ -144,11 +144,11 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     out = make_plan(tmp_path, 3, 4)
     frozen = submission.draft([0, 1, 2], "spark", 1, 1, "")
 
-    def run(attempt: int) -> list[Status]:
+    def run(attempt: int) -> list[PartitionStatus]:
         context = SimpleNamespace(attemptNumber=lambda: attempt, resources=dict, cpus=lambda: 1)
         monkeypatch.setattr(pyspark.TaskContext, "get", lambda: context)
         work = EmbedTask(out, frozen, EmbedConfig(device="cpu"), StorageConfig(), "app", 4)
-        return [Status(**row) for row in embed_slot(work, [0], 0)]
+        return [PartitionStatus(**row) for row in embed_slot(work, [0], 0)]
 
     return out, run
 
@@ -196,7 +196,9 @@ def test_slots_at_fault_run_again_while_that_helps(tmp_path: Path, monkeypatch: 
     def fake(session: Any, task: Any, count: int) -> list[dict[str, Any]]:
         slots, good = task.args[1], next(sound)
         asked.append(list(slots))
-        return [vars(Status(slot, "committed" if slot in good else "failed", again=slot != 3)) for slot in slots]
+        return [
+            vars(PartitionStatus(slot, "committed" if slot in good else "failed", again=slot != 3)) for slot in slots
+        ]
 
     monkeypatch.setattr(spark, "_map", fake)
     context = SimpleNamespace(master="yarn", applicationId="app", getConf=dict, setJobDescription=str)

@@ -1,0 +1,47 @@
+"""Progress reads at once what costs nothing, and seldom what lists a remote store."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clip_batch.launch import progress
+from clip_batch.launch.progress import Counts, line, poll_seconds, show_progress
+from clip_batch.storage.store import Store
+
+
+def test_a_line_of_figures() -> None:
+    assert line(Counts(4, 1, 1000, 2), 10) == "1/4 partitions, 1,000 images, 2 failed, 100.0 images/s, ETA 0:00:30"
+    assert line(Counts(4, 0, 0, 0), 0).endswith("0.0 images/s, ETA ?")
+
+
+def test_a_remote_store_is_listed_seldom(tmp_path: Path) -> None:
+    assert poll_seconds(Store(str(tmp_path))) == progress.BAR_SECONDS <= 0.5
+    assert 5 <= poll_seconds(Store("memory://out")) <= 10
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_reads_every_poll_and_once_at_the_end(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    reads: list[float] = []
+
+    def read() -> Counts:
+        reads.append(time.monotonic())
+        return Counts(2, 1, 10, 0)
+
+    with show_progress(read, poll=0.05):
+        time.sleep(0.5)
+    assert len(reads) >= 4
+    assert "1/2 partitions, 10 images" in capsys.readouterr().err
+    reads.clear()
+    started = time.monotonic()
+    with show_progress(read, poll=60):
+        time.sleep(0.3)
+    assert len(reads) == 1, "only the last state"
+    assert time.monotonic() - started < 30
