@@ -1,6 +1,6 @@
-"""Preflight: is this machine, the storage and the plan fit for a long run? A report, no change.
+"""Preflight checks: whether this machine, the storage and the plan are fit for a long run.
 
-All it writes is one folder `.doctor-<random>` under OUT/_clip_batch, which it removes again.
+The only thing it writes is a folder `.doctor-<random>` under OUT/_clip_batch, which it removes again.
 """
 
 from __future__ import annotations
@@ -38,76 +38,72 @@ TESTED = {
     "faiss-cpu": ("1.15", "2", "merge"),
     "autofaiss": ("2.18", "3", "merge"),
 }
-"""Package -> (from, below, extra): the line of versions that the tests run with; others may well do."""
+"""Package -> (from, below, extra): the range of versions that the tests run with; others may work too."""
 
-if sys.version_info >= (3, 13):  # numpy 1 has no wheels there, and autofaiss needs it
+if sys.version_info >= (3, 13):  # numpy 1, which autofaiss needs, has no wheels for it
     TESTED["numpy"] = ("2.5", "3", "")
     del TESTED["autofaiss"]
 
 RACERS = 8
-"""Threads that try to create one name at once."""
+"""Threads that try to create the same file at once."""
 
 MOST_SKEW = 60.0
-"""Seconds that this clock may differ from the store's."""
+"""Seconds by which this clock may differ from the store's."""
 
 LEAST_DISK = 10 * 2**30
-"""Free bytes, on a local OUT and in the temporary folder, below which a long run is doubtful: a warning."""
+"""Free bytes of a local OUT and of the temporary folder below which `doctor` warns."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report; `ok` None where it is information or a warning, not a fault."""
+    """One line of the report; `ok` is None for information and warnings."""
 
     name: str
     ok: bool | None
     message: str
 
 
-def doctor(output: str | None, storage: StorageConfig = StorageConfig(), works: bool = False) -> list[Check]:
-    """All checks of this machine and, where `output` is given, of its storage, plan and weights.
+def doctor(output: str | None, storage: StorageConfig = StorageConfig(), embeds: bool = False) -> list[Check]:
+    """Check this machine and, where `output` is given, its storage, plan and weights.
 
-    `works` tells that this machine is to embed: the planned model is loaded and tried.
+    `embeds` says that this machine will embed; the planned model is then loaded and tried.
     """
-    found: list[Check] = []
+    checks: list[Check] = []
     for check in (_python, _packages, _machine, _gpu, _scratch, _tools, _slurm):
-        found += _run(check.__name__.strip("_"), check)
+        checks += _run(check.__name__.strip("_"), check)
     if output is not None:
-        found += _run("storage", lambda: _storage(Store(output, storage.storage_options)))
-        found += _run("plan", lambda: _plan(Store(output, storage.storage_options), works))
-    return found
+        checks += _run("storage", lambda: _storage(Store(output, storage.storage_options)))
+        checks += _run("plan", lambda: _plan(Store(output, storage.storage_options), embeds))
+    return checks
 
 
 def _run(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """The results of a check; one that breaks is a finding itself, and the others still run."""
+    """The results of a check. An error in it becomes a result too, so that the other checks still run."""
     try:
         yield from check()
-    except Exception as error:  # whatever a store or a driver raises
-        yield Check(name, False, f"{_line(error)}: mend what it names")
-
-
-def _line(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {error}", 300)
+    except Exception as error:  # stores and drivers raise anything
+        message = one_line(f"{type(error).__name__}: {error}", 300)
+        yield Check(name, False, f"{message}: mend what it names")
 
 
 def _python() -> Iterator[Check]:
-    found = ".".join(map(str, sys.version_info[:3]))
-    fits = sys.version_info >= (3, 11)
-    yield Check(
-        "python", fits, found if fits else f"{found} is too old: make the environment with Python 3.11 or newer"
-    )
+    version = ".".join(map(str, sys.version_info[:3]))
+    supported = sys.version_info >= (3, 11)
+    too_old = f"{version} is too old: make the environment with Python 3.11 or newer"
+    yield Check("python", supported, version if supported else too_old)
 
 
 def _packages() -> Iterator[Check]:
     for name, (least, below, extra) in TESTED.items():
         try:
-            found = importlib.metadata.version(name)
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            mend = f"pip install 'clip-batch[{extra}]', where this machine is to {extra}" if extra else ""
-            yield Check(name, None if extra else False, f"not installed: {mend or f'pip install {name}'}")
+            remedy = f"pip install 'clip-batch[{extra}]', where this machine is to {extra}" if extra else ""
+            yield Check(name, None if extra else False, f"not installed: {remedy or f'pip install {name}'}")
             continue
-        tested = _numbers(least) <= _numbers(found) < _numbers(below)
-        mend = f"{found} is not what is tested; if something fails: pip install '{name}>={least},<{below}'"
-        yield Check(name, True if tested else None, found if tested else mend)
+        tested = _numbers(least) <= _numbers(version) < _numbers(below)
+        remedy = f"{version} is not what is tested; if something fails: pip install '{name}>={least},<{below}'"
+        yield Check(name, True if tested else None, version if tested else remedy)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -134,37 +130,37 @@ def _gpu() -> Iterator[Check]:
     elif os.path.exists("/dev/nvidiactl"):
         yield Check("gpu", False, f"the machine has one but torch {torch.__version__} sees none: install a CUDA build")
     elif given := os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS"):
-        mend = f"SLURM gave this job GPU {given}, but torch {torch.__version__} sees none: look at nvidia-smi here"
-        yield Check("gpu", False, mend)
+        message = f"SLURM gave this job GPU {given}, but torch {torch.__version__} sees none: look at nvidia-smi here"
+        yield Check("gpu", False, message)
     else:
         yield Check("gpu", None, "none visible: --device auto takes the CPU")
 
 
 def _scratch() -> Iterator[Check]:
-    """What is written to a remote OUT is spooled here first."""
+    """The temporary folder, in which workers spool what they write to a remote OUT."""
     folder = tempfile.gettempdir()
-    mend = "a worker spools a partition's files there; set TMPDIR to a larger disk"
-    yield _room("scratch", shutil.disk_usage(folder).free, f" in {folder}", mend)
+    remedy = "a worker spools a partition's files there; set TMPDIR to a larger disk"
+    yield _free_space("scratch", shutil.disk_usage(folder).free, f" in {folder}", remedy)
 
 
-def _room(name: str, free: int, where: str, mend: str) -> Check:
-    """Little room is a warning: how much is needed is a matter of the run."""
-    told = f"{free / 2**30:.0f} GiB free{where}"
-    return Check(name, True, told) if free >= LEAST_DISK else Check(name, None, f"{told}: {mend}")
+def _free_space(name: str, free: int, where: str, remedy: str) -> Check:
+    """Too little space is only a warning, because how much is needed depends on the run."""
+    message = f"{free / 2**30:.0f} GiB free{where}"
+    return Check(name, True, message) if free >= LEAST_DISK else Check(name, None, f"{message}: {remedy}")
 
 
 def _slurm() -> Iterator[Check]:
-    """The scheduler's limits, where there is one."""
+    """The limits and partitions of SLURM, where it is installed."""
     if shutil.which("scontrol") is None:
         return
-    asked = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
-    if asked.returncode:
-        told = one_line(asked.stderr, 200)
-        yield Check("slurm", None, f"the controller does not answer ({told}): only `submit slurm` needs it")
+    config = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    if config.returncode:
+        reason = one_line(config.stderr, 200)
+        yield Check("slurm", None, f"the controller does not answer ({reason}): only `submit slurm` needs it")
         return
-    found = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", asked.stdout, re.MULTILINE))
-    limits = ", ".join(f"{name} {found[name]}" for name in ("MaxArraySize", "MaxJobCount") if name in found)
-    yield Check("slurm", True, f"{found.get('ClusterName', '?')} answers: {limits}")
+    settings = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", config.stdout, re.MULTILINE))
+    limits = ", ".join(f"{name} {settings[name]}" for name in ("MaxArraySize", "MaxJobCount") if name in settings)
+    yield Check("slurm", True, f"{settings.get('ClusterName', '?')} answers: {limits}")
     nodes = subprocess.run(["sinfo", "--noheader", "--format=%R|%a, %D nodes, %G"], capture_output=True, text=True)
     for partition, lines in itertools.groupby(sorted(nodes.stdout.splitlines()), lambda line: line.partition("|")[0]):
         yield Check(f"slurm {partition}", None, "; ".join(line.partition("|")[2] for line in lines))
@@ -177,9 +173,9 @@ def _tools() -> Iterator[Check]:
 
 
 def _storage(store: Store) -> Iterator[Check]:
-    """Tries what commits rest on: one creator wins, what was written is read, what is removed is gone."""
+    """What commits rely on: one of several creators wins, what was written is read back, what is removed is gone."""
     if (free := store.free_space()) is not None:
-        yield _room("disk", free, "", "little for a long run; make room, or name another --output")
+        yield _free_space("disk", free, "", "little for a long run; make room, or name another --output")
     missing = _missing_folders(store)
     folder = f"{paths.HOME}/.doctor-{secrets.token_hex(8)}"
     race = f"{folder}/race"
@@ -193,30 +189,29 @@ def _storage(store: Store) -> Iterator[Check]:
         if (changed := store.modified(race)) is not None:
             yield _clock(changed, started, finished)
         store.remove(race)
-        gone = not store.exists(race)
-        yield Check(
-            "removal", gone, "works" if gone else f"{store.display(race)} is still there: allow deleting in {store.url}"
-        )
+        removed = not store.exists(race)
+        remedy = f"{store.display(race)} is still there: allow deleting in {store.url}"
+        yield Check("removal", removed, "works" if removed else remedy)
     finally:
         _clean(store, race, missing)
 
 
 def _race(store: Store, winners: int) -> Check:
-    """Creators that do not look first: a store that cannot refuse lets all of them win."""
+    """Whether one creator won; those of a store without put-if-absent all win, as they do not look first."""
     if winners == 1:
         return Check("put-if-absent", True, f"1 of {RACERS} racing creators won: a name that is taken is refused")
     if store.local or store.url.startswith("hdfs://"):
-        mend = "two workers could commit one partition; use a file system whose create and link are exclusive"
-        return Check("put-if-absent", False, f"{winners} of {RACERS} racing creators won at {store.url}: {mend}")
-    kind = "the last pointer wins here: each partition has one commit still, but run one merge at a time"
-    return Check("put-if-absent", None, f"{winners} of {RACERS} racing creators won at {store.url}: {kind}")
+        remedy = "two workers could commit one partition; use a file system whose create and link are exclusive"
+        return Check("put-if-absent", False, f"{winners} of {RACERS} racing creators won at {store.url}: {remedy}")
+    remedy = "the last pointer wins here: each partition has one commit still, but run one merge at a time"
+    return Check("put-if-absent", None, f"{winners} of {RACERS} racing creators won at {store.url}: {remedy}")
 
 
 def _read_back(store: Store, name: str, won: list[bool]) -> Check:
-    found, folder = store.read(name), name.rpartition("/")[0]
-    fine = found in [b"%d" % racer for racer, winner in enumerate(won) if winner] and store.list(folder) == ["race"]
-    mend = "another file came back than was written; switch caches in front of the store off"
-    return Check("read-after-write", fine, "works" if fine else f"{store.display(name)}: {mend}")
+    written = [b"%d" % racer for racer, winner in enumerate(won) if winner]
+    consistent = store.read(name) in written and store.list(name.rpartition("/")[0]) == ["race"]
+    remedy = "another file came back than was written; switch caches in front of the store off"
+    return Check("read-after-write", consistent, "works" if consistent else f"{store.display(name)}: {remedy}")
 
 
 def _clock(changed: float, started: float, finished: float) -> Check:
@@ -227,7 +222,7 @@ def _clock(changed: float, started: float, finished: float) -> Check:
 
 
 def _missing_folders(store: Store) -> list[str]:
-    """Local folders of OUT that are not there yet, innermost first."""
+    """The local folders of OUT that do not exist yet, innermost first."""
     if not store.local:
         return []
     missing, path = [], store.path(paths.HOME)
@@ -237,19 +232,19 @@ def _missing_folders(store: Store) -> list[str]:
     return missing
 
 
-def _clean(store: Store, name: str, made: list[str]) -> None:
-    """Remove the file and its folder, and the local folders that were made for it and are empty."""
+def _clean(store: Store, name: str, created: list[str]) -> None:
+    """Remove the file and its folder, and those of the `created` local folders that are empty."""
     with contextlib.suppress(Exception):
         store.remove(name)
         if not store.local:
             store.remove_folder(name.rpartition("/")[0])
     if store.local:
-        for path in [os.path.dirname(store.path(name)), *made]:
+        for path in [os.path.dirname(store.path(name)), *created]:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
 
 
-def _plan(store: Store, works: bool) -> Iterator[Check]:
+def _plan(store: Store, embeds: bool) -> Iterator[Check]:
     from clip_batch import encoders
     from clip_batch.encoders import hub
     from clip_batch.plan.plan import load_plan
@@ -266,14 +261,15 @@ def _plan(store: Store, works: bool) -> Iterator[Check]:
     spec = plan.encoder
     try:
         with hub.offline():
-            found: Any = encoders.resolve(spec.model, spec.pretrained, spec.preprocess, spec.precision, store.options)
+            cached: Any = encoders.resolve(spec.model, spec.pretrained, spec.preprocess, spec.precision, store.options)
     except ClipBatchError as error:
         yield Check("weights", False, f"not on this machine: {error}")
         return
-    fits = found.weights == spec.weights
-    mend = f"{spec.model} has {found.weights[:12]} here, planned were {spec.weights[:12]}: put the planned weights back"
-    yield Check("weights", fits, f"{spec.model} is what was planned ({spec.weights[:12]})" if fits else mend)
-    if works and fits:
+    planned = spec.weights[:12]
+    matches = cached.weights == spec.weights
+    remedy = f"{spec.model} has {cached.weights[:12]} here, planned were {planned}: put the planned weights back"
+    yield Check("weights", matches, f"{spec.model} is what was planned ({planned})" if matches else remedy)
+    if embeds and matches:
         started = time.monotonic()
         encoder = encoders.load(spec, options=store.options)
         if encoder.has_text:

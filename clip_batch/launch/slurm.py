@@ -119,7 +119,7 @@ def _requeue(checkpoint: Any, rank: int) -> None:
 
 
 def chain(worker: list[str], slots: int, workers: int, merge: list[str], merge_tasks: int, id: str) -> list[SlurmStep]:
-    """The steps of a submission, in order: embed (if anything is missing), then the train, shards and manifest of merge.
+    """The steps of a submission, in order: embed (if anything is missing), then train, shards and manifest of merge.
 
     The merge starts when embed has ended, however it ended; it refuses by itself where OUT is incomplete.
     """
