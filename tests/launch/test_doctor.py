@@ -54,7 +54,7 @@ def test_no_plan_is_no_fault_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_a_store_that_lets_two_create_one_name_fails(planned: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def overwrite(self: Store, name: str, data: bytes, look: bool = True) -> bool:
+    def overwrite(self: Store, name: str, data: bytes, check_first: bool = True) -> bool:
         self.replace(name, data)
         return True
 
