@@ -50,10 +50,12 @@ from clip_batch.types import Hit, Plan
 if _typing.TYPE_CHECKING:
     from clip_batch.client import AsyncClient, Client
     from clip_batch.embeddings.embed import Outcome, embed
-    from clip_batch.export.dataset import FilteredDataset, Query
+    from clip_batch.export.dataset import FilteredDataset
     from clip_batch.index.manifest import Manifest
     from clip_batch.index.merge.merge import merge
     from clip_batch.plan.plan import make_plan
+    from clip_batch.search.query import Query, QueryTerm
+    from clip_batch.search.results import SearchResult
     from clip_batch.search.searcher import Searcher
 
 __version__ = "0.1.0"
@@ -83,7 +85,9 @@ __all__ = [
     "PlanError",
     "Preempted",
     "Query",
+    "QueryTerm",
     "SearchConfig",
+    "SearchResult",
     "Searcher",
     "ServeConfig",
     "ServiceError",
@@ -106,7 +110,9 @@ _HOMES = {
     "FilteredDataset": "export.dataset",
     "Manifest": "index.manifest",
     "Outcome": "embeddings.embed",
-    "Query": "export.dataset",
+    "Query": "search.query",
+    "QueryTerm": "search.query",
+    "SearchResult": "search.results",
     "Searcher": "search.searcher",
     "embed": "embeddings.embed",
     "make_plan": "plan.plan",

@@ -197,11 +197,15 @@ class Commit:
 
 @dataclass(frozen=True)
 class Hit:
-    """One search result: `id` is the row in the index, `score` the inner product (cosine)."""
+    """One search result: `id` is the row in the index, `score` the inner product (cosine).
+
+    `aesthetic` is what the aesthetic head says, where a search gave it a weight.
+    """
 
     id: int
     score: float
     metadata: dict[str, Any]
+    aesthetic: float | None = None
 
 
 def parse_numbers(text: str) -> list[int]:

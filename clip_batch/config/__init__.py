@@ -272,12 +272,30 @@ class SearchConfig:
     """Which index is searched."""
     effort: int | None = None
     """nprobe or efSearch; default: what merge tuned."""
+    where: str = ""
+    """Condition that the metadata of a hit must meet, such as 'license = "cc0" and width > 512'; see docs/search.md."""
+    unique: bool = False
+    """Leave out near duplicates: of hits that are, take only the best."""
+    unique_threshold: float = 0.94
+    """The cosine from which two hits are near duplicates."""
+    safe: bool = False
+    """Leave out hits that the safety head refuses."""
+    nonviolent: bool = False
+    """Leave out hits that the violence head refuses."""
+    aesthetic: float | None = None
+    """Weight of the aesthetic head in the order of the hits; default: none."""
+    safety_head: str = ""
+    """FILE or URL of weights that judge safety, with #sha256=...&activation=relu&output=sigmoid as they need."""
+    violence_head: str = ""
+    """FILE or URL of weights that judge violence, written as for `safety_head`."""
+    aesthetic_head: str = ""
+    """FILE or URL of weights that judge beauty, written as for `safety_head`."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N, for the query's encoder."""
     model: str = ""
-    """Where the encoder lies on this machine, if not where it was planned; its weights must match."""
+    """The encoder's tag or checkpoint on this machine, if it is not where it was planned; its weights must match."""
     pretrained: str = ""
-    """Likewise."""
+    """The pretrained tag, or the checkpoint file, of that encoder on this machine."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import itertools
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -184,32 +184,23 @@ class MetadataFile:
         self._mapped.madvise(mmap.MADV_RANDOM if len(wanted) < SCAN else mmap.MADV_NORMAL)
         return self._take(wanted, schema)
 
-    def where(self, column: str, holds: Callable[[Any], bool]) -> npt.NDArray[np.bool_]:
-        """Which rows (n,) have a value in a column of which `holds` is true; all false if the file has no such column.
+    def scan(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """The values of a schema's columns, a batch of rows at a time, in order; null where the file lacks a column.
 
-        `holds` is asked once for each value that differs (in a dictionary, or in a record batch), never for null.
+        Values are cast to the schema's types. Where the file keeps a column as a dictionary, so does the batch
+        (`pa.DictionaryArray`), so that whoever judges values looks at each one once.
         """
-
-        def judge(values: pa.Array) -> npt.NDArray[np.bool_]:
-            """And false for null, which is last."""
-            return np.array([*(value is not None and holds(value) for value in values.to_pylist()), False])
-
         self._mapped.madvise(mmap.MADV_NORMAL)
-        found = np.zeros(self.rows, dtype=bool)
-        known = judge(self._values[column]) if column in self._values else None
-        for start, batch in zip(self._starts, self.batches, strict=False):
-            if column not in batch.schema.names:
-                break
-            values = batch.column(column)
-            if pa.types.is_nested(values.type):
-                found[start : start + len(batch)] = judge(values)[:-1]
-                continue
-            judged, codes = known, values
-            if judged is None:
-                encoded = values.dictionary_encode()
-                judged, codes = judge(encoded.dictionary), encoded.indices
-            found[start : start + len(batch)] = judged[codes.fill_null(len(judged) - 1).to_numpy(zero_copy_only=False)]
-        return found
+        for batch in self.batches:
+            yield pa.RecordBatch.from_arrays([self._column(batch, field) for field in schema], names=schema.names)
+
+    def _column(self, batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
+        if field.name not in batch.schema.names:
+            return pa.nulls(len(batch), field.type)
+        column = batch.column(field.name)
+        if field.name in self._values:
+            column = pa.DictionaryArray.from_arrays(column, self._values[field.name])
+        return column if self.schema.field(field.name).type == field.type else column.cast(field.type)
 
     def _take(self, asked: Rows, schema: pa.Schema) -> pa.Table:
         widest = max((self._widest.get(name, 0) for name in schema.names), default=0)

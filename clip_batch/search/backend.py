@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 import pyarrow as pa
 
-from clip_batch.search.filters import Filter
+from clip_batch.search.conditions import Condition
 from clip_batch.search.rows import Ids, RowSet, Vectors
 
 if TYPE_CHECKING:
@@ -48,11 +48,14 @@ class Backend(Protocol):
     ) -> tuple[Vectors, Ids]:
         """Scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id; -inf and -1 beyond."""
 
-    def where(self, conditions: Sequence[Filter]) -> Ids:
-        """Sorted ids of rows whose metadata meets all conditions."""
+    def where(self, condition: Condition) -> Ids:
+        """Sorted ids of the rows of which a condition is true. ConfigError: the index has no such column."""
 
     def select(self, ids: npt.ArrayLike) -> RowSet:
         """A selection of rows for `search_ids`, without those that were removed."""
+
+    def table(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
+        """The metadata of rows (n,) as an Arrow table, in the order asked."""
 
     def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:
         """The metadata of rows (n,), in the order asked."""
@@ -62,3 +65,12 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Let go of what is held."""
+
+
+class ExhaustiveBackend(Backend, Protocol):
+    """A Backend that also gives every row over a threshold."""
+
+    def search_over(
+        self, query: npt.ArrayLike, threshold: float, modality: str = "image", effort: int | None = None
+    ) -> Iterator[tuple[Vectors, Ids]]:
+        """Scores (n,) and ids (n,) of the rows that score `threshold` or more, by ascending id, an index at a time."""

@@ -1,17 +1,20 @@
-"""Conditions on metadata columns, which a search, a filter and a training stream take alike."""
+"""The `filters` of /v1/search: what a client may send as JSON, and the condition that each means."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clip_batch.errors import ConfigError
+from clip_batch.search.conditions import Compare, Condition, Contains, In, all_of
 
 MOST = 2**16
-"""Entries of any list in a request; what a search takes of them is bounded by the service's options."""
+"""Entries of any list in a request. The service's options bound more closely what a search takes."""
 
 
 class RequestModel(BaseModel):
-    """Base: no unknown fields, no strings for numbers, no NaN."""
+    """Base of requests: unknown fields, strings in place of numbers, and NaN are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -35,28 +38,28 @@ class Filter(RequestModel):
             raise ValueError("give exactly one of equals, in, contains, and min with max")
         return self
 
-    def holds(self, value: Any) -> bool:
-        """Whether a row's value meets it; null and values of another kind do not."""
-        if value is None:
-            return False
+    def condition(self) -> Condition:
+        """The condition that this filter means."""
         if self.equals is not None:
-            return _same(value, self.equals)
+            return Compare(self.column, "=", self.equals)
         if self.among is not None:
-            return any(_same(value, wanted) for wanted in self.among)
+            return In(self.column, tuple(self.among))
         if self.contains is not None:
-            return isinstance(value, str) and self.contains.casefold() in value.casefold()
-        return (self.min is None or _ordered(self.min, value)) and (self.max is None or _ordered(value, self.max))
+            return Contains(self.column, self.contains)
+        low = None if self.min is None else Compare(self.column, ">=", self.min)
+        high = None if self.max is None else Compare(self.column, "<=", self.max)
+        condition = all_of([low, high])
+        assert condition is not None
+        return condition
 
 
-def _same(value: Any, wanted: Any) -> bool:
-    return _kind(value) == _kind(wanted) and bool(value == wanted)
-
-
-def _ordered(low: Any, high: Any) -> bool:
-    return _kind(low) == _kind(high) and bool(low <= high)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "bool"
-    return "number" if isinstance(value, int | float) else type(value).__name__
+def parse_filter(given: Filter | Mapping[str, object]) -> Filter:
+    """A filter as /v1/search takes it in JSON. ConfigError: it is not one."""
+    if isinstance(given, Filter):
+        return given
+    try:
+        return Filter.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"filter {given}: {f'{field}: ' if field else ''}{first['msg']}") from None

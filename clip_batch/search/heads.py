@@ -29,7 +29,7 @@ from clip_batch.storage.paths import is_local
 from clip_batch.storage.store import read_url
 
 if TYPE_CHECKING:
-    from clip_batch.config import ServeConfig, StorageConfig
+    from clip_batch.config import SearchConfig, ServeConfig, StorageConfig
 
 Array = npt.NDArray[np.float32]
 
@@ -91,7 +91,7 @@ class Heads:
         return self.aesthetic is not None or self.ratings is not None
 
 
-def load_heads(config: ServeConfig, storage: StorageConfig) -> Heads:
+def load_heads(config: SearchConfig | ServeConfig, storage: StorageConfig) -> Heads:
     """The heads that the options name; ConfigError where one cannot be had or is not understood."""
     options = storage.storage_options
     ratings = aesthetic = None

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import pyarrow as pa
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings.reader import blocks
 from clip_batch.encoders.device import cores
-from clip_batch.errors import ConfigError, CorruptError, DecodeError
+from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.ann.order import best
@@ -29,8 +29,16 @@ from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.metadata import MetadataFile, common_schema, open_table, take_as
 from clip_batch.search import clip_retrieval
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
+from clip_batch.search.conditions import Condition, columns_in, matches
 from clip_batch.search.encoder import load_encoder
+from clip_batch.search.find import Ranked, best_rows, check_criteria, find
+from clip_batch.search.heads import load_heads
+from clip_batch.search.prefilter import Prefilter
+from clip_batch.search.query import Criteria, Query
+from clip_batch.search.results import SearchResult
 from clip_batch.search.rows import Ids, RowSet, Vectors, selection
+from clip_batch.search.vectors import image_vectors, text_vectors
+from clip_batch.search.where import Where
 from clip_batch.storage.cache import IndexCache
 from clip_batch.storage.npy import open_matrix, unit
 from clip_batch.storage.store import Store
@@ -39,20 +47,8 @@ from clip_batch.types import Hit, StoredFile
 if TYPE_CHECKING:
     from clip_batch.encoders import Encoder
 
-MAX_PIXELS = 50_000_000
-"""Of an image that searches: strangers may send it."""
-
 EXACT = 10_000
 """Selected rows that are all looked at, rather than searched for."""
-
-
-class Condition(Protocol):
-    """What a value of a metadata column must meet."""
-
-    column: str
-
-    def holds(self, value: Any) -> bool:
-        """Whether a value, never null, does."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,8 @@ class Searcher:
             self._files = found.files
         self.manifest: Manifest = found.manifest if self._files else load_manifest(store)
         self.storage, self.config = storage, config
+        self.heads = load_heads(config, storage)
+        self._prefilter = Prefilter(self)
         self._encoder = encoder
         if encoder is not None and encoder.dim != self.manifest.dim:
             raise ConfigError(f"{index} has {self.manifest.dim} dimensions, this encoder {encoder.dim}: take its model")
@@ -181,31 +179,57 @@ class Searcher:
 
     def encode_text(self, texts: Sequence[str]) -> Vectors:
         """Query vectors float32 (n, d) of texts."""
-        return self.encoder.encode_texts(texts)
+        return text_vectors(self, texts)
 
     def encode_image(self, data: bytes) -> Vectors:
-        """The query vector float32 (1, d) of an image file's bytes; ConfigError if it is none."""
-        try:
-            pixels = self.encoder.preprocess(data, MAX_PIXELS)
-        except DecodeError as error:
-            raise ConfigError(f"the query image cannot be used: {error}") from None
-        return self.encoder.encode_images(pixels[None])
+        """The query vector float32 (1, d) of an image file's bytes. ConfigError: they are not an image."""
+        return image_vectors(self, data)
+
+    def find(self, query: str | Query, columns: Sequence[str] | None = None) -> SearchResult:
+        """The best hits of a query (a text is one, too): 10 of them, unless it has a `k`; fewer if there are no more.
+
+            searcher.find(Query(text="a dog", where='license = "cc0"', unique=True, k=100), columns=["url"])
+
+        `columns` are the metadata that hits carry, all by default. ConfigError: the index or the heads cannot answer
+        the query. Other errors: as `clip_batch.search.vectors.query_vector`.
+        """
+        if columns is not None:
+            check_columns(self.schema, columns)
+        query = Query(text=query) if isinstance(query, str) else query
+        ranked = best_rows(self, query, self.heads, prefilter=self._prefilter)
+        return SearchResult(self._hits(ranked, columns), ranked.scanned, ranked.complete)
 
     def search(
-        self, queries: npt.ArrayLike, k: int = 10, modality: str = "image", effort: int | None = None
+        self,
+        queries: npt.ArrayLike,
+        k: int = 10,
+        modality: str = "image",
+        effort: int | None = None,
+        where: Where | None = None,
     ) -> list[list[Hit]]:
-        """The k best hits of each query, best first; fewer where the index has fewer rows.
+        """The k best hits of each query vector, best first; fewer where the index has fewer rows.
 
         `queries` is float (n, d) or (d,); scores are inner products (cosines for unit vectors).
-        `effort` is nprobe or efSearch, by default what merge tuned. ConfigError: a wrong argument.
+        `effort` is nprobe or efSearch, by default what merge tuned. `where` is a condition on metadata, as in `Query`.
+        ConfigError: a wrong argument.
         """
-        scores, ids = self.search_ids(queries, k, modality, effort)
+        vectors = checked_search(self.manifest, queries, k, modality, effort)
+        if where is not None:
+            criteria = Criteria(k=int(k), modality=modality, effort=effort, where=where)
+            check_criteria(self, criteria, self.heads)
+            return [self._hits(find(self, vector, criteria, prefilter=self._prefilter)) for vector in vectors]
+        scores, ids = self.search_ids(vectors, k, modality, effort)
         flat = ids[ids >= 0]
         rows = iter(self.metadata(flat))
         return [
             [Hit(int(id), float(score), next(rows)) for id, score in zip(line, values, strict=True) if id >= 0]
             for line, values in zip(ids, scores, strict=True)
         ]
+
+    def _hits(self, ranked: Ranked, columns: Sequence[str] | None = None) -> list[Hit]:
+        rows = self.metadata(ranked.ids, None if columns is None else list(columns))
+        beauty = [None] * len(rows) if ranked.aesthetic is None else ranked.aesthetic.tolist()
+        return [Hit(*hit) for hit in zip(ranked.ids.tolist(), ranked.scores.tolist(), rows, beauty, strict=True)]
 
     def search_ids(
         self,
@@ -253,15 +277,16 @@ class Searcher:
         """A selection of rows for `search_ids`, without those that were removed. ConfigError: an id is not one."""
         return selection(self.manifest, self.removed, ids)
 
-    def where(self, conditions: Sequence[Condition]) -> Ids:
-        """Sorted ids of rows whose metadata meets all conditions. Every value of their columns is read."""
-        found = [np.empty(0, dtype=np.int64)]
-        for table, shard in zip(self.tables, self.manifest.shards, strict=True):
-            meets = np.ones(table.rows, dtype=bool)
-            for condition in conditions:
-                meets &= table.where(condition.column, condition.holds)
-            found.append(np.flatnonzero(meets) + shard.offset)
-        return np.concatenate(found)
+    def where(self, condition: Condition) -> Ids:
+        """Sorted ids of the rows of which a condition is true. Every value of its columns is read.
+
+        ConfigError: the index has no such column.
+        """
+        names = columns_in(condition)
+        check_columns(self.schema, names)
+        schema = pa.schema([self.schema.field(name) for name in names])
+        true = [matches(condition, batch) for table in self.tables for batch in table.scan(schema)]
+        return np.flatnonzero(np.concatenate([np.empty(0, dtype=bool), *true]))
 
     def search_over(
         self, query: npt.ArrayLike, threshold: float, modality: str = "image", effort: int | None = None

@@ -32,8 +32,9 @@ from clip_batch.export.databases.sql import ExportRecord, Sql
 from clip_batch.index.manifest import current_version
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.versions import remove
-from clip_batch.search.filters import Filter
+from clip_batch.search.conditions import Not
 from clip_batch.search.searcher import Searcher
+from clip_batch.search.where import as_condition
 from clip_batch.serve.search.app import create_app
 from clip_batch.storage.npy import unit
 from clip_batch.storage.store import Store
@@ -409,8 +410,10 @@ COLUMNS = st.sampled_from(["url", "xmin", "select", ODD, "caption", "🦊", "n" 
 @settings(max_examples=60)
 def test_filters_in_sql_are_those_of_arrow(index: str, both: Any, conditions: list[tuple[str, Any]]) -> None:
     searcher, backend = both
-    filters = [Filter.model_validate({"column": column, **condition}) for column, condition in conditions]
-    assert backend.where(filters).tolist() == searcher.where(filters).tolist()
+    condition = as_condition([{"column": column, **fields} for column, fields in conditions])
+    assert condition is not None
+    for asked in (condition, Not(condition)):
+        assert backend.where(asked).tolist() == searcher.where(asked).tolist()
 
 
 @pytest.fixture(scope="module", params=DATABASES)

@@ -30,11 +30,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from clip_batch import FilteredDataset
+from clip_batch import FilteredDataset, Query
 from clip_batch.config import StorageConfig
 from clip_batch.demo import data
 from clip_batch.errors import ConfigError, InputError
-from clip_batch.export.dataset import Query, deal, together
+from clip_batch.export.dataset import deal, together
 from clip_batch.export.dataset.fetch import Fetch
 from clip_batch.export.dataset.select import mix
 from clip_batch.export.filter import filter_rows

@@ -6,7 +6,6 @@ lists are read, no faiss index and no Arrow file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from threading import Lock
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from clip_batch.config import DatabaseConfig, SearchConfig, StorageConfig
 from clip_batch.errors import ConfigError, DatabaseError
@@ -25,8 +25,8 @@ from clip_batch.index import removals
 from clip_batch.index.ann.order import best
 from clip_batch.index.manifest import load_manifest
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
+from clip_batch.search.conditions import And, Compare, Condition, In, columns_in, matches
 from clip_batch.search.encoder import load_encoder
-from clip_batch.search.filters import Filter
 from clip_batch.search.rows import Ids, RowSet, Vectors, selection
 from clip_batch.storage.store import Store
 
@@ -123,17 +123,17 @@ class DatabaseBackend:
         gone = removals.contains(self._removed, ids)
         return best(np.where(gone, -np.inf, scores), np.where(gone, -1, ids), k)
 
-    def where(self, conditions: Sequence[Filter]) -> Ids:
-        """What SQL can tell exactly is asked of it; the rest is told from the columns' values, which are all read."""
-        names = list(dict.fromkeys(condition.column for condition in conditions))
+    def where(self, condition: Condition) -> Ids:
+        """SQL narrows the rows down as far as it can tell exactly; their values are then read and judged here."""
+        names = columns_in(condition)
         check_columns(self.schema, names)
-
-        def holds(*row: Any) -> bool:
-            values = dict(zip(names, row, strict=True))
-            return all(condition.holds(values[condition.column]) for condition in conditions)
-
-        pushed = [part for condition in conditions for part in _pushed(self._table, condition)]
-        return self._table.where(names, pushed, holds)
+        schema = pa.schema([self.schema.field(name) for name in names])
+        found = [np.empty(0, dtype=np.int64)]
+        for ids, rows in self._table.scan(names, _pushed(self._table, condition)):
+            columns = zip(zip(*rows, strict=True), schema.types, strict=True)
+            batch = pa.RecordBatch.from_arrays([pa.array(values, kind) for values, kind in columns], schema=schema)
+            found.append(ids[matches(condition, batch)])
+        return np.sort(np.concatenate(found))
 
     def select(self, ids: npt.ArrayLike) -> RowSet:
         return selection(self.manifest, self._removed, ids)
@@ -147,24 +147,33 @@ class DatabaseBackend:
             raise DatabaseError(f"{self._table} has no row {missing[0]}: run clip-batch export sql again")
         return [dict(zip(names, found[id], strict=True)) for id in wanted.tolist()]
 
+    def table(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
+        rows = self.metadata(ids, columns)
+        names = self.schema.names if columns is None else columns
+        return pa.Table.from_pylist(rows, pa.schema([self.schema.field(name) for name in names]))
+
     def reconstruct(self, ids: npt.ArrayLike, modality: str = "image") -> Vectors:
         wanted = checked_ids(self.manifest, self._removed, ids)
         check_modality(self.manifest, modality)
         return self._vectors.vectors(wanted, modality)
 
 
-def _pushed(table: SqlTable, condition: Filter) -> list[Any]:
+def _pushed(table: SqlTable, condition: Condition) -> list[Any]:
     """SQL conditions that every row meets which meets this one; none where SQL cannot tell."""
+    if isinstance(condition, And):
+        return [pushed for part in condition.parts for pushed in _pushed(table, part)]
+    if not isinstance(condition, Compare | In):
+        return []
     kind = table.kind(condition.column)
-    named = [condition.equals] if condition.equals is not None else condition.among
-    if named is not None:
-        values = [_bound(value, kind) for value in named]
-        return [table.among(condition.column, values)] if None not in values and len(values) <= ASKED else []
-    low, high = (None if bound is None else _bound(bound, kind) for bound in (condition.min, condition.max))
-    whole = (low is None) == (condition.min is None) and (high is None) == (condition.max is None)
-    if kind in ("int64", "double") and condition.contains is None and whole:
-        return table.between(condition.column, low, high)
-    return []
+    values = [_bound(value, kind) for value in (condition.values if isinstance(condition, In) else [condition.value])]
+    if None in values or len(values) > ASKED:
+        return []
+    if isinstance(condition, In) or condition.operator == "=":
+        return [table.among(condition.column, values)]
+    if kind not in ("int64", "double") or condition.operator == "!=":
+        return []
+    low, high = (values[0], None) if condition.operator[0] == ">" else (None, values[0])
+    return table.between(condition.column, low, high)
 
 
 def _bound(value: Any, kind: str) -> Any:

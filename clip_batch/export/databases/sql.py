@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,9 @@ DRIVERS = {"sqlite": "pysqlite", "mysql": "pymysql", "mariadb": "pymysql", "post
 
 ASKED = 500
 """Ids named in one statement: older SQLite takes 999 parameters, and long lists of them parse slowly."""
+
+SCANNED = 10_000
+"""Rows that are read at once."""
 
 WRITTEN = 2_000
 """Rows of one transaction."""
@@ -238,14 +241,15 @@ class SqlTable:
             found |= {row[0]: row[1:] for row in self._all(chosen.where(self._table.c.id.in_(some)))}
         return found
 
-    def where(self, names: Sequence[str], conditions: Sequence[Any], holds: Callable[..., bool]) -> Ids:
-        """Sorted ids of rows that meet SQL conditions, and for whose values of these columns `holds` is true."""
+    def scan(self, names: Sequence[str], conditions: Sequence[Any]) -> Iterator[tuple[Ids, list[Sequence[Any]]]]:
+        """Ids (n,) and values in these columns of the rows that meet SQL conditions, by the thousand, in any order."""
         import sqlalchemy as sa
 
         chosen = sa.select(self._table.c.id, *(self._column(name) for name in names)).where(*conditions)
         with self.sql.asked(), self.sql.engine.connect() as connection:
-            rows = connection.execute(chosen, execution_options={"yield_per": 10_000})
-            return np.sort(np.array([row[0] for row in rows if holds(*row[1:])], dtype=np.int64))
+            answer = connection.execute(chosen, execution_options={"yield_per": SCANNED})
+            for rows in answer.partitions(SCANNED):
+                yield np.array([row[0] for row in rows], dtype=np.int64), [row[1:] for row in rows]
 
     def among(self, name: str, values: Sequence[Any]) -> Any:
         """The SQL condition that a metadata column has one of these values."""

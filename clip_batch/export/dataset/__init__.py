@@ -14,7 +14,6 @@ docs/training.md tells the rest. Modules: `select` (which rows), `deal` (in whic
 """
 
 from clip_batch.export.dataset.loader import Loader, collate, together
-from clip_batch.export.dataset.select import Query
 from clip_batch.export.dataset.stream import FilteredDataset
 
-__all__ = ["FilteredDataset", "Loader", "Query", "collate", "together"]
+__all__ = ["FilteredDataset", "Loader", "collate", "together"]

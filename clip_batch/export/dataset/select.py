@@ -16,8 +16,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,12 @@ import pyarrow.compute as pc
 
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index.metadata import write_ordered
+from clip_batch.search.find import THOROUGH, best_rows, rows_over
 from clip_batch.search.lineage import planned
+from clip_batch.search.query import Query
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.paths import absolute, is_local
-from clip_batch.storage.store import Store, read_url
+from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
     from clip_batch.config import SearchConfig, StorageConfig
@@ -48,44 +50,6 @@ OURS = ("id", "score", "query", "image")
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Runs = list[tuple[int, int]]
-
-
-@dataclass(frozen=True, eq=False)
-class Query:
-    """What is looked for: one of a text, an image (path, URL or bytes), or a vector (d,).
-
-    `threshold` is the least score, `k` how many rows at the most, the best first. `weight` is the query's part of
-    a mixture (see `mix`). `modality` says which index is searched. ConfigError: none or two are given, or a
-    number is out of range.
-    """
-
-    text: str = ""
-    image: str | bytes = ""
-    embedding: npt.ArrayLike | None = None
-    k: int | None = None
-    threshold: float | None = None
-    weight: float = 1.0
-    modality: Literal["image", "text"] = "image"
-
-    def __post_init__(self) -> None:
-        if bool(self.text) + bool(self.image) + (self.embedding is not None) != 1:
-            raise ConfigError("a query is one of text, image and embedding: give just one")
-        if self.k is not None and self.k < 1:
-            raise ConfigError(f"a query's k is {self.k}: it must be 1 or more")
-        if not 0 < self.weight < float("inf"):
-            raise ConfigError(f"a query's weight is {self.weight}: it must be over 0, and finite")
-
-    def describe(self) -> dict[str, Any]:
-        """For JSON; of an image's bytes and of a vector, the sha256."""
-        threshold = None if self.threshold is None else float(self.threshold)
-        k = None if self.k is None else int(self.k)
-        about = {"k": k, "threshold": threshold, "weight": float(self.weight), "modality": self.modality}
-        if self.text:
-            return {"text": self.text, **about}
-        if isinstance(self.image, str) and self.image:
-            return {"image": self.image, **about}
-        data = self.image or np.asarray(self.embedding, dtype=np.float32).tobytes()
-        return {"sha256": hashlib.sha256(bytes(data)).hexdigest(), **about}
 
 
 @dataclass(frozen=True)
@@ -195,26 +159,16 @@ def _searched(searcher: Searcher, queries: Sequence[Query], amount: int | None) 
 
 
 def _find(searcher: Searcher, query: Query, amount: int | None) -> tuple[Ids, Floats]:
-    """A query's ids and scores, best first."""
-    if query.text:
-        vector = searcher.encode_text([query.text])[0]
-    elif query.image:
-        data = (
-            query.image if isinstance(query.image, bytes) else read_url(query.image, searcher.storage.storage_options)
-        )
-        vector = searcher.encode_image(data)[0]
-    else:
-        vector = np.asarray(query.embedding, dtype=np.float32).reshape(-1)
+    """The ids and scores of a query's rows, best first."""
     if query.k is None and query.threshold is not None:
-        parts = list(searcher.search_over(vector, query.threshold, query.modality))
+        parts = list(rows_over(searcher, query, searcher.heads))
         scores, ids = (np.concatenate(one) for one in zip(*parts, strict=True))
         best = np.lexsort((ids, -scores))
         return ids[best], scores[best]
     if (k := query.k or amount) is None:
         raise ConfigError(f"query {query.describe()} finds every row: give it a k or a threshold, or an amount")
-    scores, ids = (one[0] for one in searcher.search_ids(vector, min(k, searcher.manifest.rows), query.modality))
-    there = ids >= 0 if query.threshold is None else (ids >= 0) & (scores >= query.threshold)
-    return ids[there], scores[there]
+    ranked = best_rows(searcher, replace(query, k=k), searcher.heads, THOROUGH)
+    return ranked.ids, ranked.scores
 
 
 def _filtered(store: Store, amount: int | None) -> _Found:

@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,8 +29,11 @@ from clip_batch.export.dataset.failures import Failed, Failures
 from clip_batch.export.dataset.fetch import Fetch, Lost, Place
 from clip_batch.export.dataset.loader import Loader, collate
 from clip_batch.export.dataset.pictures import Decode, pictures
-from clip_batch.export.dataset.select import PLACE, Query, select
+from clip_batch.export.dataset.select import PLACE, select
 from clip_batch.index.metadata import open_table
+from clip_batch.search.conditions import all_of
+from clip_batch.search.query import Query
+from clip_batch.search.where import Where, as_condition
 from clip_batch.storage.paths import absolute
 
 TAKE = 256
@@ -87,6 +91,8 @@ class FilteredDataset(IterableDataset[Row]):
         world: int | None = None,
         selection: str = "",
         max_failures: float = 0.5,
+        where: Where | None = None,
+        unique: bool = False,
         storage: StorageConfig = StorageConfig(),
         search: SearchConfig = SearchConfig(),
     ) -> None:
@@ -104,7 +110,7 @@ class FilteredDataset(IterableDataset[Row]):
         self._fetching = partial(Fetch, via, storage.storage_options, timeout, parse_bytes(max_bytes), private)
         self._threads, self._ahead, self._max_failures = threads, ahead, max_failures
         asked = [queries] if isinstance(queries, (str, Query)) else queries
-        wanted = [Query(text=query) if isinstance(query, str) else query for query in asked]
+        wanted = [_narrowed(Query(text=one) if isinstance(one, str) else one, where, unique) for one in asked]
         if self.world > 1 and not selection and wanted:
             raise ConfigError(
                 f"{self.world} ranks must not each search for themselves: name a selection folder that all can reach"
@@ -233,6 +239,12 @@ class FilteredDataset(IterableDataset[Row]):
     def finish(self) -> None:
         """The loader's pass is over."""
         self.failures.check(self._max_failures, least=1)
+
+
+def _narrowed(query: Query, where: Where | None, unique: bool) -> Query:
+    """A query with the dataset's own condition besides its own."""
+    condition = all_of([query.condition, as_condition(where)])
+    return replace(query, where=condition, unique=query.unique or unique)
 
 
 def _sample(row: Row, fetch: Fetch, making: Callable[[bytes], Any], columns: Sequence[str]) -> Row | Failed:

@@ -46,7 +46,8 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClipBatchError)
     async def failed(_: Request, error: ClipBatchError) -> Response:
-        return refusal(Refused(400 if isinstance(error, ConfigError) else 503, str(error)))
+        status = 400 if isinstance(error, ConfigError) else 503
+        return refusal(Refused(status, str(error), getattr(error, "field", None)))
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:

@@ -15,19 +15,19 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from clip_batch.search.filters import MOST
+from clip_batch.search.query import Criteria
+from clip_batch.search.rows import Vectors
+from clip_batch.search.vectors import checked_vector, unit_vector
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.http.openapi import REFUSALS, takes
 from clip_batch.serve.http.requests import read
 from clip_batch.serve.http.responses import answer
-from clip_batch.serve.search.find import Vectors, Wanted, check, find, metadata
+from clip_batch.serve.search.find import check, metadata, ranked
 from clip_batch.serve.search.images import original
 from clip_batch.serve.search.live import OpenVersion
 from clip_batch.serve.search.metrics import REQUEST
-from clip_batch.serve.search.service import Service, checked, decode_base64, unit
+from clip_batch.serve.search.service import Service, decode_base64
 from clip_batch.serve.search.v1 import image_path, shown
-
-DUPLICATES = 0.94
-"""The cosine from which clip-retrieval treats two hits as duplicates."""
 
 _BEST, _MIDDLE = 9, 4.5
 """The best and the middle of clip-retrieval's aesthetic ratings, which start at 0."""
@@ -99,13 +99,14 @@ def router(service: Service) -> APIRouter:
                 field = "num_images" if asked.num_result_ids is None else "num_result_ids"
                 raise Refused(422, f"{field}: from 1 to {service.config.max_k} on this server", field)
             with service.indices.use(asked.indice_name, "indice_name") as (name, version):
-                wanted = _wanted(service, asked, k)
-                check(service, version, wanted)
+                criteria = _criteria(service, asked, k)
+                check(service, version, criteria)
                 vector = _beautified(service, version, asked, await _vector(service, version, asked))
                 base = _base(request)
 
                 def respond() -> Response:
-                    found = find(service, version, vector, wanted)
+                    # Like the original, do not search deeper than k to replace hits that are left out.
+                    found = ranked(service, version, vector, criteria, scan=k)
                     hits = _rows(service, name, version, found.ids[: asked.num_images].tolist(), base)
                     hits += [{} for _ in found.ids[asked.num_images :]]
                     for hit, id, score in zip(hits, found.ids.tolist(), found.scores.tolist(), strict=True):
@@ -135,18 +136,17 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _wanted(service: Service, asked: KnnRequest, k: int) -> Wanted:
+def _criteria(service: Service, asked: KnnRequest, k: int) -> Criteria:
     heads = service.heads
     aesthetic = None
     if heads.aesthetic is not None and asked.aesthetic_score is not None:
         aesthetic = (asked.aesthetic_weight or 0.0) * (asked.aesthetic_score - _MIDDLE) / _MIDDLE
-    return Wanted(
+    return Criteria(
         k=k,
-        scan=k,  # like the original, do not search deeper to replace hits that are left out
         modality=asked.modality,
-        duplicates=DUPLICATES if asked.deduplicate else None,
-        safety=bool(asked.use_safety_model) and heads.safety is not None,
-        violence=bool(asked.use_violence_detector) and heads.violence is not None,
+        unique=bool(asked.deduplicate),
+        safe=bool(asked.use_safety_model) and heads.safety is not None,
+        nonviolent=bool(asked.use_violence_detector) and heads.violence is not None,
         aesthetic=aesthetic,
     )
 
@@ -159,7 +159,7 @@ async def _vector(service: Service, version: OpenVersion, asked: KnnRequest) -> 
     if asked.image_url:
         return await service.image(version, await service.download(asked.image_url), "image_url")
     if asked.embedding_input:
-        return checked(asked.embedding_input, version, "embedding_input")
+        return checked_vector(asked.embedding_input, version.manifest.dim, "embedding_input")
     raise Refused(422, "give one of text, image, image_url and embedding_input", "text")
 
 
@@ -169,7 +169,7 @@ def _beautified(service: Service, version: OpenVersion, asked: KnnRequest, vecto
     if ratings is None or asked.aesthetic_score is None or ratings.shape[1] != version.manifest.dim:
         return vector
     rating = ratings[round(asked.aesthetic_score * (len(ratings) - 1) / _BEST)]
-    return unit(vector + (asked.aesthetic_weight or 0.0) * rating, "aesthetic_weight")
+    return unit_vector(vector + (asked.aesthetic_weight or 0.0) * rating, "aesthetic_weight")
 
 
 def _rows(service: Service, name: str, version: OpenVersion, ids: list[int], base: str) -> list[dict[str, Any]]:

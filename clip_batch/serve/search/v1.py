@@ -8,11 +8,13 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 
+from clip_batch.search.find import beautified
+from clip_batch.search.query import Criteria
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.http.openapi import REFUSALS, takes
 from clip_batch.serve.http.requests import read
 from clip_batch.serve.http.responses import answer
-from clip_batch.serve.search.find import Wanted, check, find, metadata
+from clip_batch.serve.search.find import check, metadata, ranked
 from clip_batch.serve.search.images import media_type, original
 from clip_batch.serve.search.live import OpenVersion
 from clip_batch.serve.search.metrics import REQUEST
@@ -24,7 +26,7 @@ from clip_batch.serve.search.schema import (
     SearchRequest,
     SearchResponse,
 )
-from clip_batch.serve.search.service import Service, decode_base64, unit
+from clip_batch.serve.search.service import Service, decode_base64
 
 
 def image_path(index: str, version: OpenVersion, row: int) -> str:
@@ -45,14 +47,13 @@ def router(service: Service) -> APIRouter:
             _bound("queries", len(asked.queries or []), service.config.max_queries)
             with service.indices.use(asked.index) as (name, version):
                 columns = _columns(service, version, asked.columns)
-                wanted = _wanted(service, asked)
-                check(service, version, wanted)
-                vector = await service.mixed(version, list(asked.terms()))
-                if asked.aesthetic is not None and service.heads.ratings is not None:
-                    vector = unit(vector + asked.aesthetic * service.heads.ratings[-1], "aesthetic")
+                _check_filters(version, asked)
+                criteria = _criteria(asked)
+                check(service, version, criteria)
+                vector = beautified(await service.mixed(version, list(asked.terms())), criteria, service.heads)
 
                 def respond() -> Response:
-                    found = find(service, version, vector, wanted)
+                    found = ranked(service, version, vector, criteria, service.config.max_scan)
                     rows, readable = metadata(service, version, found.ids, columns)
                     hits = []
                     for place, (id, score) in enumerate(zip(found.ids.tolist(), found.scores.tolist(), strict=True)):
@@ -152,17 +153,24 @@ def shown(service: Service, version: OpenVersion) -> list[str]:
     return [name for name in version.columns if not chosen or name in chosen]
 
 
-def _wanted(service: Service, asked: SearchRequest) -> Wanted:
-    return Wanted(
+def _check_filters(version: OpenVersion, asked: SearchRequest) -> None:
+    for number, condition in enumerate(asked.filters):
+        if condition.column not in version.columns:
+            field = f"filters.{number}.column"
+            raise Refused(400, f"{field}: no column {condition.column!r}; {', '.join(version.columns)}", field)
+
+
+def _criteria(asked: SearchRequest) -> Criteria:
+    return Criteria(
         k=asked.k,
-        scan=service.config.max_scan,
+        threshold=asked.threshold,
         modality=asked.modality,
         effort=asked.effort,
-        threshold=asked.threshold,
-        filters=asked.filters,
-        duplicates=asked.deduplicate_threshold if asked.deduplicate else None,
-        safety=asked.safety,
-        violence=asked.violence,
+        where=asked.filters,
+        unique=asked.deduplicate,
+        unique_threshold=asked.deduplicate_threshold,
+        safe=asked.safety,
+        nonviolent=asked.violence,
         aesthetic=asked.aesthetic,
     )
 

@@ -1,0 +1,159 @@
+"""What is looked for, and how: one Query for Searcher, FilteredDataset, the shell and the service."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_batch.errors import ConfigError
+from clip_batch.search.conditions import Condition
+from clip_batch.search.where import Where, as_condition
+
+K = 10
+"""Hits of a query that does not say how many."""
+
+DUPLICATE = 0.94
+"""The cosine from which two rows are near duplicates, unless a query says otherwise; clip-retrieval's."""
+
+
+class QueryError(ConfigError):
+    """A query that an index, or the heads at hand, cannot answer; `field` is the field of the query that is wrong."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class QueryTerm:
+    """One thing to look for: a text, an image (path, URL or bytes), a vector (d,), or the id of a row of the index.
+
+    The weighted sum of the unit vectors of a query's terms is what searches; a negative `weight` leads away from a
+    term. ConfigError: not exactly one of the four is given, or the weight is not finite.
+    """
+
+    text: str = ""
+    image: str | bytes = ""
+    embedding: npt.ArrayLike | None = None
+    id: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if bool(self.text) + bool(self.image) + (self.embedding is not None) + (self.id is not None) != 1:
+            raise ConfigError("a query is one of text, image, embedding and id: give just one")
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"the weight of a query's term is {self.weight}: it must be finite")
+
+    def describe(self) -> dict[str, Any]:
+        """The term for JSON; of an image's bytes and of a vector, the sha256."""
+        if self.text:
+            return {"text": self.text}
+        if self.id is not None:
+            return {"id": int(self.id)}
+        if isinstance(self.image, str) and self.image:
+            return {"image": self.image}
+        data = self.image or np.asarray(self.embedding, dtype=np.float32).tobytes()
+        return {"sha256": hashlib.sha256(bytes(data)).hexdigest()}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Criteria:
+    """Which rows a search takes, and in what order.
+
+    - `k`: how many rows at most, the best first.
+    - `threshold`: the least score of a row.
+    - `modality`: "image" to search the images, "text" to search their captions.
+    - `effort`: nprobe or efSearch; by default what merge tuned.
+    - `where`: a condition on metadata (see `clip_batch.search.where`), or a list of filters as /v1/search takes them.
+    - `unique`: take only the best of rows whose cosine with each other is `unique_threshold` or more.
+    - `safe`, `nonviolent`: leave out rows that the safety head, or the violence head, refuses.
+    - `aesthetic`: the weight of the aesthetic head in the order of the rows.
+
+    ConfigError: `where` is not understood, or a number is out of range.
+    """
+
+    k: int | None = None
+    threshold: float | None = None
+    modality: str = "image"
+    effort: int | None = None
+    where: Where | None = None
+    unique: bool = False
+    unique_threshold: float = DUPLICATE
+    safe: bool = False
+    nonviolent: bool = False
+    aesthetic: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.k is not None and self.k < 1:
+            raise ConfigError(f"a query's k is {self.k}: it must be 1 or more")
+        if not 0 <= self.unique_threshold <= 1:
+            raise ConfigError(f"a query's unique_threshold is {self.unique_threshold}: it must be from 0 to 1")
+        if self.aesthetic is not None and not math.isfinite(self.aesthetic):
+            raise ConfigError(f"a query's aesthetic weight is {self.aesthetic}: it must be finite")
+        _ = self.condition
+
+    @cached_property
+    def condition(self) -> Condition | None:
+        """The condition that `where` means."""
+        return as_condition(self.where)
+
+    @property
+    def judged(self) -> bool:
+        """Whether rows are judged by their vectors: by heads, or as near duplicates."""
+        return self.unique or self.safe or self.nonviolent or self.aesthetic is not None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Query(Criteria):
+    """What to look for (one of `text`, `image`, `embedding` and `id`, or several `terms`), and which rows to take.
+
+        Query(text="a dog", where='license = "cc0" and width > 512', unique=True)
+        Query(terms=[QueryTerm(text="a dog"), QueryTerm(text="snow", weight=-0.5)], k=100)
+
+    The other fields are those of `Criteria`. `weight` is the query's part of a FilteredDataset's mixture; a search
+    does not look at it. ConfigError: nothing or too much to look for is given, or as `Criteria`.
+    """
+
+    text: str = ""
+    image: str | bytes = ""
+    embedding: npt.ArrayLike | None = None
+    id: int | None = None
+    terms: Sequence[QueryTerm] = ()
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = bool(self.text) or bool(self.image) or self.embedding is not None or self.id is not None
+        if self.terms and alone:
+            raise ConfigError("a query has either terms, or one of text, image, embedding and id: leave out the others")
+        self.all_terms()
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"a query's weight is {self.weight}: it must be over 0, and finite")
+
+    def all_terms(self) -> Sequence[QueryTerm]:
+        """What is looked for, as one or more terms."""
+        return self.terms or [QueryTerm(text=self.text, image=self.image, embedding=self.embedding, id=self.id)]
+
+    def describe(self) -> dict[str, Any]:
+        """The query for JSON. What was added to queries later is there only where it was given."""
+        terms = [{**term.describe(), "weight": float(term.weight)} for term in self.terms]
+        about: dict[str, Any] = {"terms": terms} if terms else self.all_terms()[0].describe()
+        about["k"] = None if self.k is None else int(self.k)
+        about["threshold"] = None if self.threshold is None else float(self.threshold)
+        about |= {"weight": float(self.weight), "modality": self.modality}
+        later = {
+            "effort": self.effort,
+            "where": None if self.condition is None else str(self.condition),
+            "unique": float(self.unique_threshold) if self.unique else None,
+            "safe": self.safe or None,
+            "nonviolent": self.nonviolent or None,
+            "aesthetic": None if self.aesthetic is None else float(self.aesthetic),
+        }
+        return about | {name: value for name, value in later.items() if value is not None}
