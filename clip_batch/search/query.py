@@ -30,6 +30,9 @@ class QueryError(ConfigError):
         super().__init__(f"{field}: {reason}")
         self.field, self.reason = field, reason
 
+    def __reduce__(self) -> tuple[type[QueryError], tuple[str, str]]:
+        return type(self), (self.field, self.reason)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class QueryTerm:
