@@ -270,7 +270,7 @@ def test_one_at_a_time_and_stopped_with_the_client_or_a_signal(tmp_path: Path) -
         )
         assert get(f"{url}/healthz")["at"] == f"embed {out}, partition 0"
         status, busy = post(f"{url}/v1/embed", output=out, partition=1)
-        assert status == 503 and "is at embed" in busy["detail"]
+        assert status == 503 and "is busy: embed" in busy["detail"]
         assert post(f"{url}/v1/embed", output=out, partition=0)[1]["commit"]["rows"] == 2000  # joins it
 
         with pytest.raises((TimeoutError, urllib.error.URLError)):  # a client that goes away
