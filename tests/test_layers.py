@@ -48,7 +48,7 @@ HEAVY = {
     "onnxruntime": {"encoders/onnx_runtime"},
     "openvino": {"encoders/families"},
     "faiss": {"index/ann/libfaiss"},
-    "autofaiss": {"index/ann/faiss_index"},
+    "autofaiss": {"index/ann/index_keys"},
     "fastapi": {"serve"},
     "starlette": {"serve"},
     "uvicorn": {"serve"},

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from clip_batch.errors import ConfigError
 from clip_batch.index import removals
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import faiss_search
 from clip_batch.index.manifest import Manifest
 
 Vectors = npt.NDArray[np.float32]
@@ -21,15 +21,15 @@ class RowSet:
     """Rows that a search may find: ids (n,), sorted, none of them removed. `Searcher.select` makes it."""
 
     ids: Ids
-    _others: dict[tuple[int, int], faiss_index.Removed] = field(default_factory=dict)
+    _others: dict[tuple[int, int], faiss_search.Removed] = field(default_factory=dict)
 
-    def others(self, offset: int, rows: int) -> faiss_index.Removed:
+    def others(self, offset: int, rows: int) -> faiss_search.Removed:
         """The other rows among [offset, offset + rows), counted from there."""
         if (offset, rows) not in self._others:
             there = np.zeros(rows, dtype=bool)
             low, high = np.searchsorted(self.ids, [offset, offset + rows])
             there[self.ids[low:high] - offset] = True
-            self._others[offset, rows] = faiss_index.Removed(np.flatnonzero(~there))
+            self._others[offset, rows] = faiss_search.Removed(np.flatnonzero(~there))
         return self._others[offset, rows]
 
 

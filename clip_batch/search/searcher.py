@@ -21,7 +21,7 @@ from clip_batch.embeddings.reader import blocks
 from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import faiss_index, faiss_search
 from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
@@ -58,7 +58,7 @@ class OpenedIndex:
     index: Any
     offset: int
     rows: int
-    removed: faiss_index.Removed | None = None
+    removed: faiss_search.Removed | None = None
 
 
 class Searcher:
@@ -258,7 +258,7 @@ class Searcher:
 
         def one(shard: OpenedIndex) -> tuple[Vectors, Ids]:
             removed = among.others(shard.offset, shard.rows) if among else shard.removed
-            scores, ids = faiss_index.search(shard.index, wanted, min(depth, shard.rows), effort, removed)
+            scores, ids = faiss_search.search(shard.index, wanted, min(depth, shard.rows), effort, removed)
             return np.where(ids >= 0, scores, -np.inf), np.where(ids >= 0, ids + shard.offset, -1)
 
         parts = list(self._pool.map(one, shards))
@@ -300,7 +300,7 @@ class Searcher:
         effort = self.manifest.effort[modality] if effort is None else effort
         for shard in shards:
             if stored is None:
-                scores, ids = faiss_index.search_over(shard.index, wanted, threshold, effort, shard.removed)
+                scores, ids = faiss_search.search_over(shard.index, wanted, threshold, effort, shard.removed)
                 yield scores, ids + shard.offset
                 continue
             for block in blocks(shard.rows):
@@ -309,10 +309,10 @@ class Searcher:
                 scores = unit(stored[ids]) @ wanted[0]
                 yield scores[scores >= threshold], ids[scores >= threshold]
 
-    def _removed(self, offset: int, rows: int) -> faiss_index.Removed | None:
+    def _removed(self, offset: int, rows: int) -> faiss_search.Removed | None:
         """Removed rows among [offset, offset + rows), counted from there; None where there are none."""
         low, high = np.searchsorted(self.removed, [offset, offset + rows])
-        return faiss_index.Removed(self.removed[low:high] - offset) if low < high else None
+        return faiss_search.Removed(self.removed[low:high] - offset) if low < high else None
 
     def table(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
         """The metadata of rows (n,) as an Arrow table, in the order asked; errors as `metadata`."""

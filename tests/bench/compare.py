@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from clip_batch.config import parse_bytes
 from clip_batch.embeddings import reader
+from clip_batch.index.ann import faiss_search
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
@@ -57,7 +58,6 @@ TARGET = 0.95
 
 def fabricate(home: Path, rows: int, dim: int) -> None:
     """home/out, a committed OUT; home/queries.npy, captions of other images; home/truth.npy, the rows to find."""
-    from clip_batch.index.ann import faiss_index
 
     parts = -(-rows // PART_ROWS)
     plan = make_plan(home / "out", parts)
@@ -69,7 +69,7 @@ def fabricate(home: Path, rows: int, dim: int) -> None:
     scores, ids = np.empty((len(queries), 0), dtype=np.float32), np.empty((len(queries), 0), dtype=np.int64)
     for start in range(0, rows, PART_ROWS):
         stop = min(start + PART_ROWS, rows)
-        more, places = faiss_index.nearest(queries, npy.unit(source.read_vectors("image", start, stop)), K)
+        more, places = faiss_search.nearest(queries, npy.unit(source.read_vectors("image", start, stop)), K)
         scores, ids = np.hstack([scores, more]), np.hstack([ids, places + start])
         best = np.argsort(-scores, axis=1, kind="stable")[:, :K]
         scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)

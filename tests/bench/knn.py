@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clip_batch.config import MergeConfig
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import faiss_search
 from clip_batch.index.merge.merge import merge
 from clip_batch.search.searcher import Searcher
 from tests.bench import result
@@ -50,7 +50,7 @@ def main() -> None:
                 found[f"effort {effort}"] = {
                     "hits": int((searcher.search_ids(queries[0], options.k, effort=effort)[1] >= 0).sum()),
                     "faiss_ms": milliseconds(
-                        lambda i, effort=effort: faiss_index.search(shard.index, queries[i : i + 1], options.k, effort)  # type: ignore[misc]
+                        lambda i, effort=effort: faiss_search.search(shard.index, queries[i : i + 1], options.k, effort)  # type: ignore[misc]
                     ),
                     "searcher_ms": milliseconds(
                         lambda i, effort=effort: searcher.search_ids(queries[i], options.k, effort=effort)  # type: ignore[misc]

@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from clip_batch.config import MergeConfig
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import faiss_search
 from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
@@ -50,7 +50,7 @@ def each_by_itself(searcher: Searcher, queries: Vectors, k: int) -> tuple[Vector
     stored = searcher._stored["image"]
 
     def one(shard: object) -> tuple[Vectors, Ids]:
-        _, ids = faiss_index.search(shard.index, queries, min(depth, shard.rows), effort)  # type: ignore[attr-defined]
+        _, ids = faiss_search.search(shard.index, queries, min(depth, shard.rows), effort)  # type: ignore[attr-defined]
         return rerank(queries, np.where(ids >= 0, ids + shard.offset, -1), stored, k)  # type: ignore[attr-defined]
 
     parts = list(searcher._pool.map(one, searcher.indices["image"]))
@@ -99,7 +99,7 @@ def main() -> None:
             searcher._stored["image"] = Counted(searcher._stored["image"]._matrices)
             effort = options.effort or manifest.effort["image"]
             vectors = unit(searcher._stored["image"][np.arange(manifest.rows)])
-            truth = faiss_index.nearest(queries, vectors, K)[1]
+            truth = faiss_search.nearest(queries, vectors, K)[1]
             for factor in options.factors:
                 searcher.manifest = replace(manifest, rerank=factor, effort={"image": effort})
                 ways = {

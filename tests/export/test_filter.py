@@ -14,7 +14,7 @@ from clip_batch.cli import main
 from clip_batch.config import MergeConfig
 from clip_batch.export import filter as filters
 from clip_batch.export.filter import filter_rows
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import faiss_index, faiss_search
 from clip_batch.index.merge.merge import merge
 from clip_batch.plan.specs import expand_inputs
 from clip_batch.search.searcher import Searcher
@@ -36,7 +36,7 @@ def test_every_row_over_a_threshold_and_no_other(
 ) -> None:
     monkeypatch.setattr(filters, "GROUP", 50)
     monkeypatch.setattr(filters, "FILE", 200)
-    monkeypatch.setattr(faiss_index, "FIRST_DEPTH", 8)
+    monkeypatch.setattr(faiss_search, "FIRST_DEPTH", 8)
     images, texts = clustered(1000, 16, 4)
     make_out(tmp_path / "out", images, texts, [400, 600])
     merge(str(tmp_path / "out"), str(tmp_path / "index"), config)

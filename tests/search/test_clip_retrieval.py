@@ -25,7 +25,7 @@ from clip_batch.embeddings.clip_retrieval import ClipRetrievalEmbeddings, is_fol
 from clip_batch.errors import ConfigError, CorruptError, EncoderError
 from clip_batch.export.clip_retrieval import export_clip_retrieval
 from clip_batch.index import removals
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import faiss_index, faiss_search
 from clip_batch.index.ann.concatenate import concatenate
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.metadata import open_table
@@ -246,7 +246,7 @@ def test_one_index_of_many_finds_what_they_find(tmp_path: Path, key: str, exact:
         parts.append((faiss_index.read(str(tmp_path / f"{shard}"), mapped=True), 300 * shard))
     removed = np.array(gone, dtype=np.int64)
     effort = 512 if key.startswith("HNSW") else 16
-    scores, ids = zip(*(faiss_index.search(part, queries[:50], 20, effort, removed[removed // 300 == i] - offset)
+    scores, ids = zip(*(faiss_search.search(part, queries[:50], 20, effort, removed[removed // 300 == i] - offset)
                         for i, (part, offset) in enumerate(parts)), strict=True)  # fmt: skip
     scores, ids = np.hstack(scores), np.hstack([one + 300 * i for i, one in enumerate(ids)])
     best = np.argsort(-scores, axis=1, kind="stable")[:, :10]
@@ -254,9 +254,9 @@ def test_one_index_of_many_finds_what_they_find(tmp_path: Path, key: str, exact:
     concatenate(parts, removed, effort, str(tmp_path / "whole"))
     whole = faiss_index.read(str(tmp_path / "whole"))
     assert whole.ntotal == present.sum() - len(removed[present[removed]])
-    found = faiss_index.search(whole, queries[:50], 10)[1]  # with the effort of the file
+    found = faiss_search.search(whole, queries[:50], 10)[1]  # with the effort of the file
     assert np.mean(found == wanted) > (0.999 if exact else 0.9)
-    everything = faiss_index.search(whole, queries[:1], 900, 900)[1]
+    everything = faiss_search.search(whole, queries[:1], 900, 900)[1]
     assert not np.isin(everything, removed).any()
     for row in (2, 302, 899):
         faiss_index.prepare_reconstruct(whole)
@@ -302,7 +302,7 @@ def test_an_export_has_the_rows_and_vectors_of_the_index(ours: Path, tmp_path: P
                 assert row == {**kept, "image_path": kept["key"]}
         for modality in ("image", "text"):
             scores, ids = searcher.search_ids(queries, 10, modality)
-            found = faiss_index.search(faiss_index.read(str(tmp_path / f"export/{modality}.index")), queries, 10)
+            found = faiss_search.search(faiss_index.read(str(tmp_path / f"export/{modality}.index")), queries, 10)
             assert np.array_equal(found[1], ids)
             assert np.allclose(found[0], scores, atol=1e-6)
     with pytest.raises(ConfigError, match="is there already"):
@@ -322,7 +322,7 @@ def test_an_index_on_disk_is_exported_as_one_file(tmp_path: Path) -> None:
         wanted = searcher.search_ids(texts[:30], 10)[1]
     shutil.rmtree(tmp_path / "index")
     whole = faiss_index.read(str(tmp_path / "export/image.index"))
-    assert np.array_equal(faiss_index.search(whole, texts[:30], 10)[1], wanted)
+    assert np.array_equal(faiss_search.search(whole, texts[:30], 10)[1], wanted)
 
 
 @pytest.fixture
@@ -355,7 +355,7 @@ def test_their_index_reads_as_one_shard(their_index: Path, tmp_path: Path) -> No
     assert table.take([149], ["partition", "row"]).to_pylist() == [{"partition": 10, "row": 49}]
     images = clustered(550, DIM, 8)[0]
     made = faiss_index.read(opened.files[f"{manifest.version}/image/0000.index"], mapped=True)
-    ids = faiss_index.search(made, images, 1, manifest.effort["image"])[1][:, 0]
+    ids = faiss_search.search(made, images, 1, manifest.effort["image"])[1][:, 0]
     keys = table.take(ids, ["key"])["key"].to_pylist()
     assert np.mean([int(key) == row for row, key in enumerate(keys)]) > 0.99
     with Searcher(str(their_index), config=SearchConfig(model="fake:16")) as searcher:
@@ -458,7 +458,7 @@ def test_an_index_of_clip_retrieval_itself(
     table = open_table(opened.files[f"{manifest.version}/metadata/0000.arrow"])
     for modality, queries in (("image", images), ("text", texts)):
         made = faiss_index.read(opened.files[f"{manifest.version}/{modality}/0000.index"], mapped=True)
-        ids = faiss_index.search(made, queries, 1, manifest.effort[modality])[1][:, 0]
+        ids = faiss_search.search(made, queries, 1, manifest.effort[modality])[1][:, 0]
         keys = table.take(ids, ["key"])["key"].to_pylist()
         assert keys == [f"{part}-{row}" for part in range(12) for row in range(180 if part < 11 else 20)]
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_batch.errors import ConfigError
-from clip_batch.index.ann.faiss_index import REFINE_FACTOR, write
+from clip_batch.index.ann.faiss_index import write
+from clip_batch.index.ann.faiss_search import REFINE_FACTOR
 from clip_batch.index.ann.libfaiss import Index, inner, innermost, load
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The order of hits: by descending score, then by ascending id, whatever found them."""
+"""The order of hits: by descending score, then by ascending id, the same for every kind of index."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ Scores = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 _NONE = 2**32 - 1
-"""What an id of -1 is in 32 bits; where all ids are below it, they are sorted on the fast way."""
-
-_MANY = 20_000
-"""Hits from which numpy's radix sort, which it has for 16 bits only, is the faster one in four passes."""
+"""The id -1 in 32 bits. Where all ids are less, score and id are sorted as one number (see docs/experiments.md)."""
 
 
 def best(scores: Scores, ids: Ids, k: int) -> tuple[Scores, Ids]:
-    """The k best of scores and ids (q, any), in order: float32 and int64 (q, k); -inf and -1 beyond."""
+    """The k best of scores and ids (q, any), in order: float32 and int64 (q, k), -inf and -1 where there are fewer."""
     scores = scores.astype(np.float32, copy=False)
     if ids.size and ids.max() >= _NONE:
         order = np.lexsort((ids, -scores), axis=-1)[:, :k]
@@ -30,27 +27,17 @@ def best(scores: Scores, ids: Ids, k: int) -> tuple[Scores, Ids]:
 
 
 def _sorted(scores: Scores, ids: Ids, k: int) -> tuple[Scores, Ids]:
-    """The first k columns in order: a score and its id are sorted as one number of 64 bits."""
-    keys = _turned((np.float32(0) - scores).view(np.int32)).astype(np.int64) << 32
-    keys |= ids & _NONE
-    if (keys[:, 1:] < keys[:, :-1]).any():
-        keys = _radix(keys[0])[None] if len(keys) == 1 and keys.size >= _MANY else np.sort(keys)
-    keys = keys[:, :k]
-    ids = keys & _NONE
+    """The first k columns in order; a score and its id are sorted as one number of 64 bits."""
+    packed = _ordered_bits((np.float32(0) - scores).view(np.int32)).astype(np.int64) << 32
+    packed |= ids & _NONE
+    if (packed[:, 1:] < packed[:, :-1]).any():
+        packed = np.sort(packed)
+    packed = packed[:, :k]
+    ids = packed & _NONE
     ids[ids == _NONE] = -1
-    return np.float32(0) - _turned((keys >> 32).astype(np.int32)).view(np.float32), ids
+    return np.float32(0) - _ordered_bits((packed >> 32).astype(np.int32)).view(np.float32), ids
 
 
-def _turned(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """The bits of floats as whole numbers of the same order; and back."""
+def _ordered_bits(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The bits of floats as whole numbers that sort as the floats do; its own inverse."""
     return bits ^ ((bits >> 31) & np.int32(2**31 - 1))
-
-
-def _radix(keys: Ids) -> Ids:
-    """Keys (n,) in ascending order."""
-    for shift in (0, 16, 32, 48):
-        digits = (keys >> shift).astype(np.uint16)
-        if shift == 48:
-            digits ^= np.uint16(2**15)  # negative ones come first
-        keys = keys[np.argsort(digits, kind="stable")]
-    return keys

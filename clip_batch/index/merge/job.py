@@ -13,11 +13,11 @@ from typing import Any, TypedDict
 from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings import clip_retrieval, reader
 from clip_batch.errors import ConfigError
-from clip_batch.index.ann import faiss_index, footprint
+from clip_batch.index.ann import footprint, index_keys
 from clip_batch.index.manifest import DuplicateRows, Manifest, current_version, load_manifest
 from clip_batch.index.merge.attempt import Attempt
+from clip_batch.index.merge.queries import vector_kinds
 from clip_batch.index.paths import VersionPaths
-from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
@@ -85,8 +85,7 @@ class MergeJob:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of vectors that every part has."""
-        commits = self.source.commits
-        return tuple(kind for kind, folder in paths.VECTORS.items() if all(commit.file(folder) for commit in commits))
+        return vector_kinds(self.source)
 
     @property
     def rerank(self) -> int:
@@ -99,7 +98,7 @@ class MergeJob:
             return self.config.index_key
         modalities = [modality for modality in self.config.modalities if modality in self.kinds]
         memory = parse_bytes(self.config.index_memory) // max(1, len(modalities))
-        return faiss_index.choose_key(rows, self.source.dim, memory, self.config.flat_rows)
+        return index_keys.choose_key(rows, self.source.dim, memory, self.config.flat_rows)
 
     @cached_property
     def _index_keys(self) -> set[str]:
@@ -110,7 +109,7 @@ class MergeJob:
         """Bytes of memory that a task takes besides those for each row."""
         dim = self.source.dim
         return BASE_BYTES + max(
-            footprint.template_bytes(key, dim) + LIST_BYTES * faiss_index.lists(key) for key in self._index_keys
+            footprint.template_bytes(key, dim) + LIST_BYTES * index_keys.lists(key) for key in self._index_keys
         )
 
     @cached_property

@@ -10,10 +10,12 @@ import numpy.typing as npt
 from clip_batch.embeddings.reader import blocks
 from clip_batch.index import metadata
 from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.rows import Ordered
 from clip_batch.index.merge import trial
 from clip_batch.index.merge.attempt import Attempt
-from clip_batch.index.merge.train import Queries, Template
+from clip_batch.index.merge.queries import Queries
+from clip_batch.index.merge.train import Template
 from clip_batch.index.paths import VersionPaths
 from clip_batch.storage import npy
 
@@ -68,7 +70,7 @@ def _order(template: Template, shard: int, vectors: Half) -> tuple[Ids, Ids]:
     return order, lists[order]
 
 
-def _fill(template: faiss_index.Index, rows: Ordered, lists: Ids | None) -> faiss_index.Index:
+def _fill(template: Index, rows: Ordered, lists: Ids | None) -> Index:
     """The template filled with rows (n, d), ids 0 to n - 1; zero rows (no caption) are left out.
 
     `lists` (n,) are those of the rows, if they are known.

@@ -17,11 +17,13 @@ import numpy.typing as npt
 
 from clip_batch.config import parse_bytes
 from clip_batch.errors import ConfigError
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import faiss_index, index_keys
+from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.manifest import DuplicateRows
 from clip_batch.index.merge import duplicates
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.job import MergeJob
+from clip_batch.index.merge.queries import Queries, draw_queries, filled_rows, held_out_rows
 from clip_batch.index.paths import TemplatePaths, VersionPaths
 from clip_batch.plan.paths import VECTORS
 from clip_batch.storage import npy
@@ -39,8 +41,6 @@ Say = Callable[[str], None]
 Ids = npt.NDArray[np.int64]
 Half = npt.NDArray[np.float16]
 Vectors = npt.NDArray[np.float32]
-Queries = dict[str, tuple[Ids, Half]]
-"""Held-out queries by kind: which rows (q,) of OUT they are, and their vectors (q, d)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Template:
         """The file of the trained empty index, relative to INDEX."""
         return TemplatePaths(self.folder).index(modality)
 
-    def index(self, modality: str) -> faiss_index.Index:
+    def index(self, modality: str) -> Index:
         """The trained empty index."""
         with self.job.index.fetch(self.index_path(modality)) as path:
             return faiss_index.read(path)
@@ -122,13 +122,9 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
     `captioned` counts each part's rows with a caption. Errors: see `clip_batch.merge`.
     """
     started = time.monotonic()
-    filled = {"image": [commit.rows for commit in job.source.commits], "text": captioned}
-    kinds = [kind for kind in job.kinds if sum(filled[kind])]
-    keys = _index_keys(job, {kind: sum(filled[kind]) for kind in kinds})
-    queries = {}
-    for kind in kinds:
-        count = min(job.config.queries, max(1, sum(filled[kind]) // 10))
-        queries[kind] = job.source.draw(kind, filled[kind], count, job.config.seed)
+    filled = filled_rows(job.source, job.kinds, captioned)
+    kinds, keys = list(filled), _index_keys(job, {kind: sum(rows) for kind, rows in filled.items()})
+    queries = draw_queries(job.source, filled, job.config)
     _write_queries(attempt, queries)
     folder, reference = attempt.folder, ""
     if job.base:
@@ -137,7 +133,7 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
         folder, reference = base.folder, base.queries
     template = Template(job, attempt.id, keys, kinds, folder, reference, {})
     if not job.base:
-        held_out = np.unique(np.concatenate([rows for rows, _ in queries.values()]))
+        held_out = held_out_rows(queries)
         for modality, index_key in keys.items():
             count = _sample_rows(job, index_key)
             _, sample = job.source.draw(modality, filled[modality], count, job.config.seed, held_out)
@@ -180,7 +176,7 @@ def _sample_rows(job: MergeJob, index_key: str) -> int:
     room = (parse_bytes(job.config.max_memory) - job.task_bytes) // (TRAIN_BYTES * job.source.dim)
     if job.config.train_rows > room:
         raise ConfigError(f"--max-memory {job.config.max_memory} has room for {max(room, 0):,} --train-rows")
-    return job.config.train_rows or max(1, min(room, max(10_000, 64 * faiss_index.lists(index_key))))
+    return job.config.train_rows or max(1, min(room, max(10_000, 64 * index_keys.lists(index_key))))
 
 
 def _train(template: Template, attempt: Attempt, modality: str, sample: Vectors) -> None:

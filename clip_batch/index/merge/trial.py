@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.embeddings.reader import blocks
-from clip_batch.index.ann import faiss_index, recall
+from clip_batch.index.ann import faiss_index, faiss_search, recall
+from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, score
 from clip_batch.index.ann.rows import Ordered
@@ -51,7 +52,7 @@ class Hits(NamedTuple):
 
 
 def run(
-    index: faiss_index.Index,
+    index: Index,
     rows: Ordered,
     queries: Mapping[str, tuple[Vectors, Ids]],
     factor: int,
@@ -79,7 +80,7 @@ def run(
 
         def search(effort: int | None, vectors: Vectors = vectors, measure: Measure = measure) -> Hits:
             # As a Searcher of this index will: recall@10 is what the effort is tuned for.
-            scores, ids = faiss_index.search(index, vectors, candidates(10, factor), effort)
+            scores, ids = faiss_search.search(index, vectors, candidates(10, factor), effort)
             true = score(vectors, ids, rows)
             return Hits(scores, ids, true, measure(scores, ids, true))
 
@@ -156,6 +157,6 @@ def _exact(rows: Ordered, queries: Vectors) -> tuple[Vectors, Ids]:
         filled = np.flatnonzero(np.any(vectors != 0, axis=1))
         if not len(filled):
             continue
-        more, places = faiss_index.nearest(queries, vectors[filled], DEPTH)
+        more, places = faiss_search.nearest(queries, vectors[filled], DEPTH)
         scores, ids = best(np.hstack([scores, more]), np.hstack([ids, block.start + filled[places]]), DEPTH)
     return scores, ids

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index.ann import faiss_index, recall
-from clip_batch.index.merge.sweep import default_keys
+from clip_batch.index.ann import faiss_index, faiss_search, footprint, index_keys, libfaiss, recall
+from clip_batch.index.ann.index_keys import default_keys
 from tests.fabricated import clustered, unit
 
 AVX512 = "avx512f avx512bw avx512dq avx512vl avx512cd"
@@ -56,8 +56,8 @@ def one_thread() -> None:
 )
 def test_the_kernel_is_one_that_the_cpu_has(vendor: str, flags: str, core: str | None) -> None:
     cpuinfo = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} lm\n\nprocessor\t: 1\n"
-    assert faiss_index.openblas_core(cpuinfo) == core
-    assert faiss_index.openblas_core("") is None
+    assert libfaiss.openblas_core(cpuinfo) == core
+    assert libfaiss.openblas_core("") is None
 
 
 def test_a_kernel_that_the_user_names_stays() -> None:
@@ -81,22 +81,22 @@ def test_every_kind_assigns_fills_saves_maps_and_searches_alike(
     vectors, _ = clustered(1500, 32, 30)
     template = faiss_index.train(key, vectors)
     assert template.ntotal == 0
-    assert faiss_index.has_lists(template) == (faiss_index.lists(key) > 0)
+    assert faiss_index.has_lists(template) == (index_keys.lists(key) > 0)
     if faiss_index.has_lists(template):
         found = faiss_index.assign(template, vectors)
         assert found.shape == (1500,)
-        assert set(found) <= set(range(faiss_index.lists(key)))
+        assert set(found) <= set(range(index_keys.lists(key)))
     faiss_index.add(template, vectors[:1000], np.arange(1000))
     faiss_index.add(template, vectors[1000:], np.arange(1000, 1500))
     efforts = faiss_index.efforts(template)
     assert efforts == sorted(set(efforts))
     assert (efforts == []) == (key in ("Flat", "SQ8", "IDMap2,Flat", "PQ16x4fs", "RaBitQfs"))
     faiss_index.write(template, str(tmp_path / "a.index"))
-    scores, ids = faiss_index.search(template, vectors[:50], 10, efforts[-1] if efforts else None)
+    scores, ids = faiss_search.search(template, vectors[:50], 10, efforts[-1] if efforts else None)
     for mapped in (False, True):
         again = faiss_index.read(str(tmp_path / "a.index"), mapped)
         for effort in efforts[-1:] or [None]:
-            more = faiss_index.search(again, vectors[:50], 10, effort)
+            more = faiss_search.search(again, vectors[:50], 10, effort)
             np.testing.assert_array_equal(more[1], ids)
             np.testing.assert_allclose(more[0], scores, atol=1e-6)
     assert np.mean(ids[:, 0] == np.arange(50)) > (0.3 if any(kind in key for kind in LOSSY) else 0.9)
@@ -109,14 +109,14 @@ def test_effort_travels_with_the_request(key: str) -> None:
     vectors, queries = clustered(4000, 32, 4, spread=2.0)
     made = faiss_index.with_ids(faiss_index.train(key, vectors))  # an id map lets it through as well
     faiss_index.add(made, vectors, np.arange(4000))
-    before = faiss_index.search(made, queries[:100], 10)[1]
-    exact = faiss_index.nearest(queries[:100], vectors, 10)[1]
+    before = faiss_search.search(made, queries[:100], 10)[1]
+    exact = faiss_search.nearest(queries[:100], vectors, 10)[1]
     shares = []
     for effort in faiss_index.efforts(made):
-        found = faiss_index.search(made, queries[:100], 10, effort)[1]
+        found = faiss_search.search(made, queries[:100], 10, effort)[1]
         shares.append(np.mean([len(set(a) & set(b)) for a, b in zip(found, exact, strict=True)]))
     assert shares[-1] > shares[0] + 0.1
-    np.testing.assert_array_equal(faiss_index.search(made, queries[:100], 10)[1], before)
+    np.testing.assert_array_equal(faiss_search.search(made, queries[:100], 10)[1], before)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -127,7 +127,7 @@ def test_explicit_ids_leave_rows_out(key: str, tmp_path: Path) -> None:
     faiss_index.add(made, vectors, ids)
     faiss_index.write(made, str(tmp_path / "a.index"))
     made = faiss_index.read(str(tmp_path / "a.index"), mapped=True)
-    found = faiss_index.search(made, vectors[:50], 3, 16)[1]
+    found = faiss_search.search(made, vectors[:50], 3, 16)[1]
     assert (found % 2 == 0).all()
     assert np.mean(found[:, 0] == ids[:50]) > 0.3
     faiss_index.prepare_reconstruct(made)
@@ -161,19 +161,21 @@ def test_removed_rows_are_not_found_and_their_place_is_filled(key: str, gaps: bo
     faiss_index.write(made, str(tmp_path / "a.index"))
     made = faiss_index.read(str(tmp_path / "a.index"), mapped=True)
     effort = (faiss_index.efforts(made) or [None])[-1]
-    near = np.unique(faiss_index.search(made, queries[:5], 60, effort)[1])
+    near = np.unique(faiss_search.search(made, queries[:5], 60, effort)[1])
     removed = np.unique(np.concatenate([near[near >= 0], ids[::3]]))
-    for gone in (removed, faiss_index.Removed(removed)):
-        scores, found = faiss_index.search(made, queries, 10, effort, gone)
+    for gone in (removed, faiss_search.Removed(removed)):
+        scores, found = faiss_search.search(made, queries, 10, effort, gone)
         assert (found >= 0).all()
         assert not np.isin(found, removed).any()
         assert (np.diff(scores, axis=1) <= 1e-6).all()
-    before = faiss_index.search(made, queries, 10, effort)[1]
-    np.testing.assert_array_equal(faiss_index.search(made, queries, 10, effort, np.empty(0, dtype=np.int64))[1], before)
-    some = faiss_index.search(made, queries, 10, None, removed)[1]  # at the index's own effort
+    before = faiss_search.search(made, queries, 10, effort)[1]
+    np.testing.assert_array_equal(
+        faiss_search.search(made, queries, 10, effort, np.empty(0, dtype=np.int64))[1], before
+    )
+    some = faiss_search.search(made, queries, 10, None, removed)[1]  # at the index's own effort
     assert not np.isin(some, removed).any()
     left = np.flatnonzero(~np.isin(ids, removed))
-    exact = ids[left][faiss_index.nearest(queries, vectors[left], 10)[1]]
+    exact = ids[left][faiss_search.nearest(queries, vectors[left], 10)[1]]
     share = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact, strict=True)])
     assert share > (0.2 if any(kind in key for kind in LOSSY) and "Refine" not in key and "RFlat" not in key else 0.9)
 
@@ -186,23 +188,23 @@ def test_a_deep_search_finds_what_others_do(key: str, gone: bool, monkeypatch: p
     ids = np.arange(1200) * 2
     made = faiss_index.with_ids(faiss_index.train(key, vectors))
     faiss_index.add(made, vectors, ids)
-    removed = faiss_index.Removed(ids[::3]) if gone else None
+    removed = faiss_search.Removed(ids[::3]) if gone else None
     effort = (faiss_index.efforts(made) or [None])[len(faiss_index.efforts(made)) // 2]
     near = 1e-6  # a transform of one query rounds otherwise than that of five
 
     def ask(k: int) -> tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
-        found = faiss_index.search(made, queries[:5], k, effort, removed)
+        found = faiss_search.search(made, queries[:5], k, effort, removed)
         thresholds = zip(queries[:5], found[0][:, k // 2] - near, strict=True)
         return [*found], [
-            faiss_index.search_over(made, query[None], float(over), effort, removed) for query, over in thresholds
+            faiss_search.search_over(made, query[None], float(over), effort, removed) for query, over in thresholds
         ]
 
     for k in (40, 400):
-        monkeypatch.setattr(faiss_index, "DEEP", 10**9)
+        monkeypatch.setattr(faiss_search, "DEEP", 10**9)
         with monkeypatch.context() as patched:
-            patched.setattr(faiss_index, "_looked_at", lambda made, effort: float("inf"))
+            patched.setattr(faiss_search, "_scored_rows", lambda made, effort: float("inf"))
             (scores, found), over = ask(k)
-        monkeypatch.setattr(faiss_index, "DEEP", 1)
+        monkeypatch.setattr(faiss_search, "DEEP", 1)
         (deep_scores, deep), deep_over = ask(k)
         np.testing.assert_allclose(deep_scores[deep >= 0], scores[found >= 0], atol=near)
         for row in range(5):
@@ -210,7 +212,7 @@ def test_a_deep_search_finds_what_others_do(key: str, gone: bool, monkeypatch: p
             np.testing.assert_array_equal(np.sort(deep[row][sure]), np.sort(found[row][sure]))
             np.testing.assert_array_equal(np.sort(deep_over[row][1]), np.sort(over[row][1]))
             np.testing.assert_allclose(deep_over[row][0], over[row][0], atol=near)
-        if faiss_index._looked_at(made, effort) < 4 * k:
+        if faiss_search._scored_rows(made, effort) < 4 * k:
             order = np.lexsort((deep, -deep_scores), axis=-1)
             np.testing.assert_array_equal(order, np.broadcast_to(np.arange(k), order.shape))
 
@@ -224,8 +226,8 @@ def test_kinds_without_a_selector_search_past_what_is_removed(rows: int, share: 
     removed = np.flatnonzero(rng.random(rows) < share)
     made = faiss_index.train("PQ8x4np", unit(np.random.default_rng(0).standard_normal((64, 8))))
     faiss_index.add(made, vectors, np.arange(rows))
-    scores, found = faiss_index.search(made, vectors[:3], k, None, removed)
-    every, ranked = faiss_index.search(made, vectors[:3], rows)
+    scores, found = faiss_search.search(made, vectors[:3], k, None, removed)
+    every, ranked = faiss_search.search(made, vectors[:3], rows)
     left = min(k, rows - len(removed))
     for at in range(len(found)):
         np.testing.assert_allclose(scores[at, :left], every[at, ~np.isin(ranked[at], removed)][:left], atol=1e-6)
@@ -243,35 +245,35 @@ def test_footprint_is_the_file_that_comes_out(key: str, tmp_path: Path) -> None:
     made = faiss_index.train(key, vectors[:4000])
     path = tmp_path / "a.index"
     faiss_index.write(made, str(path))
-    assert path.stat().st_size == pytest.approx(faiss_index.template_bytes(key, 32), rel=0.05, abs=2_000)
+    assert path.stat().st_size == pytest.approx(footprint.template_bytes(key, 32), rel=0.05, abs=2_000)
     faiss_index.add(made, vectors, np.arange(rows))
     faiss_index.write(made, str(path))
     assert path.stat().st_size == pytest.approx(
-        faiss_index.template_bytes(key, 32) + rows * faiss_index.code_bytes(key, 32), rel=0.05
+        footprint.template_bytes(key, 32) + rows * footprint.code_bytes(key, 32), rel=0.05
     )
 
 
 def test_footprint_of_an_unknown_key() -> None:
     with pytest.raises(ConfigError, match=r"index key 'IFV16' for vectors of 8: .*mend --index-key"):
-        faiss_index.code_bytes("IFV16", 8)
+        footprint.code_bytes("IFV16", 8)
 
 
 def test_an_empty_index_finds_nothing(tmp_path: Path) -> None:
     vectors, _ = clustered(500, 16, 5)
     for key in ("Flat", "IVF4,Flat", "HNSW8"):
         faiss_index.write(faiss_index.train(key, vectors), str(tmp_path / "a.index"))
-        ids = faiss_index.search(faiss_index.read(str(tmp_path / "a.index"), True), vectors[:2], 3, 4)[1]
+        ids = faiss_search.search(faiss_index.read(str(tmp_path / "a.index"), True), vectors[:2], 3, 4)[1]
         assert (ids == -1).all()
 
 
 @pytest.mark.usefixtures("autofaiss")
 def test_choice_of_key() -> None:
-    assert faiss_index.choose_key(50_000, 512, 10**9, 50_000) == "Flat"
-    assert faiss_index.choose_key(200_000, 128, 10**9, 50_000) == "IVF2048,Flat"
-    assert faiss_index.choose_key(200_000, 128, 20 * 10**6, 50_000).startswith("OPQ64_192,IVF2048_HNSW32,PQ64")
+    assert index_keys.choose_key(50_000, 512, 10**9, 50_000) == "Flat"
+    assert index_keys.choose_key(200_000, 128, 10**9, 50_000) == "IVF2048,Flat"
+    assert index_keys.choose_key(200_000, 128, 20 * 10**6, 50_000).startswith("OPQ64_192,IVF2048_HNSW32,PQ64")
     with pytest.raises(ConfigError, match="raise --max-memory"):
-        faiss_index.choose_key(200_000, 128, 10**6, 50_000)
-    assert [faiss_index.lists(key) for key in ("Flat", "OPQ16_112,IVF4096_HNSW32,PQ16x8", "IVF64k,SQ8")] == [
+        index_keys.choose_key(200_000, 128, 10**6, 50_000)
+    assert [index_keys.lists(key) for key in ("Flat", "OPQ16_112,IVF4096_HNSW32,PQ16x8", "IVF64k,SQ8")] == [
         0,
         4096,
         65536,
@@ -280,9 +282,9 @@ def test_choice_of_key() -> None:
 
 def test_auto_without_autofaiss_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "autofaiss.external.optimize", None)
-    assert faiss_index.choose_key(1000, 64, 10**9, 1000) == "Flat"
+    assert index_keys.choose_key(1000, 64, 10**9, 1000) == "Flat"
     with pytest.raises(ConfigError, match=r"auto for 1,001 rows.*autofaiss is not installed.*give --index-key"):
-        faiss_index.choose_key(1001, 64, 10**9, 1000)
+        index_keys.choose_key(1001, 64, 10**9, 1000)
     assert len(default_keys(10**6, 64, 2 * 10**9)) == 8, "a sweep does without"
 
 
@@ -299,8 +301,8 @@ def trial_of(
     queries: np.ndarray, vectors: np.ndarray, own: np.ndarray, drop: np.ndarray | None = None
 ) -> recall.RecallTrial:
     """Exact search, and as found the same less the rows of `drop`."""
-    exact = faiss_index.nearest(queries, vectors, recall.TOP + 1)
-    scores, found = faiss_index.nearest(queries, vectors, len(vectors))
+    exact = faiss_search.nearest(queries, vectors, recall.TOP + 1)
+    scores, found = faiss_search.nearest(queries, vectors, len(vectors))
     found = np.where(np.isin(found, [] if drop is None else drop), -1, found)
     return recall.measure(own, exact, [(scores, found, scores)])
 
@@ -330,13 +332,13 @@ def test_trials_fold_into_the_trial_over_all_rows(rows: int, cut: int, seed: int
 def test_recall_counts_what_was_missed_and_forgives_equal_vectors() -> None:
     vectors = unit(np.random.default_rng(0).standard_normal((40, 8)))
     queries, own = vectors[:4] * 1, np.full(4, -1)
-    best = faiss_index.nearest(queries, vectors, 40)[1]
+    best = faiss_search.nearest(queries, vectors, 40)[1]
     one_missing = trial_of(queries[:1], vectors, own[:1], drop=best[0, 2:3])
     assert recall.recall(one_missing, 0, 1) == 1.0
     assert recall.recall(one_missing, 0, 10) == 0.9  # what takes its place does not count
     assert recall.recall(one_missing, 0, 100) == 39 / 40  # only 40 rows there are
     twice = np.concatenate([vectors, vectors])
-    scores, exact = faiss_index.nearest(queries, twice, 40)
+    scores, exact = faiss_search.nearest(queries, twice, 40)
     other = np.where(exact < 40, exact + 40, exact - 40)  # the twin of each
     trial = recall.measure(own, (scores, exact), [(scores, other, scores)])
     assert [recall.recall(trial, 0, k) for k in (1, 10)] == [1.0, 1.0]
@@ -367,7 +369,7 @@ def test_vectors_whose_lists_are_known_go_into_them(key: str) -> None:
         block, ids = order[start : start + 500], np.arange(start, start + 500)
         faiss_index.add(one, vectors[block], ids)
         faiss_index.add(other, vectors[block], ids, lists[block])
-    found, wanted = (faiss_index.search(made, vectors[:200], 10, 16) for made in (other, one))
+    found, wanted = (faiss_search.search(made, vectors[:200], 10, 16) for made in (other, one))
     assert np.mean(found[1] == wanted[1]) > 0.99  # of an HNSW quantizer the lists may be better ones
     np.testing.assert_allclose(found[0], wanted[0], atol=0.02 if "HNSW" in key else 1e-5)
     assert faiss_index.assign(other, vectors[:50]).tolist() == lists[:50].tolist()

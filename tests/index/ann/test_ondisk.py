@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import faiss_index, faiss_search, ondisk
 from tests.fabricated import clustered
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -38,7 +38,7 @@ def gather(shards: list[tuple[str, int]], queries: np.ndarray, k: int, effort: i
     """What a Searcher does: ask each shard, keep the best."""
     parts = []
     for path, offset in shards:
-        scores, ids = faiss_index.search(faiss_index.read(path, mapped=True), queries, k, effort)
+        scores, ids = faiss_search.search(faiss_index.read(path, mapped=True), queries, k, effort)
         parts.append((np.where(ids >= 0, scores, -np.inf), np.where(ids >= 0, ids + offset, -1)))
     scores, ids = (np.hstack([part[at] for part in parts]) for at in (0, 1))
     best = np.lexsort((ids, -scores), axis=-1)[:, :k]
@@ -53,19 +53,19 @@ def test_the_joined_index_answers_as_its_shards_do(
     vectors, queries = clustered(3000, 32, 30)
     (tmp_path / "made").mkdir()
     shards = make_shards(tmp_path / "made", key, vectors, [0, 1700, 1701, 1701, 3000], skip)
-    faiss_index.join(str(tmp_path / "made" / "template.index"), shards, str(tmp_path / "made" / "all.index"))
+    ondisk.join(str(tmp_path / "made" / "template.index"), shards, str(tmp_path / "made" / "all.index"))
     (tmp_path / "made").rename(tmp_path / "moved")
     moved = [(path.replace("/made/", "/moved/"), offset) for path, offset in shards]
     for mapped in (True, False):
         whole = faiss_index.read(str(tmp_path / "moved" / "all.index"), mapped)
         assert whole.ntotal == sum(faiss_index.read(path).ntotal for path, _ in moved)
         for effort in (1, 4, 16):
-            scores, ids = faiss_index.search(whole, queries[:100], 20, effort)
+            scores, ids = faiss_search.search(whole, queries[:100], 20, effort)
             wanted_scores, wanted = gather(moved, queries[:100], 20, effort)
             np.testing.assert_allclose(np.where(ids >= 0, scores, -np.inf), wanted_scores, atol=1e-6)
             assert np.mean(ids == wanted) > 0.99  # equal codes may change places
     removed = np.arange(0, 3000, 2)
-    assert not np.isin(faiss_index.search(whole, queries[:50], 10, 16, removed)[1], removed).any()
+    assert not np.isin(faiss_search.search(whole, queries[:50], 10, 16, removed)[1], removed).any()
     faiss_index.prepare_reconstruct(whole)
     vector = faiss_index.reconstruct(whole, 1702)
     assert vector is not None and vector @ vectors[1702] > 0.3
@@ -89,21 +89,21 @@ def test_kinds_that_cannot_be_joined(key: str, message: str, tmp_path: Path) -> 
     vectors, _ = clustered(400, 16, 5)
     shards = make_shards(tmp_path, key, vectors, [0, 200, 400])
     with pytest.raises(ConfigError, match=message):
-        faiss_index.join(str(tmp_path / "template.index"), shards, str(tmp_path / "all.index"))
+        ondisk.join(str(tmp_path / "template.index"), shards, str(tmp_path / "all.index"))
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     vectors, _ = clustered(400, 16, 5)
     shards = make_shards(tmp_path, "IVF4,Flat", vectors, [0, 400])
     template, path = str(tmp_path / "template.index"), tmp_path / "all.index"
-    faiss_index.join(template, shards, str(path))
+    ondisk.join(template, shards, str(path))
     data = path.with_name("all.index.ivfdata")
     data.write_bytes(data.read_bytes()[:-8])
     with pytest.raises(CorruptError, match=r"all\.index\.ivfdata does not belong to"):
         faiss_index.read(str(path), mapped=True)
     faiss_index.write(faiss_index.train("IVF8,Flat", vectors), template)
     with pytest.raises(CorruptError, match=r"0\.index is not of the template"):
-        faiss_index.join(template, shards, str(path))
+        ondisk.join(template, shards, str(path))
 
 
 MEASURED = """

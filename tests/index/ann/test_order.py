@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch.index.ann import order
 from clip_batch.index.ann.order import best
 
 
@@ -20,17 +18,14 @@ from clip_batch.index.ann.order import best
     ),
     k=st.integers(1, 40),
     beyond=st.sampled_from([0, 2**33]),
-    many=st.sampled_from([0, order._MANY]),
 )
-def test_the_order_is_by_score_then_by_id(pairs: list[tuple[float, int]], k: int, beyond: int, many: int) -> None:
+def test_the_order_is_by_score_then_by_id(pairs: list[tuple[float, int]], k: int, beyond: int) -> None:
     ids = np.array([[beyond + id for _, id in pairs]], dtype=np.int64)
     scores = np.array([[score for score, _ in pairs]], dtype=np.float32)
     if len(pairs):  # a place without a hit, as faiss has it
         ids, scores = np.append(ids, [[-1]], axis=1), np.append(scores, [[-np.inf]], axis=1)
         scores[0, np.isneginf(scores[0]) & (ids[0] >= 0)] = -2
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(order, "_MANY", many)
-        found, places = best(scores, ids, k)
+    found, places = best(scores, ids, k)
     wanted = sorted(zip(-scores[0], ids[0], strict=True))[:k]
     assert places[0].tolist() == [id for _, id in wanted] + [-1] * (k - len(wanted))
     np.testing.assert_array_equal(found[0, : len(wanted)], [-score for score, _ in wanted])

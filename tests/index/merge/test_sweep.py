@@ -9,7 +9,7 @@ import pytest
 
 from clip_batch.config import MergeConfig, SweepConfig
 from clip_batch.errors import ConfigError
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import footprint, index_keys
 from clip_batch.index.merge import sweep as stage
 from clip_batch.index.merge.sweep import Candidate, EffortResult, Sweep, sweep
 from tests.fabricated import clustered, make_out
@@ -60,8 +60,8 @@ def test_what_is_measured(found: Sweep) -> None:
 
 def test_sizes_are_those_of_all_rows(found: Sweep) -> None:
     for one in found.candidates:
-        size = faiss_index.code_bytes(one.key, DIM)
-        assert (one.bytes_per_vector, one.memory) == (size, ROWS * size + faiss_index.template_bytes(one.key, DIM))
+        size = footprint.code_bytes(one.key, DIM)
+        assert (one.bytes_per_vector, one.memory) == (size, ROWS * size + footprint.template_bytes(one.key, DIM))
         assert one.disk == (ROWS * DIM * 2 if one.rerank else 0)
         assert one.fits
 
@@ -89,21 +89,21 @@ def test_what_people_and_programs_read(found: Sweep) -> None:
 
 
 def test_lists_are_scaled_so_that_they_are_as_long() -> None:
-    assert [stage.list_count(rows) for rows in (1, 3000, 10**6, 10**9)] == [4, 256, 4096, 131072]
-    assert stage.scaled("OPQ8_64,IVF4096_HNSW32,PQ8", 0.25) == "OPQ8_64,IVF1024_HNSW32,PQ8"
-    assert stage.scaled("IVF64k_HNSW32,Flat", 2.0) == "IVF65536_HNSW32,Flat"
-    assert stage.scaled("IVF4096,Flat", 1e-6) == "IVF4,Flat"
-    assert stage.scaled("IVF2,Flat", 0.5) == "IVF2,Flat"
-    assert stage.scaled("HNSW32", 0.1) == "HNSW32"
+    assert [index_keys.list_count(rows) for rows in (1, 3000, 10**6, 10**9)] == [4, 256, 4096, 131072]
+    assert index_keys.scaled("OPQ8_64,IVF4096_HNSW32,PQ8", 0.25) == "OPQ8_64,IVF1024_HNSW32,PQ8"
+    assert index_keys.scaled("IVF64k_HNSW32,Flat", 2.0) == "IVF65536_HNSW32,Flat"
+    assert index_keys.scaled("IVF4096,Flat", 1e-6) == "IVF4,Flat"
+    assert index_keys.scaled("IVF2,Flat", 0.5) == "IVF2,Flat"
+    assert index_keys.scaled("HNSW32", 0.1) == "HNSW32"
 
 
 @pytest.mark.usefixtures("autofaiss")
 def test_default_keys_are_ones_that_faiss_knows() -> None:
-    keys = stage.default_keys(10**6, 64, 2 * 10**9)
+    keys = index_keys.default_keys(10**6, 64, 2 * 10**9)
     assert len(keys) == 9
     for key in keys:
-        assert faiss_index.code_bytes(key.replace("{}", "16"), 64) > 0
-    assert len(stage.default_keys(10**6, 64, 10**5)) == 8  # nothing fits, says autofaiss
+        assert footprint.code_bytes(key.replace("{}", "16"), 64) > 0
+    assert len(index_keys.default_keys(10**6, 64, 10**5)) == 8  # nothing fits, says autofaiss
 
 
 def test_bad_keys_and_modalities_are_refused_by_name(out: str) -> None:
