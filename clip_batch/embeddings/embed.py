@@ -1,20 +1,18 @@
-"""embed: the uncommitted partitions of a slot, from tar to commit, in one pipeline that never drains.
+"""embed: from tars to commits, for the uncommitted partitions of a worker, in one pipeline that stays full.
 
-    read (this thread, ahead) -> decode (pool, in order) -> encode (a thread, two for a GPU) -> write (this thread)
+    read (this thread) -> decode (a pool) -> encode (one thread on a CPU, two on a GPU) -> write (this thread)
 
-At most `_BATCHES_AHEAD` batches are in flight, whatever the size of a partition.
+Batches keep their order. At most `_BATCHES_AHEAD` of them wait to be encoded, whatever the size of a partition.
 """
 
 from __future__ import annotations
 
 import os
-import random
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
@@ -22,6 +20,7 @@ from clip_batch.embeddings.attempts import record_failure
 from clip_batch.embeddings.commits import committed
 from clip_batch.embeddings.metadata import metadata_row
 from clip_batch.embeddings.part_writer import PartWriter
+from clip_batch.embeddings.partition_queue import PartitionQueue
 from clip_batch.embeddings.spare import spare
 from clip_batch.embeddings.workers import WorkerRun, recorded
 from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
@@ -39,26 +38,26 @@ if TYPE_CHECKING:
 
     Encoded = tuple["_Batch", Array | None, Array | None]
 
-_MOST_TROUBLE = 3
-"""Partitions in a row that fail for the machine's or the store's sake before a worker gives up."""
+_MOST_RETRYABLE = 3
+"""A worker gives up after this many partitions in a row that failed because of the machine or the store."""
 
 _BATCHES_AHEAD = 3
-"""Batches read and decoded ahead of the one being encoded."""
+"""Batches that are read and decoded ahead of the one that is being encoded."""
 
-_HANDFUL = 4
-"""Samples that a thread is given at a time: to hand over each by itself costs a tenth of decoding it."""
+_CHUNK = 4
+"""Samples that are handed to a decoding thread at a time: handing over each alone costs a tenth of decoding it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one partition: "committed", "lost" (another attempt was first) or "failed".
+    """What became of one partition; "lost" means that another attempt committed it first.
 
-    `again` tells of a failure that lies with the machine or the store, not with the data: trying
-    again, best elsewhere, may help.
+    `rows` and `failed` count samples. `again` says that the machine or the store failed, not the data, so that another
+    attempt, preferably on another machine, may succeed.
     """
 
     partition: int
-    state: str
+    state: Literal["committed", "lost", "failed"]
     rows: int = 0
     failed: int = 0
     error: str = ""
@@ -73,6 +72,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Decoded:
+    """A sample that is ready to be encoded: its metadata row, its pixels, and what was mended in it."""
+
     row: dict[str, Any]
     pixels: Pixels
     warnings: list[str]
@@ -112,12 +113,12 @@ def embed(
     """
     store = Store(os.fspath(output), storage.storage_options)
     plan = load_plan(store)
-    wanted = list(range(len(plan.partitions))) if partitions is None else list(partitions)
-    unknown = [number for number in wanted if not 0 <= number < len(plan.partitions)]
+    numbers = list(range(len(plan.partitions))) if partitions is None else list(partitions)
+    unknown = [number for number in numbers if not 0 <= number < len(plan.partitions)]
     if unknown:
         raise PlanError(f"partition {unknown[0]} does not exist: the plan has 0 to {len(plan.partitions) - 1}")
     done = committed(store)
-    todo = [plan.partitions[number] for number in wanted if number not in done]
+    todo = [plan.partitions[number] for number in numbers if number not in done]
     if not todo:
         return []
     run = run or WorkerRun()
@@ -129,55 +130,17 @@ def embed(
 
 
 def batch_size(config: EmbedConfig) -> int:
-    """Images of a forward pass."""
+    """The number of images in one forward pass."""
     return config.batch_size or (32 if pick_device(config.device) == "cpu" else 256)
 
 
 def compiled_size(config: EmbedConfig) -> int:
-    """Images of a batch that the encoder is compiled for, as `encoders.load` takes it; 0: it is not."""
+    """The batch size to compile the encoder for, as `encoders.load` takes it; 0 where it is not compiled."""
     return batch_size(config) if config.compile else 0
 
 
-class _Order:
-    """Partitions in the order in which they are read, then what `more` gives, until that is None.
-
-    Those that nobody has come to yet may change their order.
-    """
-
-    def __init__(self, todo: list[Partition], more: Callable[[], Partition | None]) -> None:
-        self._todo, self._more, self._reached = list(todo), more, 0
-        self._lock = threading.Lock()  # one thread reads, another fetches ahead of it
-
-    def __iter__(self) -> Iterator[Partition]:
-        place = 0
-        while (partition := self._at(place)) is not None:
-            yield partition
-            place += 1
-
-    def _at(self, place: int) -> Partition | None:
-        with self._lock:
-            if place == len(self._todo):
-                if (found := self._more()) is None:
-                    return None
-                self._todo.append(found)
-            self._reached = max(self._reached, place + 1)
-            return self._todo[place]
-
-    def elsewhere(self) -> None:
-        """Go on from a random place, because another worker was met here.
-
-        Workers that drain one plan in one order would else compute the same partitions side by side
-        to its end, and the slower one lose each.
-        """
-        with self._lock:
-            rest = self._todo[self._reached :]
-            if rest:
-                place = random.randrange(len(rest))
-                self._todo[self._reached :] = rest[place:] + rest[:place]
-
-
 class _Worker:
-    """One process's encoder and threads, for as many partitions as it is given."""
+    """One process's encoder and threads, which embed partitions one after another."""
 
     def __init__(
         self,
@@ -200,37 +163,37 @@ class _Worker:
         threads = self.config.threads or cores()
         self.tried.update(partition.id for partition in todo)
         outcomes: list[Outcome] = []
-        order = _Order(todo, self._spare)
-        files = Prefetcher(self._slices(order), self.storage.storage_options, self.prefetch, self.run.stop)
-        team = torch_threads()
-        # Decoding fills the cores by itself. A GPU gets its next batch while it works on one; a CPU is full with one,
-        # by as many threads as torch takes.
+        queue = PartitionQueue(todo, self._spare)
+        files = Prefetcher(self._slices(queue), self.storage.storage_options, self.prefetch, self.run.stop)
+        forward_threads = torch_threads()
+        # Decoding alone uses all cores. A GPU is given its next batch while it computes one; on a CPU, one batch keeps
+        # all of torch's threads busy.
         lanes = 1 if pick_device(self.config.device) == "cpu" else 2
         decoders = ThreadPoolExecutor(threads, "decode", use_torch_threads, (1,))
-        device = ThreadPoolExecutor(lanes, "encode", use_torch_threads, (team,))
+        device = ThreadPoolExecutor(lanes, "encode", use_torch_threads, (forward_threads,))
         with decoders, device, files:
             try:
-                encoded = self._encode(self._decode(order, files, decoders), device, lanes)
+                encoded = self._encode(self._decode(queue, files, decoders), device, lanes)
                 for number, batches in _by_partition(encoded):
                     outcomes.append(self._write(number, batches))
                     self.progress(outcomes[-1].line)
                     self.run.running.discard(number)
                     self.run.partitions += 1
                     if outcomes[-1].state == "lost":
-                        order.elsewhere()
-                    if len(outcomes) >= _MOST_TROUBLE and all(one.again for one in outcomes[-_MOST_TROUBLE:]):
-                        # A broken GPU or a full disk: what is left stays missing, for a sound worker.
-                        error = f"{outcomes[-1].error}; {_MOST_TROUBLE} in a row like this: this worker gives up"
+                        queue.jump()
+                    if len(outcomes) >= _MOST_RETRYABLE and all(one.again for one in outcomes[-_MOST_RETRYABLE:]):
+                        # A broken GPU or a full disk: the other partitions stay missing, for other workers.
+                        error = f"{outcomes[-1].error}; {_MOST_RETRYABLE} in a row like this: this worker gives up"
                         outcomes[-1] = replace(outcomes[-1], error=error)
                         break
             finally:
                 decoders.shutdown(wait=False, cancel_futures=True)
                 device.shutdown(wait=False, cancel_futures=True)
-                use_torch_threads(team)  # for threads to come, which begin with the last count set
+                use_torch_threads(forward_threads)  # new threads start with the last count that was set
         return outcomes
 
     def _spare(self) -> Partition | None:
-        """A partition of another worker's, if there is one to take."""
+        """A partition of another worker, if there is one to take and sharing is on."""
         if not (self.config.share and self.run.slot) or self.run.stop.is_set():
             return None
         number = spare(self.store, self.tried)
@@ -239,35 +202,36 @@ class _Worker:
         self.tried.add(number)
         self.run.total += 1
         self.run.running.add(number)
-        self.run.write_now.set()  # before others look for one
+        self.run.write_now.set()  # so that no other worker takes it too
         return self.plan.partitions[number]
 
-    def _decode(self, order: _Order, files: Prefetcher, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
-        """Batches in order; the pool works up to `_BATCHES_AHEAD` batches before the consumer."""
+    def _decode(self, queue: PartitionQueue, files: Prefetcher, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+        """Decode samples in a pool, up to `_BATCHES_AHEAD` batches ahead of the consumer; batches keep their order."""
         window: deque[tuple[_Batch, list[Future[list[_Decoded | Failure]]]]] = deque()
-        for batch, samples in self._read(order, files):
-            handfuls = [samples[at : at + _HANDFUL] for at in range(0, len(samples), _HANDFUL)]
-            window.append((batch, [pool.submit(self._decode_some, handful) for handful in handfuls]))
+        for batch, samples in self._read(queue, files):
+            chunks = [samples[at : at + _CHUNK] for at in range(0, len(samples), _CHUNK)]
+            window.append((batch, [pool.submit(self._decode_chunk, chunk) for chunk in chunks]))
             if len(window) > _BATCHES_AHEAD:
                 yield _finish(*window.popleft())
         while window:
             yield _finish(*window.popleft())
 
-    def _slices(self, order: _Order) -> Iterator[Slice]:
-        """What is to be read, in order; passing over partitions that someone committed before we come to them."""
-        for partition in order:
+    def _slices(self, queue: PartitionQueue) -> Iterator[Slice]:
+        """The slices to prefetch, in order, without those of partitions that are committed by now."""
+        for partition in queue:
             if not self._committed(partition):
                 yield from partition.slices
 
     def _committed(self, partition: Partition) -> bool:
+        """Whether any worker has committed a partition by now."""
         return self.store.exists(paths.commit(self.plan.name(partition.id)))
 
-    def _read(self, order: _Order, files: Prefetcher) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
-        """Each partition's samples in batches; an infrastructure error ends only its own partition."""
-        for partition in order:
+    def _read(self, queue: PartitionQueue, files: Prefetcher) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
+        """Read the samples of each partition in batches. An error ends only the partition in which it occurs."""
+        for partition in queue:
             if self._committed(partition):
                 self.run.running.discard(partition.id)
-                order.elsewhere()
+                queue.jump()
                 continue
             self.run.running.add(partition.id)
             batch: list[Sample | Failure] = []
@@ -285,7 +249,7 @@ class _Worker:
                 error = caught
             yield _Batch(partition.id, [], last=True, error=error), batch
 
-    def _decode_some(self, samples: list[Sample | Failure]) -> list[_Decoded | Failure]:
+    def _decode_chunk(self, samples: list[Sample | Failure]) -> list[_Decoded | Failure]:
         return [sample if isinstance(sample, Failure) else self._decode_one(sample) for sample in samples]
 
     def _decode_one(self, sample: Sample) -> _Decoded | Failure:
@@ -300,7 +264,7 @@ class _Worker:
         return _Decoded(row, pixels, warnings + more)
 
     def _encode(self, batches: Iterator[_Batch], device: ThreadPoolExecutor, lanes: int) -> Iterator[Encoded]:
-        """Encodes as many batches as there are lanes while this thread collects the next; in order."""
+        """Encode up to `lanes` batches at once, while this thread collects the next; batches keep their order."""
         waiting: deque[Future[Encoded]] = deque()
         for batch in batches:
             if self.run.stop.is_set():
@@ -312,21 +276,22 @@ class _Worker:
             yield waiting.popleft().result()
 
     def _forward(self, batch: _Batch) -> Encoded:
-        """The batch with its image and text vectors; a failure here is its partition's, not the worker's."""
+        """The batch with its image and text vectors, None and None after an error, which fails only its partition."""
         import numpy as np
 
-        good = [item for item in batch.items if isinstance(item, _Decoded)]
-        if not good or batch.partition in self.abandoned:
+        decoded = [item for item in batch.items if isinstance(item, _Decoded)]
+        if not decoded or batch.partition in self.abandoned:
             return batch, None, None
         try:
-            pixels, captions = np.stack([item.pixels for item in good]), [item.row["caption"] for item in good]
+            pixels = np.stack([item.pixels for item in decoded])
+            captions = [item.row["caption"] for item in decoded]
             return batch, *encoders.encode_pairs(self.encoder, pixels, captions)
         except (ClipBatchError, RuntimeError) as error:
             batch.error = error
             return batch, None, None
 
     def _write(self, number: int, batches: Iterator[Encoded]) -> Outcome:
-        """Write and commit one partition; consumes its batches whatever happens."""
+        """Write and commit one partition. All its batches are consumed even if it fails."""
         try:
             with PartWriter(self.store, self.plan, number, self.encoder.dim, self.config.compression) as writer:
                 for batch, images, texts in batches:
@@ -348,48 +313,50 @@ class _Worker:
             return self._record(number, error)
 
     def _add(self, writer: PartWriter, batch: _Batch, images: Array | None, texts: Array | None) -> None:
-        good = [item for item in batch.items if isinstance(item, _Decoded)]
-        bad = [item for item in batch.items if isinstance(item, Failure)]
-        for failure in bad:
+        """Write the rows and the failures of a batch."""
+        decoded = [item for item in batch.items if isinstance(item, _Decoded)]
+        failures = [item for item in batch.items if isinstance(item, Failure)]
+        for failure in failures:
             writer.fail(failure)
-        if good:
+        if decoded:
             assert images is not None
-            writer.add([item.row for item in good], images, texts)
-            writer.warnings.update(warning for item in good for warning in item.warnings)
-        self.run.samples += len(good)
-        self.run.failed += len(bad)
+            writer.add([item.row for item in decoded], images, texts)
+            writer.warnings.update(warning for item in decoded for warning in item.warnings)
+        self.run.samples += len(decoded)
+        self.run.failed += len(failures)
 
     def _check_policy(self, writer: PartWriter) -> None:
+        """PartitionFailed if more samples or shards failed than the config allows."""
         broken = {reason: count for reason, count in writer.failed.items() if reason in SHARD_REASONS}
         if broken and self.config.broken_shard == "fail":
             raise PartitionFailed(f"broken shards {broken} and broken_shard is fail: mend them, or allow record")
-        bad = sum(writer.failed.values()) - sum(broken.values())
-        share = bad / max(bad + writer.rows, 1)
-        if share > self.config.max_bad_share:
+        samples_failed = sum(writer.failed.values()) - sum(broken.values())
+        samples = samples_failed + writer.rows
+        if samples_failed / max(samples, 1) > self.config.max_bad_share:
             raise PartitionFailed(
-                f"{bad} of {bad + writer.rows} samples failed {dict(writer.failed)}, more than "
+                f"{samples_failed} of {samples} samples failed {dict(writer.failed)}, more than "
                 f"max_bad_share {self.config.max_bad_share}: mend the shards, or raise it"
             )
 
     def _record(self, number: int, error: Exception) -> Outcome:
-        """Leave word of a failed attempt for `status`; the partition stays uncommitted."""
+        """Record a failed attempt for `status`, and return its outcome; the partition stays uncommitted."""
         message = f"{type(error).__name__}: {error}"
         try:
             record_failure(self.store, self.plan, number, message)
         except OSError as second:
             message += f" (and it could not be recorded: {second})"
-        return Outcome(
-            number, "failed", error=message, again=isinstance(error, OSError) or not isinstance(error, ClipBatchError)
-        )
+        again = isinstance(error, OSError) or not isinstance(error, ClipBatchError)
+        return Outcome(number, "failed", error=message, again=again)
 
 
 def _finish(batch: _Batch, futures: list[Future[list[_Decoded | Failure]]]) -> _Batch:
+    """The batch with its decoded items, once they are all decoded."""
     batch.items = [item for future in futures for item in future.result()]
     return batch
 
 
 def _by_partition(encoded: Iterator[Encoded]) -> Iterator[tuple[int, Iterator[Encoded]]]:
-    """Split the one stream at the batches that end a partition; each part must be consumed in full."""
+    """Split the stream after the last batch of each partition; each part must be consumed before the next."""
     for first in encoded:
         yield first[0].partition, _until_last(first, encoded)
 

@@ -1,4 +1,4 @@
-"""repair and gc: put right what verify names, and remove what no commit names."""
+"""repair and gc: retire the commits that verify finds wrong, and remove the files that no commit names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clip_batch.storage.store import Store
 
 
 def repair(store: Store, problems: dict[str, str]) -> list[int]:
-    """Retire the commits that `verify` found wrong, so that their partitions run again; returns these."""
+    """Remove the commits of the partitions that `verify` found wrong, so that they run again; returns their numbers."""
     plan = load_plan(store)
     numbers = sorted(int(name) for name in problems)
     if numbers:
@@ -22,11 +22,10 @@ def repair(store: Store, problems: dict[str, str]) -> list[int]:
 
 
 def gc(store: Store, everything: bool = False) -> list[str]:
-    """Remove data files, and uploads to S3, that no commit names; returns their names.
+    """Remove the data files, and unfinished uploads to S3, that no commit names; returns their names.
 
-    A file of a committed partition that its commit does not name belongs to an attempt that lost,
-    for certain. Files of uncommitted partitions may be some worker's, at work now: they are kept,
-    unless `everything` says that none is.
+    In a committed partition, such a file belongs to an attempt that lost. In an uncommitted one it may belong to a
+    worker that is running now, so it is kept unless `everything` says that no worker is.
     """
     commits = read_commits(store)
     named = {name for commit in commits.values() for name in commit.files}
@@ -34,10 +33,10 @@ def gc(store: Store, everything: bool = False) -> list[str]:
     for folder in (*paths.DATA_FOLDERS, paths.COMMITS):
 
         def orphan(base: str, folder: str = folder) -> bool:
-            found = paths.parse_attempt(base)
-            if found is None or f"{folder}/{base}" in named:
+            attempt = paths.parse_attempt(base)
+            if attempt is None or f"{folder}/{base}" in named:
                 return folder == paths.COMMITS and TEMPORARY in base and everything
-            return everything or found[0] in commits
+            return everything or attempt[0] in commits
 
         for base in filter(orphan, store.list(folder)):
             store.remove(f"{folder}/{base}")

@@ -1,7 +1,6 @@
-"""A submission: what one `submit` handed to a scheduler, frozen in OUT/_clip_batch/submissions/<id>.json.
+"""A submission: the partitions that one `submit` handed to a scheduler, frozen in OUT/_clip_batch/submissions.
 
-Slot i of n of a submission means the same partitions for ever, whatever is committed, planned to
-be run again, or submitted later by others.
+Slot i of a submission means the same partitions for ever, whatever is committed, retried or submitted later.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from clip_batch.storage.store import Store
 from clip_batch.types import format_numbers, parse_numbers
 
 MOST_TASKS = 1000
-"""Tasks of a submission that names no number."""
+"""The most tasks of a submission whose number of tasks is not given."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What was missing when it was made, dealt to `slots`; `command` launches what is missing again."""
+    """The partitions that were missing when it was made, dealt to `slots`; `command` submits again what is missing."""
 
     id: str
     scheduler: str
@@ -36,7 +35,7 @@ class Submission:
     command: str
 
     def slot(self, slot: int) -> list[int]:
-        """The partitions of a slot, [] where there are more slots than partitions; PlanError if out of range."""
+        """The partitions of a slot, [] if there are more slots than partitions; PlanError if there is no such slot."""
         if not 0 <= slot < self.slots:
             raise PlanError(f"submission {self.id} has the slots 0 to {self.slots - 1}, not {slot}")
         return self._numbers[slot :: self.slots]
@@ -47,12 +46,15 @@ class Submission:
 
 
 def missing(store: Store) -> list[int]:
-    """The partitions of OUT that are planned and not committed; PlanError if there is no plan."""
+    """The planned partitions of OUT that are not committed, ascending; PlanError if there is no plan."""
     return sorted(set(range(count_partitions(store))) - committed(store))
 
 
 def draft(missing: list[int], scheduler: str, tasks: int, workers: int, command: str) -> Submission:
-    """A submission of the missing partitions to `tasks` tasks (0: one a partition) of `workers` processes each."""
+    """A submission of the missing partitions to `tasks` tasks of `workers` processes each.
+
+    `tasks` 0 means one worker a partition, in at most `MOST_TASKS` tasks.
+    """
     tasks = min(tasks or MOST_TASKS, -(-len(missing) // workers))
     now = datetime.now(UTC)
     id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
@@ -61,7 +63,7 @@ def draft(missing: list[int], scheduler: str, tasks: int, workers: int, command:
 
 
 def publish(store: Store, submission: Submission) -> None:
-    """Freeze it; it is never changed again."""
+    """Write a submission to OUT, where it is never changed again."""
     store.create(paths.submission(submission.id), json.dumps(asdict(submission), indent=1).encode())
 
 

@@ -1,4 +1,4 @@
-"""verify --output: proves that every partition is committed and that its files are the committed ones."""
+"""verify --output: proof that every partition is committed, and that its files are those that were committed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from clip_batch.types import Commit, Plan, Sample, StoredFile
 
 @dataclass
 class VerifyReport:
-    """What `verify` found: a problem names a partition (or an index shard) and what is wrong with it."""
+    """The result of `verify`: how many partitions (or index shards) were checked, and their rows and failed samples.
+
+    `problems` maps the name of each partition (or index shard) that is not sound to what is wrong with it.
+    """
 
     checked: int = 0
     rows: int = 0
@@ -30,14 +33,16 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
+        """Whether there is no problem."""
         return not self.problems
 
 
 def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | None = None) -> VerifyReport:
-    """Prove that every partition of a plan is committed and that its files are what was committed.
+    """Prove that every partition of a plan is committed, and that its files are those that were committed.
 
-    Quick: presence and size of each file, rows in each header. Deep: sha256 of every byte, unit norm
-    of every row, and the input read again: each sample is a row or a failure, in the same order.
+    Compares the plan and the encoder of each commit, the size of each file and the rows in its header. `deep` also
+    compares the sha256 of each file, checks that every row has unit norm, and reads the input again (with `options`):
+    each of its samples must be a row or a failure, in the same order.
     """
     plan = load_plan(store)
     commits = read_commits(store)
@@ -49,15 +54,15 @@ def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | No
         return _check_commit(store, plan, commits[number], deep, options)
 
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(check, range(len(plan.partitions)))
-        report.problems = {plan.name(number): text for number, text in enumerate(found) if text}
+        problems = pool.map(check, range(len(plan.partitions)))
+        report.problems = {plan.name(number): problem for number, problem in enumerate(problems) if problem}
     report.rows = sum(commit.rows for commit in commits.values())
     report.failed = sum(sum(commit.failed.values()) for commit in commits.values())
     return report
 
 
 def check_file(store: Store, name: str, stored: StoredFile, deep: bool) -> str | None:
-    """Presence and size of a file, and with `deep` its sha256."""
+    """What is wrong with a file's size, or with `deep` its sha256; None where nothing is."""
     try:
         size = store.size(name)
     except FileNotFoundError:
@@ -70,6 +75,7 @@ def check_file(store: Store, name: str, stored: StoredFile, deep: bool) -> str |
 
 
 def _check_commit(store: Store, plan: Plan, commit: Commit, deep: bool, options: dict[str, Any] | None) -> str | None:
+    """What is wrong with a commit or its files; None where nothing is."""
     if commit.plan != plan.digest:
         return f"committed under another plan ({commit.plan[:12]})"
     if commit.encoder != plan.encoder.fingerprint:
@@ -87,6 +93,7 @@ def _check_commit(store: Store, plan: Plan, commit: Commit, deep: bool, options:
 
 
 def _check_rows(store: Store, commit: Commit) -> str | None:
+    """Compare the rows in the headers of a part's files; CorruptError if one cannot be read."""
     from clip_batch.storage.arrow import ParquetFile
 
     if not commit.rows:
@@ -108,11 +115,12 @@ def _readable(name: str) -> AbstractContextManager[None]:
 
 
 def _folders(commit: Commit) -> list[str]:
-    """The folders of a part's vectors; a model without a text side leaves none of texts."""
+    """The folders of a part's vectors; there is none for texts where the encoder has no text side."""
     return [folder for folder in paths.VECTORS.values() if folder == paths.VECTORS["image"] or commit.file(folder)]
 
 
 def _check_vectors(store: Store, commit: Commit) -> str | None:
+    """Check that every row has unit norm; a text row may be all zero."""
     import numpy as np
 
     if not commit.rows:
@@ -123,17 +131,17 @@ def _check_vectors(store: Store, commit: Commit) -> str | None:
             vectors = open_matrix(path)
             for start in range(0, commit.rows, 65_536):
                 norms = np.linalg.norm(vectors[start : start + 65_536].astype(np.float32), axis=1)
-                fine = np.abs(norms - 1) < 5e-3
+                sound = np.abs(norms - 1) < 5e-3
                 if folder == paths.VECTORS["text"]:
-                    fine |= norms == 0
-                if not fine.all():
-                    row = int(start + np.flatnonzero(~fine)[0])
+                    sound |= norms == 0
+                if not sound.all():
+                    row = int(start + np.flatnonzero(~sound)[0])
                     return f"{name} row {row} has norm {norms[row - start]:.4f}, not 1"
     return None
 
 
 def _check_input(store: Store, plan: Plan, commit: Commit, options: dict[str, Any] | None) -> str | None:
-    """Every sample of the input is a row or a failure row, in the input's order."""
+    """Check that every sample of the input is a row or a failure, and that rows are in the order of the input."""
     expected = Counter[tuple[str | None, str, int | None]]()
     order: list[tuple[str | None, str, int | None]] = []
     for piece in plan.partitions[commit.partition].slices:
@@ -144,10 +152,10 @@ def _check_input(store: Store, plan: Plan, commit: Commit, options: dict[str, An
                 order.append(identity)
     embedded = _identities(store, commit.file(paths.METADATA))
     failed = _identities(store, commit.file(paths.FAILURES))
-    if expected != Counter(embedded) + Counter(failed):
-        missing = expected - Counter(embedded) - Counter(failed)
-        more = Counter(embedded) + Counter(failed) - expected
-        return f"rows and input differ: {sum(missing.values())} samples are nowhere, {sum(more.values())} rows too many"
+    recorded = Counter(embedded) + Counter(failed)
+    if expected != recorded:
+        missing, extra = (expected - recorded).total(), (recorded - expected).total()
+        return f"rows and input differ: {missing} samples are nowhere, {extra} rows too many"
     rows = set(embedded)
     if [identity for identity in order if identity in rows] != embedded:
         return "rows are not in the order of the input"
@@ -155,6 +163,7 @@ def _check_input(store: Store, plan: Plan, commit: Commit, options: dict[str, An
 
 
 def _identities(store: Store, name: str | None) -> list[tuple[str | None, str, int | None]]:
+    """(key, shard, offset) of each row of a Parquet file; [] where there is no file."""
     from clip_batch.storage.arrow import ParquetFile
 
     if name is None:

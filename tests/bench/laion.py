@@ -32,7 +32,7 @@ import fsspec
 
 from clip_batch.config import EmbedConfig, PlanConfig, SlurmConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings import spare, submission
-from clip_batch.embeddings.embed import _Order
+from clip_batch.embeddings.partition_queue import PartitionQueue
 from clip_batch.embeddings.workers import BEAT, SILENT
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.download import PIECE
@@ -261,7 +261,7 @@ class Simulation:
         """What `stages.embed` does with its partitions, then with others'; whether it was done before its end."""
         tried = {partition.id for partition in todo}
         own = frozenset(tried)
-        order = _Order(todo, lambda: self._spare(worker, tried))
+        order = PartitionQueue(todo, lambda: self._spare(worker, tried))
         ahead, asked = iter(order), 0
         for place, partition in enumerate(order):
             number = partition.id
@@ -269,7 +269,7 @@ class Simulation:
                 asked += 1
             if number in self.commits:
                 worker.claims.pop(number, None)
-                order.elsewhere()
+                order.jump()
                 continue
             worker.claims.setdefault(number, self.now + self.draw.uniform(0, BEAT))
             began = self.now
@@ -282,7 +282,7 @@ class Simulation:
             worker.claims.pop(number)
         return True
 
-    def _finish(self, number: int, order: _Order) -> None:
+    def _finish(self, number: int, order: PartitionQueue) -> None:
         for verb, count in A_PARTITION.items():
             self.requests[verb] += count
         for verb, count in A_TAR.items():
@@ -292,7 +292,7 @@ class Simulation:
             self.vain["unreadable"] += self.bytes[number]
         elif number in self.commits:
             self.vain["done twice"] += self.bytes[number]
-            order.elsewhere()
+            order.jump()
         else:
             self.commits[number] = self.now
             del self.left[self.owner[number]][number]
