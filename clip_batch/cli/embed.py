@@ -61,7 +61,7 @@ def prefetch(
     if arguments.output:
         planned = load_plan(Store(arguments.output, options)).encoder
         spec = encoders.resolve(planned.model, planned.pretrained, planned.preprocess, planned.precision, options)
-        encoders.check(spec.weights, planned)
+        encoders.check_weights(spec.weights, planned)
     else:
         spec = encoders.resolve(plan.model, plan.pretrained, plan.preprocess, plan.precision, options)
     text = f"{spec.model} {spec.pretrained}".strip() + f" is on this machine: {spec.weights[:12]}"

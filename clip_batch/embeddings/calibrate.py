@@ -27,7 +27,7 @@ from clip_batch.storage.store import Store
 from clip_batch.types import Failure, Plan, Sample, Slice
 
 if TYPE_CHECKING:
-    from clip_batch.encoders import Encoder, Pixels
+    from clip_batch.encoders.encoder import Encoder, Pixels
 
 SAMPLES = 512
 """Samples that are decoded, at the most."""

@@ -34,7 +34,7 @@ from clip_batch.storage.store import Store
 from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample, Slice, StrPath
 
 if TYPE_CHECKING:
-    from clip_batch.encoders import Array, Encoder, Pixels
+    from clip_batch.encoders.encoder import Array, Encoder, Pixels
 
     Encoded = tuple["_Batch", Array | None, Array | None]
 

@@ -1,6 +1,6 @@
-"""Model folders: local ones, and those of the Hugging Face hub, which are in its cache before a worker needs them.
+"""Model folders on this machine: local ones, and those of the Hugging Face hub in its cache.
 
-Plan and `prefetch` may download; whatever is `offline` never does. No torch in here.
+`plan` and `prefetch` may download; inside `offline()` nothing is downloaded. This module does not load torch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from collections.abc import Iterator, Sequence
 from clip_batch.errors import EncoderError, one_line
 from clip_batch.storage.store import file_digest
 
+_WEIGHTS = (".safetensors", ".bin")
 _TEXTS = (".json", ".txt", ".model", ".jinja")
-_NO_PARTS = ("LICENSE.txt", "requirements.txt")
+_DOCUMENTS = ("LICENSE.txt", "requirements.txt")
 
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Within it, the Hugging Face libraries of this process take what their cache has, and download nothing."""
+    """Make the Hugging Face libraries of this process read their cache and download nothing."""
     name = "HF_HUB_OFFLINE"
     before = os.environ.get(name)
     os.environ[name] = "1"
-    loaded = sys.modules.get("huggingface_hub.constants")  # which read the environment when it was imported
+    loaded = sys.modules.get("huggingface_hub.constants")  # it read the environment when it was imported
     setting = getattr(loaded, name, None)
     if loaded:
         setattr(loaded, name, True)
@@ -40,31 +41,31 @@ def offline() -> Iterator[None]:
 
 
 def relevant(names: Sequence[str]) -> list[str]:
-    """Of the file names at a model folder's top, sorted, those that can decide a vector.
+    """Those of a model folder's file names that can decide a vector, sorted; names in subfolders cannot.
 
-    Weights are its safetensors, or its .bin files where there are none of these.
+    Weights are the .safetensors files, or the .bin files if there are none.
     """
     safe = [name for name in names if name.endswith(".safetensors")]
     weights = safe or [name for name in names if name.endswith(".bin")]
-    texts = [name for name in names if name.endswith(_TEXTS) and name not in _NO_PARTS]
+    texts = [name for name in names if name.endswith(_TEXTS) and name not in _DOCUMENTS]
     if safe:
         texts = [name for name in texts if not name.endswith(".bin.index.json")]
     return sorted(name for name in weights + texts if "/" not in name)
 
 
 def folder(name: str) -> str:
-    """A local model folder: itself, or the cached snapshot of a hub name; EncoderError if it cannot be had.
+    """The path of a model folder: a local one, or the cached snapshot of a hub name. EncoderError: it is neither.
 
-    Only the relevant files are downloaded, and only where they are not cached and nothing is `offline`.
+    Relevant files that are not cached are downloaded, unless `offline` is active.
     """
     if os.path.isdir(name):
         return os.path.abspath(name)
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    with contextlib.suppress(Exception):  # not there, or no name of a repository
-        found = snapshot_download(name, local_files_only=True)
-        if _has_weights(found):
-            return str(found)
+    with contextlib.suppress(Exception):  # it is not cached, or not the name of a repository
+        snapshot = snapshot_download(name, local_files_only=True)
+        if _has_weights(snapshot):
+            return str(snapshot)
     if constants.HF_HUB_OFFLINE:
         raise _missing(name)
     try:
@@ -75,7 +76,7 @@ def folder(name: str) -> str:
 
 
 def file(name: str, inside: str) -> str:
-    """The path of one file of a model folder, local or cached, as `folder`."""
+    """The path of one file of a model folder, local or cached; as `folder`."""
     if os.path.isdir(name):
         path = os.path.join(name, inside)
         if not os.path.isfile(path):
@@ -107,12 +108,12 @@ def combine(parts: Sequence[str]) -> str:
 
 
 def line(error: Exception) -> str:
-    """What a library says of an error, in one line."""
+    """The message of a library's error, in one line of at most 300 characters."""
     return one_line(error, 300)
 
 
 def _has_weights(path: str) -> bool:
-    return any(name.endswith((".safetensors", ".bin")) for name in relevant(os.listdir(path)))
+    return any(name.endswith(_WEIGHTS) for name in relevant(os.listdir(path)))
 
 
 def _missing(name: str, error: Exception | None = None) -> EncoderError:

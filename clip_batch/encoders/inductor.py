@@ -1,4 +1,4 @@
-"""An image tower compiled by torch's inductor on CUDA, for batches of one size: each is one CUDA graph."""
+"""Compiles an image tower with torch's inductor on CUDA, for batches of one size: each batch runs as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from clip_batch.errors import EncoderError, one_line
 Tower = Callable[[torch.Tensor], torch.Tensor]
 
 
-def compiled(encode: Tower, blank: torch.Tensor) -> Tower:
-    """`encode`, of pixels like `blank` (n, 3, h, w) to rows (n, d), compiled now for that very shape and device.
+def compile_tower(tower: Tower, blank: torch.Tensor) -> Tower:
+    """A tower from pixels (n, 3, h, w) to rows (n, d), compiled at once for the shape and device of `blank`.
 
-    Rows hold until the next call. EncoderError: it cannot be compiled here.
+    Its rows are valid until the next call. EncoderError: it cannot be compiled here.
     """
-    lane = ThreadPoolExecutor(1, "compiled")  # a CUDA graph belongs to the thread that records it
-    faster = torch.compile(encode, dynamic=False, mode="reduce-overhead")
+    thread = ThreadPoolExecutor(1, "compiled")  # a CUDA graph belongs to the thread that records it
+    faster = torch.compile(tower, dynamic=False, mode="reduce-overhead")
 
     def run(pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             return faster(pixels)
 
-    def tower(pixels: torch.Tensor) -> torch.Tensor:
-        return lane.submit(run, pixels).result()
+    def compiled(pixels: torch.Tensor) -> torch.Tensor:
+        return thread.submit(run, pixels).result()
 
     try:
-        tower(blank)
-    except Exception as error:  # torch's compiler raises what it likes
-        line = one_line(error, 200)
-        mend = "install g++ and Python's headers, or leave out --compile"
-        raise EncoderError(f"torch cannot compile the image tower here ({line}): {mend}") from None
-    return tower
+        compiled(blank)
+    except Exception as error:  # torch's compiler raises errors of any class
+        remedy = "install g++ and Python's headers, or leave out --compile"
+        raise EncoderError(f"torch cannot compile the image tower here ({one_line(error, 200)}): {remedy}") from None
+    return compiled

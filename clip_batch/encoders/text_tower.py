@@ -1,4 +1,7 @@
-"""Captions cut to their length: no token of a causal text tower sees the padding behind it."""
+"""Runs the text side of an open_clip model at the length that its captions need.
+
+In a causal tower no token sees the padding after it, so padding can be left out.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,22 @@ import copy
 from typing import Any
 
 STEP = 8
-"""Lengths are rounded up to it, so that a model of 77 tokens meets ten shapes and no more."""
+"""Lengths are rounded up to a multiple of this, so that a model of 77 tokens sees only ten shapes."""
 
 CHUNK = 64
-"""Captions of like length that are encoded together."""
+"""Captions of similar length that are encoded together."""
 
 
-class TextTower:
-    """The text side of an open_clip model, run at the length its captions need; any other model as it is.
+class TrimmedTextTower:
+    """The text side of an open_clip model, run at the length that its captions need if that is exact.
 
-    Exact where each token sees only those before it and the vector is the end-of-text token's: CLIP
-    and CustomTextCLIP with open_clip's own tower, not CoCa, SigLIP or Hugging Face towers.
+    It is exact where each token sees only those before it and the vector is the end-of-text token's: in CLIP and
+    CustomTextCLIP with open_clip's own tower, but not in CoCa, SigLIP or towers of Hugging Face. Those run unchanged.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._short: dict[int, Any] = {}
+        self._trimmed: dict[int, Any] = {}
         self._pooling = _pooling(model)
 
     def __call__(self, tokens: Any) -> Any:
@@ -37,39 +40,39 @@ class TextTower:
 
     def _encode(self, tokens: Any, length: int) -> Any:
         length = min(-(-length // STEP) * STEP, tokens.shape[1])
-        if length not in self._short:
-            self._short[length] = _shortened(self._model, length)
-        return self._short[length].encode_text(tokens[:, :length])
+        if length not in self._trimmed:
+            self._trimmed[length] = _trim(self._model, length)
+        return self._trimmed[length].encode_text(tokens[:, :length])
 
 
 def _pooling(model: Any) -> tuple[str, int] | None:
-    """How a causal tower picks its vector's token, and the end-of-text id; None for any other tower."""
+    """How a causal tower picks the token of its vector, and the id of end-of-text; None for any other tower."""
     from open_clip.model import CLIP, CustomTextCLIP
     from open_clip.transformer import TextTransformer
 
     if type(model) is CLIP and model.attn_mask is not None:
-        found = model.text_pool_type, model.text_eos_id
+        pooling = model.text_pool_type, model.text_eos_id
     elif type(model) is CustomTextCLIP and type(tower := model.text) is TextTransformer:
-        found = tower.pool_type if tower.attn_mask is not None and tower.cls_emb is None else "", tower.eos_id
+        pooling = tower.pool_type if tower.attn_mask is not None and tower.cls_emb is None else "", tower.eos_id
     else:
         return None
-    return found if found[0] in ("argmax", "eos") else None
+    return pooling if pooling[0] in ("argmax", "eos") else None
 
 
-def _lengths(tokens: Any, kind: str, end: int) -> Any:
-    """Tokens (n,) up to and with the one that is pooled: the highest id, or the first end-of-text."""
-    return (tokens if kind == "argmax" else (tokens == end).int()).argmax(dim=-1) + 1
+def _lengths(tokens: Any, pool_type: str, end: int) -> Any:
+    """Tokens (n,) up to and including the pooled one: the highest id, or the first end-of-text."""
+    return (tokens if pool_type == "argmax" else (tokens == end).int()).argmax(dim=-1) + 1
 
 
-def _shortened(model: Any, length: int) -> Any:
-    """The model for captions of `length` tokens: another object with the same weights, none copied."""
+def _trim(model: Any, length: int) -> Any:
+    """The model for captions of `length` tokens: a new object that shares all weights."""
     import torch
 
-    short = copy.copy(model)
+    trimmed = copy.copy(model)
     if hasattr(model, "text"):
-        short._modules = {**model._modules, "text": _shortened(model.text, length)}
-        return short
+        trimmed._modules = {**model._modules, "text": _trim(model.text, length)}
+        return trimmed
     positions = torch.nn.Parameter(model.positional_embedding[:length], requires_grad=False)
-    short._parameters = {**model._parameters, "positional_embedding": positions}
-    short._buffers = {**model._buffers, "attn_mask": model.attn_mask[:length, :length]}
-    return short
+    trimmed._parameters = {**model._parameters, "positional_embedding": positions}
+    trimmed._buffers = {**model._buffers, "attn_mask": model.attn_mask[:length, :length]}
+    return trimmed

@@ -73,7 +73,7 @@ def ours(tars: list[str], mode: str, cores: int) -> Batches:
     from clip_batch.encoders import preprocess
     from clip_batch.encoders.device import use_torch_threads
 
-    prepare = preprocess.preparing(mode, *preprocess.split(image_transform(224, is_train=False)))
+    prepare = preprocess.from_transform(image_transform(224, is_train=False), mode).prepare
     plan = Plan((), EncoderSpec("fake:8", "", ""))
 
     def taken() -> Iterator[Any]:

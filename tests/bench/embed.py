@@ -28,7 +28,7 @@ from tests.bench import result
 from tests.bench.data_path import cpu_seconds, write_tars
 
 if TYPE_CHECKING:
-    from clip_batch.encoders import Array, Pixels
+    from clip_batch.encoders.encoder import Array, Pixels
 
 BATCH = 32
 
@@ -50,10 +50,8 @@ class Stub:
 
         from clip_batch.encoders import preprocess
 
-        self.rate, self.preprocess = (
-            rate,
-            preprocess.preparing(mode, *preprocess.split(image_transform(224, is_train=False))),
-        )
+        self.rate = rate
+        self.preprocess = preprocess.from_transform(image_transform(224, is_train=False), mode).prepare
         self.row = np.zeros((1, self.dim), np.float32)
         self.row[0, 0] = 1
 

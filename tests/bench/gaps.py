@@ -70,7 +70,7 @@ def main() -> None:
         exact = np.stack([encoder.preprocess(one, LIMIT) for one in jpegs])
         wanted = encoder.encode_images(exact)
         for gap in [inf, *options.gaps]:
-            prepare = partial(scaled._prepare, gap=gap)
+            prepare = partial(scaled._preprocess, gap=gap)
             started = time.perf_counter()
             found = np.stack([prepare(one, LIMIT) for one in jpegs])
             seconds = time.perf_counter() - started

@@ -40,7 +40,7 @@ def main() -> None:
     import open_clip
     import torch
 
-    from clip_batch.encoders.text_tower import TextTower
+    from clip_batch.encoders.text_tower import TrimmedTextTower
 
     draw = random.Random(0)
     texts = captions(draw, options.batch)
@@ -48,7 +48,7 @@ def main() -> None:
     tokens, single = (
         open_clip.get_tokenizer(options.model)(some) for some in (texts, [" ".join(draw.choices(WORDS, k=8))])
     )
-    cut = TextTower(model)
+    cut = TrimmedTextTower(model)
     with torch.inference_mode():
         difference = float((cut(tokens) - model.encode_text(tokens)).abs().max())
         rates = {

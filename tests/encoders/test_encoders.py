@@ -17,6 +17,7 @@ from clip_batch import encoders
 from clip_batch.cli import main
 from clip_batch.encoders import hub
 from clip_batch.errors import EncoderError
+from clip_batch.types import EncoderSpec
 from tests import ROOT, corpus, tiny
 from tests.servers.serving import served
 
@@ -42,7 +43,7 @@ def test_another_distribution_registers_a_family(tmp_path: Path) -> None:
     tar = corpus.good_tar(str(tmp_path / "a.tar"), 12)
     command = [sys.executable, "-m", "clip_batch", "embed", "--input", tar, "--output", str(tmp_path / "out")]
     flags = ["--model", "simpleshot:16", "--pretrained", "matrix.npy", "--device", "cpu", "--no-progress"]
-    paths = os.pathsep.join([str(tmp_path), str(ADAPTER.parent.parent)])
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [*command, *flags], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}
     )
@@ -108,7 +109,7 @@ def test_a_worker_never_downloads(cache: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", asked)
-    spec = encoders.EncoderSpec("hf:some/model", "", "0" * 64)
+    spec = EncoderSpec("hf:some/model", "", "0" * 64)
     with pytest.raises(EncoderError, match="clip-batch prefetch"):
         encoders.load(spec, "cpu")
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False

@@ -109,7 +109,7 @@ def test_exact_pixels_are_the_processors_in_every_bit(kind: str, tmp_path: Path)
     for data, image in zip(pictures(), opened(), strict=True):
         pixels = encoder.preprocess(data, LIMIT)
         assert pixels.dtype == np.uint8
-        ours = encoder._normalized(torch.from_numpy(pixels[None])).numpy()
+        ours = encoder._normalize(torch.from_numpy(pixels[None])).numpy()
         assert np.array_equal(ours, processor(image, return_tensors="np")["pixel_values"])
 
 
@@ -175,7 +175,7 @@ def test_timm_from_a_checkpoint_and_from_a_folder(tmp_path: Path) -> None:
     same(images(loaded(f"timm:{tmp_path / 'folder'}")), wanted)
     assert not whole.has_text
     for data, pixels in zip(pictures(), batch, strict=True):
-        ours = whole._normalized(torch.from_numpy(whole.preprocess(data, LIMIT)[None]))
+        ours = whole._normalize(torch.from_numpy(whole.preprocess(data, LIMIT)[None]))
         assert np.array_equal(ours[0].numpy(), pixels.numpy())
     fast = loaded("timm:test_vit", str(tmp_path / "vit.pth"), "fast")
     assert (images(fast) * wanted).sum(1).min() > 0.999
@@ -262,10 +262,11 @@ def test_an_export_runs_on_the_gpu_that_was_named_or_not_at_all(tmp_path: Path) 
     for device, number in (("cuda:3", "3"), ("cuda", "0")):
         assert onnx_runtime._providers(device)[0] == ("CUDAExecutionProvider", {"device_id": number})
     layer = torch.nn.Linear(2, 2)
-    path = onnx_runtime._export(onnx_runtime.Side(layer, layer), torch.zeros(1, 2), str(tmp_path), quantize=False)
-    assert onnx_runtime.opened(path, "cpu").get_providers() == ["CPUExecutionProvider"]
+    path = str(tmp_path / "layer.onnx")
+    onnx_runtime.write_onnx(layer, layer, {"rows": torch.zeros(1, 2)}, path)
+    assert onnx_runtime.open_session(path, "cpu").get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(EncoderError, match=r"no CUDA.* --device cpu"):
-        onnx_runtime.opened(path, "cuda:0")
+        onnx_runtime.open_session(path, "cuda:0")
 
 
 def _to_openvino(folder: str) -> bool:

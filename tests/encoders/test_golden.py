@@ -171,7 +171,7 @@ def test_cutting_captions_changes_nothing(kind: str, tower: dict[str, Any], cut:
     import open_clip
     import torch
 
-    from clip_batch.encoders.text_tower import TextTower
+    from clip_batch.encoders.text_tower import TrimmedTextTower
 
     torch.manual_seed(1)
     vision = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
@@ -179,10 +179,10 @@ def test_cutting_captions_changes_nothing(kind: str, tower: dict[str, Any], cut:
     texts = ["", "a", "two cats on a sofa", "word " * 30, "a long caption " * 40, "\u732b", "<end_of_text> behind it"]
     tokens = open_clip.get_tokenizer("RN50")(texts * 20)
     with torch.inference_mode():
-        text, whole = TextTower(model), model.encode_text(tokens)
+        text, whole = TrimmedTextTower(model), model.encode_text(tokens)
         for some in (slice(None), slice(2, 3), slice(4, 6)):
             torch.testing.assert_close(text(tokens[some]), whole[some], rtol=0, atol=2e-6)
-    assert bool(text._short) == cut
+    assert bool(text._trimmed) == cut
 
 
 @pytest.mark.parametrize(("precision", "least"), [("bf16", 0.9995), ("fp16", 0.99999)])

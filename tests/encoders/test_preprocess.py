@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_batch.encoders import transforms
 from clip_batch.errors import DecodeError
 from clip_batch.samples.decode import open_image, read_header
 from tests import corpus
@@ -31,7 +32,7 @@ def transform(side: int = 64, **options: Any) -> Any:
 def prepare(mode: str, whole: Any) -> Callable[[bytes, int], np.ndarray]:
     from clip_batch.encoders import preprocess
 
-    return preprocess.preparing(mode, *preprocess.split(whole))
+    return preprocess.from_transform(whole, mode).prepare
 
 
 @cache
@@ -73,7 +74,7 @@ def test_exact_is_open_clips_own_bit_for_bit(name: str, options: dict[str, str])
     whole, data = transform(32, **options), {**ODD, **odd_sizes()}[name]
     found = prepare("exact", whole)(data, LIMIT)
     assert (found.dtype, found.shape) == (np.uint8, (3, 32, 32))
-    last = preprocess.split(whole)[1]
+    last = transforms.split(whole)[1]
     assert last is not None
     normalized = preprocess.normalizer(last, torch.device("cpu"))(torch.from_numpy(np.stack([found])))
     assert normalized.dtype == torch.float32
@@ -120,12 +121,12 @@ def test_the_jpeg_decoder_agrees_with_pillow_or_leaves_it_to_pillow() -> None:
             with pytest.raises(DecodeError):
                 prepare("fast", transform())(data, LIMIT)
             continue
-        found = preprocess._decoded(data)
+        found = preprocess._decode_jpeg(data)
         if found is not None and expected.format == "JPEG" and expected.mode in ("RGB", "L"):
             assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(expected.convert("RGB")))
             taken += 1
     assert taken > 100
-    assert all(preprocess._decoded(data) is not None for data in whole)
+    assert all(preprocess._decode_jpeg(data) is not None for data in whole)
 
 
 def test_a_phones_jpeg_of_several_pictures_is_decoded_as_a_jpeg() -> None:
@@ -134,9 +135,9 @@ def test_a_phones_jpeg_of_several_pictures_is_decoded_as_a_jpeg() -> None:
     first, second = (Image.open(io.BytesIO(data)).convert("RGB") for data in demo_images()[:2])
     several = corpus.encode(first, "MPO", save_all=True, append_images=[second])
     header = read_header(several, LIMIT)
-    found = preprocess._decoded(several)
+    found = preprocess._decode_jpeg(several)
     assert header.format == "MPO"
-    assert preprocess._is_plain(header)
+    assert preprocess._is_plain_jpeg(header)
     assert found is not None
     assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(open_image(several, LIMIT)))
 
@@ -196,25 +197,23 @@ def test_a_transform_that_fast_does_not_know_is_refused_by_name() -> None:
 def test_a_transform_that_ends_otherwise_keeps_its_floats() -> None:
     from torchvision.transforms import Compose
 
-    from clip_batch.encoders import preprocess
+    from clip_batch.encoders import transforms
 
     whole = transform()
     odd = Compose([*whole.transforms, lambda tensor: tensor * 2])
-    assert preprocess.split(odd)[1] is None
+    assert transforms.split(odd)[1] is None
     found = prepare("exact", odd)(corpus.jpeg(), LIMIT)
     assert np.array_equal(found, odd(open_image(corpus.jpeg(), LIMIT)).numpy())
 
 
 def test_floats_and_bytes_give_the_same_vectors() -> None:
-    from clip_batch import encoders
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.towers import TorchEncoder
+    from clip_batch.encoders.torch_encoder import Placement, TorchEncoder
 
     encoder = demo("exact")
     whole = transform(64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    prepared = preprocess.preparing("exact", lambda image: whole(image), None)
-    place = encoder._device, encoder._dtype
-    odd = TorchEncoder(encoders.resolve("demo"), None, encoder._tower, None, prepared, None, place)
+    floats_only = preprocess.from_steps(lambda image: whole(image), None, "exact")
+    odd = TorchEncoder(None, encoder._image_tower, None, floats_only, Placement(encoder._device, encoder._dtype))
     bytes_, floats = (one.preprocess(corpus.jpeg(3, 90), LIMIT)[None] for one in (encoder, odd))
     assert (bytes_.dtype, floats.dtype) == (np.uint8, np.float32)
     assert np.array_equal(encoder.encode_images(bytes_), odd.encode_images(floats))
@@ -223,7 +222,7 @@ def test_floats_and_bytes_give_the_same_vectors() -> None:
 def test_a_batch_too_large_for_the_gpu_is_halved() -> None:
     import torch
 
-    from clip_batch.encoders.towers import in_halves
+    from clip_batch.encoders.torch_encoder import halve_if_too_large
 
     sizes = []
 
@@ -235,11 +234,11 @@ def test_a_batch_too_large_for_the_gpu_is_halved() -> None:
 
     batch = np.arange(13 * 3, dtype=np.uint8).reshape(13, 3, 1, 1)
     most = 4
-    assert np.array_equal(in_halves(encode, batch), batch.reshape(13, 3))
+    assert np.array_equal(halve_if_too_large(encode, batch), batch.reshape(13, 3))
     assert sizes == [13, 6, 3, 3, 7, 3, 4]
     most = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        in_halves(encode, batch)
+        halve_if_too_large(encode, batch)
 
 
 def test_texts_too_many_for_the_gpu_are_halved() -> None:
@@ -249,12 +248,12 @@ def test_texts_too_many_for_the_gpu_are_halved() -> None:
 
     encoder: Any = encoders.load(encoders.resolve("demo"), "cpu")
     texts = ["a red apple", "一只猫", "the sky", "a dog", "x", "water"]
-    whole, tower = encoder.encode_texts(texts), encoder._texts
+    whole, tower = encoder.encode_texts(texts), encoder._text_tower
 
     def narrow(some: list[str]) -> Any:
         if len(some) > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return tower(some)
 
-    encoder._texts = narrow
+    encoder._text_tower = narrow
     assert np.allclose(encoder.encode_texts(texts), whole, atol=1e-6)

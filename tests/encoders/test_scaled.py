@@ -48,10 +48,10 @@ def test_what_is_decoded_is_never_less_than_the_gap_asks(
 ) -> None:
     from clip_batch.encoders import preprocess
 
-    size = preprocess.resized([side, other] if squash else [side], height, width)
+    size = preprocess.resized_size([side, other] if squash else [side], height, width)
     n = preprocess.eighths(height, width, size, 2.0)
     sides = -(-height * n // 8), -(-width * n // 8)
-    found = preprocess._decoded(corpus.encode(Image.new("RGB", (width, height), "teal")), *sides)
+    found = preprocess._decode_jpeg(corpus.encode(Image.new("RGB", (width, height), "teal")), *sides)
     assert found is not None and tuple(found.shape) == (3, *sides)
     if n < 8:
         assert all(got >= 2 * least for got, least in zip(found.shape[1:], size, strict=True))
@@ -70,7 +70,7 @@ def test_the_resized_size_is_torchvisions(height: int, width: int, size: list[in
     if max(height, width) > 20 * min(height, width):
         return
     made = Resize(size if len(size) == 2 else size[0], InterpolationMode.NEAREST)(torch.zeros(1, height, width))
-    assert preprocess.resized(size, height, width) == list(made.shape[1:])
+    assert preprocess.resized_size(size, height, width) == list(made.shape[1:])
 
 
 @settings(max_examples=100)
@@ -127,7 +127,7 @@ def test_every_kind_of_jpeg_is_decoded_to_less(kind: str) -> None:
 
     image = enlarged(corpus.picture(1, 16), 700, 512).convert("L" if kind == "grey" else "RGB")
     data = corpus.encode(image, quality=95, **KINDS.get(kind, {}))
-    found = preprocess._decoded(data, 128, 175)
+    found = preprocess._decode_jpeg(data, 128, 175)
     assert found is not None and tuple(found.shape) == (3, 128, 175)
     scaled, exact = (prepare(mode, transform())(data, LIMIT).astype(int) for mode in ("scaled", "exact"))
     assert np.abs(scaled - exact).max() <= 4
@@ -172,7 +172,7 @@ def test_what_is_refused_is_refused_as_by_fast() -> None:
         fast, scaled = (outcome(mode, data) for mode in ("fast", "scaled"))
         if isinstance(fast, tuple) or isinstance(scaled, tuple):
             assert fast == scaled
-        elif preprocess._decoded(data) is None:
+        elif preprocess._decode_jpeg(data) is None:
             assert np.array_equal(fast, scaled)
             unclean += 1
     assert unclean > 5

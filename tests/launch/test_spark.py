@@ -295,7 +295,7 @@ def test_bad_data_is_a_row_and_credentials_are_nowhere(cluster: Spark, tmp_path:
 
 FAULTS = """
 import os, pathlib, signal, time
-from clip_batch.encoders import fake
+from clip_batch.encoders.families import fake
 
 real, seen = fake.FakeEncoder.encode_texts, pathlib.Path(__file__).with_name("seen")
 

@@ -39,5 +39,5 @@ def test_weights_at_a_url_are_copied_once_a_version(home: Path, tmp_path: Path) 
 
 
 def test_weights_that_are_not_there_are_named() -> None:
-    with pytest.raises(EncoderError, match=r"weights cannot be had.*memory://weights/none\.pt"):
+    with pytest.raises(EncoderError, match=r"weights cannot be found.*memory://weights/none\.pt"):
         encoders.resolve("ViT-B-32", "memory://weights/none.pt")

@@ -1,1 +1,1 @@
-"""Families of models: each module has `weights_digest` and `load`, as `clip_batch.encoders.Family` asks."""
+"""Families of models: each module has the `weights_digest` and `load` of `clip_batch.encoders.registry.Family`."""

@@ -1,7 +1,7 @@
 """`cn-clip:NAME` with a checkpoint of OFA-Sys's Chinese-CLIP (`clip_cn_*.pt`) as `pretrained`.
 
-Its image tower has OpenAI's layout, which open_clip's classes take, and its text tower is a BERT of transformers':
-so the weights fit as they are, ResNets too, and all sizes but a head's follow from their shapes.
+Its image tower, a ViT or a ResNet, has OpenAI's layout, which open_clip's classes have too, and its text tower is a
+BERT as in transformers. So the weights fit unchanged, and their shapes give all sizes but the width of a head.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.towers import TorchEncoder
+    from clip_batch.encoders.torch_encoder import TorchEncoder
 
 HEADS = {"ViT-B-16": 64, "ViT-L-14": 64, "ViT-L-14-336": 64, "ViT-H-14": 80, "RN50": 64}
-"""The width of an image head by the model's name."""
+"""The width of an attention head of the image tower, by the model's name."""
 
 CONTEXT = 52
-"""Tokens of a text, as all of these models were trained."""
+"""The most tokens of a text, with which all of these models were trained."""
 
 VOCABULARY = "vocab.txt"
 _SOURCE = "OFA-Sys/chinese-clip-vit-base-patch16"
@@ -42,6 +42,7 @@ def weights_digest(model: str, pretrained: str) -> str:
 
 
 def _name(model: str) -> str:
+    """The name after the prefix. EncoderError: there is no such model."""
     name = model.removeprefix("cn-clip:")
     if name not in HEADS:
         raise EncoderError(f"cn_clip has no model {name!r}: there are {', '.join(HEADS)}")
@@ -49,7 +50,7 @@ def _name(model: str) -> str:
 
 
 def _vocabulary(pretrained: str) -> str:
-    """The path of BERT's Chinese vocabulary: beside the checkpoint, or from the models' own hub folder."""
+    """The path of BERT's Chinese vocabulary: beside the checkpoint, or in the models' folder on the hub."""
     beside = os.path.join(os.path.dirname(pretrained), VOCABULARY)
     if os.path.isfile(beside):
         return beside
@@ -62,29 +63,29 @@ def _vocabulary(pretrained: str) -> str:
 
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
-    """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
+    """Load the model, as `Family.load` describes."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.towers import TorchEncoder, placed
+    from clip_batch.encoders.torch_encoder import TorchEncoder, place
 
-    place = placed(spec, device, compiled)
-    model, transform = read(spec.model, spec.pretrained)
-    model, (steps, last) = model.to(*place), preprocess.split(transform)
-    prepare, words = preprocess.preparing(spec.preprocess, steps, last), tokenizer(spec.pretrained)
+    placement = place(spec, device, compiled)
+    model, transform = load_model(spec.model, spec.pretrained)
+    model, tokenize = model.to(placement.device, placement.dtype), load_tokenizer(spec.pretrained)
 
-    def texts(lines: Sequence[str]) -> torch.Tensor:
+    def text_tower(texts: Sequence[str]) -> torch.Tensor:
         options = {"padding": True, "truncation": True, "max_length": CONTEXT, "split_special_tokens": True}
-        tokens = words(list(lines), return_tensors="pt", **options).to(place[0])
+        tokens = tokenize(list(texts), return_tensors="pt", **options).to(placement.device)
         return encode_text(model, tokens["input_ids"], tokens["attention_mask"])
 
-    return TorchEncoder(spec, model, model["visual"], texts, prepare, last, place, compiled)
+    preprocessing = preprocess.from_transform(transform, spec.preprocess)
+    return TorchEncoder(model, model["visual"], text_tower, preprocessing, placement)
 
 
-def read(model: str, pretrained: str) -> tuple[Any, Any]:
-    """Both towers, in float32 on the CPU, and the transform. EncoderError."""
+def load_model(model: str, pretrained: str) -> tuple[Any, Any]:
+    """Both towers, in float32 on the CPU, and the transform. EncoderError: the checkpoint is not of this model."""
     import torch
     from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-    from clip_batch.encoders import preprocess
+    from clip_batch.encoders.transforms import to_rgb
 
     try:
         weights = torch.load(pretrained, map_location="cpu", weights_only=True)["state_dict"]
@@ -94,28 +95,28 @@ def read(model: str, pretrained: str) -> tuple[Any, Any]:
             side.load_state_dict(_below(weights, f"{name}."))
         towers.register_buffer("text_projection", weights["text_projection"].float())
     except Exception as error:
-        raise EncoderError(f"{pretrained} is no checkpoint of {model}: {hub.line(error)}") from None
+        raise EncoderError(f"{pretrained} is not a checkpoint of {model}: {hub.line(error)}") from None
     wide: Any = towers["visual"].image_size
     size = (wide, wide) if isinstance(wide, int) else tuple(wide)
-    steps = [Resize(size, InterpolationMode.BICUBIC), preprocess.rgb, ToTensor(), Normalize(MEAN, STD)]
+    steps = [Resize(size, InterpolationMode.BICUBIC), to_rgb, ToTensor(), Normalize(MEAN, STD)]
     return towers.eval(), Compose(steps)
 
 
 def encode_text(towers: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Rows (n, d) of token ids and their mask (n, length)."""
+    """Rows (n, d) of token ids and their attention mask, both (n, length)."""
     rows: torch.Tensor = towers["bert"](ids, attention_mask=mask)[0][:, 0] @ towers.text_projection
     return rows
 
 
-def tokenizer(pretrained: str) -> Any:
-    """BERT's, of the checkpoint's vocabulary."""
+def load_tokenizer(pretrained: str) -> Any:
+    """BERT's tokenizer with the checkpoint's vocabulary."""
     from transformers import BertTokenizer
 
     return BertTokenizer(_vocabulary(pretrained), do_lower_case=True)
 
 
 def _below(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """One side's weights; BERT's pooler, which nobody uses, aside."""
+    """The weights of one side, without BERT's pooler, which is not used."""
     return {
         name.removeprefix(prefix): value
         for name, value in weights.items()
@@ -124,7 +125,7 @@ def _below(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _visual(weights: dict[str, Any], head: int) -> torch.nn.Module:
-    """open_clip's image tower of the sizes that the weights have, with OpenAI's activation."""
+    """open_clip's image tower with the sizes of the weights and OpenAI's activation."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 
@@ -152,7 +153,7 @@ def _visual(weights: dict[str, Any], head: int) -> torch.nn.Module:
 
 
 def _bert(weights: dict[str, Any]) -> Any:
-    """transformers' BERT of the sizes that the weights have."""
+    """transformers' BERT with the sizes of the weights."""
     from transformers import BertConfig, BertModel
 
     words, width = weights["bert.embeddings.word_embeddings.weight"].shape
@@ -169,10 +170,10 @@ def _bert(weights: dict[str, Any]) -> Any:
 
 
 def _count(weights: dict[str, Any], prefix: str) -> int:
-    """How many layers are numbered behind a prefix."""
+    """The number of layers whose names begin with a prefix and a number."""
     return len({name.removeprefix(prefix).partition(".")[0] for name in weights if name.startswith(prefix)})
 
 
 def _side(positions: int) -> int:
-    """Patches along a side, of so many positions of which one is the class token's."""
+    """Patches along a side of the image, given all positions; one of them is the class token's."""
     return math.isqrt(positions - 1)

@@ -1,7 +1,7 @@
 """`fake:DIM`: an encoder without weights or torch, for tests and dry runs.
 
-An image is its 8 x 8 thumbnail, a text the hash of its words, both through fixed random projections:
-equal inputs meet, different ones do not, and it needs a few microseconds.
+The vector of an image is a fixed random projection of its 8 x 8 thumbnail; that of a text is the sum of random vectors
+of its words. Equal inputs have equal vectors, different ones do not, and encoding takes a few microseconds.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from clip_batch.samples.decode import open_image
 from clip_batch.types import EncoderSpec
 
 if TYPE_CHECKING:
-    from clip_batch.encoders import Array, Pixels
+    from clip_batch.encoders.encoder import Array, Pixels
 
 _SIDE = 8
 
 
 def weights_digest(model: str, pretrained: str) -> str:
-    """The identity of a fake is its name."""
+    """sha256 of the name, which is all that decides a vector."""
     if not model.removeprefix("fake:").isdigit():
         raise EncoderError(f"model {model!r} is not understood: write fake:DIM, such as fake:64")
     return hashlib.sha256(model.encode()).hexdigest()
 
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> FakeEncoder:
-    """`device` and `compiled` are ignored."""
+    """The encoder; `device` and `compiled` have no effect."""
     return FakeEncoder(int(spec.model.removeprefix("fake:")))
 
 
 class FakeEncoder:
-    """See the module."""
+    """An `Encoder`; see the module."""
 
     has_text = True
 

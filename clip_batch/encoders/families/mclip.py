@@ -1,7 +1,8 @@
-"""`mclip:TEXT+IMAGE`: a multilingual text tower of M-CLIP, and the open_clip model whose image space it was taught.
+"""`mclip:TEXT+IMAGE`: a multilingual text tower of M-CLIP, and the open_clip model whose image space it learned.
 
-TEXT is a folder or a hub name of M-CLIP's format: a transformers encoder, the mean over its tokens, a linear map.
-IMAGE is an open_clip name, its tag or checkpoint is `pretrained`: mclip:M-CLIP/XLM-Roberta-Large-Vit-B-32+ViT-B-32.
+TEXT is a folder or a hub name in M-CLIP's format: a transformers encoder, the mean over its tokens, a linear map.
+IMAGE is a name of open_clip's, and `pretrained` is its tag or checkpoint. An example is
+mclip:M-CLIP/XLM-Roberta-Large-Vit-B-32+ViT-B-32.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.towers import Texts, TorchEncoder
+    from clip_batch.encoders.torch_encoder import TextTower, TorchEncoder
 
 
 def weights_digest(model: str, pretrained: str) -> str:
-    """sha256 over the text tower's folder, its base's configuration, and the image side's own digest. EncoderError."""
+    """sha256 over the text tower's folder, its base's configuration, and the digest of the image side."""
     text, image = _names(model)
     folder = hub.folder(text)
     base = file_digest(hub.file(_config(folder)["modelBase"], "config.json"))
@@ -32,6 +33,7 @@ def weights_digest(model: str, pretrained: str) -> str:
 
 
 def _names(model: str) -> tuple[str, str]:
+    """TEXT and IMAGE."""
     text, plus, image = model.removeprefix("mclip:").rpartition("+")
     if not plus or not text or not image:
         raise EncoderError(
@@ -41,35 +43,35 @@ def _names(model: str) -> tuple[str, str]:
 
 
 def _config(folder: str) -> dict[str, Any]:
-    """The text tower's configuration; a base in the folder itself is found from anywhere."""
+    """The text tower's configuration; the path of a base inside the folder becomes absolute."""
     with open(hub.file(folder, "config.json"), encoding="utf-8") as file:
         config: dict[str, Any] = json.load(file)
     if "modelBase" not in config:
-        raise EncoderError(f"{folder} is none of M-CLIP's text towers: its config.json has no modelBase")
+        raise EncoderError(f"{folder} is not a text tower of M-CLIP: its config.json has no modelBase")
     beside = os.path.join(folder, config["modelBase"])
     return {**config, "modelBase": beside} if os.path.isdir(beside) else config
 
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
-    """Load both sides onto a device, compiled for batches of so many images (0: not); EncoderError."""
+    """Load the model, as `Family.load` describes."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.towers import TorchEncoder, placed
+    from clip_batch.encoders.torch_encoder import TorchEncoder, place
 
-    place = placed(spec, device, compiled)
+    placement = place(spec, device, compiled)
     text, image = _names(spec.model)
-    model, transform, _ = open_clip.read(image, spec.pretrained, spec.precision, place[0])
-    steps, last = preprocess.split(transform)
-    prepare = preprocess.preparing(spec.preprocess, steps, last)
+    model, transform, _ = open_clip.load_model(image, spec.pretrained, spec.precision, placement.device)
+    preprocessing = preprocess.from_transform(transform, spec.preprocess)
     try:
-        texts = _texts(hub.folder(text), *place)
+        text_tower = _text_tower(hub.folder(text), placement.device, placement.dtype)
     except EncoderError:
         raise
     except Exception as error:
         raise EncoderError(f"M-CLIP's text tower {text} cannot be loaded: {hub.line(error)}") from None
-    return TorchEncoder(spec, model, model.encode_image, texts, prepare, last, place, compiled)
+    return TorchEncoder(model, model.encode_image, text_tower, preprocessing, placement)
 
 
-def _texts(folder: str, device: torch.device, dtype: torch.dtype) -> Texts:
+def _text_tower(folder: str, device: torch.device, dtype: torch.dtype) -> TextTower:
+    """The text tower of a folder. EncoderError: weights are missing."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -77,30 +79,30 @@ def _texts(folder: str, device: torch.device, dtype: torch.dtype) -> Texts:
 
     config = _config(folder)
     base = AutoConfig.from_pretrained(os.path.dirname(hub.file(config["modelBase"], "config.json")))
-    tower = torch.nn.ModuleDict({
+    modules = torch.nn.ModuleDict({
         "transformer": AutoModel.from_config(base),
         "LinearTransformation": torch.nn.Linear(config["transformerDimSize"], config["imageDimSize"]),
     })  # fmt: skip
-    lacking = tower.load_state_dict(_weights(folder), strict=False).missing_keys
-    if lacking := [name for name in lacking if "position_ids" not in name and ".pooler." not in name]:
-        raise EncoderError(f"the weights in {folder} lack {lacking[0]}: take complete ones")
-    tower = tower.eval().to(device, dtype)
+    missing = modules.load_state_dict(_weights(folder), strict=False).missing_keys
+    if missing := [name for name in missing if "position_ids" not in name and ".pooler." not in name]:
+        raise EncoderError(f"the weights in {folder} lack {missing[0]}: take complete ones")
+    modules = modules.eval().to(device, dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     length = context(tokenizer, base)
 
-    def side(texts: Sequence[str]) -> torch.Tensor:
+    def tower(texts: Sequence[str]) -> torch.Tensor:
         tokens = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length)
         tokens = tokens.to(device)
-        there = tokens["attention_mask"][:, :, None]
-        found = tower["transformer"](**tokens)[0]
-        rows: torch.Tensor = tower["LinearTransformation"]((found * there).sum(1) / there.sum(1))
+        mask = tokens["attention_mask"][:, :, None]
+        hidden = modules["transformer"](**tokens)[0]
+        rows: torch.Tensor = modules["LinearTransformation"]((hidden * mask).sum(1) / mask.sum(1))
         return rows
 
-    return side
+    return tower
 
 
 def _weights(folder: str) -> dict[str, Any]:
-    """The state of all weight files of a folder."""
+    """The weights in all weight files of a folder, by name."""
     import torch
     from safetensors.torch import load_file
 

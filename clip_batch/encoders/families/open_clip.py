@@ -1,4 +1,4 @@
-"""Any open_clip model: built-in name with a tag or a checkpoint, `hf-hub:...` or `local-dir:...`."""
+"""Models of open_clip: one of its names with a tag or a checkpoint, `hf-hub:...` or `local-dir:...`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clip_batch.encoders import hub
-from clip_batch.encoders.hub import combine, line
-from clip_batch.encoders.text_tower import TextTower
+from clip_batch.encoders.text_tower import TrimmedTextTower
 from clip_batch.errors import EncoderError
 from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
@@ -18,27 +17,27 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.towers import TorchEncoder
+    from clip_batch.encoders.torch_encoder import TorchEncoder
 
-_PLAIN_PREPROCESSING = {
+_OPENAI_PREPROCESSING = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
     "std": [0.26862954, 0.26130258, 0.27577711],
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-"""OpenAI's constants, which open_clip takes where a tag says nothing."""
+"""OpenAI's constants, which open_clip uses if a tag does not name its own."""
 
 
 def weights_digest(model: str, pretrained: str) -> str:
-    """sha256 over all that decides a vector: weights, configuration, tokenizer, tag's preprocessing.
+    """sha256 over everything that decides a vector: weights, configuration, tokenizer, the tag's preprocessing.
 
-    Local files are hashed without loading torch; a tag or a hub name is downloaded into the Hugging
-    Face cache first, so planning also fetches the weights, once, for every worker.
+    Local files are hashed without loading torch. A tag or a hub name is downloaded into the Hugging
+    Face cache first, so planning also fetches the weights, once for all workers.
     """
     if model.startswith("local-dir:"):
         return _folder_digest(model.removeprefix("local-dir:"))
     if pretrained and os.path.isfile(pretrained):
-        return combine([model.replace("/", "-"), file_digest(pretrained)])
+        return hub.combine([model.replace("/", "-"), file_digest(pretrained)])
     try:
         if model.startswith("hf-hub:"):
             return _hub_digest(model.removeprefix("hf-hub:"))
@@ -47,30 +46,33 @@ def weights_digest(model: str, pretrained: str) -> str:
         raise
     except Exception as error:
         raise EncoderError(
-            f"weights of {model} {pretrained} cannot be had: {line(error)}; with no network, "
+            f"weights of {model} {pretrained} cannot be found: {hub.line(error)}; with no network, "
             "name a checkpoint's path as --pretrained, or --model local-dir:FOLDER"
         ) from None
 
 
 def _folder_digest(folder: str) -> str:
+    """sha256 over all files of a folder that open_clip saved, except documents."""
     if not os.path.isfile(os.path.join(folder, "open_clip_config.json")):
         raise EncoderError(f"no open_clip_config.json in {folder}: name a folder that open_clip saved")
     names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
     parts = [f"{name} {file_digest(os.path.join(folder, name))}" for name in names if not name.endswith(".md")]
-    return combine(parts)
+    return hub.combine(parts)
 
 
 def _hub_digest(name: str) -> str:
+    """sha256 over the configuration and the weights of a name on the hub."""
     from huggingface_hub import hf_hub_download
     from open_clip.pretrained import download_pretrained_from_hf
 
     config = hf_hub_download(name, "open_clip_config.json")
     with open(config, encoding="utf-8") as opened:
         _fetch_text(f"hf-hub:{name}", json.load(opened).get("model_cfg", {}))
-    return combine([file_digest(config), file_digest(download_pretrained_from_hf(name))])
+    return hub.combine([file_digest(config), file_digest(download_pretrained_from_hf(name))])
 
 
 def _tag_digest(model: str, tag: str) -> str:
+    """sha256 over the name, the tag's weights, and the tag's settings that differ from OpenAI's."""
     import open_clip
 
     if model not in open_clip.list_models():
@@ -80,19 +82,19 @@ def _tag_digest(model: str, tag: str) -> str:
     if not settings:
         what = f"{tag!r} is neither a file nor a tag of {model}" if tag else f"model {model} needs weights"
         raise EncoderError(f"{what}: give --pretrained a checkpoint's path or one of {', '.join(tags) or '(none)'}")
-    own = {
+    special = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in settings.items()
         if value and name not in ("url", "hf_hub")
     }
-    own = {name: value for name, value in own.items() if _PLAIN_PREPROCESSING.get(name) != value}
+    special = {name: value for name, value in special.items() if _OPENAI_PREPROCESSING.get(name) != value}
     parts = [model, file_digest(open_clip.download_pretrained(settings))]
     _fetch_text(model, open_clip.get_model_config(model) or {})
-    return combine([*parts, json.dumps(own, sort_keys=True)] if own else parts)
+    return hub.combine([*parts, json.dumps(special, sort_keys=True)] if special else parts)
 
 
 def _fetch_text(model: str, settings: dict[str, Any]) -> None:
-    """Have the tokenizer, and a Hugging Face text tower's configuration, in the cache too, for workers."""
+    """Download the tokenizer, and the configuration of a Hugging Face text tower, into the cache for workers."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -105,35 +107,34 @@ def _fetch_text(model: str, settings: dict[str, Any]) -> None:
 
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
-    """Load the model onto a device, compiled for batches of so many images (0: not); EncoderError if it cannot be."""
+    """Load the model, as `Family.load` describes."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.towers import TorchEncoder, placed
+    from clip_batch.encoders.torch_encoder import TorchEncoder, place
 
-    place = placed(spec, device, compiled)
-    model, transform, tokenizer = read(spec.model, spec.pretrained, spec.precision, place[0])
-    tower = TextTower(model)
-    steps, last = preprocess.split(transform)
-    prepare = preprocess.preparing(spec.preprocess, steps, last)
+    placement = place(spec, device, compiled)
+    model, transform, tokenizer = load_model(spec.model, spec.pretrained, spec.precision, placement.device)
+    trimmed = TrimmedTextTower(model)
+    preprocessing = preprocess.from_transform(transform, spec.preprocess)
 
-    def texts(lines: Sequence[str]) -> torch.Tensor:
-        rows: torch.Tensor = tower(tokenizer(lines).to(place[0]))
+    def text_tower(texts: Sequence[str]) -> torch.Tensor:
+        rows: torch.Tensor = trimmed(tokenizer(texts).to(placement.device))
         return rows
 
-    return TorchEncoder(spec, model, model.encode_image, texts, prepare, last, place, compiled)
+    return TorchEncoder(model, model.encode_image, text_tower, preprocessing, placement)
 
 
-def read(model: str, pretrained: str, precision: str, device: torch.device) -> tuple[Any, Any, Any]:
-    """The model on a device, its transform and its tokenizer, by open_clip's own functions. EncoderError."""
+def load_model(model: str, pretrained: str, precision: str, device: torch.device) -> tuple[Any, Any, Any]:
+    """The model on a device, its transform and its tokenizer. EncoderError: open_clip cannot load it."""
     logging.getLogger("open_clip").setLevel(logging.ERROR)
     import open_clip
 
     try:
-        made, _, transform = open_clip.create_model_and_transforms(
+        loaded, _, transform = open_clip.create_model_and_transforms(
             model,
             pretrained=pretrained or None,
             precision="fp32" if precision == "int8" else precision,
             device=device,
         )
-        return made.eval(), transform, open_clip.get_tokenizer(model)
+        return loaded.eval(), transform, open_clip.get_tokenizer(model)
     except Exception as error:
-        raise EncoderError(f"open_clip cannot load {model} {pretrained}: {line(error)}") from None
+        raise EncoderError(f"open_clip cannot load {model} {pretrained}: {hub.line(error)}") from None

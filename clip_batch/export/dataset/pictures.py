@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from clip_batch.encoders.preprocess import composed, preparing, split
+from clip_batch.encoders import preprocess, transforms
 from clip_batch.errors import ConfigError
 from clip_batch.samples.decode import open_image
 
@@ -27,8 +27,8 @@ def pictures(
         raise ConfigError(f"decode is {decode!r}: there are tensor, pil and raw")
     if size < 1:
         raise ConfigError(f"size is {size}: it must be 1 or more")
-    transformed = composed({"size": [size], "crop": [size, size], "mean": [0.0] * 3, "std": [1.0] * 3})
-    prepare = preparing("fast", *split(transformed))
+    clip = transforms.build({"size": [size], "crop": [size, size], "mean": [0.0] * 3, "std": [1.0] * 3})
+    prepare = preprocess.from_transform(clip, "fast").prepare
 
     def made(data: bytes) -> Any:
         if decode == "tensor":

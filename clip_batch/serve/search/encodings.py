@@ -14,7 +14,7 @@ from clip_batch.serve.search.batching import Lane, TextCache, Vector
 from clip_batch.serve.search.metrics import Metrics
 
 if TYPE_CHECKING:
-    from clip_batch.encoders import Encoder, Pixels
+    from clip_batch.encoders.encoder import Encoder, Pixels
     from clip_batch.search.backend import Backend
 
 

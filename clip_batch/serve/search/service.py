@@ -22,7 +22,7 @@ from clip_batch.storage import web
 
 if TYPE_CHECKING:
     from clip_batch.config import ServeConfig, StorageConfig
-    from clip_batch.encoders import Pixels
+    from clip_batch.encoders.encoder import Pixels
 
 
 _DOWNLOADS = 8

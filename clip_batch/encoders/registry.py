@@ -1,0 +1,125 @@
+"""Finds the family of a model by its name: `resolve` gives a model's identity, `load` gives its encoder.
+
+A family is a module with `weights_digest` and `load`. `FAMILIES` lists ours; other distributions register theirs by
+an entry point (see docs/models.md).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from clip_batch.encoders import hub
+from clip_batch.encoders.embedded import model_path
+from clip_batch.encoders.encoder import Encoder
+from clip_batch.errors import EncoderError, InputError
+from clip_batch.storage.cache import local_copy
+from clip_batch.storage.paths import is_local, local_path
+from clip_batch.types import EncoderSpec
+
+
+class Family(Protocol):
+    """What a family's module has. Both functions raise EncoderError; a model may be a local path."""
+
+    def weights_digest(self, model: str, pretrained: str) -> str:
+        """sha256 over everything that decides a vector: weights, configuration, tokenizer, preprocessing.
+
+        It does not load a local model. It may download files, unless `hub.offline` is active.
+        """
+
+    def load(self, spec: EncoderSpec, device: str, compiled: int) -> Encoder:
+        """The encoder; `device` and `compiled` are as `clip_batch.encoders.load` takes them."""
+
+
+_OPEN_CLIP = "clip_batch.encoders.families.open_clip"
+
+FAMILIES = {
+    "fake": "clip_batch.encoders.families.fake",
+    "hf-hub": _OPEN_CLIP,
+    "local-dir": _OPEN_CLIP,
+    "hf": "clip_batch.encoders.families.hf",
+    "timm": "clip_batch.encoders.families.timm",
+    "cn-clip": "clip_batch.encoders.families.cn_clip",
+    "mclip": "clip_batch.encoders.families.mclip",
+    "onnx": "clip_batch.encoders.families.onnx",
+    "openvino": "clip_batch.encoders.families.onnx",
+}
+"""The module of each family, by the prefix before the colon in a model's name; a name without one is open_clip's."""
+
+ENTRY_POINTS = "clip_batch.encoders"
+"""The group of entry points by which other distributions register families: prefix = module."""
+
+
+def resolve(
+    model: str,
+    pretrained: str = "",
+    preprocess: str = "exact",
+    precision: str = "fp32",
+    options: dict[str, Any] | None = None,
+) -> EncoderSpec:
+    """The identity of a model, with the digest of its weights; a local model is not loaded, others may be downloaded.
+
+    `pretrained` is a tag, a path, or a URL that is opened with storage `options`. EncoderError: the weights cannot be
+    found.
+    """
+    prefix, _, name = model.partition(":")
+    for folder in (name, name.partition("+")[0]):  # absolute, so that a plan can be read from any working directory
+        if os.path.isdir(folder):
+            model = f"{prefix}:{os.path.abspath(folder)}{name.removeprefix(folder)}"
+            break
+    if os.path.isfile(pretrained):
+        pretrained = os.path.abspath(pretrained)
+    located = locate_model(model)
+    weights = _family(located).weights_digest(located, _local_weights(pretrained, options))
+    return EncoderSpec(model, pretrained, weights, preprocess, precision)
+
+
+def load(spec: EncoderSpec, device: str = "auto", options: dict[str, Any] | None = None, compiled: int = 0) -> Encoder:
+    """The encoder of a spec, loaded offline. EncoderError: its weights are not the spec's.
+
+    `device` is auto (cuda if there is a GPU), cpu, cuda or cuda:N. Storage `options` are for weights at a URL.
+    The image side is compiled for batches of `compiled` images; 0 does not compile it.
+    """
+    located = replace(spec, model=locate_model(spec.model), pretrained=_local_weights(spec.pretrained, options))
+    with hub.offline():
+        check_weights(_family(located.model).weights_digest(located.model, located.pretrained), spec)
+        return _family(located.model).load(located, device, compiled)
+
+
+def check_weights(digest: str, planned: EncoderSpec) -> None:
+    """EncoderError if the digest of some weights is not the planned one."""
+    if digest != planned.weights:
+        raise EncoderError(
+            f"the weights of {planned.model} {planned.pretrained} are {digest[:12]}, planned were "
+            f"{planned.weights[:12]}: put the planned weights back, or plan into another --output"
+        )
+
+
+def _family(model: str) -> Family:
+    """The module of a model's family. EncoderError: no family has that prefix."""
+    prefix, colon, _ = model.partition(":")
+    module = FAMILIES.get(prefix) if colon else _OPEN_CLIP
+    if module is None:
+        module = next((entry.value for entry in entry_points(group=ENTRY_POINTS) if entry.name == prefix), None)
+    if module is None:
+        raise EncoderError(f"no family of models is called {prefix!r}: there are {', '.join(FAMILIES)}")
+    family: Family = import_module(module)
+    return family
+
+
+def locate_model(model: str) -> str:
+    """The model, with `demo` replaced by the path of the embedded model in this installation."""
+    return f"local-dir:{model_path()}" if model == "demo" else model
+
+
+def _local_weights(pretrained: str, options: dict[str, Any] | None) -> str:
+    """A local copy of a checkpoint at a URL, from this machine's cache; any other value as it is."""
+    if "://" not in pretrained or is_local(pretrained):
+        return local_path(pretrained)
+    try:
+        return local_copy(pretrained, options)
+    except (InputError, OSError) as error:
+        raise EncoderError(f"the weights cannot be found: {error}") from None

@@ -1,0 +1,151 @@
+"""`TorchEncoder` makes an `Encoder` of any model that runs in torch.
+
+A family's `load` gives it two functions of the model, from pixels and from texts to rows. TorchEncoder does the rest:
+the device, the precision, batches of one shape for compiled models, batches that are too large for a GPU, unit norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from clip_batch.encoders.device import pick_device
+from clip_batch.encoders.encoder import NO_TEXT
+from clip_batch.encoders.preprocess import GREY, GREY_SIDE, Preprocessing, normalizer
+from clip_batch.errors import EncoderError
+from clip_batch.types import EncoderSpec
+
+if TYPE_CHECKING:
+    from clip_batch.encoders.encoder import Array, Pixels
+
+ImageTower = Callable[[torch.Tensor], torch.Tensor]
+"""From normalized pixels (n, 3, h, w) to rows (n, d)."""
+
+TextTower = Callable[[Sequence[str]], torch.Tensor]
+"""From n texts to rows (n, d)."""
+
+_DTYPES = {"fp32": torch.float32, "int8": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Placement(NamedTuple):
+    """Where and how a model runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """What the model computes in, unless the image side is in int8."""
+    int8: bool = False
+    compiled: int = 0
+    """The size of the batches that the image side is compiled for; 0: it is not compiled."""
+
+
+def place(spec: EncoderSpec, device: str, compiled: int) -> Placement:
+    """The placement that a family's `load` is asked for. EncoderError: the device cannot do the spec's precision."""
+    device = pick_device(device)
+    if spec.precision == "int8" and (device != "cpu" or compiled):
+        raise EncoderError("precision int8 is for CPUs, and not compiled: give --device cpu, leave out --compile")
+    if compiled and device == "cpu" and spec.precision != "fp32":
+        raise EncoderError(f"--compile on a CPU is for precision fp32, not {spec.precision}: leave it out")
+    return Placement(torch.device(device), _DTYPES[spec.precision], spec.precision == "int8", compiled)
+
+
+class TorchEncoder:
+    """An `Encoder` of an image tower and, if the model has one, a text tower.
+
+    `model` is the module that the image tower uses, already on the placement's device and in its dtype.
+    EncoderError: the image tower cannot be compiled, or cannot run in int8.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        image_tower: ImageTower,
+        text_tower: TextTower | None,
+        preprocessing: Preprocessing,
+        placement: Placement,
+    ) -> None:
+        self.has_text = text_tower is not None
+        self._image_tower, self._text_tower = image_tower, text_tower
+        self._preprocess, normalize = preprocessing
+        self._device, self._dtype = placement.device, placement.dtype
+        self._normalize = normalizer(normalize, self._device) if normalize else None
+        self._compiled, self._compiled_size = image_tower, placement.compiled
+        if placement.compiled:
+            self._compiled = _compile(model, image_tower, self._blank(placement.compiled))
+        if placement.int8:
+            from clip_batch.encoders.onnx_runtime import quantize
+
+            self._image_tower = self._compiled = quantize(model, image_tower, self._blank(1))
+        self.dim = int((self.encode_texts(["a"]) if text_tower else self.encode_images(self._grey()[None])).shape[1])
+
+    def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
+        return self._preprocess(data, max_pixels)
+
+    def encode_images(self, batch: Pixels) -> Array:
+        if len(batch) < self._compiled_size:  # padded, because a batch of another size would be compiled anew
+            padding = np.zeros((self._compiled_size - len(batch), *batch.shape[1:]), batch.dtype)
+            return halve_if_too_large(self._encode_images, np.concatenate([batch, padding]))[: len(batch)]
+        return halve_if_too_large(self._encode_images, batch)
+
+    def encode_texts(self, texts: Sequence[str]) -> Array:
+        return halve_if_too_large(self._encode_texts, list(texts))
+
+    def _encode_images(self, batch: Pixels) -> Array:
+        pixels = torch.from_numpy(batch)
+        if self._device.type == "cuda":
+            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
+        with torch.inference_mode():
+            if self._normalize:
+                pixels = self._normalize(pixels)
+            pixels = pixels.to(self._device, self._dtype)
+            tower = self._compiled if len(pixels) == self._compiled_size else self._image_tower
+            return _unit_rows(tower(pixels))
+
+    def _encode_texts(self, texts: list[str]) -> Array:
+        if self._text_tower is None:
+            raise EncoderError(NO_TEXT)
+        with torch.inference_mode():
+            return _unit_rows(self._text_tower(texts))
+
+    def _grey(self) -> Pixels:
+        """The pixels of a small grey picture, by which the shape of the model's images is known."""
+        return self._preprocess(GREY, GREY_SIDE**2)
+
+    def _blank(self, size: int) -> torch.Tensor:
+        """A batch of `size` images, all zero."""
+        with torch.inference_mode():  # as for all batches: the compiler distinguishes other tensors
+            return torch.zeros(size, *self._grey().shape, device=self._device, dtype=self._dtype)
+
+
+def halve_if_too_large(encode: Callable[[Any], Array], batch: Pixels | list[str]) -> Array:
+    """`encode` of a batch, or of its halves if the GPU's memory cannot hold the whole batch.
+
+    torch.cuda.OutOfMemoryError: the memory cannot hold a single item.
+    """
+    try:
+        return encode(batch)
+    except torch.cuda.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()  # outside `except`, whose error keeps the memory of the failed pass alive
+    middle = len(batch) // 2
+    return np.concatenate([halve_if_too_large(encode, half) for half in (batch[:middle], batch[middle:])])
+
+
+def _compile(model: Any, image_tower: ImageTower, blank: torch.Tensor) -> ImageTower:
+    """The image tower compiled by inductor on CUDA, and by ONNX Runtime on a CPU, where inductor gains nothing."""
+    if blank.device.type == "cuda":
+        from clip_batch.encoders import inductor
+
+        return inductor.compile_tower(image_tower, blank)
+    from clip_batch.encoders import onnx_runtime
+
+    return onnx_runtime.compile_tower(model, image_tower, blank)
+
+
+def _unit_rows(rows: torch.Tensor) -> Array:
+    """Rows of unit norm, float32 on the host, whatever the model computes in."""
+    array: Array = torch.nn.functional.normalize(rows.float(), dim=-1).cpu().numpy()
+    return array
