@@ -1,4 +1,4 @@
-"""The description at /openapi.json. `requests.read` reads the bodies, so FastAPI must be told of their models."""
+"""The description at /openapi.json. `requests.read_body` reads the bodies, so FastAPI must be told of their models."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _INLINE_BYTES = 64 * 1024
 """Bodies up to this size are parsed on the event loop, larger ones in a thread so that they delay no other request."""
 
 
-async def read(request: Request, model: type[Model], limit: int) -> Model:
+async def read_body(request: Request, model: type[Model], limit: int) -> Model:
     """Return the JSON body of a request as a `model`; the content type is not checked.
 
     Raises Refused: 413 if the body is larger than `limit` bytes, 408 if it does not arrive in time, 422 if it does not

@@ -21,7 +21,7 @@ class Problem(BaseModel):
     field: str | None = None
 
 
-def answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return `data` as a JSON response in UTF-8. Raises ValueError if it contains NaN or infinity."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(text.encode(errors="replace"), status, headers, "application/json")
@@ -34,7 +34,7 @@ def refusal(error: Refused) -> Response:
         headers["retry-after"] = str(error.after)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return answer({"detail": str(error), "field": error.field}, error.status, headers)
+    return json_response({"detail": str(error), "field": error.field}, error.status, headers)
 
 
 def answer_errors(app: FastAPI) -> None:

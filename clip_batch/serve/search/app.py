@@ -14,7 +14,7 @@ from clip_batch.config import DatabaseConfig, ServeConfig, StorageConfig
 from clip_batch.errors import ConfigError
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.openapi import describe
-from clip_batch.serve.http.responses import answer, answer_errors
+from clip_batch.serve.http.responses import answer_errors, json_response
 from clip_batch.serve.search import clip_retrieval, v1
 from clip_batch.serve.search.assets import add_page
 from clip_batch.serve.search.schema import EmbedRequest, SearchRequest
@@ -64,7 +64,7 @@ def _health(app: FastAPI, service: Service) -> None:
         """Whether every index is open with the encoder that embedded it, or why not."""
         problems, indices = service.indices.problems(), service.indices.rows()
         data = {"indices": indices, "problems": problems, "warnings": service.indices.warnings()}
-        return answer(data, 503 if problems else 200)
+        return json_response(data, 503 if problems else 200)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

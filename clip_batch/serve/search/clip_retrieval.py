@@ -20,14 +20,14 @@ from clip_batch.search.rows import Vectors
 from clip_batch.search.vectors import checked_vector, unit_vector
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.http.openapi import REFUSALS, takes
-from clip_batch.serve.http.requests import read
-from clip_batch.serve.http.responses import answer
-from clip_batch.serve.search.find import check, metadata, ranked
-from clip_batch.serve.search.images import original
+from clip_batch.serve.http.requests import read_body
+from clip_batch.serve.http.responses import json_response
+from clip_batch.serve.search.find import check, ranked
+from clip_batch.serve.search.images import image_path, original
 from clip_batch.serve.search.live import OpenVersion
+from clip_batch.serve.search.metadata import metadata, shown_columns
 from clip_batch.serve.search.metrics import REQUEST
 from clip_batch.serve.search.service import Service, decode_base64
-from clip_batch.serve.search.v1 import image_path, shown
 
 _BEST, _MIDDLE = 9, 4.5
 """The best and the middle of clip-retrieval's aesthetic ratings, which start at 0."""
@@ -87,94 +87,94 @@ def router(service: Service) -> APIRouter:
     @routes.get("/indices-list", response_model=list[str])
     async def names() -> Response:
         """The names of the indices."""
-        return answer(service.indices.names)
+        return json_response(service.indices.names)
 
     @routes.post("/knn-service", response_model=list[KnnHit], openapi_extra=takes(KnnRequest))
     async def knn(request: Request) -> Response:
         """The best hits; the first num_images of them have metadata."""
         with service.metrics.steps[REQUEST].time():
-            asked = await read(request, KnnRequest, service.max_body)
-            k = asked.num_images if asked.num_result_ids is None else asked.num_result_ids
+            body = await read_body(request, KnnRequest, service.max_body)
+            k = body.num_images if body.num_result_ids is None else body.num_result_ids
             if not 1 <= k <= service.config.max_k:
-                field = "num_images" if asked.num_result_ids is None else "num_result_ids"
+                field = "num_images" if body.num_result_ids is None else "num_result_ids"
                 raise Refused(422, f"{field}: from 1 to {service.config.max_k} on this server", field)
-            with service.indices.use(asked.indice_name, "indice_name") as (name, version):
-                criteria = _criteria(service, asked, k)
+            with service.indices.use(body.indice_name, "indice_name") as (name, version):
+                criteria = _criteria(service, body, k)
                 check(service, version, criteria)
-                vector = _beautified(service, version, asked, await _vector(service, version, asked))
+                vector = _beautified(service, version, body, await _vector(service, version, body))
                 base = _base(request)
 
                 def respond() -> Response:
                     # Like the original, do not search deeper than k to replace hits that are left out.
-                    found = ranked(service, version, vector, criteria, scan=k)
-                    hits = _rows(service, name, version, found.ids[: asked.num_images].tolist(), base)
-                    hits += [{} for _ in found.ids[asked.num_images :]]
-                    for hit, id, score in zip(hits, found.ids.tolist(), found.scores.tolist(), strict=True):
+                    result = ranked(service, version, vector, criteria, scan=k)
+                    hits = _rows(service, name, version, result.ids[: body.num_images].tolist(), base)
+                    hits += [{} for _ in result.ids[body.num_images :]]
+                    for hit, id, score in zip(hits, result.ids.tolist(), result.scores.tolist(), strict=True):
                         hit.update(id=id, similarity=score)
-                    return answer(hits)
+                    return json_response(hits)
 
                 return await service.threads.run(respond)
 
     @routes.post("/metadata", response_model=list[RowMetadata], openapi_extra=takes(MetadataRequest))
     async def rows(request: Request) -> Response:
         """The metadata of rows, in the order of the request."""
-        asked = await read(request, MetadataRequest, service.max_body)
-        if len(asked.ids) > service.config.max_k:
+        body = await read_body(request, MetadataRequest, service.max_body)
+        if len(body.ids) > service.config.max_k:
             raise Refused(422, f"ids: {service.config.max_k} at most on this server", "ids")
-        with service.indices.use(asked.indice_name, "indice_name") as (name, version):
+        with service.indices.use(body.indice_name, "indice_name") as (name, version):
             last = version.manifest.rows - 1
-            if any(not 0 <= id <= last for id in asked.ids):
+            if any(not 0 <= id <= last for id in body.ids):
                 raise Refused(404, f"ids: the index has rows 0 to {last}", "ids")
             base = _base(request)
 
             def respond() -> Response:
-                found = _rows(service, name, version, asked.ids, base)
-                return answer([{"id": id, "metadata": row} for id, row in zip(asked.ids, found, strict=True)])
+                values = _rows(service, name, version, body.ids, base)
+                return json_response([{"id": id, "metadata": row} for id, row in zip(body.ids, values, strict=True)])
 
             return await service.threads.run(respond)
 
     return routes
 
 
-def _criteria(service: Service, asked: KnnRequest, k: int) -> Criteria:
+def _criteria(service: Service, body: KnnRequest, k: int) -> Criteria:
     heads = service.heads
     aesthetic = None
-    if heads.aesthetic is not None and asked.aesthetic_score is not None:
-        aesthetic = (asked.aesthetic_weight or 0.0) * (asked.aesthetic_score - _MIDDLE) / _MIDDLE
+    if heads.aesthetic is not None and body.aesthetic_score is not None:
+        aesthetic = (body.aesthetic_weight or 0.0) * (body.aesthetic_score - _MIDDLE) / _MIDDLE
     return Criteria(
         k=k,
-        modality=asked.modality,
-        unique=bool(asked.deduplicate),
-        safe=bool(asked.use_safety_model) and heads.safety is not None,
-        nonviolent=bool(asked.use_violence_detector) and heads.violence is not None,
+        modality=body.modality,
+        unique=bool(body.deduplicate),
+        safe=bool(body.use_safety_model) and heads.safety is not None,
+        nonviolent=bool(body.use_violence_detector) and heads.violence is not None,
         aesthetic=aesthetic,
     )
 
 
-async def _vector(service: Service, version: OpenVersion, asked: KnnRequest) -> Vectors:
-    if asked.text:
-        return await service.text(version, asked.text)
-    if asked.image:
-        return await service.image(version, decode_base64(asked.image, "image"))
-    if asked.image_url:
-        return await service.image(version, await service.download(asked.image_url), "image_url")
-    if asked.embedding_input:
-        return checked_vector(asked.embedding_input, version.manifest.dim, "embedding_input")
+async def _vector(service: Service, version: OpenVersion, body: KnnRequest) -> Vectors:
+    if body.text:
+        return await service.text(version, body.text)
+    if body.image:
+        return await service.image(version, decode_base64(body.image, "image"))
+    if body.image_url:
+        return await service.image(version, await service.download(body.image_url), "image_url")
+    if body.embedding_input:
+        return checked_vector(body.embedding_input, version.manifest.dim, "embedding_input")
     raise Refused(422, "give one of text, image, image_url and embedding_input", "text")
 
 
-def _beautified(service: Service, version: OpenVersion, asked: KnnRequest, vector: Vectors) -> Vectors:
+def _beautified(service: Service, version: OpenVersion, body: KnnRequest, vector: Vectors) -> Vectors:
     """Return the query moved towards the vector of a rating, if the aesthetic head consists of such vectors."""
     ratings = service.heads.ratings
-    if ratings is None or asked.aesthetic_score is None or ratings.shape[1] != version.manifest.dim:
+    if ratings is None or body.aesthetic_score is None or ratings.shape[1] != version.manifest.dim:
         return vector
-    rating = ratings[round(asked.aesthetic_score * (len(ratings) - 1) / _BEST)]
-    return unit_vector(vector + (asked.aesthetic_weight or 0.0) * rating, "aesthetic_weight")
+    rating = ratings[round(body.aesthetic_score * (len(ratings) - 1) / _BEST)]
+    return unit_vector(vector + (body.aesthetic_weight or 0.0) * rating, "aesthetic_weight")
 
 
 def _rows(service: Service, name: str, version: OpenVersion, ids: list[int], base: str) -> list[dict[str, Any]]:
     """Return metadata as clip-retrieval's page and client expect it: `url` of the image, `image` in base64."""
-    rows, readable = metadata(service, version, np.asarray(ids, np.int64), shown(service, version))
+    rows, readable = metadata(service, version, np.asarray(ids, np.int64), shown_columns(service, version))
     embedded = "image" in service.config.columns
     for id, row, has_image in zip(ids, rows, readable, strict=True):
         if has_image and "url" not in version.columns:

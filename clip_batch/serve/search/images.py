@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from clip_batch.search import lineage
 
@@ -33,3 +34,8 @@ def original(version: OpenVersion, row: int) -> bytes | None:
 def media_type(data: bytes) -> str:
     """Return the media type of an image's bytes; never a type whose content a browser would execute."""
     return next((kind for magic, kind in _MEDIA.items() if data.startswith(magic)), "application/octet-stream")
+
+
+def image_path(index: str, version: OpenVersion, row: int) -> str:
+    """Return the path of a row's image on this server. It names the version, as other versions have other ids."""
+    return f"/v1/image/{quote(index, safe='')}/{row}?version={version.manifest.version}"

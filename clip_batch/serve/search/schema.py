@@ -1,8 +1,7 @@
-"""Requests and answers of the /v1 endpoints: what /openapi.json says of them."""
+"""The requests and responses of the /v1 endpoints, as /openapi.json describes them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -11,27 +10,29 @@ from pydantic import BaseModel, Field, model_validator
 from clip_batch.search.filters import MOST, Filter, RequestModel
 
 KINDS = ("text", "image", "image_url", "embedding", "id")
-"""What a query can be."""
+"""The kinds of queries."""
 
 
 class QueryModel(RequestModel):
-    """What to look for: exactly one of `text`, `image`, `image_url`, `embedding` and `id`."""
+    """The query: exactly one of `text`, `image`, `image_url`, `embedding` and `id`."""
 
     text: str | None = Field(None, max_length=10_000)
     image: str | None = Field(None, description="base64 of an image file, or a data: URL")
-    image_url: str | None = Field(None, max_length=2048, description="where the server fetches an image, if it may")
-    embedding: list[float] | None = Field(None, max_length=MOST, description="a vector of the encoder's space")
-    id: int | None = Field(None, ge=0, lt=2**63, description="a row of the index, to find others like it")
+    image_url: str | None = Field(
+        None, max_length=2048, description="the URL of an image, if this server may download images"
+    )
+    embedding: list[float] | None = Field(None, max_length=MOST, description="a vector of the encoder")
+    id: int | None = Field(None, ge=0, lt=2**63, description="a row of the index, to find similar ones")
 
     def given(self) -> list[str]:
-        """The names of the kinds that are given."""
+        """Return the names of the kinds that the request has."""
         return [kind for kind in KINDS if getattr(self, kind) is not None]
 
 
 class WeightedQuery(QueryModel):
-    """One of several queries that are mixed: the weighted sum of their unit vectors searches."""
+    """One of several queries that are mixed: the search is by the weighted sum of their unit vectors."""
 
-    weight: float = Field(1.0, ge=-100, le=100, description="negative: away from it")
+    weight: float = Field(1.0, ge=-100, le=100, description="a negative weight searches away from the query")
 
     @model_validator(mode="after")
     def _one(self) -> WeightedQuery:
@@ -41,21 +42,25 @@ class WeightedQuery(QueryModel):
 
 
 class SearchRequest(QueryModel):
-    """One query, or several in `queries`; then how to search and what to answer."""
+    """One query, or several in `queries`, and the options of the search and of the response."""
 
     queries: list[WeightedQuery] | None = Field(None, min_length=1, max_length=MOST)
-    index: str | None = Field(None, max_length=1000, description="an index's name; the first one where it is absent")
-    modality: Literal["image", "text"] = Field("image", description="search the images, or their captions")
+    index: str | None = Field(None, max_length=1000, description="the name of an index; by default the first one")
+    modality: Literal["image", "text"] = Field("image", description="search the images or their captions")
     k: int = Field(10, ge=1, lt=2**31)
-    threshold: float | None = Field(None, description="the least score of a hit")
-    effort: int | None = Field(None, ge=1, le=1_000_000, description="nprobe or efSearch; what merge tuned if absent")
-    filters: list[Filter] = Field([], max_length=100, description="all of them must hold")
-    columns: list[str] | None = Field(None, max_length=1000, description="metadata to answer; all if absent")
-    deduplicate: bool = Field(False, description="of hits that are near duplicates, the best")
-    deduplicate_threshold: float = Field(0.94, ge=0, le=1, description="the cosine from which two are duplicates")
-    safety: bool = Field(False, description="without hits that the safety head refuses")
-    violence: bool = Field(False, description="without hits in which the violence head sees violence")
-    aesthetic: float | None = Field(None, ge=-100, le=100, description="weight of the aesthetic head in the order")
+    threshold: float | None = Field(None, description="the lowest score of a hit")
+    effort: int | None = Field(None, ge=1, le=1_000_000, description="nprobe or efSearch; by default as merge tuned it")
+    filters: list[Filter] = Field([], max_length=100, description="a hit must meet all of them")
+    columns: list[str] | None = Field(
+        None, max_length=1000, description="the metadata columns in the response; by default all"
+    )
+    deduplicate: bool = Field(False, description="keep only the best of near duplicates")
+    deduplicate_threshold: float = Field(0.94, ge=0, le=1, description="the cosine from which two hits are duplicates")
+    safety: bool = Field(False, description="leave out hits that the safety head refuses")
+    violence: bool = Field(False, description="leave out hits that the violence head refuses")
+    aesthetic: float | None = Field(
+        None, ge=-100, le=100, description="the weight of the aesthetic head in the order of hits"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> SearchRequest:
@@ -64,7 +69,7 @@ class SearchRequest(QueryModel):
         return self
 
     def terms(self) -> Iterator[tuple[str, WeightedQuery]]:
-        """The queries, each with the path of its field in the request ("" for the request itself)."""
+        """Yield the queries, each with the prefix of its fields in the request ("" for the request itself)."""
         if self.queries is not None:
             yield from ((f"queries.{number}.", query) for number, query in enumerate(self.queries))
         else:
@@ -73,9 +78,9 @@ class SearchRequest(QueryModel):
 
 
 class HitModel(BaseModel):
-    """One hit; `score` is the cosine, `image` the path of its picture on this server, null where there is none.
+    """One hit: its row, its cosine, and the path of its image on this server, which is null if there is none.
 
-    `aesthetic` is what the aesthetic head says, where it was asked.
+    `aesthetic` is the value of the aesthetic head, if the request gives it a weight.
     """
 
     id: int
@@ -86,7 +91,7 @@ class HitModel(BaseModel):
 
 
 class SearchResponse(BaseModel):
-    """Hits, best first. `complete` is false where filters left fewer than k of all that was looked through."""
+    """Hits, best first. `scanned` rows were examined; `complete` is false if that limit left fewer than k hits."""
 
     index: str
     version: str
@@ -100,7 +105,9 @@ class EmbedRequest(RequestModel):
 
     texts: list[str] = Field([], max_length=MOST)
     images: list[str] = Field([], max_length=MOST)
-    index: str | None = Field(None, max_length=1000, description="the index whose encoder it is; default the first")
+    index: str | None = Field(
+        None, max_length=1000, description="the index whose encoder to use; by default the first one"
+    )
 
     @model_validator(mode="after")
     def _some(self) -> EmbedRequest:
@@ -112,7 +119,7 @@ class EmbedRequest(RequestModel):
 
 
 class EmbedResponse(BaseModel):
-    """Unit vectors, in the order of the request; `encoder` is the fingerprint of what made them."""
+    """Unit vectors, in the order of the request, and the fingerprint of their encoder."""
 
     encoder: str
     dim: int
@@ -121,7 +128,7 @@ class EmbedResponse(BaseModel):
 
 
 class IndexModel(BaseModel):
-    """An index that is served, and what can be asked of it."""
+    """A served index."""
 
     name: str
     version: str
@@ -129,32 +136,15 @@ class IndexModel(BaseModel):
     dim: int
     encoder: str
     modalities: list[str]
-    text: bool = Field(description="whether its model reads texts, as far as that is known: it may be loading")
+    text: bool = Field(description="whether its model has a text side; true as long as the model is not loaded")
     columns: list[str]
     recall: dict[str, Any]
 
 
 class IndicesResponse(BaseModel):
-    """What is served, and what this server has on: deduplicate, safety, violence, aesthetic, image_url."""
+    """The served indices, and which of deduplicate, safety, violence, aesthetic and image_url this server has on."""
 
     indices: list[IndexModel]
     features: dict[str, bool]
     max_k: int
     max_queries: int
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Metadata as JSON can hold it: no NaN; bytes as text."""
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return finite({str(name): item for name, item in value.items()})
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

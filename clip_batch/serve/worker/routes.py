@@ -19,8 +19,8 @@ from clip_batch.embeddings.status import status
 from clip_batch.errors import ClipBatchError
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.http.openapi import REFUSALS, takes
-from clip_batch.serve.http.requests import read
-from clip_batch.serve.http.responses import Problem, answer
+from clip_batch.serve.http.requests import read_body
+from clip_batch.serve.http.responses import Problem, json_response
 from clip_batch.serve.worker.jobs import AGAIN
 from clip_batch.serve.worker.schema import EmbedWork, MergeWork, PlanWork, StageFields, section_of
 from clip_batch.serve.worker.stages import Stages, refused
@@ -50,8 +50,8 @@ def router(stages: Stages) -> APIRouter:
         except (ClipBatchError, OSError, RuntimeError, ValueError) as error:
             raise refused(error) from error
         if result is None:
-            return answer({"state": "running", "what": what}, 202, {"retry-after": str(AGAIN)})
-        return answer({"state": "done", **result})
+            return json_response({"state": "running", "what": what}, 202, {"retry-after": str(AGAIN)})
+        return json_response({"state": "done", **result})
 
     @routes.post("/plan", openapi_extra=takes(PlanWork))
     async def plan(request: Request) -> Response:
@@ -77,7 +77,7 @@ def router(stages: Stages) -> APIRouter:
         except (ClipBatchError, OSError) as error:
             raise refused(error) from error
         if commit is not None:
-            return answer({"state": "done", **commit})
+            return json_response({"state": "done", **commit})
         what = f"embed {body.output}, partition {body.partition}"
         return await respond(request, body, what, lambda stop: stages.embed(body.output, body.partition, stop))
 
@@ -96,7 +96,7 @@ def router(stages: Stages) -> APIRouter:
         """The report of `clip-batch status --json` on OUT."""
         stages.allowed.check(output, "output")
         try:
-            return answer(asdict(await asyncio.to_thread(status, stages.store(output))))
+            return json_response(asdict(await asyncio.to_thread(status, stages.store(output))))
         except (ClipBatchError, OSError) as error:
             raise refused(error) from error
 
@@ -110,4 +110,4 @@ async def _body(request: Request, model: type[Any]) -> Any:
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "send content-type: application/json")
-    return await read(request, model, MAX_BODY)
+    return await read_body(request, model, MAX_BODY)
