@@ -102,7 +102,7 @@ class RemoveArguments(JsonArguments, IndexArguments):
 
 def remove(arguments: RemoveArguments, storage: StorageConfig) -> int:
     """Remove rows from every search, now and in later versions, by a list of keys."""
-    from clip_batch.index import versions as stage
+    from clip_batch.index import remove as stage
 
     report = stage.remove(arguments.index_folder, arguments.keys, arguments.column, storage, say)
     text = f"{report.rows:,} rows of the live version removed by {report.values:,} values of {arguments.column}"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.errors import ConfigError
-from clip_batch.index import removals
+from clip_batch.index import removed_rows
 from clip_batch.index.manifest import Manifest
 from clip_batch.search.rows import Ids, Vectors
 
@@ -51,6 +51,6 @@ def checked_ids(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> Ids:
         return np.empty(0, dtype=np.int64)
     if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= manifest.rows:
         raise ConfigError(f"ids are whole numbers from 0 to {manifest.rows - 1}")
-    if (gone := removals.contains(removed, wanted)).any():
+    if (gone := removed_rows.contains(removed, wanted)).any():
         raise ConfigError(f"row {wanted[gone][0]} was removed from this index")
     return wanted.astype(np.int64)

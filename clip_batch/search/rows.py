@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.errors import ConfigError
-from clip_batch.index import removals
+from clip_batch.index import removed_rows
 from clip_batch.index.ann import faiss_search
 from clip_batch.index.manifest import Manifest
 
@@ -38,4 +38,4 @@ def selection(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> RowSet:
     found = np.unique(np.asarray(ids, dtype=np.int64))
     if len(found) and (found[0] < 0 or found[-1] >= manifest.rows):
         raise ConfigError(f"ids are 0 to {manifest.rows - 1}")
-    return RowSet(found[~removals.contains(removed, found)])
+    return RowSet(found[~removed_rows.contains(removed, found)])

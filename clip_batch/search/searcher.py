@@ -20,7 +20,7 @@ from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings.reader import blocks
 from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index import removals
+from clip_batch.index import removed_rows
 from clip_batch.index.ann import faiss_index, faiss_search
 from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, rerank
@@ -154,7 +154,7 @@ class Searcher:
             self.indices[modality].insert(0, OpenedIndex(faiss_index.read(path, mapped=True), 0, rows))
         self._stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
         self.schema = common_schema([one.schema for one in self.tables])
-        self.removed = removals.removed(store, self.manifest, metadata)
+        self.removed = removed_rows.removed_ids(store, self.manifest, metadata)
         for modality, opened in self.indices.items():
             self.indices[modality] = [replace(one, removed=self._removed(one.offset, one.rows)) for one in opened]
 
@@ -305,7 +305,7 @@ class Searcher:
                 continue
             for block in blocks(shard.rows):
                 ids = np.arange(block.start, block.stop) + shard.offset
-                ids = ids[~removals.contains(self.removed, ids)]
+                ids = ids[~removed_rows.contains(self.removed, ids)]
                 scores = unit(stored[ids]) @ wanted[0]
                 yield scores[scores >= threshold], ids[scores >= threshold]
 

@@ -31,7 +31,7 @@ from clip_batch.export.databases.rows import VectorRows
 from clip_batch.export.databases.sql import ExportRecord, Sql
 from clip_batch.index.manifest import current_version
 from clip_batch.index.merge.merge import merge
-from clip_batch.index.versions import remove
+from clip_batch.index.remove import remove
 from clip_batch.search.conditions import Not
 from clip_batch.search.searcher import Searcher
 from clip_batch.search.where import as_condition

@@ -15,15 +15,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index import removals
-from clip_batch.index.manifest import Manifest
+from clip_batch.index import removals, removed_rows
+from clip_batch.index.manifest import Manifest, current_version
 from clip_batch.index.paths import CURRENT
-from clip_batch.index.removals import Tombstones, make
+from clip_batch.index.removals import RemovalList
 from clip_batch.storage.store import Store
 from tests.fabricated import ENCODER
 from tests.servers.flaky import Flaky
 
 Row = tuple[str | None, int | None]
+
+
+def state_of(store: Store) -> tuple[str | None, ...]:
+    """What a server watches: the live version and the removal lists."""
+    return current_version(store), *removals.names(store)
 
 
 def write_shard(path: str, batches: Sequence[Sequence[Row]], dictionary: bool = False, wide: bool = False) -> None:
@@ -78,8 +83,8 @@ def shards(tmp_path: Path) -> list[tuple[str, int]]:
 
 
 ROWS = st.lists(st.tuples(st.none() | st.sampled_from(["", "a", "b", "é", "12", "012"]), st.none() | st.integers(0, 9)))
-TEXTS = st.builds(make, st.just("key"), st.lists(st.sampled_from(["", "a", "b", "é", "12", "012", "z"])))
-NUMBERS = st.builds(make, st.just("n"), st.lists(st.sampled_from(["1", "2", "02", "9", "-3"])))
+TEXTS = st.builds(RemovalList.of, st.just("key"), st.lists(st.sampled_from(["", "a", "b", "é", "12", "012", "z"])))
+NUMBERS = st.builds(RemovalList.of, st.just("n"), st.lists(st.sampled_from(["1", "2", "02", "9", "-3"])))
 
 
 @settings(max_examples=150)
@@ -87,9 +92,9 @@ NUMBERS = st.builds(make, st.just("n"), st.lists(st.sampled_from(["1", "2", "02"
     files=st.lists(st.tuples(st.lists(ROWS, max_size=3), st.booleans(), st.booleans()), max_size=3),
     lists=st.lists(TEXTS | NUMBERS, max_size=4),
 )
-@example(files=[([[]], True, False), ([], True, True)], lists=[make("key", ["a"])])
+@example(files=[([[]], True, False), ([], True, True)], lists=[RemovalList.of("key", ["a"])])
 def test_resolve_is_a_search_row_by_row(
-    files: list[tuple[list[list[Row]], bool, bool]], lists: list[Tombstones]
+    files: list[tuple[list[list[Row]], bool, bool]], lists: list[RemovalList]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows: list[Row] = []
@@ -98,7 +103,7 @@ def test_resolve_is_a_search_row_by_row(
             write_shard(f"{folder}/{number}", batches, dictionary, wide)
             shards.append((f"{folder}/{number}", len(rows)))
             rows += [row for batch in batches for row in batch]
-        found = removals.resolve(lists, shards)
+        found = removed_rows.find_removed(lists, shards)
     for one, (ids, missing) in zip(lists, found, strict=True):
         wanted: set[Any] = set(one.values) if one.column == "key" else {int(value) for value in one.values}
         column = [row[0 if one.column == "key" else 1] for row in rows]
@@ -115,7 +120,7 @@ def test_a_dictionary_that_grows_from_batch_to_batch(tmp_path: Path) -> None:
         for indices, entries in (([0, 1, None], ["a", "b"]), ([2, 0], ["a", "b", "c"])):
             column = pa.DictionaryArray.from_arrays(pa.array(indices, pa.int8()), entries)
             writer.write_batch(pa.record_batch([column], schema=schema))
-    (found,) = removals.resolve([make("key", ["a", "c", "d"])], [(path, 10)])
+    (found,) = removed_rows.find_removed([RemovalList.of("key", ["a", "c", "d"])], [(path, 10)])
     assert found.ids.tolist() == [10, 13, 14]
     assert found.missing == ("d",)
 
@@ -127,7 +132,7 @@ def test_a_list_is_one_file_whatever_its_order(store: Store) -> None:
         other = set(pool.map(lambda i: removals.add(store, "key", [f"{i % 4}"]), range(16)))
     assert len(same) == 1 and len(other) == 4
     assert removals.names(store) == sorted(same | other)
-    assert removals.load(store, same.pop()) == Tombstones("key", ("a", "b"))
+    assert removals.load(store, same.pop()) == RemovalList("key", ("a", "b"))
     removals.add(store, "n", ["a", "b"])  # the column counts too
     assert len(removals.names(store)) == 6
 
@@ -147,43 +152,43 @@ def test_a_damaged_list_is_refused(store: Store, shards: list[tuple[str, int]], 
     digest = removals.add(store, "key", ["a"])
     (tmp_path / f"index/tombstones/{digest}.json").write_text(text)
     with pytest.raises(CorruptError, match=f"{digest}.json is not the list of its name"):
-        removals.removed(store, manifest_of("v", 6), shards)
+        removed_rows.removed_ids(store, manifest_of("v", 6), shards)
 
 
 def test_removed_is_the_union_and_is_scanned_for_once(store: Counting, shards: list[tuple[str, int]]) -> None:
     first, second = manifest_of("first", 6), manifest_of("second", 4)
-    assert removals.removed(store, first, untouched()).tolist() == []
+    assert removed_rows.removed_ids(store, first, untouched()).tolist() == []
     removals.add(store, "key", ["e", "a", "nowhere"])
     removals.add(store, "n", ["4", "2"])
-    assert removals.removed_if_known(store, first) is None
-    assert removals.removed(store, first, shards).tolist() == [0, 2, 4]
+    assert removed_rows.removed_if_known(store, first) is None
+    assert removed_rows.removed_ids(store, first, shards).tolist() == [0, 2, 4]
     store.listed = 0
-    assert removals.removed(store, first, untouched()).tolist() == [0, 2, 4]
+    assert removed_rows.removed_ids(store, first, untouched()).tolist() == [0, 2, 4]
     assert store.listed == 2
-    assert np.array_equal(removals.removed_if_known(store, first), [0, 2, 4])
+    assert np.array_equal(removed_rows.removed_if_known(store, first), [0, 2, 4])
     # another version has ids of its own, and only a later list is scanned for
-    assert removals.removed(store, second, [(shards[1][0], 0)]).tolist() == [1]
+    assert removed_rows.removed_ids(store, second, [(shards[1][0], 0)]).tolist() == [1]
     removals.add(store, "key", ["b"])
-    assert removals.removed(store, first, shards).tolist() == [0, 1, 2, 4]
+    assert removed_rows.removed_ids(store, first, shards).tolist() == [0, 1, 2, 4]
 
 
 @given(st.sets(st.integers(0, 20)), st.lists(st.integers(0, 20)))
 def test_contains(removed: set[int], ids: list[int]) -> None:
-    found = removals.contains(np.array(sorted(removed), np.int64), np.array(ids, np.int64))
+    found = removed_rows.contains(np.array(sorted(removed), np.int64), np.array(ids, np.int64))
     assert found.tolist() == [id in removed for id in ids]
 
 
 def test_a_cache_alone_removes_nothing(store: Store, shards: list[tuple[str, int]]) -> None:
     digest = removals.add(store, "key", ["a"])
-    assert removals.removed(store, manifest_of("v", 6), shards).tolist() == [0]
+    assert removed_rows.removed_ids(store, manifest_of("v", 6), shards).tolist() == [0]
     store.remove(f"tombstones/{digest}.json")
-    assert removals.removed(store, manifest_of("v", 6), untouched()).tolist() == []
+    assert removed_rows.removed_ids(store, manifest_of("v", 6), untouched()).tolist() == []
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "unsorted", "beyond", "int32", "matrix"])
 def test_a_damaged_cache_is_made_anew(store: Store, shards: list[tuple[str, int]], tmp_path: Path, damage: str) -> None:
     digest, manifest = removals.add(store, "key", ["a", "e"]), manifest_of("v", 6)
-    removals.removed(store, manifest, shards)
+    removed_rows.removed_ids(store, manifest, shards)
     path = tmp_path / f"index/v/tombstones/{digest}.npy"
     whole = path.read_bytes()
     if damage in ("empty", "cut"):
@@ -196,7 +201,7 @@ def test_a_damaged_cache_is_made_anew(store: Store, shards: list[tuple[str, int]
             "matrix": np.array([[0, 4]]),
         }
         np.save(path, wrong[damage])
-    assert removals.removed(store, manifest, shards).tolist() == [0, 4]
+    assert removed_rows.removed_ids(store, manifest, shards).tolist() == [0, 4]
     assert path.read_bytes() == whole
 
 
@@ -206,7 +211,7 @@ def test_an_index_that_cannot_be_written_is_served_without_a_cache(
     removals.add(store, "key", ["c"])
     store.full = True
     for _ in range(2):
-        assert removals.removed(store, manifest_of("v", 6), shards).tolist() == [2]
+        assert removed_rows.removed_ids(store, manifest_of("v", 6), shards).tolist() == [2]
     assert not store.exists("v/tombstones")
 
 
@@ -216,28 +221,28 @@ def test_on_a_remote_store(shards: list[tuple[str, int]]) -> None:
     assert removals.names(store) == []
     digest = removals.add(store, "key", ["c", "f"])
     assert removals.add(store, "key", ["f", "c"]) == digest
-    before = removals.state(store)
-    assert removals.removed(store, manifest, shards).tolist() == [2, 5]
-    assert removals.removed(store, manifest, untouched()).tolist() == [2, 5]
-    assert removals.state(store) == before  # a cache is no news
+    before = state_of(store)
+    assert removed_rows.removed_ids(store, manifest, shards).tolist() == [2, 5]
+    assert removed_rows.removed_ids(store, manifest, untouched()).tolist() == [2, 5]
+    assert state_of(store) == before  # a cache is no news
     with open(shards[1][0], "rb") as file:
         store.replace("v/metadata/1.arrow", file.read())
-    assert removals.read_schema(store, "v/metadata/1.arrow").names == ["key", "n"]
+    assert removed_rows.read_schema(store, "v/metadata/1.arrow").names == ["key", "n"]
     Flaky.reset()
 
 
 def test_state_changes_with_the_version_and_with_each_list(store: Store) -> None:
-    states = [removals.state(store)]
+    states = [state_of(store)]
     store.replace(CURRENT, b"v1\n")
-    states.append(removals.state(store))
+    states.append(state_of(store))
     for value in ("a", "b"):
         removals.add(store, "key", [value])
-        states.append(removals.state(store))
+        states.append(state_of(store))
     store.replace(CURRENT, b"v2\n")
-    states.append(removals.state(store))
+    states.append(state_of(store))
     assert len(set(states)) == 5
     removals.add(store, "key", ["b"])
-    assert removals.state(store) == states[-1]
+    assert state_of(store) == states[-1]
     assert len(states[-1]) < 40
 
 
@@ -246,17 +251,17 @@ def test_what_cannot_be_looked_for_is_refused_by_name(tmp_path: Path, shards: li
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema):
         pass
     for one, shard, message in (
-        (make("url", ["a"]), path, "no metadata column 'url' .*: there are key, score"),
-        (make("score", ["0.5"]), path, "column 'score' is double: rows are removed by text or whole numbers"),
-        (make("n", ["7", "seven"]), shards[0][0], "'seven' is no int16, .* column 'n'"),
-        (make("n", ["7", "40000"]), shards[0][0], "'40000' is no int16"),
+        (RemovalList.of("url", ["a"]), path, "no metadata column 'url' .*: there are key, score"),
+        (RemovalList.of("score", ["0.5"]), path, "column 'score' is double: rows are removed by text or whole numbers"),
+        (RemovalList.of("n", ["7", "seven"]), shards[0][0], "'seven' is no int16, .* column 'n'"),
+        (RemovalList.of("n", ["7", "40000"]), shards[0][0], "'40000' is no int16"),
     ):
         with pytest.raises(ConfigError, match=message):
-            removals.resolve([one], [(shard, 0)])
+            removed_rows.find_removed([one], [(shard, 0)])
         with pytest.raises(ConfigError, match=message):
-            removals.check(one, removals.read_schema(Store(str(tmp_path)), Path(shard).name))
+            removed_rows.check_column(one, removed_rows.read_schema(Store(str(tmp_path)), Path(shard).name))
     Path(path).write_bytes(b"not Arrow")
     with pytest.raises(CorruptError, match=r"x.arrow is not a readable Arrow file"):
-        removals.resolve([make("key", ["a"])], [(path, 0)])
+        removed_rows.find_removed([RemovalList.of("key", ["a"])], [(path, 0)])
     with pytest.raises(CorruptError, match=r"x.arrow is not a readable Arrow file"):
-        removals.read_schema(Store(str(tmp_path)), "x.arrow")
+        removed_rows.read_schema(Store(str(tmp_path)), "x.arrow")

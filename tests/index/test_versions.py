@@ -20,13 +20,14 @@ import pytest
 
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index import removals
+from clip_batch.index import removals, removed_rows
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import Manifest, current_version, load_manifest
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.metadata import open_table
 from clip_batch.index.paths import CURRENT, VersionPaths
-from clip_batch.index.versions import describe, drop, read_values, remove, use, versions
+from clip_batch.index.remove import read_values, remove
+from clip_batch.index.versions import describe, drop, use, versions
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage import retry
 from clip_batch.storage.store import Store
@@ -38,6 +39,11 @@ from tests.servers.s3_server import s3_server as s3_server
 
 CONFIG = MergeConfig(queries=5, shard_rows=40)
 SIZES = {"first": [60, 40], "second": [60, 60]}
+
+
+def state_of(store: Store) -> tuple[str | None, ...]:
+    """What a server watches: the live version and the removal lists."""
+    return current_version(store), *removals.names(store)
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +94,7 @@ def shown(store: Store, version: str | None = None) -> set[str]:
     ]
     keys = np.array([row["key"] for path, _ in shards for row in rows_of(path)])
     alive = np.ones(manifest.rows, dtype=bool)
-    alive[removals.removed(store, manifest, shards)] = False
+    alive[removed_rows.removed_ids(store, manifest, shards)] = False
     return set(keys[alive].tolist())
 
 
@@ -163,13 +169,13 @@ def test_removed_rows_stay_removed_back_and_forth_and_through_a_merge(store: Sto
 
 def test_a_search_opened_after_a_removal_has_none_of_its_rows(store: Store, home: Path, first: str) -> None:
     with Searcher(store.url) as searcher:
-        before = removals.state(store)
+        before = state_of(store)
         everything = searcher.search(searcher.reconstruct([0]), k=120)[0]
         assert len(everything) == 120
         remove(store.url, key_file(home, *(hit.metadata["key"] for hit in everything[:50])))
         assert len(searcher.search(searcher.reconstruct([0]), k=120)[0]) == 120  # its state is of when it opened
         query = searcher.reconstruct([0])
-    assert removals.state(store) != before
+    assert state_of(store) != before
     with Searcher(store.url) as searcher:
         for modality in ("image", "text"):
             found = searcher.search(query, k=120, modality=modality)[0]
@@ -236,7 +242,7 @@ def test_key_files(tmp_path: Path) -> None:
 def test_removals_at_once(store: Store, home: Path) -> None:
     """In processes, as people would: the same list and different ones."""
     lists = [key_file(home, "0-1", "0-2"), key_file(home, "0-2", "0-3"), key_file(home, "1-1")]
-    code = "import sys; from clip_batch.index.versions import remove; print(remove(*sys.argv[1:]).digest)"
+    code = "import sys; from clip_batch.index.remove import remove; print(remove(*sys.argv[1:]).digest)"
     racing = [
         subprocess.Popen([sys.executable, "-c", code, store.url, keys], stdout=subprocess.PIPE, text=True)
         for keys in [*lists, *lists]
@@ -282,8 +288,8 @@ def test_removals_while_a_merge_publishes(store: Store, home: Path) -> None:
 @pytest.mark.slow
 def test_a_kill_between_the_list_and_its_cache(store: Store, home: Path) -> None:
     code = (
-        "import os, sys; from clip_batch import tombstones; from clip_batch.index.versions import remove\n"
-        "tombstones.keep = lambda *_: os.kill(os.getpid(), 9)\n"
+        "import os, sys; from clip_batch.index import removed_rows; from clip_batch.index.remove import remove\n"
+        "removed_rows.cache = lambda *_: os.kill(os.getpid(), 9)\n"
         "remove(*sys.argv[1:])"
     )
     done = subprocess.run([sys.executable, "-c", code, store.url, key_file(home, "0-5")], check=False)

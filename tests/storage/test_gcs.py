@@ -14,8 +14,9 @@ from clip_batch.embeddings.repair import gc, repair
 from clip_batch.embeddings.verify import verify_output
 from clip_batch.errors import InputError
 from clip_batch.index.merge.merge import merge
+from clip_batch.index.remove import remove
 from clip_batch.index.verify import verify_index
-from clip_batch.index.versions import drop, remove, use, versions
+from clip_batch.index.versions import drop, use, versions
 from clip_batch.launch.doctor import doctor
 from clip_batch.samples import read_slice
 from clip_batch.samples.prefetch import Prefetcher

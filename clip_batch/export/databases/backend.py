@@ -21,7 +21,7 @@ from clip_batch.export.databases import check_identity, identity, table_name
 from clip_batch.export.databases.columns import schema_of
 from clip_batch.export.databases.milvus import MOST, Milvus
 from clip_batch.export.databases.sql import ASKED, Sql, SqlTable
-from clip_batch.index import removals
+from clip_batch.index import removed_rows
 from clip_batch.index.ann.order import best
 from clip_batch.index.manifest import load_manifest
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
@@ -56,7 +56,7 @@ class DatabaseBackend:
         self.storage, self._config = storage, config
         # What merge measured and tuned is of faiss's index, not of Milvus's.
         self.manifest = replace(manifest, recall={}, effort=dict.fromkeys(manifest.effort))
-        removed = removals.removed_if_known(store, manifest)
+        removed = removed_rows.removed_if_known(store, manifest)
         if removed is None:
             raise DatabaseError(
                 f"{store.url}: the rows of a removal are not known yet: run clip-batch export sql again"
@@ -120,7 +120,7 @@ class DatabaseBackend:
             return best(np.empty((len(wanted), 0), np.float32), np.empty((len(wanted), 0), np.int64), k)
         asked = min(k + self._surplus, self.manifest.rows)
         scores, ids = self._vectors.search(wanted, asked, modality, effort, among.ids if among else None)
-        gone = removals.contains(self._removed, ids)
+        gone = removed_rows.contains(self._removed, ids)
         return best(np.where(gone, -np.inf, scores), np.where(gone, -1, ids), k)
 
     def where(self, condition: Condition) -> Ids:

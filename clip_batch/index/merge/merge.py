@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, IncompleteError
-from clip_batch.index import removals
+from clip_batch.index import removals, removed_rows
 from clip_batch.index.ann import ondisk
 from clip_batch.index.manifest import (
     IndexShard,
@@ -186,9 +186,9 @@ def _tidy(job: MergeJob, manifest: Manifest) -> None:
 def _check_removals(job: MergeJob, manifest: Manifest) -> None:
     """ConfigError where the version's metadata lacks a column that rows are removed by: nobody could open it."""
     if digests := removals.names(job.index):
-        schema = removals.read_schema(job.index, job.paths.metadata(manifest.shards[-1].name))
+        schema = removed_rows.read_schema(job.index, job.paths.metadata(manifest.shards[-1].name))
         for digest in digests:
-            removals.check(removals.load(job.index, digest), schema)
+            removed_rows.check_column(removals.load(job.index, digest), schema)
 
 
 def _source(job: MergeJob) -> MergedOutput:

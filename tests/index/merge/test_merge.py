@@ -648,7 +648,7 @@ KILL = """
 import os, sys
 from clip_batch.config import MergeConfig
 from clip_batch.index.merge.merge import merge
-from clip_batch import store
+from clip_batch.storage import store
 from clip_batch.storage.store import Store
 
 left = int(sys.argv[3])

@@ -1,0 +1,104 @@
+"""Removing rows from an index, by a file of values of a metadata column."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from clip_batch.config import StorageConfig
+from clip_batch.errors import ConfigError, one_line
+from clip_batch.index import removals, removed_rows
+from clip_batch.index.manifest import load_manifest
+from clip_batch.index.paths import removal_list
+from clip_batch.storage.store import Store, read_url
+
+EXAMPLES = 5
+"""Values without a row that a report names."""
+
+
+@dataclass(frozen=True)
+class RemoveReport:
+    """The list that `remove` recorded, by its `digest`, and what it removes from the live `version`.
+
+    `rows` of the version have one of the `values`; `missing` values have no row, some of them as `examples`.
+    """
+
+    digest: str
+    column: str
+    values: int
+    version: str
+    rows: int
+    missing: int
+    examples: tuple[str, ...]
+
+
+def remove(
+    index: str,
+    keys: str,
+    column: str = "key",
+    storage: StorageConfig = StorageConfig(),
+    progress: Callable[[str], None] = lambda line: None,
+) -> RemoveReport:
+    """Remove the rows that have one of the values of file `keys`, from every version there is or will be.
+
+    `keys` is a path or URL of a text file of one value a line, or of a .parquet or .csv file with that column.
+    Every row with such a value is removed, also where several have it. ConfigError: the file is not readable or has no
+    value, the live version has no such column, or a value is no number where the column has numbers.
+    """
+    store = Store(index, storage.storage_options)
+    manifest = load_manifest(store)
+    new = removals.RemovalList.of(column, read_values(keys, column, storage))
+    for shard in {shard.source: shard for shard in manifest.shards}.values():
+        schema = removed_rows.read_schema(store, manifest.paths(shard).metadata(shard.name))
+        removed_rows.check_column(new, schema)
+    digest = removals.add(store, column, new.values)
+    progress(f"{len(new.values):,} values of {column} are removed, as {removal_list(digest)}")
+    ((ids, missing),) = removed_rows.find_removed([new], removed_rows.fetch_metadata(store, manifest))
+    removed_rows.cache(store, manifest, digest, ids)
+    return RemoveReport(digest, column, len(new.values), manifest.version, len(ids), len(missing), missing[:EXAMPLES])
+
+
+def read_values(keys: str, column: str, storage: StorageConfig = StorageConfig()) -> list[str]:
+    """The values of a key file as text, without empty ones; see `remove`. ConfigError if there is none."""
+    try:
+        data = read_url(keys, storage.storage_options)
+        values = [value for value in _parse(data, keys, column) if value]
+    except (OSError, ValueError, csv.Error) as error:
+        reason = one_line(error, 200)
+        raise ConfigError(f"--keys {keys} cannot be read ({reason}): give text, Parquet or CSV") from None
+    if not values:
+        raise ConfigError(f"--keys {keys} has no value: nothing to remove")
+    return values
+
+
+def _parse(data: bytes, keys: str, column: str) -> list[str]:
+    if keys.lower().endswith(".parquet"):
+        return _parquet_values(data, keys, column)
+    lines = io.StringIO(data.decode("utf-8-sig"), newline="" if keys.lower().endswith(".csv") else None)
+    if keys.lower().endswith(".csv"):
+        rows = csv.DictReader(lines)
+        _check_column(column, list(rows.fieldnames or ()), keys)
+        return [row[column] or "" for row in rows]
+    return [line.rstrip("\n") for line in lines if line.strip()]
+
+
+def _parquet_values(data: bytes, keys: str, column: str) -> list[str]:
+    import pyarrow as pa
+
+    from clip_batch.storage.arrow import ParquetFile
+
+    file = ParquetFile(io.BytesIO(data))
+    _check_column(column, file.schema.names, keys)
+    values = file.read([column])[column].drop_null()
+    kind: Any = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        raise ConfigError(f"--keys {keys}: column {column!r} is {kind}: give text or whole numbers")
+    return [str(value) for value in values.to_pylist()]
+
+
+def _check_column(column: str, names: list[str], keys: str) -> None:
+    if column not in names:
+        raise ConfigError(f"--keys {keys} has no column {column!r}: there are {', '.join(names)}")
