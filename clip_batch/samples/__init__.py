@@ -1,4 +1,4 @@
-"""Reading samples: webdataset tars, or folders of files, as the plan says."""
+"""Samples of webdataset tars and of folders of files: reading, fetching ahead and decoding them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 def read_slice(
     piece: Slice, plan: Plan, options: dict[str, Any] | None = None, files: Prefetcher | None = None
 ) -> Iterator[Sample | Failure]:
-    """Every sample of a slice, in the order of its first member, and what of its shard is broken.
+    """Read every sample of a slice, in the order of their first members, and what is broken in its shard.
 
-    `files` reads ahead; without it a remote tar is fetched when its first sample is asked for.
+    A sample without a readable image is a Failure; a Failure whose key is None concerns the shard. `files` fetches
+    remote tars ahead; without it a remote tar is fetched when its first sample is requested.
 
-    A sample whose image cannot be had is a Failure; a Failure whose key is None speaks of the shard.
     InputError: the shard is missing or not what was planned. OSError: the store does not answer.
     """
     if plan.format == "files":

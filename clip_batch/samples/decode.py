@@ -1,4 +1,4 @@
-"""Bytes to what an encoder takes: images, captions, JSON. Each bad input has its rule here."""
+"""Decoding images, captions and JSON side-cars, with a rule for each kind of bad input."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from PIL import Image
 
 from clip_batch.errors import DecodeError, one_line
 
-# Our own check of the header counts pixels; Pillow's would refuse what `max_pixels` allows.
+# `read_header` counts pixels; Pillow's own limit would refuse images that `max_pixels` allows.
 Image.MAX_IMAGE_PIXELS = None
-# Pillow warns of corrupt EXIF and the like, image by image; what decodes is embedded.
+# Pillow warns of corrupt EXIF and the like, image by image; an image that decodes is used.
 warnings.filterwarnings("ignore", module="PIL")
 
 Image.init()
 _RASTER = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF", "TGA")
 FORMATS = tuple(name for name in _RASTER if name in Image.OPEN)
-"""What is decoded, whatever the member's name says; not EPS and its like, which run programs."""
+"""Formats that are decoded, whatever the name of the file; not EPS and the like, which run programs."""
 
 JPEGS = ("JPEG", "MPO")
-"""Pillow's names of a JPEG: MPO is what phones write, with a preview or a depth map behind the picture."""
+"""Pillow's names for a JPEG: phones write MPO, a JPEG with a preview or a depth map after it."""
 
 MAX_DEPTH = 100
-"""Nesting of a JSON side-car; deeper ones would meet Python's recursion limit when written again."""
+"""Deepest nesting of a JSON side-car; deeper ones would exceed Python's recursion limit when written again."""
 
 MAX_ASPECT = 1000
-"""Longer to shorter side: a transform that resizes the shorter one would make gigabytes of more."""
+"""Largest ratio of the sides: a transform that resizes the shorter side would make gigabytes of longer images."""
 
 
 def open_image(data: bytes | memoryview, max_pixels: int) -> Image.Image:
-    """Decode an image fully, as the model's own transform takes it; DecodeError if that cannot be.
+    """Decode an image fully, as the model's transform expects it; DecodeError where that is not possible.
 
-    Pixels are counted from the header, before decoding. The first frame of an animation is taken.
-    EXIF rotation is not applied, as open_clip does not. Greyscale of more than 8 bits is scaled to
-    8: a plain conversion to RGB would clip it to white.
+    Pixels are counted from the header, before decoding. Of an animation the first frame is decoded. EXIF rotation is
+    not applied, as in open_clip. Greyscale of more than 8 bits is scaled to 8 bits: conversion to RGB would clip it
+    to white.
     """
     return load_image(read_header(data, max_pixels))
 
 
 def read_header(data: bytes | memoryview, max_pixels: int) -> Image.Image:
-    """An image of which nothing but the header has been read; DecodeError if that is enough to refuse it."""
-    with _refused():
+    """Read only the header of an image; DecodeError if that shows that the image cannot be used."""
+    with _decode_errors():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
@@ -59,24 +59,24 @@ def read_header(data: bytes | memoryview, max_pixels: int) -> Image.Image:
 
 
 def load_image(image: Image.Image) -> Image.Image:
-    """What `open_image` gives, of what `read_header` gave; DecodeError."""
-    with _refused():
+    """Decode the rest of an image that `read_header` returned; DecodeError where that is not possible."""
+    with _decode_errors():
         image.load()
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-            del image.info["transparency"]  # it changes no colour, and converting with it warns
+            del image.info["transparency"]  # it changes no colour, and Pillow warns when it converts it
         return _eight_bits(image)
 
 
 @contextlib.contextmanager
-def _refused() -> Iterator[None]:
-    """Makes whatever Pillow raises a DecodeError: it raises nearly everything on hostile bytes."""
+def _decode_errors() -> Iterator[None]:
+    """Turn any error into a DecodeError: Pillow raises nearly every type on hostile bytes."""
     try:
         yield
     except DecodeError:
         raise
     except Exception as error:
-        words = re.sub(r" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))[:200]
-        raise DecodeError("undecodable_image", f"{type(error).__name__}: {words}") from None
+        message = re.sub(r" ?<_io.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))[:200]
+        raise DecodeError("undecodable_image", f"{type(error).__name__}: {message}") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -86,45 +86,47 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image, white: float) -> Image.Image:
-    """8-bit greyscale of which `white` is 255; what lies outside is clipped."""
+    """8-bit greyscale, in which `white` becomes 255; values outside 0 to `white` are clipped."""
     values = np.asarray(image, dtype=np.float64) * (255.0 / white)
     return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).round().astype(np.uint8))
 
 
 def decode_caption(raw: bytes | None) -> tuple[str | None, list[str]]:
-    """A caption and the names of what was mended; None for an absent or blank one."""
+    """A caption, None if it is absent or blank, and its warnings: "missing_caption", "bad_utf8"."""
     if raw is None:
         return None, ["missing_caption"]
     try:
-        text, mended = raw.decode("utf-8-sig"), []
+        text, problems = raw.decode("utf-8-sig"), []
     except UnicodeDecodeError:
-        text, mended = raw.decode("utf-8-sig", "replace"), ["bad_utf8"]
+        text, problems = raw.decode("utf-8-sig", "replace"), ["bad_utf8"]
     text = text.strip()
-    return (text, mended) if text else (None, [*mended, "missing_caption"])
+    return (text, problems) if text else (None, [*problems, "missing_caption"])
 
 
 def decode_json(raw: bytes | None) -> tuple[dict[str, Any], list[str]]:
-    """A side-car's fields and the names of what was mended.
+    """The fields of a JSON side-car, and its warnings: "bad_utf8", "bad_json".
 
-    What is no JSON object, or nested deeper than MAX_DEPTH, is kept as text under "_raw". NaN and
-    infinities, which JSON does not know but Python writes, become null; half surrogates, which
-    UTF-8 cannot carry, U+FFFD.
+    Text that is not a JSON object, or is nested deeper than MAX_DEPTH, is kept under "_raw". NaN and infinities, which
+    Python writes but JSON lacks, become null; lone surrogates, which UTF-8 cannot encode, become U+FFFD.
+
+    >>> decode_json(b'{"width": 640, "score": NaN}')
+    ({'width': 640, 'score': None}, [])
     """
     if raw is None:
         return {}, []
     try:
-        text, mended = raw.decode("utf-8-sig"), []
+        text, problems = raw.decode("utf-8-sig"), []
     except UnicodeDecodeError:
-        text, mended = raw.decode("utf-8-sig", "replace"), ["bad_utf8"]
+        text, problems = raw.decode("utf-8-sig", "replace"), ["bad_utf8"]
     try:
-        found = _clean(json.loads(text))
+        value = _clean(json.loads(text))
     except (ValueError, RecursionError):
-        found = None
-    return (found, mended) if isinstance(found, dict) else ({"_raw": text}, [*mended, "bad_json"])
+        value = None
+    return (value, problems) if isinstance(value, dict) else ({"_raw": text}, [*problems, "bad_json"])
 
 
 def _clean(value: Any, depth: int = 0) -> Any:
-    """A parsed value that strict JSON and UTF-8 can hold; RecursionError if it is nested too deep."""
+    """A parsed value without what strict JSON and UTF-8 lack; RecursionError if it is nested too deep."""
     if depth > MAX_DEPTH:
         raise RecursionError
     if isinstance(value, str):

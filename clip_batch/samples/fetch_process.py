@@ -1,7 +1,7 @@
-"""A process that fetches: in the one that reads, each network packet would wait for the interpreter lock.
+"""A second process that copies remote byte ranges: in the reading process each packet would wait for Python's lock.
 
-Both sides copy ranges with `clip_batch.storage.transfer.copy_range`. Requests and answers are pickled, over
-pipes: nobody else sees the store's options, and the process ends with the one that started it.
+Both processes copy with `clip_batch.storage.transfer.copy_range`. Requests and answers are pickled over pipes, so
+that nobody else sees the store's options, and the process ends with the one that started it.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from clip_batch.storage.paths import REFUSING
 from clip_batch.storage.retry import Sleep
 from clip_batch.storage.transfer import RemoteFile, copy_range, remote_file
 
-_POLL = 0.25  # seconds until a request to stop is noticed
+_POLL = 0.25  # seconds between calls of `sleep`, which may raise to stop
 
 _SETTINGS = {
-    # glibc: the memory of one piece is used for the next; getting new pages costs as much as reading into them.
+    # glibc reuses the memory of one piece for the next; new pages cost as much as reading into them.
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),
-    "TOKIO_WORKER_THREADS": "1",  # of hdfs-native: more of them wake each other for every packet
+    "TOKIO_WORKER_THREADS": "1",  # hdfs-native: more threads would wake each other for every packet
 }
 
 
-class _Gone(Exception):
-    """The process ended, or never began."""
+class _ProcessEnded(Exception):
+    """The process ended, or could not be started."""
 
 
-def apart(url: str) -> bool:
-    """Whether another process opens the same: true of stores in the network, not of what a program registered."""
+def opens_elsewhere(url: str) -> bool:
+    """Whether another process can open a URL too; not if this program registered the filesystem itself."""
     return url.partition("://")[0] in (*REFUSING, "http", "https")
 
 
 class Fetcher:
-    """`copy_range` in a process of its own, begun with the first call; where it ends too soon, in this one."""
+    """Copies ranges in a second process, which the first call starts; if that ends too soon, in this one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,23 +53,23 @@ class Fetcher:
         self._answers: dict[int, Future[None]] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._listener: threading.Thread | None = None
-        self._over = False
+        self._closed = False
 
     def copy(self, remote: RemoteFile, start: int, stop: int, target: str, at: int, sleep: Sleep = time.sleep) -> None:
-        """See `clip_batch.storage.transfer.copy_range`; `sleep` is called every quarter of a second and may raise."""
+        """As `clip_batch.storage.transfer.copy_range`; `sleep` is called four times a second, and may raise."""
         try:
             answer = self._send(remote.url, remote.options, start, stop, target, at)
             while not futures.wait([answer], _POLL).done:
                 sleep(0)
             answer.result()
-        except _Gone:
+        except _ProcessEnded:
             sleep(0)
             copy_range(remote, start, stop, target, at, sleep)
 
     def close(self) -> None:
-        """End the process, whatever it is at."""
+        """End the process at once."""
         with self._lock:
-            self._over = True
+            self._closed = True
             if self._process:
                 self._process.kill()
         if self._listener:
@@ -79,8 +79,8 @@ class Fetcher:
         answer: Future[None] = Future()
         with self._lock:
             try:
-                if self._over:
-                    raise _Gone
+                if self._closed:
+                    raise _ProcessEnded
                 if self._process is None:
                     self._process = _start()
                     self._listener = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
@@ -91,25 +91,25 @@ class Fetcher:
                 pickle.dump((number, *request), self._process.stdin)
                 self._process.stdin.flush()
             except OSError:
-                self._over = True
-                raise _Gone from None
+                self._closed = True
+                raise _ProcessEnded from None
         return answer
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin and process.stdout
-        with contextlib.suppress(Exception), process.stdout:  # also of an error that cannot be unpickled
+        with contextlib.suppress(Exception), process.stdout:  # also errors that cannot be unpickled
             while True:
                 number, error = pickle.load(process.stdout)
                 answer = self._answers.pop(number)
                 answer.set_exception(error) if error else answer.set_result(None)
         with self._lock:
-            self._over = True
+            self._closed = True
             process.kill()
             process.wait()
             with contextlib.suppress(OSError):
                 process.stdin.close()
             for answer in self._answers.values():
-                answer.set_exception(_Gone())
+                answer.set_exception(_ProcessEnded())
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -120,12 +120,12 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def main() -> None:
-    """Serve the process that started this one until its end of the pipe is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # sent to all; the other one decides
+    """Answer the requests on standard input until it is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # sent to both; the parent decides
         signal.signal(number, signal.SIG_IGN)
-    os.nice(5)  # what is here already is worth more than what is to come
+    os.nice(5)  # slices that are here come first
     answers, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
-    os.dup2(2, 1)  # whatever a library prints goes elsewhere
+    os.dup2(2, 1)  # standard output belongs to answers; what libraries print goes to standard error
 
     def serve(number: int, url: str, options: dict[str, Any], *request: Any) -> None:
         error = None

@@ -1,7 +1,7 @@
-"""Reading ahead: while one slice is embedded, the next ones are on their way to this machine.
+"""Fetching ahead: while one slice is embedded, the next ones are copied to this machine.
 
-Local tars stay where they are. A remote slice becomes a temporary file (in TMPDIR) that is deleted as
-soon as it is mapped. How much may lie there is a budget of bytes; one slice ahead is always fetched.
+Local tars are read in place. A remote slice becomes a temporary file (in TMPDIR) that is deleted as soon as it is
+mapped. A budget of bytes limits these files, but one slice ahead is always fetched.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from clip_batch.errors import InputError
-from clip_batch.samples.fetch_process import Fetcher, apart
+from clip_batch.samples.fetch_process import Fetcher, opens_elsewhere
 from clip_batch.storage.download import THREADS, Download
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.transfer import CopyRange, copy_range, file_version, remote_file
 from clip_batch.types import Shard, Slice
 
 LARGE = 16 * 2**20
-"""Bytes of a slice that is worth a process to fetch it; most of a second goes by until that one reads."""
+"""Bytes from which a slice is fetched by a second process, which takes most of a second to start."""
 
 
 class Prefetcher:
-    """Local files of slices, in the order in which they will be taken; a context manager.
+    """Local files of slices, fetched in the order in which they will be taken; a context manager.
 
-    `slices` is asked for the next one only when there is room for it. `budget` is in bytes, the
-    slice in hand included. Once `stop` is set, nothing more is fetched and `take` raises Preempted.
+    - `slices`: the slices, in that order; the next one is drawn when there is room for it.
+    - `budget`: bytes of disk, the slice that is being read included.
+    - `stop`: once set, nothing more is fetched, and `take` raises Preempted.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class Prefetcher:
     ) -> None:
         self._slices, self._options, self._budget, self._stop = iter(slices), options, budget, stop
         self._closed = False
-        self._coming: deque[_Fetch] = deque()
-        self._following: Slice | None = None
+        self._fetches: deque[_Fetch] = deque()
+        self._next: Slice | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._fetcher = Fetcher()
 
@@ -53,23 +54,24 @@ class Prefetcher:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        while self._coming:
-            self._coming.popleft().drop()
+        while self._fetches:
+            self._fetches.popleft().drop()
         self._fetcher.close()
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
     def take(self, piece: Slice) -> Iterator[tuple[str, int]]:
-        """A local path that holds the slice, and the byte of the shard that it starts with.
+        """A local path that holds the slice, and the byte of the shard at which the file starts.
 
-        What comes before the slice is given up. The file is gone after the block, so map it there.
-        InputError: the shard is missing or another than planned, by size or (remote) etag; OSError:
-        the store does not answer, or the disk is full; Preempted.
+        Slices queued before this one are discarded. The file is deleted after the block, so map it there.
+
+        InputError: the shard is missing, or its size or (remote) etag is not as planned. OSError: the store does not
+        answer, or the disk is full. Preempted: `stop` is set.
         """
         if is_local(piece.shard.url):
             path = absolute(piece.shard.url)
-            check(piece.shard, os.path.getsize(path), None)
+            check_version(piece.shard, os.path.getsize(path), None)
             yield path, 0
             return
         fetch = self._find(piece)
@@ -81,46 +83,46 @@ class Prefetcher:
             fetch.drop()
 
     def _find(self, piece: Slice) -> _Fetch:
-        while self._coming:
-            fetch = self._coming.popleft()
+        while self._fetches:
+            fetch = self._fetches.popleft()
             if fetch.piece is piece:
                 return fetch
             fetch.drop()
-        # Not begun: it is the first, or those before it were given up.
-        while (following := self._peek()) is not None:
-            self._following = None
-            if following is piece:
+        # It is not being fetched yet: it is the first slice, or the ones before it were skipped.
+        while (candidate := self._peek()) is not None:
+            self._next = None
+            if candidate is piece:
                 break
         return self._begin(piece)
 
     def _fill(self, held: int) -> None:
-        """Begin what comes next, as far as there is room."""
-        held += sum(fetch.bytes for fetch in self._coming)
+        """Start the next fetches, as far as there is room beside the `held` bytes."""
+        held += sum(fetch.bytes for fetch in self._fetches)
         while (piece := self._peek()) is not None:
             held += _bytes(piece, self._budget)
-            if self._coming and held > self._budget:
+            if self._fetches and held > self._budget:
                 return
-            self._following = None
-            self._coming.append(self._begin(piece))
+            self._next = None
+            self._fetches.append(self._begin(piece))
 
     def _peek(self) -> Slice | None:
-        """The next remote slice, left where it is."""
-        while self._following is None and (piece := next(self._slices, None)) is not None:
-            self._following = None if is_local(piece.shard.url) else piece
-        return self._following
+        """The next remote slice, which stays the next one."""
+        while self._next is None and (piece := next(self._slices, None)) is not None:
+            self._next = None if is_local(piece.shard.url) else piece
+        return self._next
 
     def _begin(self, piece: Slice) -> _Fetch:
         self._pool = self._pool or ThreadPoolExecutor(THREADS, "download")
         size = _bytes(piece, self._budget)
-        copy = self._fetcher.copy if size >= LARGE and apart(piece.shard.url) else copy_range
-        return _Fetch(piece, self._options, size, self._pool, self._stopped, copy)
+        copy = self._fetcher.copy if size >= LARGE and opens_elsewhere(piece.shard.url) else copy_range
+        return _Fetch(piece, self._options, size, self._pool, self._should_stop, copy)
 
-    def _stopped(self) -> bool:
+    def _should_stop(self) -> bool:
         return self._closed or (self._stop is not None and self._stop.is_set())
 
 
 class _Fetch:
-    """One slice on its way; an error of its own waits until the slice is wanted."""
+    """The download of one slice; an error waits until the slice is taken."""
 
     def __init__(
         self,
@@ -128,7 +130,7 @@ class _Fetch:
         options: dict[str, Any] | None,
         size: int,
         pool: ThreadPoolExecutor,
-        stopped: Callable[[], bool],
+        should_stop: Callable[[], bool],
         copy: CopyRange,
     ) -> None:
         self.piece, self.bytes, self.path = piece, size, ""
@@ -137,24 +139,27 @@ class _Fetch:
         url = piece.shard.url
         stop = piece.shard.size if piece.stop is None else piece.stop
         try:
-            self._source = remote_file(url, options)
+            self._remote = remote_file(url, options)
             descriptor, self.path = tempfile.mkstemp(prefix="clip-batch-")
             os.close(descriptor)
-            self._download = Download(self._source, piece.start, stop, self.path, pool, stopped, self._check, copy=copy)
+            self._download = Download(
+                self._remote, piece.start, stop, self.path, pool, should_stop, self._check, copy=copy
+            )
         except Exception as error:
             self._error = error
 
     def finish(self) -> None:
-        """Wait until the file is whole, and known to be of the planned version."""
+        """Wait until the file is complete, and its version has been compared with the plan."""
         if self._error or not self._download:
             raise self._error or AssertionError
         try:
             self._download.finish()
         except (InputError, OSError, ValueError):
-            self._check()  # a shard that is another now fails in ways of its own
+            self._check()  # a shard that changed fails in many ways: name the change
             raise
 
     def drop(self) -> None:
+        """Stop the download and delete the file."""
         if self._download:
             self._download.cancel()
         if self.path:
@@ -162,13 +167,13 @@ class _Fetch:
                 os.unlink(self.path)
 
     def _check(self) -> None:
-        """Behind the last byte: what is planned and stands now has not changed while it was read."""
+        """Check the version after the last byte, so that a change while the shard was read is noticed too."""
         pause = self._download.pause if self._download else time.sleep
-        check(self.piece.shard, *file_version(self._source, pause))
+        check_version(self.piece.shard, *file_version(self._remote, pause))
 
 
-def check(shard: Shard, size: int | None, etag: str | None) -> None:
-    """InputError unless a shard is what was planned, as far as plan and store tell."""
+def check_version(shard: Shard, size: int | None, etag: str | None) -> None:
+    """InputError if a shard's size or etag is not as planned; None is unknown, and not compared."""
     if shard.size is not None and size is not None and size != shard.size:
         raise InputError(f"{shard.url} was planned with {shard.size} bytes and has {size} now; plan again")
     if shard.etag is not None and etag is not None and etag != shard.etag:
@@ -176,6 +181,6 @@ def check(shard: Shard, size: int | None, etag: str | None) -> None:
 
 
 def _bytes(piece: Slice, budget: int) -> int:
-    """What a slice takes on the disk; where no one knows, all there is."""
+    """Bytes that a slice takes on the disk; the whole budget where its size is unknown."""
     stop = piece.shard.size if piece.stop is None else piece.stop
     return budget if stop is None else stop - piece.start

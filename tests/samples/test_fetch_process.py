@@ -18,7 +18,7 @@ import pytest
 
 from clip_batch.errors import InputError, Preempted
 from clip_batch.samples import prefetch, read_slice
-from clip_batch.samples.fetch_process import Fetcher, apart
+from clip_batch.samples.fetch_process import Fetcher, opens_elsewhere
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage.download import pieces
 from clip_batch.storage.store import Store
@@ -127,7 +127,7 @@ def test_its_errors_are_those_of_this_process(web: str, fetcher: Fetcher, tmp_pa
                 copy(remote, 0, 10, str(target), 0)
             told.append((type(caught.value), caught.value.errno, str(caught.value)))
         assert told[0] == told[1]
-    with pytest.raises(InputError, match=r"reading https://%zz: .*no_such_option.*mend"):
+    with pytest.raises(InputError, match=r"reading https://%zz: .*no_such_option.*check"):
         fetcher.copy(wrong, 0, 10, str(tmp_path / "a"), 0)
     assert runs(pid(fetcher))
 
@@ -195,7 +195,7 @@ copy.join()
 
 def test_what_a_program_registered_is_read_in_it() -> None:
     urls = ("s3://a/b", "hdfs:///a", "https://a/b", "gs://a/b", "memory://a", "flaky://a", "/a", "file:///a")
-    assert [apart(url) for url in urls] == [True] * 4 + [False] * 4
+    assert [opens_elsewhere(url) for url in urls] == [True] * 4 + [False] * 4
 
 
 @pytest.mark.slow

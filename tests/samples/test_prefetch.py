@@ -22,9 +22,9 @@ from clip_batch.errors import InputError, Preempted
 from clip_batch.plan.plan import make_plan
 from clip_batch.samples import read_slice
 from clip_batch.samples.prefetch import Prefetcher
+from clip_batch.samples.tar.cuts import cuts, cuts_by_headers
 from clip_batch.samples.tar.headers import Damage, Member, members
-from clip_batch.samples.tar.reader import cuts, cuts_among
-from clip_batch.samples.tar.scan import jump, scan_tar
+from clip_batch.samples.tar.scan import read_headers, scan_tar
 from clip_batch.storage import retry
 from clip_batch.types import Sample, Shard, Slice
 from tests import corpus
@@ -233,11 +233,11 @@ def test_headers_by_jumps_are_those_of_the_whole(
         read.append(stop - start)
         return bytes(tar[start:stop])
 
-    found = [item for item in jump(take, len(tar), short, 4 * short, 1024) if isinstance(item, Member)]
+    found = [item for item in read_headers(take, len(tar), short, 4 * short, 1024) if isinstance(item, Member)]
     assert found == [item for item in members(bytes(tar)) if isinstance(item, Member)]
     assert sum(read) <= 3 * len(tar) + 4 * short
     if not any(isinstance(item, Damage) for item in members(bytes(tar))):
-        assert cuts_among(jump(take, len(tar), short, 4 * short), len(tar)) == cuts(bytes(tar))
+        assert cuts_by_headers(read_headers(take, len(tar), short, 4 * short), len(tar)) == cuts(bytes(tar))
 
 
 def test_bytes_that_only_sum_up_like_a_header_are_none_behind_damage() -> None:
@@ -246,7 +246,7 @@ def test_bytes_that_only_sum_up_like_a_header_are_none_behind_damage() -> None:
     tar[1] ^= 1
     names = [
         item.name
-        for item in jump(lambda start, stop: bytes(tar[start:stop]), len(tar), 512, 2048, 1024)
+        for item in read_headers(lambda start, stop: bytes(tar[start:stop]), len(tar), 512, 2048, 1024)
         if isinstance(item, Member)
     ]
     assert names == [item.name for item in members(bytes(tar)) if isinstance(item, Member)] == ["b.jpg", "a.jpg"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from clip_batch.errors import ClipBatchError, InputError, Preempted, one_line
 from clip_batch.samples.tar.fast_headers import BLOCK
-from clip_batch.samples.tar.headers import stated
+from clip_batch.samples.tar.headers import name_and_size
 from clip_batch.storage import web
 from clip_batch.storage.paths import is_local, local_path
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
@@ -113,7 +113,7 @@ class _Tar:
 def _is_of(data: bytes, place: Place) -> bool:
     """Whether a header and what follows it are the member of a place."""
     try:
-        name, size = stated(data[:BLOCK])
+        name, size = name_and_size(data[:BLOCK])
     except Exception:  # bytes of anything
         return False
     if len(data) != BLOCK + (place.length or 0) or size != place.length:

@@ -1,1 +1,1 @@
-"""Webdataset tars: headers checked block by block, grouped into samples over a memory map."""
+"""Webdataset tars: their headers, the samples that members make, and where a tar may be cut."""

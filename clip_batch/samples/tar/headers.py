@@ -1,10 +1,9 @@
 """Tar headers: a strict parser over a buffer.
 
-It knows POSIX ustar and PAX, GNU long names and base-256 sizes, and old v7 headers, and verifies
-every checksum; nothing is copied but the headers. Where one is broken it searches for the next good
-one, and says which bytes were lost. Zero blocks are passed over, so tars that were joined by `cat`
-are read whole; a tar that ends at the end of a member, without closing zero blocks, is whole too.
-Plain headers are verified many at once (`plain_run`), by a shortcut that finds the same.
+It knows POSIX ustar and PAX, GNU long names and base-256 sizes, and old v7 headers, and verifies every checksum;
+only headers are copied. After a broken header it searches for the next good one, and reports the bytes that were
+lost. Zero blocks are skipped, so tars that were joined by `cat` are read whole; a tar without the closing zero
+blocks is whole too. Plain headers are verified many at once (`plain_run`), with the same result.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 
 from clip_batch.samples.tar.fast_headers import BLOCK, MOST, Fields, plain_run
 
-_LONGEST_EXTENDED = 2**20  # bytes of a PAX or long-name record that are believed
+_LONGEST_EXTENDED = 2**20  # bytes; a PAX or long-name record that claims more is damage
 _HEADER = struct.Struct("100s24x12s12x8ss100x8s80x155s12x")  # name, size, checksum, type, magic, prefix
 _MAGIC_AT = 257
 _MAGIC = re.compile(rb"ustar[\0 ]")
@@ -48,39 +47,38 @@ class Damage(NamedTuple):
 def members(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int | None = None) -> Iterator[Member | Damage]:
     """Every regular member of the bytes [start, stop), in order, and every Damage between them.
 
-    A last member that is cut off is yielded with the size its header states, before the Damage
-    that says so. Directories, links and devices are passed over; so are the contents of global PAX
-    headers, which would name all members alike.
+    A last member that is cut off has the size that its header states, and a Damage follows it. Directories, links and
+    devices are skipped; so are the contents of global PAX headers, which would give all members the same name.
     """
-    for found in runs(data, start, stop):
-        if isinstance(found, Damage):
-            yield found
+    for run in member_runs(data, start, stop):
+        if isinstance(run, Damage):
+            yield run
         else:
-            yield from map(Member._make, found)
+            yield from map(Member._make, run)
 
 
-def runs(
+def member_runs(
     data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int | None = None
 ) -> Iterator[Iterable[Fields] | Damage]:
-    """`members`, as many at once as are found at once, and each as a plain tuple of a Member's fields."""
+    """`members` in runs of as many as are parsed at once, each member as a plain tuple of its fields."""
     view = memoryview(data)
     end = len(view) if stop is None else min(stop, len(view))
     position = start
-    header = -1  # where the extended headers of the coming member start; -1: it has none so far
+    header = -1  # where the extended headers of the next member start; -1: it has none so far
     long_name: bytes | None = None
     pax: dict[bytes, bytes] = {}
     unpack, adler32 = _HEADER.unpack_from, zlib.adler32
     scratch = np.empty((MOST, BLOCK), np.uint8)
-    wary = start  # up to here headers are read one by one, as a run that looked ahead met one that is not plain
+    strict_until = start  # headers before this are parsed one by one: a run has looked at them and met one not plain
     while position < end:
-        if position >= wary and header < 0:
+        if position >= strict_until and header < 0:
             run = plain_run(view, position, end, scratch)
             if run.after > position:
                 yield run.members
-            position, wary = run.after, run.seen
+            position, strict_until = run.after, run.strict_until
         if end - position < BLOCK:
             if _NOT_ZERO.search(view, position, end):
-                yield _partial(view, position, end, start)
+                yield _cut_header(view, position, end, start)
             return
         name, size_field, sum_field, kind, magic, prefix = unpack(view, position)
         # The low half of Adler-32 is 1 + the sum of the bytes modulo 65521: exact for 256 bytes, and
@@ -88,10 +86,10 @@ def runs(
         left = adler32(view[position : position + 256]) & 0xFFFF
         right = adler32(view[position + 256 : position + BLOCK]) & 0xFFFF
         if left == 1 and right == 1:
-            found = _NOT_ZERO.search(view, position, end)
-            if found is None:
+            nonzero = _NOT_ZERO.search(view, position, end)
+            if nonzero is None:
                 return
-            position += (found.start() - position) // BLOCK * BLOCK
+            position += (nonzero.start() - position) // BLOCK * BLOCK
             continue
         try:
             if _number(sum_field) != left + right + 255 - (adler32(sum_field) & 0xFFFF):
@@ -116,7 +114,7 @@ def runs(
                     name = name.partition(b"\0")[0]
                     if prefix[0] and magic[:6] == b"ustar\0":
                         name = prefix.partition(b"\0")[0] + b"/" + name
-                if name[-1:] != b"/":  # else a directory, as v7 wrote it
+                if name[-1:] != b"/":  # else a directory of v7 tar
                     yield ((name.decode("utf-8", "replace"), body, size, position if header < 0 else header),)
                 elif kind == b"\0":
                     after = body
@@ -133,7 +131,7 @@ def runs(
             elif kind in b"123456":  # no data follows, whatever the size says
                 after = body
         except ValueError as error:
-            yield (damage := _lost(view, position, end, start, str(error)))
+            yield (damage := _bad_header(view, position, end, start, str(error)))
             position += damage.length
             header, long_name, pax = -1, None, {}
             continue
@@ -147,10 +145,10 @@ def runs(
         position = after
 
 
-def stated(block: bytes) -> tuple[str, int]:
-    """The name and the size that one header block states, less what extended headers before it say.
+def name_and_size(block: bytes) -> tuple[str, int]:
+    """The name and the size in one header block; extended headers before it may overrule them.
 
-    ValueError: it is no header of a regular file.
+    ValueError: it is not the header of a regular file.
     """
     name, size, total, kind, magic, prefix = _HEADER.unpack(block)
     if kind not in (b"0", b"\0", b"7") or _number(total) != sum(block) - sum(total) + 256:
@@ -162,7 +160,7 @@ def stated(block: bytes) -> tuple[str, int]:
 
 
 def _number(field: bytes) -> int:
-    """A numeric header field: octal digits, or GNU's base-256; ValueError on anything else."""
+    """Parse a numeric header field: octal digits, or GNU's base-256; ValueError on anything else."""
     digits = field.partition(b"\0")[0].strip()
     if digits.isdigit():
         return int(digits, 8)
@@ -174,7 +172,7 @@ def _number(field: bytes) -> int:
 
 
 def _check_signed(view: memoryview, position: int, field: bytes) -> None:
-    """ValueError unless the checksum fits when bytes count as signed, as some old writers did."""
+    """ValueError unless the checksum is right for signed bytes, which some old programs summed."""
     signed = sum(view[position : position + BLOCK].cast("b")) - sum(memoryview(field).cast("b")) + 256
     if _number(field) != signed:
         raise ValueError("a header whose checksum is wrong")
@@ -197,7 +195,7 @@ def _pax(records: bytes) -> dict[bytes, bytes]:
 
 
 def next_header(view: memoryview, position: int, end: int) -> int:
-    """The first byte from `position` on where a whole header stands, by magic and checksum; `end` if there is none."""
+    """The first byte from `position` on of a whole header with its magic and checksum; `end` if there is none."""
     for magic in _MAGIC.finditer(view, position + _MAGIC_AT, end):
         block = magic.start() - _MAGIC_AT
         if block + BLOCK > end:
@@ -211,8 +209,8 @@ def next_header(view: memoryview, position: int, end: int) -> int:
     return end
 
 
-def _lost(view: memoryview, position: int, end: int, start: int, what: str) -> Damage:
-    """The bytes from a bad header to the next good one."""
+def _bad_header(view: memoryview, position: int, end: int, start: int, what: str) -> Damage:
+    """The damage from a bad header to the next good one."""
     following = next_header(view, position + 1, end)
     if position == start == 0 and following == end and not _MAGIC.match(view, _MAGIC_AT, end):
         return _not_a_tar(view, end)
@@ -220,8 +218,8 @@ def _lost(view: memoryview, position: int, end: int, start: int, what: str) -> D
     return Damage(position, following - position, "corrupt_header", message)
 
 
-def _partial(view: memoryview, position: int, end: int, start: int) -> Damage:
-    """The file ends within a header block."""
+def _cut_header(view: memoryview, position: int, end: int, start: int) -> Damage:
+    """The damage where the file ends within a header block."""
     if position == start == 0 and not _MAGIC.match(view, _MAGIC_AT, end):
         return _not_a_tar(view, end)
     message = f"the tar ends at byte {end}, within a header; copy or download it again"

@@ -1,4 +1,4 @@
-"""Which members make a sample: webdataset's rule, for members that may lie anywhere."""
+"""Which members make a sample: webdataset's rule, for members in any order."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from clip_batch.samples.tar.fast_headers import BLOCK, Fields
 from clip_batch.samples.tar.headers import Damage
 
 _WIDTH = 7
-_OTHER = (0, 0, 0)
+_UNUSED = (0, 0, 0)  # the place of extensions that belong to no part
 
 
-class Group(NamedTuple):
-    """The samples of a tar in the order of their first members, as columns; the damage; the byte where it ends.
+class TarSamples(NamedTuple):
+    """The samples of a tar in the order of their first members, as columns.
 
-    `table` has 7 numbers of each sample (see `rows`). A cut before any of the samples a + 1 to b
-    would tear a key apart, for each b: a of `torn`. `dotted` is by a sample's header: an extension of
-    it that ends in a known one.
+    - `keys`: the key of each sample.
+    - `table`: 7 numbers a sample (see `rows`).
+    - `torn`: {b: a}; a cut before any of the samples a + 1 to b would separate members of one key.
+    - `dotted`: by a sample's header, an extension of the sample that ends in a known one ("512.jpg").
+    - `damage`: what could not be read.
+    - `end`: the byte where the last member ends.
     """
 
     keys: list[str]
@@ -29,18 +32,18 @@ class Group(NamedTuple):
     end: int
 
     def rows(self) -> Iterator[tuple[str, int, int, int, int, int, int, int]]:
-        """(key, first member's header, then offset and size of each part: 0, 0 where it has none), in bytes."""
+        """(key, the first member's header, then offset and size of each part; 0, 0 where it is absent), in bytes."""
         return zip(self.keys, *[iter(self.table)] * _WIDTH, strict=True)
 
 
-def group(runs: Iterable[Iterable[Fields] | Damage], *parts: Sequence[str]) -> Group:
-    """The samples among members: of all, as members of a sample may lie anywhere; about 300 bytes of memory a sample.
+def group_members(runs: Iterable[Iterable[Fields] | Damage], *parts: Sequence[str]) -> TarSamples:
+    """Group members into samples; takes about 300 bytes of memory a sample.
 
-    The key is the path up to the first dot of the base name, and the extension the rest,
-    lower-cased: webdataset's rule. A member joins the latest sample of its key, wherever it lies,
-    unless that sample has its extension already. Names without a dot, hidden ones and what macOS
-    adds (`._x`, `__MACOSX`) belong to none. `parts`, three at most, are lists of extensions; of
-    several members for a part the first listed extension is taken.
+    webdataset's rule: the key is the path up to the first dot of the base name, and the extension is the rest,
+    lower-cased. A member joins the latest sample of its key, wherever it is in the tar, unless that sample has
+    a member of its extension. Names without a dot, hidden files and what macOS adds (`._x`, `__MACOSX`) belong to no
+    sample. `parts` are at most three lists of extensions; of several members for a part, the one whose extension is
+    listed first is used.
     """
     places = _places(parts)
     keys: list[str] = []
@@ -48,9 +51,9 @@ def group(runs: Iterable[Iterable[Fields] | Damage], *parts: Sequence[str]) -> G
     torn: dict[int, int] = {}
     dotted: dict[int, str] = {}
     damage: list[Damage] = []
-    numbers: dict[str, int] = {}  # of the latest sample of each key
-    seen: list[int] = []  # bits of the extensions that each sample has
-    prefix, known, number = "\0", 1, -1  # of the latest sample that got a member: most often it gets the next
+    numbers: dict[str, int] = {}  # the number of the latest sample of each key
+    seen: list[int] = []  # the extensions that each sample has, as bits
+    prefix, known, number = "\0", 1, -1  # of the sample that got the last member: it usually gets the next one
     end = 0
     for run in runs:
         if isinstance(run, Damage):
@@ -66,7 +69,7 @@ def group(runs: Iterable[Iterable[Fields] | Damage], *parts: Sequence[str]) -> G
                 extension = name[dot + 1 :].lower()
                 if dot <= base or not extension or "__MACOSX" in name[:base]:
                     continue
-                place = places.get(extension, _OTHER)
+                place = places.get(extension, _UNUSED)
                 known = dot + 1
                 prefix = name[:known]
                 number = numbers.get(prefix, -1)
@@ -94,17 +97,17 @@ def group(runs: Iterable[Iterable[Fields] | Damage], *parts: Sequence[str]) -> G
                 table[at + 1] = size
         if offset >= 0:
             end = offset - (-size // BLOCK) * BLOCK
-    return Group(keys, table, torn, dotted, damage, end)
+    return TarSamples(keys, table, torn, dotted, damage, end)
 
 
 def _places(parts: Iterable[Sequence[str]]) -> dict[str, tuple[int, int, int]]:
-    """Of each extension, lower-cased: a bit of its own, the column of its part, the bits of those listed before it."""
+    """For each extension, lower-cased: its bit, the column of its part, and the bits of those listed before it."""
     places = {}
     bit = 1
     for part, extensions in enumerate(parts):
         better = 0
         for extension in dict.fromkeys(map(str.lower, extensions)):
-            if extension and "/" not in extension:  # no member has such
+            if extension and "/" not in extension:  # no member has another
                 places[extension] = (bit, 1 + 2 * part, better)
                 better |= bit
                 bit <<= 1

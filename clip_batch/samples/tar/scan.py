@@ -1,6 +1,6 @@
-"""The headers of a tar where it lies: what planning wants to know of it, without a copy of it.
+"""Scanning the headers of a tar, local or remote, for planning: where it may be cut, and how many samples it has.
 
-A remote tar is read in blocks, one at a time in memory; what is large is jumped over.
+A remote tar is read in blocks, one at a time in memory; large members are skipped without a copy of them.
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.samples.prefetch import Prefetcher
+from clip_batch.samples.tar.cuts import Cuts, cuts, cuts_by_headers
 from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import Damage, Member, members, next_header
-from clip_batch.samples.tar.reader import GZIP_MAGIC, cuts, cuts_among
+from clip_batch.samples.tar.mapping import GZIP_MAGIC
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
 from clip_batch.types import Shard, Slice
 
 SHORT, LONG = 64 * 2**10, 8 * 2**20
-"""Bytes of a read where members are large, and where they are small: a request costs about as much as 2 MB."""
+"""Bytes of a request where members are large, and where they are small. A request costs as much as 2 MB of data."""
 
 JUMP = 2**20
-"""From this many bytes between a block and the next header on, reading short blocks is cheaper."""
+"""Bytes between a block and the next header from which short blocks are cheaper."""
 
 Read = Callable[[int, int], bytes]
+"""Reads the bytes [start, stop) of a tar."""
 
 
-def scan_tar(tar: Shard, options: dict[str, Any] | None = None) -> tuple[list[tuple[int, int]], int | None]:
-    """The cuts of a tar (see `cuts`) and its number of samples; ([], None) if it is gzipped, or cannot be read.
+def scan_tar(tar: Shard, options: dict[str, Any] | None = None) -> tuple[Cuts, int | None]:
+    """The cuts of a tar (see `cuts`) and its number of samples; ([], None) if it is gzipped or cannot be read.
 
     OSError: the store does not answer.
     """
@@ -36,24 +38,27 @@ def scan_tar(tar: Shard, options: dict[str, Any] | None = None) -> tuple[list[tu
     try:
         if is_local(tar.url) or tar.size is None or not has_ranges(remote := remote_file(tar.url, options)):
             with Prefetcher(options=options) as files, files.take(Slice(tar)) as (path, _):
-                found = cuts(path)
+                places = cuts(path)
         elif tar.size and read_range(remote, 0, 2) == GZIP_MAGIC:
             return [], None
         else:
-            found = cuts_among(jump(lambda start, stop: read_range(remote, start, stop), tar.size), tar.size)
-    except (ValueError, InputError):  # `embed` reports what is wrong with it
+            headers = read_headers(lambda start, stop: read_range(remote, start, stop), tar.size)
+            places = cuts_by_headers(headers, tar.size)
+    except (ValueError, InputError):  # `embed` reports the error
         return [], None
-    return found, found[-1][1]
+    return places, places[-1][1]
 
 
-def jump(read: Read, size: int, short: int = SHORT, long: int = LONG, far: int = JUMP) -> Iterator[Member | Damage]:
-    """`members` of a tar of so many bytes, of which `read` gives a range; one damage may come in parts.
+def read_headers(
+    read: Read, size: int, short: int = SHORT, long: int = LONG, far: int = JUMP
+) -> Iterator[Member | Damage]:
+    """`members` of a tar of `size` bytes, read in blocks; one Damage may come in parts.
 
-    Each block begins where the last member ends, so that no header is torn; a block without any is
-    read again, longer. `short` and `long` are multiples of BLOCK.
+    Each block begins where the last member ends, so that no header is cut; a block without a member is read again,
+    longer. `short` and `long` are multiples of BLOCK.
     """
     position, length = 0, max(long // 8, short)
-    damaged = False  # whether the block before ended within damage, which only a header with its magic ends
+    damaged = False  # the block before ended within damage, which lasts until a header with its magic
     while position < size:
         stop = min(position + length, size)
         data = read(position, stop)
@@ -61,7 +66,7 @@ def jump(read: Read, size: int, short: int = SHORT, long: int = LONG, far: int =
         if damaged:
             start = next_header(memoryview(data), 0, len(data))
             damaged = start == len(data)
-            after += start if not damaged or stop == size else max(start - BLOCK + 1, 1)  # no header begins before that
+            after += start if not damaged or stop == size else max(start - BLOCK + 1, 1)  # no header begins earlier
             if after > position:
                 message = f"bytes {position} to {after} hold no header"
                 yield Damage(position, after - position, "corrupt_header", message)
@@ -73,7 +78,7 @@ def jump(read: Read, size: int, short: int = SHORT, long: int = LONG, far: int =
                 after = item.offset + -(-item.size // BLOCK) * BLOCK
                 yield item._replace(header=position + item.header)
             elif stop < size and item.offset + item.length == stop:
-                if item.reason != "truncated_tar":  # else it is the block that ends here, not the tar
+                if item.reason != "truncated_tar":  # else the block ends here, not the tar
                     after = max(item.offset, stop - BLOCK + 1)  # no header begins before that
                     damaged = True
                     yield item._replace(length=after - item.offset)

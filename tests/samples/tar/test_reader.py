@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from clip_batch.errors import InputError
 from clip_batch.samples import read_slice
-from clip_batch.samples.tar.reader import Damage, Member, cuts, members
+from clip_batch.samples.tar.cuts import cuts
+from clip_batch.samples.tar.headers import Damage, Member, members
 from clip_batch.types import Failure, Sample, Shard, Slice
 from tests import corpus
 
