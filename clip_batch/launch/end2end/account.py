@@ -21,14 +21,11 @@ import pyarrow.parquet as pq
 
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.errors import CorruptError, one_line
-from clip_batch.launch.end2end.img2dataset import table_name
+from clip_batch.launch.end2end import paths
 from clip_batch.launch.end2end.urls import UrlList, read_frozen
-from clip_batch.plan import paths
+from clip_batch.plan import paths as out
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.store import Store
-
-FAILURES = "failures.parquet"
-SUMMARY = "summary.json"
 
 SCHEMA = pa.schema(
     [
@@ -78,7 +75,7 @@ class Account:
 def read_account(home: Store) -> Account | None:
     """Return the account that is in DIR, or None if there is none yet."""
     try:
-        return Account(**home.read_json(SUMMARY))
+        return Account(**home.read_json(paths.SUMMARY))
     except FileNotFoundError:
         return None
 
@@ -87,7 +84,7 @@ def account(home: Store, url_list: UrlList, output: Store) -> Account:
     """Write and return the account of a list. Raises CorruptError if a URL was embedded, or failed, twice."""
     embedded, unreadable = _embed_results(url_list, output)
     failed, messages = Counter[str](), Counter[str]()
-    with home.writer(FAILURES) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+    with home.writer(paths.FAILURES) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         for start, table in read_frozen(home, url_list):
             rows = list(_failed_urls(home, url_list, start, table, embedded, unreadable))
             writer.write_table(pa.Table.from_pylist([row._asdict() for row in rows], schema=SCHEMA))
@@ -96,7 +93,7 @@ def account(home: Store, url_list: UrlList, output: Store) -> Account:
     result = Account(
         url_list.urls, int(embedded.sum()), dict(failed.most_common()), dict(messages.most_common(_MOST_MESSAGES))
     )
-    home.replace(SUMMARY, json.dumps(asdict(result), indent=1, ensure_ascii=False).encode())
+    home.replace(paths.SUMMARY, json.dumps(asdict(result), indent=1, ensure_ascii=False).encode())
     return result
 
 
@@ -113,11 +110,11 @@ def _embed_results(url_list: UrlList, output: Store) -> tuple[npt.NDArray[np.uin
     embedded, unreadable = np.zeros(url_list.urls, np.uint8), dict[int, Cause]()
     count = 0
     for commit in read_commits(output).values():
-        if name := commit.file(paths.METADATA):
+        if name := commit.file(out.METADATA):
             with output.open(name) as file:
                 places = url_list.rows(ParquetFile(file).read(["key"])["key"])
             np.add.at(embedded, places, 1)
-        if name := commit.file(paths.FAILURES):
+        if name := commit.file(out.FAILURES):
             with output.open(name) as file:
                 table = ParquetFile(file).read()
             samples = [row for row in table.to_pylist() if row["key"] is not None]  # the other failures are of shards
@@ -159,7 +156,7 @@ def _failed_urls(
 
 def _download_failures(home: Store, url_list: UrlList, shard: int) -> dict[int, Cause]:
     """Return what img2dataset recorded of the URLs of a shard, by place in the list; all of them count as failures."""
-    with home.open(table_name(shard)) as file:
+    with home.open(paths.records(shard)) as file:
         table = ParquetFile(file).read(["key", "status", "error_message"])
     places = url_list.rows(table["key"]).tolist()
     records = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)

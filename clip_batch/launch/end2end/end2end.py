@@ -11,7 +11,8 @@ from clip_batch.config import DownloadConfig, EmbedConfig, MergeConfig, PlanConf
 from clip_batch.errors import IncompleteError, InputError, Preempted
 from clip_batch.index.merge.merge import merge
 from clip_batch.launch import local
-from clip_batch.launch.end2end.account import FAILURES, Account, account, read_account
+from clip_batch.launch.end2end import paths
+from clip_batch.launch.end2end.account import Account, account, read_account
 from clip_batch.launch.end2end.img2dataset import download, exclusive, tars
 from clip_batch.launch.end2end.urls import freeze
 from clip_batch.plan.plan import make_plan
@@ -36,7 +37,7 @@ def end2end(
     (running it again resumes), Preempted, and what each stage raises.
     """
     options = storage.storage_options
-    home, output, index = Store(folder, options), f"{folder}/embeddings", f"{folder}/index"
+    home, output, index = Store(folder, options), f"{folder}/{paths.OUTPUT}", f"{folder}/{paths.INDEX}"
     with exclusive(home) as lock:
         url_list = freeze(download_config, home, options)
         say(f"list: {url_list.urls:,} URLs in {url_list.shards:,} shards")
@@ -47,7 +48,7 @@ def end2end(
         _embed(output, embed_config, storage, workers, say)
     result = read_account(home) or account(home, url_list, store)
     if not result.embedded:
-        raise InputError(f"none of {url_list.urls:,} URLs gave an image: {home.display(FAILURES)} says why")
+        raise InputError(f"none of {url_list.urls:,} URLs gave an image: {home.display(paths.FAILURES)} says why")
     merge(output, index, merge_config, storage=storage, progress=lambda line: say(f"merge: {line}"))
     return index, result
 

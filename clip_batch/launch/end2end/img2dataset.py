@@ -20,7 +20,8 @@ from typing import Any
 from clip_batch.config import DownloadConfig
 from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, IncompleteError
-from clip_batch.launch.end2end.urls import FOLDER, IMAGES, UrlList
+from clip_batch.launch.end2end import paths
+from clip_batch.launch.end2end.urls import UrlList
 from clip_batch.storage.filesystem import own_options
 from clip_batch.storage.store import Store
 
@@ -63,7 +64,7 @@ def download(
     say(f"download: {len(missing):,} of {url_list.shards:,} shards are missing")
     command = _command(config, home, url_list)
     for shard in missing:  # img2dataset would take a shard for complete if a truncated stats file of it is there
-        home.remove(_stats_name(shard))
+        home.remove(paths.stats(shard))
     last_line = _run(command, _environment(home, max_pixels, options), lock, say)
     if last_line.startswith("ERROR:"):  # img2dataset rejects unknown options only after it has downloaded
         raise ConfigError(f"img2dataset says {last_line!r}: correct --img2dataset-options, and give another --output")
@@ -103,24 +104,15 @@ def exclusive(home: Store) -> Iterator[int | None]:
 
 def tars(home: Store, images: list[int]) -> list[str]:
     """Return the tars of the shards that have images, as SPECs of a plan."""
-    return [home.display(f"{IMAGES}/{shard:05d}.tar") for shard, count in enumerate(images) if count]
-
-
-def table_name(shard: int) -> str:
-    """Return the name of the Parquet file in which img2dataset records each URL of a shard."""
-    return f"{IMAGES}/{shard:05d}.parquet"
-
-
-def _stats_name(shard: int) -> str:
-    return f"{IMAGES}/{shard:05d}_stats.json"
+    return [home.display(paths.tar(shard)) for shard, count in enumerate(images) if count]
 
 
 def _image_counts(home: Store, url_list: UrlList) -> list[int | None]:
     """Return the number of images in each shard; None if its stats are missing or truncated."""
-    existing = {f"{IMAGES}/{name}" for name in home.list(IMAGES)}
+    existing = {f"{paths.IMAGES}/{name}" for name in home.list(paths.IMAGES)}
     counts: list[int | None] = []
     for shard in range(url_list.shards):
-        name = _stats_name(shard)
+        name = paths.stats(shard)
         try:
             counts.append(int(home.read_json(name)["successes"]) if name in existing else None)
         except ValueError:
@@ -137,12 +129,12 @@ def _command(config: DownloadConfig, home: Store, url_list: UrlList) -> list[str
             "img2dataset, then --img2dataset img2dataset/bin/img2dataset"
         )
     ours = {
-        "url_list": home.display(FOLDER),
+        "url_list": home.display(paths.URLS),
         "input_format": "parquet",
         "url_col": "url",
         "caption_col": "caption" if url_list.captions else None,
         "save_additional_columns": config.save_columns or None,
-        "output_folder": home.display(IMAGES),
+        "output_folder": home.display(paths.IMAGES),
         "output_format": "webdataset",
         "number_sample_per_shard": url_list.shard_samples,
         "incremental_mode": "incremental",

@@ -22,14 +22,11 @@ import pyarrow.parquet as pq
 
 from clip_batch.config import DownloadConfig
 from clip_batch.errors import ConfigError, InputError
+from clip_batch.launch.end2end import paths
 from clip_batch.launch.end2end.formats import READERS, format_of, read_tables, unreadable
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
-
-FROZEN = "urls.json"
-FOLDER = "urls"
-IMAGES = "images"
 
 FILE_URLS = 1_000_000
 """URLs in a frozen file, rounded up to whole shards, because img2dataset starts a new shard with each file."""
@@ -87,8 +84,8 @@ def freeze(config: DownloadConfig, home: Store, options: dict[str, Any]) -> UrlL
     store, names = _list_files(config.urls, options)
     files = [[store.display(name), store.size(name), store.modified(name)] for name in names]
     settings = {name: getattr(config, name) for name in FIXED_OPTIONS}
-    if home.exists(FROZEN) and any(name.endswith("_stats.json") for name in home.list(IMAGES)):
-        earlier = UrlList(**home.read_json(FROZEN))
+    if home.exists(paths.URL_LIST) and any(name.endswith(paths.STATS_SUFFIX) for name in home.list(paths.IMAGES)):
+        earlier = UrlList(**home.read_json(paths.URL_LIST))
         new = {**settings, "files": files, "shard_samples": config.shard_samples}
         old = {**earlier.options, "files": earlier.files, "shard_samples": earlier.shard_samples}
         if different := [name for name in new if new[name] != old[name]]:
@@ -97,27 +94,23 @@ def freeze(config: DownloadConfig, home: Store, options: dict[str, Any]) -> UrlL
             )
         return earlier
     schema = _schema(config, store, names)
-    home.remove(FROZEN)
-    home.remove_folder(FOLDER)
+    home.remove(paths.URL_LIST)
+    home.remove_folder(paths.URLS)
     draft = UrlList(0, config.shard_samples, "caption" in schema.names, files, settings)
     tables = (_normalized(table, config, schema) for table in read_tables(store, names))
     urls = _write(home, schema, tables, draft.rows_of_file)
     if not urls:
         raise InputError(f"{config.urls} lists no URL: give another list")
     url_list = UrlList(urls, draft.shard_samples, draft.captions, files, settings)
-    home.replace(FROZEN, json.dumps(asdict(url_list), indent=1).encode())
+    home.replace(paths.URL_LIST, json.dumps(asdict(url_list), indent=1).encode())
     return url_list
 
 
 def read_frozen(home: Store, url_list: UrlList) -> Iterator[tuple[int, pa.Table]]:
     """Yield, for each frozen file, the place of its first URL in the list and a table of `url` and `refused`."""
     for start in range(0, url_list.urls, url_list.rows_of_file):
-        with home.open(_file_name(start // url_list.rows_of_file)) as file:
+        with home.open(paths.urls(start // url_list.rows_of_file)) as file:
             yield start, ParquetFile(file).read(["url", "refused"])
-
-
-def _file_name(number: int) -> str:
-    return f"{FOLDER}/{number:05d}.parquet"
 
 
 def _check(config: DownloadConfig) -> None:
@@ -236,7 +229,7 @@ def _write(home: Store, schema: pa.Schema, tables: Iterable[pa.Table], rows_of_f
     table = next(remaining, None)
     while table is not None:
         with (
-            home.writer(_file_name(rows // rows_of_file)) as file,
+            home.writer(paths.urls(rows // rows_of_file)) as file,
             pq.ParquetWriter(file, schema, compression="zstd") as writer,
         ):
             room = rows_of_file
