@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import textwrap
-from typing import Any
+from typing import Any, TypeVar
 
 
 @functools.cache
@@ -30,6 +30,33 @@ def _helps(node: ast.ClassDef) -> dict[str, str]:
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             texts[field.target.id] = " ".join(str(text.value.value).split())
     return texts
+
+
+Section = TypeVar("Section")
+
+
+def documented(section: type[Section]) -> type[Section]:
+    """Decorate a dataclass so that `help` and `__doc__` show the help text of each field."""
+    section.__doc__ = _Docstring(section.__doc__ or "")  # type: ignore[assignment]
+    return section
+
+
+class _Docstring:
+    """A docstring that is completed when it is read: parsing the source is too slow for every import."""
+
+    def __init__(self, summary: str) -> None:
+        self._summary = summary
+
+    def __get__(self, instance: object, section: type) -> str:
+        try:
+            texts = helps(section)
+        except OSError:  # there is no source
+            return self._summary
+        lines = [f"{name}\n{textwrap.fill(text, 92, **_INDENTED)}" for name, text in texts.items()]
+        return "\n".join([self._summary, "", *lines])
+
+
+_INDENTED: Any = {"initial_indent": "    ", "subsequent_indent": "    "}
 
 
 def required(field: dataclasses.Field[Any]) -> bool:

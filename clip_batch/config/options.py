@@ -19,9 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from clip_batch import config
-from clip_batch.config.fields import default as default
-from clip_batch.config.fields import helps as helps
-from clip_batch.config.fields import required, show
+from clip_batch.config.fields import default, helps, required, show
 from clip_batch.errors import ConfigError, one_line
 
 SECTIONS: dict[str, type] = {

@@ -220,3 +220,26 @@ def test_a_needed_argument_is_named_with_its_meaning(capsys: pytest.CaptureFixtu
     assert "--keys KEYS is needed: a file of values of `column`" in capsys.readouterr().err
     assert main(["export", "sql", "--index", "x", "y"]) == 2
     assert "--index INDEX is needed, once" in capsys.readouterr().err
+
+
+def test_help_shows_each_field(capsys: pytest.CaptureFixture[str]) -> None:
+    help(PlanConfig)
+    shown = capsys.readouterr().out
+    assert "Target size of a partition's tars; a larger tar is split between samples." in shown
+    for section in options.SECTIONS.values():
+        assert section.__doc__ is not None and section.__doc__.count("\n\n") == 1
+        assert all(f"\n{field.name}\n    " in section.__doc__ for field in dataclasses.fields(section))
+
+
+@pytest.mark.parametrize("section", ALL)
+def test_every_help_stands_by_itself(section: type) -> None:
+    for name, text in helps(section).items():
+        assert text[0] == text[0].upper() or text.split()[0].rstrip(",;:") in WORDS, (name, text)
+        assert text.endswith(".") and len(text.split()) > 1 and not text.startswith(("Of ", "Its ", "Likewise")), (
+            name,
+            text,
+        )
+
+
+WORDS = {"open_clip's", "faiss", "recall@10", "spark://host:7077"}
+"""Names that begin a help text in lower case."""

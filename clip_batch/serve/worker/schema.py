@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, create_model
 
 from clip_batch.config import MergeConfig, PlanConfig
-from clip_batch.config.options import default, helps
+from clip_batch.config.fields import default, helps
 from clip_batch.search.filters import RequestModel
 
 

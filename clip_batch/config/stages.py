@@ -1,0 +1,160 @@
+"""The options of storage, and of the stages from a URL list to an index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from clip_batch.config.fields import documented
+
+
+@documented
+@dataclass(frozen=True)
+class StorageConfig:
+    """How stores are opened; every command takes these."""
+
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """Options for fsspec, as JSON. They apply to every remote URL, and are never written to the plan or to logs."""
+    index_cache: str = "100GB"
+    """Disk space in $XDG_CACHE_HOME/clip_batch for copies of remote indices; unused versions are removed first."""
+
+
+@documented
+@dataclass(frozen=True)
+class DownloadConfig:
+    """Download the images of a URL list with img2dataset; see docs/end2end.md."""
+
+    urls: str = ""
+    """The list: a Parquet, CSV, TSV, JSON, JSONL or text file, a folder of such files, or the output of `filter`."""
+    url_column: str = "url"
+    """The list's column of URLs."""
+    caption_column: str = "caption"
+    """The list's column of captions. If it has no column `caption`, samples have no captions."""
+    save_columns: list[str] = field(default_factory=list)
+    """Other columns of the list that go into the metadata."""
+    img2dataset: str = "img2dataset"
+    """The img2dataset command, which is best installed in an environment of its own."""
+    image_size: int = 256
+    """Pixels that images are resized to, as `resize_mode` says."""
+    resize_mode: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = "keep_ratio"
+    """How images are resized. keep_ratio: the shorter side to `image_size`, as suits CLIP; border: a padded square."""
+    shard_samples: int = 10_000
+    """URLs per tar. After a kill, each process downloads at most this many again."""
+    download_processes: int = 0
+    """Processes that download and resize, each a tar at a time; 0: one per core."""
+    download_threads: int = 64
+    """Simultaneous downloads of each process."""
+    timeout: float = 10.0
+    """Seconds without a byte after which a download has failed."""
+    retries: int = 1
+    """How often a failed download is repeated."""
+    img2dataset_options: dict[str, Any] = field(default_factory=dict)
+    """Further options of img2dataset, as JSON: {"min_image_size": 64, "user_agent_token": "example"}."""
+
+
+@documented
+@dataclass(frozen=True)
+class PlanConfig:
+    """Freeze which input is embedded, by which encoder, in which partitions."""
+
+    input: list[str] = field(default_factory=list)
+    """Tars: paths, URLs, globs, brace patterns ({000..999}) or @FILE lists. With --format files, folders of images."""
+    format: Literal["tar", "files"] = "tar"
+    """Kind of input. tar: webdataset tars; files: folder trees of images with .txt and .json files beside them."""
+    model: str = "ViT-B-32"
+    """Model: open_clip's name, hf:..., timm:..., cn-clip:..., mclip:..., onnx:... or demo; see docs/models.md."""
+    pretrained: str = ""
+    """open_clip's tag of pretrained weights, or the path or URL of a checkpoint. Many model families need none."""
+    preprocess: Literal["fast", "exact", "scaled"] = "fast"
+    """Image transform. exact: the model's own; fast: nearly equal; scaled: for large JPEGs; see docs/formats.md."""
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Number format of weights and arithmetic. int8 is for CPUs: it applies to images, and captions stay in fp32."""
+    partition_bytes: str = "4GB"
+    """Target size of a partition's tars; a larger tar is split between samples."""
+    partition_samples: int | None = None
+    """Target number of samples per partition, instead of a size."""
+    partition_count: int | None = None
+    """Number of partitions, instead of a target size."""
+    image_extensions: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
+    """Extensions of image members, in upper or lower case. If a sample has several, the first listed is used."""
+    caption_extensions: list[str] = field(default_factory=lambda: ["txt"])
+    """Extensions of caption members, in upper or lower case. If a sample has several, the first listed is used."""
+
+
+@documented
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Embed the planned partitions that are not committed yet."""
+
+    batch_size: int = 0
+    """Images per forward pass; 0: 256 on a GPU, 32 on a CPU."""
+    threads: int = 0
+    """Decoding threads of a worker; 0: one per core that it may use, shared among the workers of this machine."""
+    prefetch: str = "4GB"
+    """Disk space in TMPDIR for remote tars that a worker fetches ahead; it always fetches one slice ahead."""
+    device: str = "auto"
+    """Device of the encoder: cpu, cuda or cuda:N; auto: a GPU if there is one."""
+    compile: bool = False
+    """Compile the image tower when a worker starts: the same vectors, faster; docs/formats.md says what it needs."""
+    share: bool = True
+    """After the slot's own partitions, take over those of slower workers; see docs/architecture.md."""
+    max_pixels: int = 178_956_970
+    """Largest image, in pixels; larger ones are refused before decoding. The default is Pillow's own limit."""
+    max_bad_share: float = 1.0
+    """Largest fraction of failed samples that a partition may have before it fails itself; 1.0: it never does."""
+    broken_shard: Literal["record", "fail"] = "record"
+    """What an unreadable tar does. record: it is listed among the failures; fail: its partition fails."""
+    compression: Literal["zstd", "snappy", "none"] = "zstd"
+    """Compression of the metadata Parquet files."""
+    progress: bool = True
+    """Show progress on standard error."""
+
+
+@documented
+@dataclass(frozen=True)
+class MergeConfig:
+    """Build sharded indices, and Arrow metadata in their order."""
+
+    modalities: list[Literal["image", "text"]] = field(default_factory=lambda: ["image", "text"])
+    """Indices to build; they share rows and metadata."""
+    shard_rows: int = 0
+    """Largest number of rows per index shard; 0: as many as max_memory allows, up to 5,000,000."""
+    max_memory: str = "8GB"
+    """Memory that a merge task may use; docs/merge.md says what it needs."""
+    index_key: str = "auto"
+    """faiss factory string; auto: Flat for small sets, otherwise autofaiss's choice for index_memory."""
+    index_memory: str = "8GB"
+    """Memory that the whole index may use when it is served; autofaiss chooses the index key by it."""
+    rerank: int = 0
+    """Keep float16 vectors beside the index, and score this many times k candidates exactly; 0: do not."""
+    layout: Literal["shards", "single"] = "shards"
+    """Files of an index. shards: one per shard; single: one file for all shards of an IVF index, searched from disk."""
+    made_by: list[str] = field(default_factory=lambda: ["ViT-B-32-quickgelu", "openai"])
+    """open_clip's names of model and weights, for a folder that clip-retrieval wrote, which does not record them."""
+    add: bool = False
+    """Add OUT to the live version, as new shards of its trained template, instead of building a new index."""
+    dedup: float = 0.0
+    """Leave out rows whose cosine with an earlier row is this or more; 1: only equal vectors; 0: keep all rows."""
+    flat_rows: int = 50_000
+    """Largest number of rows for which --index-key auto means Flat, which is exact."""
+    train_rows: int = 0
+    """Rows to train on, drawn from all partitions; 0: 64 per list, and at least 10,000."""
+    queries: int = 500
+    """Number of held-out queries that recall is measured with."""
+    recall_target: float = 0.95
+    """recall@10 that the search parameters are tuned for."""
+    allow_partial: bool = False
+    """Merge even if partitions are missing; the manifest records which."""
+    seed: int = 0
+    """Seed of every random draw."""
+
+
+@documented
+@dataclass(frozen=True)
+class SweepConfig:
+    """Try index keys on a sample of OUT, before a merge."""
+
+    keys_to_try: list[str] = field(default_factory=list)
+    """faiss factory strings, in which {} stands for the number of lists; default: one of each kind that may fit."""
+    sample: int = 200_000
+    """Number of rows of OUT that the keys are tried on."""
