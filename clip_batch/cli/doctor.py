@@ -59,7 +59,8 @@ def _checks_on_node(
 
 def _calibrate(arguments: DoctorArguments, embed: EmbedConfig, slurm: SlurmConfig, storage: StorageConfig) -> int:
     """Measure what embed is bound by, here or on a compute node."""
-    from clip_batch.embeddings.calibrate import calibrate, describe
+    from clip_batch.embeddings.calibrate import calibrate
+    from clip_batch.embeddings.calibration_report import describe
 
     if not arguments.output:
         raise ConfigError("--output OUT is needed: the embeddings folder")

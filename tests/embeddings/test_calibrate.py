@@ -17,7 +17,9 @@ import pytest
 from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings import calibrate as stage
-from clip_batch.embeddings.calibrate import Calibration, Measured, advise, calibrate, describe, planned_samples
+from clip_batch.embeddings.advice import Measured, advise, planned_samples
+from clip_batch.embeddings.calibrate import Calibration, calibrate
+from clip_batch.embeddings.calibration_report import describe
 from clip_batch.errors import DecodeError, EncoderError, InputError, PlanError
 from clip_batch.plan.plan import make_plan
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
