@@ -1,10 +1,10 @@
-"""An embeddings folder of clip-retrieval: numbered files that belong together by their number, and no commits.
+"""Reads an embeddings folder of clip-retrieval: files that belong together by their number, without commits.
 
     img_emb/img_emb_<number>.npy, text_emb/text_emb_<number>.npy     float16 or float32 (n, d)
     metadata/metadata_<number>.parquet                               n rows
 
-Each kind may be absent as a whole; a kind that is there must have every number. A folder of ours without its
-`_clip_batch` reads likewise.
+A kind of file may be absent as a whole; otherwise it must have every number. A folder that clip-batch wrote and that
+has lost its `_clip_batch` can be read in the same way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from clip_batch.storage.transfer import file_version
 from clip_batch.types import Commit, EncoderSpec, Partition, Plan
 
 KINDS = {**dict.fromkeys(paths.VECTORS.values(), "npy"), paths.METADATA: "parquet"}
-"""Folders, and the extension of their files."""
+"""The folders, and the extension of the files in each."""
 
 DTYPES = ("<f2", "<f4")
 REMEDY = "write that file again, or move the files of its number away"
@@ -40,7 +40,7 @@ REMEDY = "write that file again, or move the files of its number away"
 
 @dataclass(frozen=True)
 class ClipRetrievalEmbeddings(Embeddings):
-    """Parts without commits: theirs are made up, with a version tag of size and time in the place of each sha256."""
+    """Embeddings whose commits are made up from their files; a tag of size and time stands for each sha256."""
 
     dtypes: ClassVar[tuple[str, ...]] = DTYPES
     remedy: ClassVar[str] = REMEDY
@@ -48,7 +48,7 @@ class ClipRetrievalEmbeddings(Embeddings):
     tables: Tables = field(kw_only=True)
 
     def _count_captions(self, commit: Commit) -> tuple[int, int]:
-        """See Embeddings. Where there are no captions at all, every text row must have a vector."""
+        """As in `Embeddings`. Without a caption column all rows count as captioned, so each must have a text vector."""
         path = commit.file(paths.METADATA)
         if not path or not self.tables.has_captions(path):
             return commit.rows, commit.rows
@@ -68,7 +68,7 @@ class ClipRetrievalEmbeddings(Embeddings):
 
 
 class _Matrix(NamedTuple):
-    """What the header of an npy file says (0 of a metadata file), and the version tag of the file."""
+    """The shape of an npy file (0, 0 for a metadata file), its size, and its version tag."""
 
     rows: int
     dim: int
@@ -77,68 +77,71 @@ class _Matrix(NamedTuple):
 
 
 def is_folder(store: Store) -> bool:
-    """Whether a folder has embeddings but no plan of ours."""
+    """Whether a folder has embeddings but no plan."""
     return not store.exists(paths.PLAN) and any(store.list(folder) for folder in paths.VECTORS.values())
 
 
 def open_folder(store: Store, encoder: EncoderSpec) -> ClipRetrievalEmbeddings:
-    """The parts of a folder that has no commits, made by an encoder that only the caller knows.
+    """Open a folder that has no commits; `encoder` is the one that made it, which only the caller knows.
 
-    Reads headers, not rows. CorruptError: a file is misnamed, missing, cut or not what its name says; kinds differ
-    in rows, files in dimension; there is no row at all.
+    Reads headers, not rows. CorruptError: a file is misnamed, missing, truncated or of another format; the files of a
+    number differ in rows, or files in dimension; or there is no row at all.
     """
-    found = {folder: _numbered(store, folder, extension) for folder, extension in KINDS.items()}
-    found = {folder: names for folder, names in found.items() if names}
-    _check_numbers(store, found)
-    numbers = sorted(set().union(*found.values()))
-    files = [found[folder][number] for number in numbers for folder in found]
+    folders = {folder: _numbered(store, folder, extension) for folder, extension in KINDS.items()}
+    folders = {folder: names for folder, names in folders.items() if names}
+    _check_numbers(store, folders)
+    numbers = sorted(set().union(*folders.values()))
+    names = [folders[folder][number] for number in numbers for folder in folders]
     with ThreadPoolExecutor(16) as pool:
-        read = dict(zip(files, pool.map(lambda path: _look(store, path), files), strict=True))
-    digest = hashlib.sha256(repr([(path, one.tag) for path, one in read.items()]).encode()).hexdigest()
+        files = dict(zip(names, pool.map(lambda name: _read_file(store, name), names), strict=True))
+    digest = hashlib.sha256(repr([(name, file.tag) for name, file in files.items()]).encode()).hexdigest()
     plan = Plan(tuple(Partition(number, ()) for number in numbers), encoder, digest=digest)
     commits = [
-        _commit(store, plan, number, {names[number]: read[names[number]] for names in found.values()})
+        _commit(store, plan, number, {part[number]: files[part[number]] for part in folders.values()})
         for number in numbers
     ]
-    filled = tuple(commit for commit in commits if commit.rows)
-    _check_dimensions(store, filled)
-    tables = Tables(store, sorted(found.get(paths.METADATA, {}).items()))
+    nonempty = tuple(commit for commit in commits if commit.rows)
+    _check_dimensions(store, nonempty)
+    tables = Tables(store, sorted(folders.get(paths.METADATA, {}).items()))
     for commit in commits:
         _check_metadata(store, commit, tables)
-    starts = tuple(int(start) for start in np.cumsum([0, *(commit.rows for commit in filled)]))
-    return ClipRetrievalEmbeddings(store, plan, filled, starts, (), False, tables=tables)
+    starts = tuple(int(start) for start in np.cumsum([0, *(commit.rows for commit in nonempty)]))
+    return ClipRetrievalEmbeddings(store, plan, nonempty, starts, (), False, tables=tables)
 
 
 def _numbered(store: Store, folder: str, extension: str) -> dict[int, str]:
-    """The files of a folder by their number."""
-    found: dict[int, str] = {}
+    """The files of a folder, by number."""
+    numbered: dict[int, str] = {}
     for name in store.list(folder):
         if not name.endswith(f".{extension}") or name.startswith("."):
             continue
         path = f"{folder}/{name}"
         match = re.fullmatch(rf"{folder}_(\d+)(-[0-9a-f]{{8}})?\.{extension}", name)
         if not match:
-            wanted = f"{folder}_<number>.{extension}"
-            raise CorruptError(f"{store.display(path)} is not named {wanted}: rename it, or move it out of the folder")
+            expected = f"{folder}_<number>.{extension}"
+            raise CorruptError(
+                f"{store.display(path)} is not named {expected}: rename it, or move it out of the folder"
+            )
         number = int(match[1])
-        if number in found:
-            raise CorruptError(f"{store.display(path)} has the number of {found[number]}: move the wrong one away")
-        found[number] = path
-    return found
+        if number in numbered:
+            raise CorruptError(f"{store.display(path)} has the number of {numbered[number]}: move the wrong one away")
+        numbered[number] = path
+    return numbered
 
 
-def _check_numbers(store: Store, found: dict[str, dict[int, str]]) -> None:
-    if not any(folder in found for folder in paths.VECTORS.values()):
+def _check_numbers(store: Store, folders: dict[str, dict[int, str]]) -> None:
+    """CorruptError if there are no vectors, or if a number is missing in one of the folders."""
+    if not any(folder in folders for folder in paths.VECTORS.values()):
         raise CorruptError(f"{store.url} has no img_emb/img_emb_<number>.npy nor text_emb: there is nothing to merge")
-    for folder, names in found.items():
-        for more in found.values():
-            if alone := sorted(set(more) - set(names)):
-                where = store.display(more[alone[0]])
+    for folder, names in folders.items():
+        for others in folders.values():
+            if alone := sorted(set(others) - set(names)):
+                where = store.display(others[alone[0]])
                 raise CorruptError(f"{where} has no counterpart in {folder}: copy it there, or move this one away")
 
 
-def _look(store: Store, path: str) -> _Matrix:
-    """The header of an npy file, checked against its size; of metadata only size and tag."""
+def _read_file(store: Store, path: str) -> _Matrix:
+    """Read the header of an npy file and check it against the file's size; of metadata, only size and tag are read."""
     size, tag = version_tag(store, path)
     if not path.endswith(".npy"):
         return _Matrix(0, 0, size, tag)
@@ -157,30 +160,30 @@ def _look(store: Store, path: str) -> _Matrix:
 
 
 def version_tag(store: Store, path: str) -> tuple[int, str]:
-    """Bytes of a file, and a tag that changes when it does, as far as the store tells."""
+    """(bytes, tag) of a file; the tag changes when the file does, as far as the store says so."""
     if store.local:
         size, changed = store.size(path), str(store.modified(path))
     else:
-        told, etag = file_version(store.remote(path))
-        size, changed = told if told is not None else store.size(path), str(etag)
+        known_size, etag = file_version(store.remote(path))
+        size, changed = store.size(path) if known_size is None else known_size, str(etag)
     return size, f"unverified {size} {changed}"
 
 
 def _commit(store: Store, plan: Plan, number: int, files: dict[str, _Matrix]) -> Commit:
-    """The commit that a part would have."""
-    (first, made), *others = [(path, one) for path, one in files.items() if path.endswith(".npy")]
+    """The commit that clip-batch would have written for a part; its files must agree in rows and dimension."""
+    (first, matrix), *others = [(path, file) for path, file in files.items() if path.endswith(".npy")]
     for path, other in others:
-        if (other.rows, other.dim) != (made.rows, made.dim):
-            shapes = f"({other.rows}, {other.dim}), {first} is ({made.rows}, {made.dim})"
+        if (other.rows, other.dim) != (matrix.rows, matrix.dim):
+            shapes = f"({other.rows}, {other.dim}), {first} is ({matrix.rows}, {matrix.dim})"
             raise CorruptError(f"{store.display(path)} is {shapes}: {REMEDY}")
     return Commit(
         partition=number,
         attempt="",
-        rows=made.rows,
-        dim=made.dim,
+        rows=matrix.rows,
+        dim=matrix.dim,
         encoder=plan.encoder.fingerprint,
         plan=plan.digest,
-        files={path: {"bytes": one.bytes, "sha256": one.tag} for path, one in files.items()},
+        files={path: {"bytes": file.bytes, "sha256": file.tag} for path, file in files.items()},
         shards={},
         failed={},
         warnings={},
@@ -191,6 +194,7 @@ def _commit(store: Store, plan: Plan, number: int, files: dict[str, _Matrix]) ->
 
 
 def _check_metadata(store: Store, commit: Commit, tables: Tables) -> None:
+    """CorruptError if the metadata of a part has other rows than its vectors."""
     path = commit.file(paths.METADATA)
     if path and (rows := tables.rows(path)) != commit.rows:
         npy = next(iter(commit.files))
@@ -198,10 +202,11 @@ def _check_metadata(store: Store, commit: Commit, tables: Tables) -> None:
 
 
 def _check_dimensions(store: Store, commits: Sequence[Commit]) -> None:
+    """CorruptError if there is no part with rows, or if parts differ in dimension."""
     if not commits:
         raise CorruptError(f"{store.url} has no embedded row: there is nothing to merge")
     for commit in commits:
         if commit.dim != commits[0].dim:
-            wrong, right = (next(iter(one.files)) for one in (commit, commits[0]))
+            wrong, right = (next(iter(part.files)) for part in (commit, commits[0]))
             what = f"has {commit.dim} dimensions, {right} has {commits[0].dim}"
             raise CorruptError(f"{store.display(wrong)} {what}: merge folders of different encoders apart")

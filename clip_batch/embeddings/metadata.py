@@ -1,4 +1,4 @@
-"""The metadata files of OUT: the row schema that every partition writes, and how the rows are read."""
+"""The metadata files of OUT: the schema of their rows, making a row, and reading rows back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clip_batch.storage.store import Store
 from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Sample
 
 LINEAGE = ("partition", "row")
-"""int32 columns that say where an index row came from: the partition, and the row in its files."""
+"""The int32 columns that say where an index row came from: its partition, and its row in the partition's files."""
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def _open(store: Store, path: str) -> Iterator[ParquetFile]:
 
 
 def count(store: Store, path: str) -> tuple[int, int]:
-    """(rows, rows with a caption) of a part's Parquet file, from its footer where that tells."""
+    """(rows, rows with a caption) of a part's Parquet file, from the footer if it has null counts."""
     with _open(store, path) as file:
         column = file.schema.names.index("caption")
         groups = [file.metadata.row_group(i).column(column) for i in range(file.metadata.num_row_groups)]
@@ -48,7 +48,7 @@ def without_caption(store: Store, path: str) -> npt.NDArray[np.bool_]:
 
 
 def read_rows(store: Store, path: str, partition: int, start: int, stop: int) -> pa.Table:
-    """Rows [start, stop) of a part's Parquet file, with the lineage columns. Reads only the row groups it needs."""
+    """Rows [start, stop) of a part's Parquet file, with the lineage columns; reads only their row groups."""
     with _open(store, path) as file:
         ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)])
         if stop > ends[-1]:
@@ -59,7 +59,7 @@ def read_rows(store: Store, path: str, partition: int, start: int, stop: int) ->
     table = table.slice(start - before, stop - start).replace_schema_metadata(None)
     rows = np.arange(start, stop, dtype=np.int32)
     for name, values in zip(LINEAGE, (np.full_like(rows, partition), rows), strict=True):
-        if name in table.column_names:  # a side-car field of that name gives way
+        if name in table.column_names:  # a side-car field of that name is renamed
             table = table.rename_columns([f"json_{name}" if old == name else old for old in table.column_names])
         table = table.append_column(pa.field(name, pa.int32()), pa.array(values))
     return table
@@ -83,7 +83,7 @@ def metadata_schema(fields: dict[str, str]) -> pa.Schema:
 
 
 def metadata_row(sample: Sample, caption: str | None, values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
-    """One metadata row. A side-car value that the pinned schema cannot hold goes to `extra`, whole."""
+    """The metadata row of a sample. Side-car values that the pinned schema cannot hold go to `extra`, unchanged."""
     row: dict[str, Any] = {
         "key": sample.key,
         "shard": sample.shard,

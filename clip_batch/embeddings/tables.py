@@ -1,7 +1,7 @@
-"""Metadata Parquet of any schema, such as pandas writes, as tables of one schema: our columns first, then theirs.
+"""Reads metadata Parquet of any schema, such as pandas writes, as tables of one schema: our columns, then the others.
 
-pandas infers types file by file: a column of whole numbers in one file may be floats in the next, where a value
-is missing, and empty in a third. So the schema is that of all files together, and each table is cast to it.
+pandas infers types file by file: a column of integers in one file may be floats in the next, where a value is missing,
+and null in a third. So the schema is the union of all files' schemas, and each table is cast to it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from clip_batch.types import KEY_COLUMNS
 TEXT = pa.string()
 OURS = {"key": TEXT, "shard": TEXT, "offset": pa.int64(), "length": pa.int64(), "caption": TEXT}
 RESERVED = ("shard", "offset", "length")
-"""Names that mean a place in a tar here; in files that clip-batch did not write they mean something else."""
+"""Columns that say where an image lies in its tar; in files that clip-batch did not write, they mean something else."""
 
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
 
 class Footer(NamedTuple):
-    """Rows of each row group, and the schema."""
+    """The number of rows in each row group of a Parquet file, and its schema."""
 
     groups: tuple[int, ...]
     schema: pa.Schema
 
 
 class Tables:
-    """The Parquet files of a folder, each (number, path), in the order of their rows.
+    """The Parquet files of a folder, given as (number, path) in the order of their rows.
 
-    `footers` are by path; `schema` is of every table: `OURS`, the other columns of any file, and the lineage.
-    CorruptError: a file is not readable as Parquet.
+    `footers` has the footer of each path. `schema`, which every table has, is `OURS`, the other columns of all files,
+    and the lineage columns. CorruptError: a file is not readable as Parquet.
     """
 
     def __init__(self, store: Store, files: Sequence[tuple[int, str]]) -> None:
@@ -49,7 +49,7 @@ class Tables:
         with ThreadPoolExecutor(16) as pool:
             self.footers: dict[str, Footer] = dict(pool.map(self._footer, (path for _, path in files)))
         schemas = [footer.schema for footer in self.footers.values()]
-        # Whether clip-batch wrote them, so that shard, offset and length are what they are here.
+        # Whether clip-batch wrote the files, so that shard, offset and length mean what they do here.
         self._own = bool(schemas) and all(set(KEY_COLUMNS) <= set(schema.names) for schema in schemas)
         self.schema = self._union(schemas)
 
@@ -73,7 +73,7 @@ class Tables:
         return f"json_{name}" if gives_way else name
 
     def rows(self, path: str) -> int:
-        """Rows of a file."""
+        """The number of rows of a file."""
         return sum(self.footers[path].groups)
 
     def has_captions(self, path: str) -> bool:
@@ -81,7 +81,7 @@ class Tables:
         return "caption" in self.footers[path].schema.names
 
     def read(self, number: int, path: str, start: int, stop: int) -> pa.Table:
-        """Rows [start, stop) of a file. Where it has no key, that is the image's path, or else the row's number."""
+        """Rows [start, stop) of a file. A missing key is replaced by the image's path or, without one, the row's number."""
         table = metadata.read_rows(self.store, path, number, start, stop)
         if not self._own:
             table = table.rename_columns([f"json_{n}" if n in RESERVED else n for n in table.column_names])
@@ -99,7 +99,7 @@ class Tables:
 
 
 def without_metadata(number: int, where: str, start: int, stop: int) -> pa.Table:
-    """Rows [start, stop) of a part that has no metadata: the row's number for a key, and its lineage."""
+    """Rows [start, stop) of a part without metadata: their numbers as keys, `where` as their shard, and the lineage."""
     rows = pa.array(range(start, stop), pa.int32())
     columns = {name: pa.nulls(len(rows), kind) for name, kind in OURS.items()}
     columns["key"], columns["shard"] = rows.cast(TEXT), pa.repeat(where, len(rows))
@@ -108,7 +108,7 @@ def without_metadata(number: int, where: str, start: int, stop: int) -> pa.Table
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type among null, bool, int64, double and string that a column is stored as."""
+    """The type (null, bool, int64, double or string) that a column of another type is stored as."""
     if pa.types.is_dictionary(kind):
         return _plain(kind.value_type)
     if pa.types.is_null(kind) or pa.types.is_boolean(kind):
@@ -119,7 +119,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    """The type that holds the values of both."""
+    """The type that can hold the values of two plain types."""
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
@@ -128,13 +128,13 @@ def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column as the type; what Arrow cannot write as text (lists, structs, times of day) becomes JSON."""
+    """A column cast to a type. Values that Arrow cannot write as text (lists, structs, times of day) become JSON."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     try:
         return column.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        if kind != TEXT:  # an offset that is no number: a file that only looks like ours
+        if kind != TEXT:  # an offset that is not a number: clip-batch did not write the file
             return pa.chunked_array([pa.nulls(len(column), kind)])
         values = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
         return pa.chunked_array([pa.array(values, TEXT)])
