@@ -81,7 +81,7 @@ class Tables:
         return "caption" in self.footers[path].schema.names
 
     def read(self, number: int, path: str, start: int, stop: int) -> pa.Table:
-        """Rows [start, stop) of a file. A missing key is replaced by the image's path or, if there is none, the row number."""
+        """Rows [start, stop) of a file. A missing key becomes the image's path or, if there is none, the row number."""
         table = metadata.read_rows(self.store, path, number, start, stop)
         if not self._own:
             table = table.rename_columns([f"json_{n}" if n in RESERVED else n for n in table.column_names])
