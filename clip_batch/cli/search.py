@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import dataclasses
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from clip_batch.cli.arguments import IndexArguments, JsonArguments, answer
+from clip_batch.cli.arguments import IndexArguments, JsonArguments, answer, say
 from clip_batch.config import SearchConfig, StorageConfig
 from clip_batch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clip_batch.search.query import Query, QueryTerm
+    from clip_batch.types import Hit
+
+_REPEAT = {"repeat": True}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueryArguments(JsonArguments, IndexArguments):
     """What is searched for, and in which index."""
 
-    text: str = ""
-    """A text to search for."""
-    image: str = ""
-    """An image file to search for."""
-    embedding: str = ""
+    text: list[str] = field(default_factory=list, metadata=_REPEAT)
+    """A text to search for; may be given several times, as may the next three: their weighted sum is searched for."""
+    image: list[str] = field(default_factory=list, metadata=_REPEAT)
+    """An image file to search for: a path, or a URL."""
+    embedding: list[str] = field(default_factory=list, metadata=_REPEAT)
     """A .npy file of one vector to search for."""
+    id: list[int] = field(default_factory=list, metadata=_REPEAT)
+    """A row of the index, to search for rows like it."""
+    weight: list[float] = field(default_factory=list, metadata=_REPEAT)
+    """Weight of a text, image, vector or row; negative: away from it. Give one for each, in this order, or none."""
 
-    def check(self) -> None:
-        """ConfigError unless there is exactly one thing to search for."""
-        if sum(bool(value) for value in (self.text, self.image, self.embedding)) != 1:
-            raise ConfigError("a search needs one of --text, --image and --embedding")
+
+@dataclass(frozen=True, kw_only=True)
+class SearchArguments(QueryArguments):
+    """What `search` shows."""
+
+    columns: list[str] = field(default_factory=list)
+    """Metadata columns that hits are shown with; default: key and caption, and all of them with --json."""
 
 
-def search(arguments: QueryArguments, search: SearchConfig, storage: StorageConfig) -> int:
-    """Search an index with a text, an image or a vector."""
+def search(arguments: SearchArguments, search: SearchConfig, storage: StorageConfig) -> int:
+    """Search an index with texts, images, vectors or rows of it."""
     from clip_batch.search.results import describe_hits
     from clip_batch.search.searcher import Searcher
 
-    arguments.check()
+    query = _query(arguments, search, search.k)
     with Searcher(arguments.index_folder, storage, config=search) as searcher:
-        hits = searcher.search(_query(searcher, arguments), search.k, search.modality, search.effort)[0]
-    hits = [hit for hit in hits if search.threshold is None or hit.score >= search.threshold]
-    answer(arguments, [asdict(hit) for hit in hits], describe_hits(hits))
+        result = searcher.find(query, arguments.columns or None)
+    if not result.complete:
+        say(f"there may be more hits: {result.scanned:,} candidates were looked through for {search.k}")
+    answer(
+        arguments, [_without_null_aesthetic(hit) for hit in result.hits], describe_hits(result.hits, arguments.columns)
+    )
     return 0
 
 
@@ -56,28 +73,50 @@ def filter(arguments: FilterArguments, search: SearchConfig, storage: StorageCon
     from clip_batch.search.searcher import Searcher
     from clip_batch.storage.store import Store
 
-    arguments.check()
+    query = _query(arguments, search, search.k if search.threshold is None else None)
     with Searcher(arguments.index_folder, storage, config=search) as searcher:
-        store, query = Store(arguments.output, storage.storage_options), _query(searcher, arguments)
-        done = filter_rows(
-            searcher, query, store, search.k, search.threshold, search.modality, search.effort, arguments.images
-        )
+        done = filter_rows(searcher, query, Store(arguments.output, storage.storage_options), arguments.images)
     text = f"{done.rows:,} rows, {done.images:,} images: {arguments.output}"
     text += f"; {done.missing:,} images are not in a tar that can be read" if done.missing else ""
+    text += "" if done.complete else f"; fewer than {search.k:,}, and there may be more: lower --k"
     answer(arguments, asdict(done), text)
     return 0
 
 
-def _query(searcher: Any, arguments: QueryArguments) -> Any:
+def _query(arguments: QueryArguments, search: SearchConfig, k: int | None) -> Query:
+    from clip_batch.search.query import Criteria, Query
+
+    shared = {field.name for field in dataclasses.fields(Criteria)} - {"k"}
+    return Query(terms=_terms(arguments), k=k, **{name: getattr(search, name) for name in shared})
+
+
+def _terms(arguments: QueryArguments) -> list[QueryTerm]:
+    from clip_batch.search.query import QueryTerm
+
+    given: list[dict[str, Any]] = [{"text": text} for text in arguments.text]
+    given += [{"image": image} for image in arguments.image]
+    given += [{"embedding": _read_vector(path)} for path in arguments.embedding]
+    given += [{"id": row} for row in arguments.id]
+    if not given:
+        raise ConfigError("a search needs one of --text, --image, --embedding and --id")
+    if arguments.weight and len(arguments.weight) != len(given):
+        many = f"--weight is given {len(arguments.weight)} times for {len(given)} things to search for"
+        raise ConfigError(f"{many}: give one for each text, image, embedding and id, in this order, or none")
+    weights = arguments.weight or [1.0] * len(given)
+    return [QueryTerm(**term, weight=weight) for term, weight in zip(given, weights, strict=True)]
+
+
+def _read_vector(path: str) -> Any:
     import numpy as np
 
-    from clip_batch.storage.store import read_url
-
-    if arguments.text:
-        return searcher.encode_text([arguments.text])
-    if arguments.image:
-        return searcher.encode_image(read_url(arguments.image, searcher.storage.storage_options))
     try:
-        return np.load(arguments.embedding)
+        return np.load(path)
     except ValueError as error:
-        raise ConfigError(f"--embedding {arguments.embedding} is no .npy file of numbers: {error}") from None
+        raise ConfigError(f"--embedding {path} is not a .npy file of numbers: {error}") from None
+
+
+def _without_null_aesthetic(hit: Hit) -> dict[str, Any]:
+    values = asdict(hit)
+    if hit.aesthetic is None:
+        del values["aesthetic"]
+    return values

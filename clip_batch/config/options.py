@@ -42,7 +42,8 @@ SECTIONS: dict[str, type] = {
 def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str] | None = None) -> None:
     """Add a flag for each field (or those of `only`): --a-field, and --no-a-field for a bool.
 
-    A field's metadata may say that it has a short flag too ("short"), or is given by its place ("positional").
+    A field's metadata may say that it has a short flag too ("short"), is given by its place ("positional"), or is a
+    list of which each flag gives one value ("repeat").
     """
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
@@ -57,6 +58,8 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
             continue
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
+        elif field.metadata.get("repeat"):
+            settings.update(action="append", metavar=field.name.upper())
         elif typing.get_origin(kind) is list:
             settings.update(nargs="+", action="extend", metavar=field.name.upper())
         else:
@@ -147,11 +150,14 @@ def gather(
         if field.name in flags:
             values[field.name], sources[field.name] = flags[field.name], _flag(field.name)
         elif used := _used_variable(section, field.name, environ):
-            values[field.name], sources[field.name] = _split(environ[used], hints[field.name]), used
+            text, kind = environ[used], hints[field.name]
+            values[field.name], sources[field.name] = text if field.metadata.get("repeat") else _split(text, kind), used
         elif field.name in keys:
             values[field.name], sources[field.name] = keys[field.name], f"key {field.name} of --config"
         if typing.get_origin(hints[field.name]) is dict and isinstance(values.get(field.name), str):
             values[field.name] = _parse_json(values[field.name], sources[field.name])
+        if field.metadata.get("repeat") and isinstance(values.get(field.name), str | int | float):
+            values[field.name] = [values[field.name]]
         if required(field) and values.get(field.name) in (None, "", []):
             text = helps(section)[field.name].rstrip(".")
             raise ConfigError(f"{_flag(field.name)} {field.name.upper()} is needed: {text[0].lower()}{text[1:]}")

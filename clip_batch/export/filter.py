@@ -2,7 +2,7 @@
 
     DIR/rows/00000.parquet      id, score and the metadata, in groups of 10,000 rows
     DIR/images/00000.tar        <id>.<extension>, <id>.txt and <id>.json, as webdataset and `plan` read them
-    DIR/filter.json             written last: the query, rows, images, and which ids our planner located
+    DIR/filter.json             written last: the query, how many rows and images, and which ids our planner located
 
 The Parquet files have the columns url and caption where the metadata has, which is what img2dataset reads.
 """
@@ -18,11 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_batch.search import lineage
+from clip_batch.search.find import THOROUGH, best_rows, rows_over
+from clip_batch.search.query import Query
+from clip_batch.search.rows import Ids, Vectors
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 
@@ -32,44 +34,40 @@ GROUP = 10_000
 FILE = 100 * GROUP
 """Rows of a Parquet file."""
 
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class Filtered:
-    """What `filter_rows` wrote; `missing` images have no byte range, or their tar has not got them now."""
+    """What `filter_rows` wrote.
+
+    `missing` images have no byte range in a tar, or are no longer in it. `complete` is false where fewer than the k
+    best rows were found, and deeper ones may remain.
+    """
 
     rows: int
     images: int
     missing: int
+    complete: bool = True
 
 
-def filter_rows(
-    searcher: Searcher,
-    query: npt.ArrayLike,
-    store: Store,
-    k: int,
-    threshold: float | None = None,
-    modality: str = "image",
-    effort: int | None = None,
-    images: bool = False,
-) -> Filtered:
-    """Write the rows of `query` (d,) over `threshold`, or without one the k best, into the folder `store`.
+def filter_rows(searcher: Searcher, query: Query, store: Store, images: bool = False) -> Filtered:
+    """Write the k best rows of a query into the folder `store`; with a threshold and no `k`, every row over it.
 
-    Memory: one index shard's ids and scores, and 10,000 rows. With a threshold rows are in the order of the
-    index, else best first. Files of an earlier run are replaced. Errors: as `Searcher.search`.
+    Memory: one index shard's ids and scores (with `unique`, those of all rows), and 10,000 rows. With a threshold rows
+    are in the order of the index, else best first. Files of an earlier run are replaced. Errors: as `Searcher.find`.
     """
-    if threshold is None:
-        found: Iterator[tuple[Floats, Ids]] = iter([_best(searcher, query, k, modality, effort)])
+    complete = True
+    pieces: Iterator[tuple[Vectors, Ids]]
+    if query.threshold is not None and query.k is None:
+        pieces = rows_over(searcher, query, searcher.heads)
     else:
-        found = searcher.search_over(query, threshold, modality, effort)
+        ranked = best_rows(searcher, query, searcher.heads, THOROUGH)
+        pieces, complete = iter([(ranked.scores, ranked.ids)]), ranked.complete
     for name in ("filter.json", "rows", "images"):
         store.remove(name) if name.endswith(".json") else store.remove_folder(name)
     rows = copied = missing = 0
     with ExitStack() as stack:
         writer: Any = None
-        for number, table in enumerate(_groups(searcher, found)):
+        for number, table in enumerate(_groups(searcher, pieces)):
             if rows % FILE == 0:
                 stack.close()
                 file = stack.enter_context(store.writer(f"rows/{rows // FILE:05d}.parquet"))
@@ -79,22 +77,16 @@ def filter_rows(
             if images:
                 there = _copy_images(searcher, table, store, f"images/{number:05d}.tar")
                 copied, missing = copied + there, missing + len(table) - there
-    done = Filtered(rows, copied, missing)
-    about = {"index": searcher.manifest.version, "k": k, "threshold": threshold, "modality": modality}
-    about["planned"] = lineage.planned(searcher.manifest)
+    done = Filtered(rows, copied, missing, complete)
+    about = {"index": searcher.manifest.version, **query.describe(), "planned": lineage.planned(searcher.manifest)}
     store.replace("filter.json", json.dumps({**about, **asdict(done)}, indent=1).encode())
     return done
 
 
-def _best(searcher: Searcher, query: npt.ArrayLike, k: int, modality: str, effort: int | None) -> tuple[Floats, Ids]:
-    scores, ids = searcher.search_ids(query, k, modality, effort)
-    return scores[0, ids[0] >= 0], ids[0, ids[0] >= 0]
-
-
-def _groups(searcher: Searcher, found: Iterator[tuple[Floats, Ids]]) -> Iterator[pa.Table]:
+def _groups(searcher: Searcher, pieces: Iterator[tuple[Vectors, Ids]]) -> Iterator[pa.Table]:
     """Tables of GROUP rows, the last one shorter: id, score, metadata."""
     scores, ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
-    for more_scores, more_ids in found:
+    for more_scores, more_ids in pieces:
         scores, ids = np.concatenate([scores, more_scores]), np.concatenate([ids, more_ids])
         while len(ids) >= GROUP:
             yield _table(searcher, scores[:GROUP], ids[:GROUP])
@@ -103,7 +95,7 @@ def _groups(searcher: Searcher, found: Iterator[tuple[Floats, Ids]]) -> Iterator
         yield _table(searcher, scores, ids)
 
 
-def _table(searcher: Searcher, scores: Floats, ids: Ids) -> pa.Table:
+def _table(searcher: Searcher, scores: Vectors, ids: Ids) -> pa.Table:
     table = searcher.table(ids)
     kept = [name for name in table.column_names if name not in ("id", "score")]  # ours take those names
     return table.select(kept).add_column(0, "score", pa.array(scores)).add_column(0, "id", pa.array(ids))

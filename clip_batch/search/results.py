@@ -22,10 +22,11 @@ class SearchResult:
     complete: bool
 
 
-def describe_hits(hits: Sequence[Hit]) -> str:
-    """Hits as lines for people: rank, score, key, caption."""
+def describe_hits(hits: Sequence[Hit], columns: Sequence[str] = ()) -> str:
+    """Hits as lines for people: rank, score, and these columns, key and caption by default."""
     lines = []
     for rank, hit in enumerate(hits, 1):
-        caption = one_line(hit.metadata.get("caption") or "", 100)
-        lines.append(f"{rank:3d}  {hit.score:.3f}  {hit.metadata.get('key')}  {caption}".rstrip())
+        names = [name for name in columns or ("key", "caption") if columns or name in hit.metadata]
+        values = ["" if hit.metadata[name] is None else one_line(hit.metadata[name], 100) for name in names]
+        lines.append("  ".join([f"{rank:3d}", f"{hit.score:.3f}", *values]).rstrip())
     return "\n".join(lines) or "no hits"

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from clip_batch import FilteredDataset, Query
+from clip_batch import FilteredDataset, Query, QueryTerm
 from clip_batch.config import StorageConfig
 from clip_batch.demo import data
 from clip_batch.errors import ConfigError, InputError
@@ -193,6 +193,23 @@ def test_queries_thresholds_and_amounts_are_the_searchers(index: str, tmp_path: 
     assert Counter(one["query"] for one in both) == dict(enumerate(both.selection.queries))
 
 
+def test_conditions_near_duplicates_and_terms_are_the_searchers(index: str, tmp_path: Path) -> None:
+    terms = [QueryTerm(text="blue"), QueryTerm(id=3, weight=-0.5)]
+    with Searcher(index) as searcher:
+        both = Query(terms=terms, k=ROWS, where="number < 20 and seed = 1", unique=True, unique_threshold=0.6)
+        found = [hit.id for hit in searcher.find(both).hits]
+        text = [hit.id for hit in searcher.find(Query(text="blue", k=5, where="number < 20")).hits]
+    query = Query(terms=terms, where="number < 20", unique=True, unique_threshold=0.6)
+    dataset = FilteredDataset(index, query, amount=ROWS, where="seed = 1", decode="raw")
+    assert 0 < len(found) < 20
+    assert sorted(ids(dataset)) == sorted(found)
+    folder = str(tmp_path / "kept")
+    dataset = FilteredDataset(index, "blue", amount=5, where="number < 20", decode="raw", selection=folder)
+    assert sorted(ids(dataset)) == sorted(text)
+    with pytest.raises(ConfigError, match="was made with queries"):
+        FilteredDataset(index, "blue", amount=5, where="number < 21", selection=folder)
+
+
 # Samples.
 
 
@@ -243,7 +260,7 @@ def test_a_filtered_folder_is_a_source(index: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "found")
     with Searcher(index) as searcher:
         vector = searcher.encode_text(["blue"])[0]
-        filter_rows(searcher, vector, Store(folder), 25)
+        filter_rows(searcher, Query(embedding=vector, k=25), Store(folder))
         wanted = searcher.search_ids(vector, 25)[1][0]
     assert sorted(ids(FilteredDataset(folder, decode="raw"))) == sorted(wanted)
     dataset = FilteredDataset(folder, amount=10, columns=["number"], size=16)
@@ -284,7 +301,7 @@ def test_files_that_only_foreign_metadata_names_are_never_opened(
     source, queries = str(folder), [Query(embedding=vectors[0], k=4)]
     if kind == "filtered":
         with Searcher(source) as searcher:
-            done = filter_rows(searcher, vectors[0], Store(str(tmp_path / "found")), 4, images=True)
+            done = filter_rows(searcher, Query(embedding=vectors[0], k=4), Store(str(tmp_path / "found")), images=True)
         assert (done.images, done.missing) == (0, 4)
         source, queries = str(tmp_path / "found"), []
     opened: list[Any] = []

@@ -17,6 +17,7 @@ from clip_batch.export.filter import filter_rows
 from clip_batch.index.ann import faiss_index, faiss_search
 from clip_batch.index.merge.merge import merge
 from clip_batch.plan.specs import expand_inputs
+from clip_batch.search.query import Query
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from tests import corpus
@@ -46,7 +47,7 @@ def test_every_row_over_a_threshold_and_no_other(
     wanted = {f"{int(row >= 400)}-{row - 400 * (row >= 400)}" for row in np.flatnonzero(exact >= 0.5)}
     assert 210 < len(wanted) < 900
     with Searcher(str(tmp_path / "index")) as searcher:
-        done = filter_rows(searcher, images[3], Store(str(tmp_path / "found")), 10, 0.5)
+        done = filter_rows(searcher, Query(embedding=images[3], threshold=0.5), Store(str(tmp_path / "found")))
     files = sorted((tmp_path / "found/rows").iterdir())
     assert len(files) == -(-done.rows // 200)
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
@@ -107,5 +108,5 @@ def test_a_killed_filter_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest
 
         searcher.table = table  # type: ignore[assignment]
         with pytest.raises(KeyboardInterrupt):
-            filter_rows(searcher, images[0], Store(str(tmp_path / "found")), 100)
+            filter_rows(searcher, Query(embedding=images[0], k=100), Store(str(tmp_path / "found")))
     assert [path for path in (tmp_path / "found").rglob("*") if path.is_file()] == []
