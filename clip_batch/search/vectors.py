@@ -77,6 +77,8 @@ def unit_vector(vector: Vectors, field: str) -> Vectors:
     norm = float(np.linalg.norm(wide))
     if norm < 1e-6:
         raise QueryError(field, "it gives a vector of length 0, which is similar to nothing")
+    if abs(norm - 1) < 1e-6:  # as near as float32 comes: scores stay those of the vector that was given
+        return vector
     scaled: Vectors = (wide / norm).astype(np.float32)
     return scaled
 
