@@ -34,14 +34,14 @@ class QueryArguments(JsonArguments, IndexArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchArguments(QueryArguments):
+class HitsArguments(QueryArguments):
     """What `search` shows."""
 
     columns: list[str] = field(default_factory=list)
     """Metadata columns that hits are shown with; default: key and caption, and all of them with --json."""
 
 
-def search(arguments: SearchArguments, search: SearchConfig, storage: StorageConfig) -> int:
+def search(arguments: HitsArguments, search: SearchConfig, storage: StorageConfig) -> int:
     """Search an index with texts, images, vectors or rows of it."""
     from clip_batch.search.results import describe_hits
     from clip_batch.search.searcher import Searcher
