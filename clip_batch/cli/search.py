@@ -33,27 +33,17 @@ class QueryArguments(JsonArguments, IndexArguments):
     """Weight of a text, image, vector or row; negative: away from it. Give one for each, in this order, or none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HitsArguments(QueryArguments):
-    """What `search` shows."""
-
-    columns: list[str] = field(default_factory=list)
-    """Metadata columns that hits are shown with; default: key and caption, and all of them with --json."""
-
-
-def search(arguments: HitsArguments, search: SearchConfig, storage: StorageConfig) -> int:
+def search(arguments: QueryArguments, search: SearchConfig, storage: StorageConfig) -> int:
     """Search an index with texts, images, vectors or rows of it."""
     from clip_batch.search.results import describe_hits
     from clip_batch.search.searcher import Searcher
 
     query = _query(arguments, search, search.k)
     with Searcher(arguments.index_folder, storage, config=search) as searcher:
-        result = searcher.find(query, arguments.columns or None)
+        result = searcher.find(query, search.columns or None)
     if not result.complete:
         say(f"there may be more hits: {result.scanned:,} candidates were looked through for {search.k}")
-    answer(
-        arguments, [_without_null_aesthetic(hit) for hit in result.hits], describe_hits(result.hits, arguments.columns)
-    )
+    answer(arguments, [_without_null_aesthetic(hit) for hit in result.hits], describe_hits(result.hits, search.columns))
     return 0
 
 
@@ -75,7 +65,9 @@ def filter(arguments: FilterArguments, search: SearchConfig, storage: StorageCon
 
     query = _query(arguments, search, search.k if search.threshold is None else None)
     with Searcher(arguments.index_folder, storage, config=search) as searcher:
-        done = filter_rows(searcher, query, Store(arguments.output, storage.storage_options), arguments.images)
+        done = filter_rows(
+            searcher, query, Store(arguments.output, storage.storage_options), arguments.images, search.columns or None
+        )
     text = f"{done.rows:,} rows, {done.images:,} images: {arguments.output}"
     text += f"; {done.missing:,} images are not in a tar that can be read" if done.missing else ""
     text += "" if done.complete else f"; fewer than {search.k:,}, and there may be more: lower --k"

@@ -33,6 +33,8 @@ class SearchConfig:
     """Leave out hits that the violence head refuses."""
     aesthetic: float | None = None
     """Weight of the aesthetic head in the order of the hits; default: none."""
+    columns: list[str] = field(default_factory=list)
+    """Metadata columns of the hits; default: all, of which `search` prints key and caption unless --json is given."""
     safety_head: str = ""
     """FILE or URL of weights that judge safety, with #sha256=...&activation=relu&output=sigmoid as they need."""
     violence_head: str = ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_batch.search import lineage
+from clip_batch.search.checks import check_columns
 from clip_batch.search.find import THOROUGH, best_rows, rows_over
 from clip_batch.search.query import Query
 from clip_batch.search.rows import Ids, Vectors
@@ -49,12 +50,18 @@ class Filtered:
     complete: bool = True
 
 
-def filter_rows(searcher: Searcher, query: Query, store: Store, images: bool = False) -> Filtered:
+def filter_rows(
+    searcher: Searcher, query: Query, store: Store, images: bool = False, columns: Sequence[str] | None = None
+) -> Filtered:
     """Write the k best rows of a query into the folder `store`; with a threshold and no `k`, every row over it.
+
+    `columns` are the metadata that is written, all by default.
 
     Memory: one index shard's ids and scores (with `unique`, those of all rows), and 10,000 rows. With a threshold rows
     are in the order of the index, else best first. Files of an earlier run are replaced. Errors: as `Searcher.find`.
     """
+    if columns is not None:
+        check_columns(searcher.schema, columns)
     complete = True
     pieces: Iterator[tuple[Vectors, Ids]]
     if query.threshold is not None and query.k is None:
@@ -68,11 +75,12 @@ def filter_rows(searcher: Searcher, query: Query, store: Store, images: bool = F
     with ExitStack() as stack:
         writer: Any = None
         for number, table in enumerate(_groups(searcher, pieces)):
+            written = table if columns is None else table.select(list(dict.fromkeys(["id", "score", *columns])))
             if rows % FILE == 0:
                 stack.close()
                 file = stack.enter_context(store.writer(f"rows/{rows // FILE:05d}.parquet"))
-                writer = stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
-            writer.write_table(table)
+                writer = stack.enter_context(pq.ParquetWriter(file, written.schema, compression="zstd"))
+            writer.write_table(written)
             rows += len(table)
             if images:
                 there = _copy_images(searcher, table, store, f"images/{number:05d}.tar")

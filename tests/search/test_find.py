@@ -121,8 +121,9 @@ def test_shell_python_and_v1_answer_the_same(
     assert shown == python == wanted
 
     if "--threshold" not in flags:  # with which a filter takes all rows
-        assert main(["filter", *given, "--output", str(tmp_path / "rows")]) == 0
+        assert main(["filter", *given, "--output", str(tmp_path / "rows"), "--columns", "number"]) == 0
         table = pq.read_table(tmp_path / "rows/rows/00000.parquet")
+        assert table.column_names == ["id", "score", "number"]
         assert table["id"].to_pylist() == [hit["id"] for hit in wanted]
 
 
