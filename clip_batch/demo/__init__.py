@@ -1,6 +1,6 @@
-"""The embedded demo: 1,911 captioned emoji images and a small CLIP trained on them.
+"""The embedded demo: 1,911 captioned emoji images, and a small CLIP that was trained on them.
 
-Everything here works with no network. `data` reads the images and captions and writes them as
-webdataset tars, `build` makes the image table from its public sources, `train` trains the model
-and measures it. Licences of the images, the captions and their sources are in `NOTICE`.
+`run` is the command. `data` reads the images and captions and writes them as webdataset tars. Neither needs a network.
+How the demo was made is here too: `build` makes the table of images from its public sources, `tokenizer` and `train`
+make the model, and `evaluate` measures it. The licences of images, captions and sources are in `NOTICE`.
 """

@@ -1,6 +1,6 @@
 """Builds `emoji.parquet`: every emoji of Unicode 16 as a 64-pixel JPEG with its captions.
 
-The sources are three npm packages, fetched and unpacked once by hand:
+The sources are three npm packages, which are downloaded and unpacked by hand:
 
     npm pack emoji-datasource-google@16.0.0
     npm pack cldr-annotations-full@48.2.0
@@ -13,7 +13,7 @@ The sources are three npm packages, fetched and unpacked once by hand:
         --derived cldr-annotations-derived-full/package \\
         --output emoji.parquet
 
-The result depends on the sources and on the versions of Pillow and pyarrow alone.
+The result depends only on the sources and on the versions of Pillow and pyarrow.
 """
 
 import argparse
@@ -34,36 +34,40 @@ _VARIATION_SELECTOR = "\ufe0f"
 
 
 class Annotation(NamedTuple):
-    """What CLDR says of one character in one language."""
+    """The name and keywords of one character in one language, from CLDR."""
 
     name: str
     keywords: list[str]
 
 
 def characters(unified: str) -> str:
-    """The emoji written as hyphenated code points in hexadecimal, less variation selectors."""
+    """The emoji of hyphenated code points in hexadecimal, without variation selectors.
+
+    >>> characters("2764-fe0f") == chr(0x2764)
+    True
+    """
     return "".join(chr(int(code, 16)) for code in unified.split("-")).replace(_VARIATION_SELECTOR, "")
 
 
 def annotations(folders: list[Path], language: Language) -> dict[str, Annotation]:
     """The names and keywords in `language`, by emoji without variation selectors.
 
-    `folders` are the unpacked CLDR packages: the annotations, and those derived from them
+    `folders` are the unpacked CLDR packages: the annotations, and the derived annotations
     (flags, sequences, keycaps).
     """
-    found: dict[str, Annotation] = {}
+    by_emoji: dict[str, Annotation] = {}
     for folder in folders:
         for path in sorted(folder.glob(f"annotations*/{language}/annotations.json")):
             (content,) = json.loads(path.read_text(encoding="utf-8")).values()
             for emoji, entry in content["annotations"].items():
                 if "tts" in entry:
                     key = emoji.replace(_VARIATION_SELECTOR, "")
-                    found[key] = Annotation(entry["tts"][0], entry.get("default", []))
-    return found
+                    by_emoji[key] = Annotation(entry["tts"][0], entry.get("default", []))
+    return by_emoji
 
 
 def jpeg(path: Path) -> bytes:
-    """The picture of `path` on white, as the bytes of a JPEG of the same size."""
+    """The picture at `path` on white, as the bytes of a JPEG of the same size."""
     with Image.open(path) as picture:
         drawn = picture.convert("RGBA")
     canvas = Image.new("RGBA", drawn.size, "white")
@@ -78,7 +82,7 @@ def row(
     emoji: Path,
     known: dict[Language, dict[str, Annotation]],
 ) -> dict[str, Any]:
-    """The table's row for one entry of emoji.json, all columns but `held_out`."""
+    """The table's row for one entry of emoji.json: all columns except `held_out`."""
     character = characters(entry["unified"])
     fallback = Annotation(entry["name"].lower(), [])
     result: dict[str, Any] = {
@@ -98,21 +102,21 @@ def trained_texts(rows: list[dict[str, Any]]) -> set[str]:
     """The plain form of every name, in all its forms, and of every keyword of the table."""
     texts: set[str] = set()
     for language in LANGUAGES:
-        for one in rows:
-            texts.update(map(plain, name_forms(one[f"name_{language}"], language)))
-            texts.update(map(plain, one[f"keywords_{language}"]))
+        for row in rows:
+            texts.update(map(plain, name_forms(row[f"name_{language}"], language)))
+            texts.update(map(plain, row[f"keywords_{language}"]))
     return texts
 
 
 def build(emoji: Path, annotated: list[Path]) -> pa.Table:
-    """The whole table, in the order of emoji.json; `held_out` are short names never trained on."""
+    """The whole table, in the order of emoji.json; `held_out` has the short names that training does not use."""
     known = {language: annotations(annotated, language) for language in LANGUAGES}
     entries = json.loads((emoji / "emoji.json").read_text(encoding="utf-8"))
     rows = [row(entry, emoji, known) for entry in entries if entry["has_img_google"]]
     trained = trained_texts(rows)
-    for one in rows:
-        words = [re.sub(r"[-_]+", " ", name).strip() for name in one["short_names"]]
-        one["held_out"] = [text for text in words if plain(text) not in trained]
+    for each in rows:
+        words = [re.sub(r"[-_]+", " ", name).strip() for name in each["short_names"]]
+        each["held_out"] = [text for text in words if plain(text) not in trained]
     strings = pa.list_(pa.string())
     schema = pa.schema(
         {
@@ -131,7 +135,7 @@ def build(emoji: Path, annotated: list[Path]) -> pa.Table:
 
 
 def main() -> None:
-    """Reads the command line and writes the table."""
+    """Read the command line and write the table."""
     parser = argparse.ArgumentParser(description="Build the table of captioned emoji images.")
     parser.add_argument("--emoji", type=Path, required=True, help="emoji-datasource-google")
     parser.add_argument("--annotations", type=Path, required=True, help="cldr-annotations-full")

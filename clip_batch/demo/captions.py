@@ -1,7 +1,4 @@
-"""The wording of captions, shared by the builder of the table and the training.
-
-Plain Python with no dependency, so that the two sides agree on what counts as the same text.
-"""
+"""The wording of captions and which texts count as the same, for both the builder of the table and the training."""
 
 import re
 import unicodedata
@@ -15,10 +12,13 @@ _PREFIX = re.compile(r"^([^:：]+)[:：]\s*(.+)$")
 
 
 def plain(text: str) -> str:
-    """`text` as the tokenizer sees it: lower case, no accents, punctuation as single spaces.
+    """`text` as the tokenizer sees it: in lower case, without accents, with spaces for punctuation.
 
-    `#` and `*` stay, as they are the names of two keys. Two texts with the same plain form are
+    `#` and `*` stay, because they are the names of two keys. Two texts with the same plain form are
     the same query.
+
+    >>> plain("Woman\u2019s  Hat!")
+    'womans hat'
     """
     decomposed = unicodedata.normalize("NFKD", text)
     unmarked = "".join(c for c in decomposed if unicodedata.category(c) != "Mn").lower()
@@ -29,7 +29,7 @@ def plain(text: str) -> str:
 
 
 def name_forms(name: str, language: Language) -> list[str]:
-    """The ways to say one CLDR name, the name itself first.
+    """The ways to say one name of CLDR, beginning with the name itself.
 
     CLDR writes families of names as "prefix: rest" ("flag: Bolivia", "旗: 玻利维亚"); people
     say "Bolivia flag", "flag of Bolivia" or just "Bolivia".
@@ -46,5 +46,5 @@ def name_forms(name: str, language: Language) -> list[str]:
 
 
 def caption(name_en: str, name_zh: str) -> str:
-    """The bilingual caption of one image, as the demo tars carry it."""
+    """The caption of one image in the demo's tars, in both languages."""
     return f"{name_en}. {name_zh}"

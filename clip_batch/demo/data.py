@@ -1,8 +1,4 @@
-"""The embedded data of the demo: its table, its model's folder, and its tars.
-
-Only the standard library is imported here, and pyarrow when the table is asked for, so that the
-module is cheap to import anywhere.
-"""
+"""The embedded data of the demo: the table of images and captions, and the tars made of it."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def table_path() -> str:
-    """The path of the embedded table of images and captions, a parquet file."""
+    """The path of the embedded table of images and captions, a Parquet file."""
     return str(files(__package__) / "emoji.parquet")
 
 
@@ -29,7 +25,7 @@ def load() -> pa.Table:
 
     Columns: key (hyphenated code points), image (JPEG bytes, 64 x 64 pixels on white), name_en,
     name_zh, keywords_en, keywords_zh, short_names, category, and held_out (the short names, as
-    words, that no caption the model was trained on contains as such). Names and keywords are
+    words, that are not among the texts of the model's training). Names and keywords are
     from Unicode CLDR; the rest is from emoji-data, with Noto's artwork.
     """
     import pyarrow.parquet as pq
@@ -38,11 +34,11 @@ def load() -> pa.Table:
 
 
 def write_tars(folder: str, shards: int = 8) -> list[str]:
-    """Writes the table into `folder` as webdataset tars of consecutive rows; returns their paths.
+    """Write the table to `folder` as webdataset tars of consecutive rows; returns their paths.
 
-    A sample has three members: `<key>.jpg`, the embedded bytes as they are; `<key>.txt`, the
-    caption in English and Chinese; `<key>.json`, with key, name_en, name_zh and category. The
-    same table and number of shards always give the same bytes.
+    A sample has three members: `<key>.jpg`, the bytes in the table; `<key>.txt`, the
+    caption in English and Chinese; `<key>.json`, with key, name_en, name_zh and category. Equal
+    tables and numbers of shards give equal bytes.
     """
     if shards < 1:
         raise ValueError(f"shards must be at least 1, not {shards}")

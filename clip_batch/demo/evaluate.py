@@ -2,10 +2,10 @@
 
     python -m clip_batch.demo.evaluate [FOLDER]
 
-FOLDER is any open_clip folder with `open_clip_config.json`, by default the embedded model. For
-names and held-out short names the definition is the plain one: recall@k is the share of queries
-whose own image is among the k nearest of all images. A keyword belongs to many images, so for
-keywords the share is of those queries with at least one image of the keyword among the k.
+FOLDER is any folder of open_clip with `open_clip_config.json`, by default the embedded model.
+recall@k of names and held-out short names is the fraction of queries whose image is among the k
+nearest of all images. A keyword belongs to many images, so recall@k of keywords is the fraction of
+keywords with at least one of their images among the k nearest.
 """
 
 import argparse
@@ -33,14 +33,14 @@ _BATCH = 256
 
 
 class Queries(NamedTuple):
-    """Texts, and for each the rows of the images that answer it."""
+    """Texts, and the rows of the images that answer each of them."""
 
     texts: list[str]
     answers: list[list[int]]
 
 
 def query_sets(rows: list[dict[str, Any]]) -> dict[str, Queries]:
-    """The sets of queries by name, those of `SETS`, from the rows of the table."""
+    """The queries of each name in `SETS`, from the rows of the table."""
     sets: dict[str, Queries] = {}
     for language in LANGUAGES:
         names = [row[f"name_{language}"] for row in rows]
@@ -59,10 +59,10 @@ def query_sets(rows: list[dict[str, Any]]) -> dict[str, Queries]:
 
 
 def ranks(texts: torch.Tensor, images: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:
-    """The rank from 0 of each text's best answer: int64 [texts].
+    """The rank of each text's best answer, counted from 0: int64 (n,).
 
-    `texts` [texts, d] and `images` [images, d] are of unit length. Other images that score
-    exactly as much as the answer count as before it.
+    `texts` (n, d) and `images` (m, d) have unit norm. Other images with exactly the score of the
+    answer rank before it.
     """
     scores = texts @ images.T
     best = torch.stack([row[rows].max() for row, rows in zip(scores, answers, strict=True)])
@@ -74,7 +74,7 @@ def ranks(texts: torch.Tensor, images: torch.Tensor, answers: list[list[int]]) -
 
 @torch.inference_mode()
 def evaluate(folder: str, sets: Container[str] = SETS) -> dict[str, float]:
-    """Recall@1 and recall@10 of each of the `sets` of queries, as fractions, by "set@k"."""
+    """recall@1 and recall@10, from 0 to 1, of the `sets` of queries, by "set@k"."""
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
@@ -101,12 +101,12 @@ def evaluate(folder: str, sets: Container[str] = SETS) -> dict[str, float]:
 
 
 def report(recalls: dict[str, float]) -> str:
-    """The recalls on one line."""
+    """The recalls as one line of text."""
     return "  ".join(f"{name} {value:.4f}" for name, value in recalls.items())
 
 
 def main() -> None:
-    """Reads the command line and prints one line for each set and k."""
+    """Read the command line and print one line for each set and k."""
     parser = argparse.ArgumentParser(description="Measure recall over the embedded images.")
     parser.add_argument("folder", nargs="?", default=model_path())
     for name, value in evaluate(parser.parse_args().folder).items():

@@ -1,4 +1,4 @@
-"""`clip-batch demo`: the straight line of the product on embedded data, each step with its command."""
+"""`clip-batch demo`: plan, embed, merge, search and serve on the embedded data; prints the command of each step."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from clip_batch.search.results import describe_hits
 from clip_batch.search.searcher import Searcher
 
 QUERIES = ("red apple", "a cat laughing", "flag of Brazil", "火车", "下雨的云")
-"""Two English, two Chinese, and a country: what the demo prints hits for."""
-
+"""Texts that the demo searches for."""
 
 PICTURE = "1f431"
-"""The key of the picture it searches with: a cat's face."""
+"""The key of the picture that it searches with: a cat's face."""
 
 
 def run(folder: str, serve: bool, config: ServeConfig) -> int:
-    """Write tars, plan, embed, merge and search in `folder`; then serve. Safe to run again."""
-    output, index = os.path.join(folder, "embeddings"), os.path.join(folder, "index")
+    """Write tars, plan, embed, merge and search in `folder`, then serve; returns the exit code.
+
+    What exists from an earlier run is not done again.
+    """
+    tars, output, index = (os.path.join(folder, name) for name in ("tars", "embeddings", "index"))
     storage = StorageConfig()
 
-    _step("tars", f"1,911 captioned pictures in {folder}/tars")
-    tars = os.path.join(folder, "tars")
+    _step("tars", f"1,911 captioned pictures in {tars}")
     if not os.path.isdir(tars):
         data.write_tars(tars)
 
@@ -44,20 +45,8 @@ def run(folder: str, serve: bool, config: ServeConfig) -> int:
     manifest = merge(output, index, MergeConfig(shard_rows=500), storage=storage)
     print(f"{manifest.rows:,} rows in {len(manifest.shards)} index shards")
 
-    searcher = Searcher(index, storage)
-    searcher.encode_text(["warm up"])
-    for query in QUERIES:
-        _step("search", f"clip-batch search --index {index} --text {query!r}")
-        started = time.perf_counter()
-        hits = searcher.search(searcher.encode_text([query]), 5)[0]
-        took = time.perf_counter() - started
-        print(f"{describe_hits(hits)}\n{took * 1000:.0f} ms")
-    picture = next(row for row in data.load().to_pylist() if row["key"] == PICTURE)
-    path = os.path.join(folder, "query.jpg")
-    with open(path, "wb") as file:
-        file.write(picture["image"])
-    _step("search", f"clip-batch search --index {index} --image {path}    ({picture['name_en']})")
-    print(describe_hits(searcher.search(searcher.encode_image(picture["image"]), 5)[0]))
+    with Searcher(index, storage) as searcher:
+        _search(searcher, index, folder)
 
     print(f"\nGo on: clip-batch verify --output {output} --deep\n       clip-batch serve --index {index}")
     if serve:
@@ -67,5 +56,23 @@ def run(folder: str, serve: bool, config: ServeConfig) -> int:
     return 0
 
 
+def _search(searcher: Searcher, index: str, folder: str) -> None:
+    """Print the hits of each text, and of one picture, which is written to `folder`."""
+    searcher.encode_text(["warm up"])
+    for query in QUERIES:
+        _step("search", f"clip-batch search --index {index} --text {query!r}")
+        started = time.perf_counter()
+        hits = searcher.search(searcher.encode_text([query]), 5)[0]
+        milliseconds = 1000 * (time.perf_counter() - started)
+        print(f"{describe_hits(hits)}\n{milliseconds:.0f} ms")
+    picture = next(row for row in data.load().to_pylist() if row["key"] == PICTURE)
+    path = os.path.join(folder, "query.jpg")
+    with open(path, "wb") as file:
+        file.write(picture["image"])
+    _step("search", f"clip-batch search --index {index} --image {path}    ({picture['name_en']})")
+    print(describe_hits(searcher.search(searcher.encode_image(picture["image"]), 5)[0]))
+
+
 def _step(name: str, text: str) -> None:
+    """Print the heading of a step."""
     print(f"\n== {name}: {text}", flush=True)

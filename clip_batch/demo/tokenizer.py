@@ -1,9 +1,9 @@
-"""The demo model's tokenizer: a small bilingual vocabulary with bytes for all the rest.
+"""The tokenizer of the demo's model: a small bilingual vocabulary, with bytes for all other characters.
 
-Text is brought to the plain form of `captions.plain`, split into words, digits and Chinese
-characters, and the words into byte-pair sub-words. A character never seen in training becomes
-its UTF-8 bytes, so that any text has tokens. Padding is token 0 and the end of text the largest
-token, which is where open_clip takes a text's features by default.
+Text is brought to the form of `captions.plain` and split into words, digits and Chinese characters;
+words are split into byte-pair sub-words. A character that training did not see becomes its UTF-8
+bytes, so any text has tokens. Padding is token 0, and the end of text is the largest token, where
+open_clip takes the features of a text by default.
 """
 
 import json
@@ -20,7 +20,7 @@ _SEPARATORS = r"[\s[\p{P}&&[^#*]]]+"
 
 
 def _shell(model: models.Model) -> Tokenizer:
-    """A tokenizer around `model` with the text's normalisation and splitting."""
+    """A tokenizer around `model` that normalizes and splits texts."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -41,10 +41,10 @@ def _shell(model: models.Model) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A tokenizer of at most `vocabulary` learnt tokens, and 258 more, from the words of `texts`.
+    """A tokenizer with at most `vocabulary` tokens learned from `texts`, and 258 more.
 
-    Its tokens are, in order: padding, the 256 bytes, the characters and sub-words learnt, and
-    the end of text, which is put after every text.
+    Its tokens are, in order: padding, the 256 bytes, the learned characters and sub-words, and
+    the end of text, which is appended to every text.
     """
     learner = _shell(models.BPE())
     learner.train_from_iterator(
@@ -55,10 +55,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
             show_progress=False,
         ),
     )
-    learnt = json.loads(learner.to_str())["model"]
-    tokens = [PAD, *_BYTES, *sorted(learnt["vocab"], key=learnt["vocab"].__getitem__), END]
+    learned = json.loads(learner.to_str())["model"]
+    tokens = [PAD, *_BYTES, *sorted(learned["vocab"], key=learned["vocab"].__getitem__), END]
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [(left, right) for left, right in learnt["merges"]]
+    merges = [(left, right) for left, right in learned["merges"]]
     tokenizer = _shell(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
     tokenizer.add_special_tokens([PAD, END])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -71,7 +71,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the three files from which transformers loads the tokenizer with no network."""
+    """Write the three files from which transformers loads the tokenizer without network."""
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"pad_token": PAD, "eos_token": END}
     settings = {

@@ -1,12 +1,12 @@
-"""Trains the demo's CLIP on the embedded images, on a CPU, from nothing.
+"""Trains the demo's CLIP on the embedded images, on a CPU, from random weights.
 
     python -m clip_batch.demo.train --output FOLDER [--steps N] [--seed N]
     python -m clip_batch.demo.train --evaluate FOLDER
 
 The model is open_clip's own CLIP with two small towers. Each step takes a seventh of the images,
 one English and one Chinese text for each, and contrasts both languages with the images. A keyword
-belongs to many images; all of them in the step are its right answers. With the same seed, versions
-and number of threads the weights come out the same.
+belongs to many images; all of those in the step are right answers. Equal seeds, versions and
+numbers of threads give equal weights.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from clip_batch.demo.data import load
 from clip_batch.demo.evaluate import evaluate, report
 from clip_batch.demo.tokenizer import CONTEXT_LENGTH, save_tokenizer, train_tokenizer
 
-LEARNT_TOKENS = 5500
+LEARNED_TOKENS = 5500
 IMAGE_SIZE = 64
-BATCH = 273  # divides the 1,911 images: every step has as many, every epoch has them all
+BATCH = 273  # divides 1,911, so that every step has as many images and every epoch has all of them
 TEXT_CHUNKS = 3
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
@@ -81,16 +81,16 @@ def model_config(vocabulary: int) -> dict[str, Any]:
 
 
 def export(model: nn.Module, folder: Path) -> None:
-    """Writes the weights to `folder` in half precision, whole or not at all."""
+    """Write the weights to `folder` in half precision; the file appears only when it is complete."""
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     partial = folder / "open_clip_model.safetensors.partial"
     save_file(weights, partial)
-    partial.chmod(0o644)  # safetensors makes files private
+    partial.chmod(0o644)  # safetensors creates files that only their owner can read
     os.replace(partial, folder / "open_clip_model.safetensors")
 
 
 class Texts:
-    """Draws training texts for images, with the images each text is right for.
+    """Draws training texts for images, with the images that each text is right for.
 
     A text is a name in one of its forms, a name with keywords, the bilingual caption, or
     keywords alone. A name is right for the images of that name; keywords are right for the
@@ -115,7 +115,7 @@ class Texts:
                     self.described.setdefault(text, set()).add(index)
 
     def corpus(self) -> list[str]:
-        """Every name and keyword, once for each image that has it."""
+        """All names and keywords, each as often as images have it."""
         return [
             text
             for index, row in enumerate(self.rows)
@@ -124,7 +124,7 @@ class Texts:
         ]
 
     def draw(self, index: int, language: Language) -> tuple[str, set[int]]:
-        """A text for the image of row `index`, and the rows of the images it is right for."""
+        """A text for the image of row `index`, and the rows of the images that it is right for."""
         rng, row, forms = self.rng, self.rows[index], self.forms[language][index]
         form = forms[0] if rng.random() < 0.6 else rng.choice(forms)
         owners = self.named[plain(form)]
@@ -149,12 +149,12 @@ class Texts:
         return text, owners
 
     def _join(self, parts: list[str]) -> str:
-        """The parts in any order, with one of the usual separators."""
+        """The parts in random order, with a random one of the usual separators."""
         self.rng.shuffle(parts)
         return self.rng.choice((" ", ", ")).join(parts)
 
     def _thin(self, text: str) -> str:
-        """The text less one of its words, if it has three or more."""
+        """The text without one of its words, if it has three or more."""
         words = text.split()
         if len(words) >= 3:
             words.pop(self.rng.randrange(len(words)))
@@ -162,16 +162,16 @@ class Texts:
 
 
 def decode(images: list[bytes]) -> Tensor:
-    """The images as float32 [N, 3, 64, 64], from 0 for white to 1 for none of a colour."""
+    """The images as float32 (n, 3, 64, 64), inverted: 0 is white and 1 is black."""
     pixels = [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in images]
     return 1 - torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The images [B, 3, 64, 64] of `decode`, moved a little, as the model takes them.
+    """Images (n, 3, 64, 64) of `decode`, slightly changed at random, as the model takes them.
 
-    Shift is up to a tenth of the side, scale 0.85 to 1.1, rotation up to 8 degrees, contrast
-    0.85 to 1; a third of the images stay as they are.
+    They are shifted by up to a tenth of their side, scaled by 0.85 to 1.1, rotated by up to 8
+    degrees, and their contrast is reduced to 0.85 to 1. A third of the images is not changed.
     """
     count = len(images)
     draws = torch.rand(count, 5, generator=generator) * 2 - 1
@@ -187,10 +187,10 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def encode_text(model: Any, tokens: list[list[int]]) -> Tensor:
-    """Text features of unit length [texts, d], in the order given.
+    """Features of unit norm (n, d) of n texts, in their order.
 
-    Texts of like length go through the tower together, padded to the longest of them alone:
-    with a causal mask the padding after the end of text changes nothing.
+    Texts of similar length go through the tower together, padded to the longest of them: with a
+    causal mask, the padding after the end of text changes nothing.
     """
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
     size = -(-len(order) // TEXT_CHUNKS)
@@ -211,10 +211,10 @@ def encode_text(model: Any, tokens: list[list[int]]) -> Tensor:
 def contrastive_loss(images: Tensor, texts: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """The symmetric contrastive loss of one step, with several right answers.
 
-    `images` [B, d] and `texts` [languages, B, d] are of unit length, `right` [languages, B, B] says
-    for which images of the step (last axis) a text is right, `scale` is the logit scale. A text's
-    target is spread evenly over its right images. An image's target is its own text; its other
-    right texts are left out.
+    `images` (n, d) and `texts` (languages, n, d) have unit norm, `right` (languages, n, n) tells
+    for which images of the step (last axis) a text is right, and `scale` is the logit scale. The
+    target of a text is spread evenly over its right images. The target of an image is its own text;
+    other texts that are right for it are left out.
     """
     logits = scale * texts @ images.T
     target = right / right.sum(2, keepdim=True)
@@ -237,9 +237,9 @@ def optimizer(model: nn.Module) -> torch.optim.AdamW:
 
 
 def prepare(rows: list[dict[str, Any]], texts: Texts, folder: Path) -> tuple[Any, Tokenizer]:
-    """Makes the tokenizer and a model of random weights, and writes both to `folder`."""
+    """Make the tokenizer and a model with random weights, and write both to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(texts.corpus(), LEARNT_TOKENS)
+    tokenizer = train_tokenizer(texts.corpus(), LEARNED_TOKENS)
     config = model_config(tokenizer.get_vocab_size())
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_tokenizer(tokenizer, folder)
@@ -249,9 +249,9 @@ def prepare(rows: list[dict[str, Any]], texts: Texts, folder: Path) -> tuple[Any
 
 
 def train(folder: Path, steps: int, seed: int) -> None:
-    """Trains for `steps` steps and leaves the model in `folder`; until then it is the random one."""
+    """Train for `steps` steps and write the model to `folder`, which has the random model until then."""
     torch.manual_seed(seed)
-    torch.set_flush_denormal(True)  # they are slow, and many where attention is sharp
+    torch.set_flush_denormal(True)  # denormal numbers are slow, and frequent where attention is sharp
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     rows: list[dict[str, Any]] = load().to_pylist()
     texts = Texts(rows, rng)
@@ -301,11 +301,11 @@ def train(folder: Path, steps: int, seed: int) -> None:
 
 
 def main() -> None:
-    """Reads the command line; trains, or measures a trained model."""
+    """Read the command line; train a model, or measure one."""
     parser = argparse.ArgumentParser(description="Train the demo's model, or measure one.")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--output", type=Path, help="the folder the trained model goes to")
-    action.add_argument("--evaluate", metavar="FOLDER", help="a model's folder to measure")
+    action.add_argument("--output", type=Path, help="folder for the trained model")
+    action.add_argument("--evaluate", metavar="FOLDER", help="folder of the model to measure")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
