@@ -28,8 +28,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def client(index: str) -> Iterator[TestClient]:
-    with served(index, max_body="100KB", max_k=100, max_queries=3) as found:
-        yield found
+    with served(index, max_body="100KB", max_k=100, max_queries=3) as client:
+        yield client
 
 
 def test_a_token_is_needed_for_all_but_the_page_and_health(index: str) -> None:

@@ -1,4 +1,4 @@
-"""Lanes, the text cache and the threads: what arrives together is encoded together, and bounds hold."""
+"""Lanes, the text cache and threads: queries that arrive together are encoded together, and limits hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.servers.serving import make_index, served
 
 
 class Recorder:
-    """Encodes a number as itself, one batch at a time, and remembers the batches; -1 cannot be encoded."""
+    """Encodes a number as itself, one batch at a time, and records the batches; -1 cannot be encoded."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.batches: list[list[int]] = []

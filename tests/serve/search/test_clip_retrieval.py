@@ -1,4 +1,4 @@
-"""clip-retrieval's endpoints: by its own client where it is installed, and field by field."""
+"""clip-retrieval's endpoints, field by field and with its own client."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def client(index: str) -> Iterator[TestClient]:
-    with served(index, max_k=200) as found:
-        yield found
+    with served(index, max_k=200) as client:
+        yield client
 
 
 def knn(client: TestClient, **fields: Any) -> Any:
-    asked = {"modality": "image", "num_images": 5, "indice_name": "index", **fields}
-    answer = client.post("/knn-service", content=json.dumps(asked))  # no content type, as its client sends
+    body = {"modality": "image", "num_images": 5, "indice_name": "index", **fields}
+    answer = client.post("/knn-service", content=json.dumps(body))  # without a content type, as its client does
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -155,9 +155,9 @@ def test_ratings_move_the_query(index: str, tmp_path: Path) -> None:
         plain = np.array(client.post("/v1/embed", json={"texts": ["a"]}).json()["texts"][0])
         moved = plain + 0.5 * ratings[9]
         moved /= np.linalg.norm(moved)
-        found = knn(client, text="a", aesthetic_score=9, aesthetic_weight=0.5)
-        assert found == knn(client, embedding_input=moved.tolist())
-        assert found != knn(client, text="a")
+        hits = knn(client, text="a", aesthetic_score=9, aesthetic_weight=0.5)
+        assert hits == knn(client, embedding_input=moved.tolist())
+        assert hits != knn(client, text="a")
 
 
 def test_metrics_have_its_names(client: TestClient) -> None:
@@ -174,12 +174,12 @@ def test_no_search_yet(index: str) -> None:
 
 
 def interpreter() -> str:
-    """The Python that clip-retrieval is installed for."""
+    """Return the Python in whose environment clip-retrieval is installed."""
     here = ROOT / ".clip-retrieval/bin/python"
-    found = os.environ.get("CLIP_RETRIEVAL_PYTHON") or (str(here) if here.exists() else "")
-    if not found:
+    python = os.environ.get("CLIP_RETRIEVAL_PYTHON") or (str(here) if here.exists() else "")
+    if not python:
         pytest.skip("clip-retrieval is not installed: set CLIP_RETRIEVAL_PYTHON")
-    return found
+    return python
 
 
 ITS_CLIENT = """

@@ -1,4 +1,4 @@
-"""Hot swap and readiness: no request is dropped, and what does not fit does not serve."""
+"""New versions and readiness: no request fails, and a version that cannot be opened is not served."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.servers.serving import ROWS, make_index, served
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def indices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("live")
     make_index(folder)
     make_index(folder / "larger", 2 * ROWS, 7)
@@ -32,13 +32,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def index(made: Path, tmp_path: Path) -> str:
-    shutil.copytree(made / "index", tmp_path / "index")
+def index(indices: Path, tmp_path: Path) -> str:
+    shutil.copytree(indices / "index", tmp_path / "index")
     return str(tmp_path / "index")
 
 
 def publish(source: Path, index: str) -> str:
-    """Let another index's version serve as the next version of this one."""
+    """Make the version of another index the next version of this one."""
     version = (source / "index/CURRENT").read_text().strip()
     shutil.copytree(source / "index" / version, Path(index) / version)
     (Path(index) / "CURRENT.new").write_text(version)
@@ -53,7 +53,7 @@ def wait(what: Any, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def test_a_new_version_takes_over_under_load(made: Path, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_version_takes_over_under_load(indices: Path, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
     close = Searcher.close
     monkeypatch.setattr(Searcher, "close", lambda self: (closed.append(self.manifest.version), close(self))[1])
@@ -73,7 +73,7 @@ def test_a_new_version_takes_over_under_load(made: Path, index: str, monkeypatch
             thread.start()
         wait(lambda: len(answers) > 20)
         picture = client.post("/v1/search", json={"id": 0, "k": 1}).json()["hits"][0]["image"]
-        new = publish(made / "larger", index)
+        new = publish(indices / "larger", index)
         wait(lambda: answers[-1][1] == new)
         seen = len(answers)
         wait(lambda: len(answers) > seen + 20)
@@ -84,14 +84,14 @@ def test_a_new_version_takes_over_under_load(made: Path, index: str, monkeypatch
         assert {answer[1:] for answer in answers} == {(old, ROWS), (new, 2 * ROWS)}
         wait(lambda: old in closed)
         assert new not in closed
-        assert client.get(picture).status_code == 404  # that row is another picture now
+        assert client.get(picture).status_code == 404  # in the new version that row is another picture
         text = client.get("/metrics").text
         assert f'clip_batch_index_rows{{index="index",version="{new}"}} {2.0 * ROWS}' in text
         assert old not in text
     assert sorted(closed) == sorted([old, new])
 
 
-def test_a_request_keeps_the_version_it_began_with(made: Path, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_keeps_the_version_it_began_with(indices: Path, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old = (Path(index) / "CURRENT").read_text().strip()
     encode, gate, inside = FakeEncoder.encode_texts, threading.Event(), threading.Event()
     found: list[Any] = []
@@ -109,7 +109,7 @@ def test_a_request_keeps_the_version_it_began_with(made: Path, index: str, monke
         thread = threading.Thread(target=lambda: found.append(client.post("/v1/search", json=asked).json()))
         thread.start()
         assert inside.wait(20)
-        new = publish(made / "larger", index)
+        new = publish(indices / "larger", index)
         wait(lambda: client.get("/readyz").json()["indices"]["index"] == 2 * ROWS)
         assert client.post("/v1/search", json={"id": 0}).json()["version"] == new
         gate.set()
@@ -117,10 +117,10 @@ def test_a_request_keeps_the_version_it_began_with(made: Path, index: str, monke
     assert (found[0]["version"], len(found[0]["hits"])) == (old, ROWS)
 
 
-def test_a_version_of_another_encoder_brings_it_along(made: Path, index: str) -> None:
+def test_a_version_of_another_encoder_brings_it_along(indices: Path, index: str) -> None:
     with served(index, poll=0.05) as client:
         assert len(client.post("/v1/embed", json={"texts": ["a"]}).json()["texts"][0]) == 8
-        new = publish(made / "wider", index)
+        new = publish(indices / "wider", index)
         wait(lambda: client.get("/v1/indices").json()["indices"][0]["version"] == new)
         assert len(client.post("/v1/embed", json={"texts": ["a"]}).json()["texts"][0]) == 9
 
@@ -136,12 +136,12 @@ def test_rows_that_are_removed_vanish_without_a_new_version(index: str) -> None:
 
 
 @pytest.mark.parametrize("harm", ["manifest", "index", "metadata"])
-def test_a_broken_version_does_not_take_over(made: Path, index: str, harm: str) -> None:
+def test_a_broken_version_does_not_take_over(indices: Path, index: str, harm: str) -> None:
     with served(index, poll=0.05) as client:
         wait(lambda: client.get("/readyz").status_code == 200)
-        version = (made / "larger/index/CURRENT").read_text().strip()
+        version = (indices / "larger/index/CURRENT").read_text().strip()
         target = Path(index) / version
-        shutil.copytree(made / "larger/index" / version, target)
+        shutil.copytree(indices / "larger/index" / version, target)
         harmed = target / "manifest.json" if harm == "manifest" else sorted(target.rglob(f"*.{ENDS[harm]}"))[0]
         good = harmed.read_bytes()
         harmed.write_bytes(good[: len(good) // 2])
@@ -185,8 +185,8 @@ def test_not_ready_without_the_encoder_that_made_it(index: str, monkeypatch: pyt
         assert client.post("/v1/search", json={"id": 3}).status_code == 200  # needs no encoder
 
 
-def test_several_indices(made: Path, tmp_path: Path) -> None:
-    app = create_app({"a": str(made / "index"), "b/c": str(made / "larger/index")})
+def test_several_indices(indices: Path, tmp_path: Path) -> None:
+    app = create_app({"a": str(indices / "index"), "b/c": str(indices / "larger/index")})
     with TestClient(app) as client:
         assert client.get("/indices-list").json() == ["a", "b/c"]
         assert client.post("/v1/search", json={"text": "a"}).json()["index"] == "a"

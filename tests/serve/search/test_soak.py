@@ -1,4 +1,4 @@
-"""Ten thousand mixed requests, malformed ones among them: no 500, no wrong answer, no leak."""
+"""Ten thousand mixed requests, some of them malformed: no 500, no wrong answer, no leak."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUESTS, CLIENTS = 10_000, 8
 
 
 def requests(draw: random.Random) -> tuple[str, str, Any, int]:
-    """(method, path, body, expected status) of a random request."""
+    """Return (method, path, body, expected status) of a random request."""
     seed, number = draw.randrange(2), draw.randrange(ROWS // 2)
     picture = base64.b64encode(jpeg(seed * 1_000_003 + number)).decode()
     text = " ".join(draw.choices(["a", "red", "cat", "caption", "tar", str(draw.random())], k=3))
@@ -51,11 +51,11 @@ def requests(draw: random.Random) -> tuple[str, str, Any, int]:
 
 
 def resident(variable: str) -> int:
-    """Bytes of anonymous memory of the server."""
+    """Return the bytes of anonymous memory of the server."""
     (pid,) = mine(variable)
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert match
+    return int(match[1]) * 1024
 
 
 def test_ten_thousand_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,12 +69,12 @@ def test_ten_thousand_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             check = body.pop("check", None) if isinstance(body, dict) else None
             data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
             connection.request(method, path, data)
-            answer = connection.getresponse()
-            found = answer.read()
-            if answer.status != status:
-                wrong.append((method, path, body, answer.status, found[:200]))
+            response = connection.getresponse()
+            content = response.read()
+            if response.status != status:
+                wrong.append((method, path, body, response.status, content[:200]))
             elif check:
-                metadata = json.loads(found)["hits"][0]["metadata"]
+                metadata = json.loads(content)["hits"][0]["metadata"]
                 if (metadata["seed"], metadata["number"]) != check:
                     wrong.append((check, metadata))
         connection.close()

@@ -1,4 +1,4 @@
-"""The /v1 endpoints: mixtures, filters, heads, near duplicates, embeddings, images."""
+"""The /v1 endpoints: mixtures, filters, heads, near duplicates, embeddings and images."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def client(index: str) -> Iterator[TestClient]:
-    with served(index, max_k=1000, max_queries=4) as found:
-        yield found
+    with served(index, max_k=1000, max_queries=4) as client:
+        yield client
 
 
 def search(client: TestClient, **fields: Any) -> Any:
@@ -37,8 +37,8 @@ def search(client: TestClient, **fields: Any) -> Any:
     return answer.json()
 
 
-def ids(found: Any) -> list[int]:
-    return [hit["id"] for hit in found["hits"]]
+def ids(result: Any) -> list[int]:
+    return [hit["id"] for hit in result["hits"]]
 
 
 def vector(client: TestClient, text: str) -> Any:
@@ -61,8 +61,8 @@ def test_every_kind_of_query_finds_its_row(client: TestClient) -> None:
 def test_a_mixture_is_the_weighted_sum_of_unit_vectors(client: TestClient) -> None:
     mixed = vector(client, "red") + 2 * vector(client, "caption") - 0.5 * vector(client, "tar")
     queries = [{"text": "red"}, {"text": "caption", "weight": 2}, {"text": "tar", "weight": -0.5}]
-    found = search(client, queries=queries, k=7)
-    assert ids(found) == ids(search(client, embedding=mixed.tolist(), k=7))
+    result = search(client, queries=queries, k=7)
+    assert ids(result) == ids(search(client, embedding=mixed.tolist(), k=7))
     whole = [{"queries": [{"text": "red"}, {"text": "red", "weight": -1}]}, {"queries": [{"text": "red", "weight": 0}]}]
     for body in whole:
         answer = client.post("/v1/search", json=body)
@@ -101,9 +101,9 @@ def test_filters(
     monkeypatch.setattr(service, "config", config)
     every = search(client, text="a", k=1000)["hits"]
     right = [hit["id"] for hit in every if holds(hit["metadata"])]
-    found = search(client, text="a", k=1000, filters=[condition])
-    assert ids(found) == right
-    assert found["complete"]
+    result = search(client, text="a", k=1000, filters=[condition])
+    assert ids(result) == right
+    assert result["complete"]
     assert ids(search(client, text="a", k=1, filters=[condition])) == right[:1]
 
 
@@ -114,13 +114,13 @@ def test_all_filters_hold_and_the_bound_is_told(index: str) -> None:
         assert {hit["metadata"]["number"] for hit in both["hits"]} == {0, 1, 2, 3}
         rare = search(client, text="a", k=1000)["hits"][-1]["metadata"]["key"]
     with served(index, max_scan=10, prefilter_rows=ROWS - 1) as client:
-        found = search(client, text="a", k=2, filters=[{"column": "key", "equals": rare}])
-        assert (found["hits"], found["scanned"], found["complete"]) == ([], 10, False)
+        result = search(client, text="a", k=2, filters=[{"column": "key", "equals": rare}])
+        assert (result["hits"], result["scanned"], result["complete"]) == ([], 10, False)
     with served(index, max_scan=10) as client:
-        found = search(client, text="a", k=2, filters=[{"column": "key", "equals": rare}])
-        assert ([hit["metadata"]["key"] for hit in found["hits"]], found["complete"]) == ([rare], True)
+        result = search(client, text="a", k=2, filters=[{"column": "key", "equals": rare}])
+        assert ([hit["metadata"]["key"] for hit in result["hits"]], result["complete"]) == ([rare], True)
         again = search(client, text="a", k=2, deduplicate=True, filters=[{"column": "key", "equals": rare}])
-        assert ids(again) == ids(found)
+        assert ids(again) == ids(result)
 
 
 def test_columns(client: TestClient, index: str) -> None:
@@ -167,26 +167,26 @@ def test_heads(index: str, tmp_path: Path) -> None:
             == [id for id, vector in zip(order, vectors, strict=True) if vector @ violence <= 0][:3]
         )
         scores = np.array([hit["score"] for hit in every]) + 2 * vectors @ beauty
-        found = search(client, text="a", k=60, aesthetic=2)
-        assert ids(found) == [order[place] for place in np.argsort(-scores, kind="stable")]
-        assert found["hits"][0]["aesthetic"] == pytest.approx(float((vectors @ beauty)[np.argmax(scores)]), abs=1e-5)
+        result = search(client, text="a", k=60, aesthetic=2)
+        assert ids(result) == [order[place] for place in np.argsort(-scores, kind="stable")]
+        assert result["hits"][0]["aesthetic"] == pytest.approx(float((vectors @ beauty)[np.argmax(scores)]), abs=1e-5)
 
 
 def test_embed(client: TestClient) -> None:
     picture = base64.b64encode(jpeg(3)).decode()
-    found = client.post("/v1/embed", json={"texts": ["a", "b", "a"], "images": [picture]}).json()
-    assert found["dim"] == 8
-    assert found["texts"][0] == found["texts"][2] != found["texts"][1]
-    assert [len(vector) for vector in found["images"]] == [8]
-    assert np.linalg.norm(found["images"][0]) == pytest.approx(1, abs=1e-5)
+    result = client.post("/v1/embed", json={"texts": ["a", "b", "a"], "images": [picture]}).json()
+    assert result["dim"] == 8
+    assert result["texts"][0] == result["texts"][2] != result["texts"][1]
+    assert [len(vector) for vector in result["images"]] == [8]
+    assert np.linalg.norm(result["images"][0]) == pytest.approx(1, abs=1e-5)
 
 
 def test_what_is_served(client: TestClient) -> None:
-    found = client.get("/v1/indices").json()
-    (index,) = found["indices"]
+    result = client.get("/v1/indices").json()
+    (index,) = result["indices"]
     assert (index["name"], index["rows"], index["modalities"]) == ("index", ROWS, ["image", "text"])
     assert {"caption", "number"} <= set(index["columns"])
-    assert found["features"] == {
+    assert result["features"] == {
         "deduplicate": True, "safety": False, "violence": False, "aesthetic": False, "image_url": False
     }  # fmt: skip
 

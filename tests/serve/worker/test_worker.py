@@ -1,4 +1,4 @@
-"""The stages over HTTP: idempotent, one at a time, stopped cleanly, and only below what is allowed."""
+"""The stages over HTTP: requests can be repeated, run one at a time, stop cleanly and stay in the allowed folders."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ EXAMPLE = ROOT / "docs/examples/drive_by_http.py"
 
 @contextlib.contextmanager
 def app(*allow: Path, **options: Any) -> Iterator[TestClient]:
-    made = create_worker([str(path) for path in allow], ServeConfig(**options), EmbedConfig(device="cpu"))
-    with TestClient(made, base_url="http://localhost") as client:
+    worker = create_worker([str(path) for path in allow], ServeConfig(**options), EmbedConfig(device="cpu"))
+    with TestClient(worker, base_url="http://localhost") as client:
         yield client
 
 
 @contextlib.contextmanager
 def workers(allow: Path, count: int, *options: str) -> Iterator[list[tuple[str, subprocess.Popen[bytes]]]]:
-    """(URL, process) of workers that answer."""
+    """Yield (URL, process) of workers that answer."""
     command = [sys.executable, "-m", "clip_batch", "serve-worker", "--allow", str(allow), *options]
     started = [
         (f"http://127.0.0.1:{port}", subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL))
@@ -65,16 +65,16 @@ def workers(allow: Path, count: int, *options: str) -> Iterator[list[tuple[str, 
 
 
 def get(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        found: dict[str, Any] = json.load(answer)
-        return found
+    with urllib.request.urlopen(url, timeout=60) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
 
 
 def post(url: str, timeout: float = 300, **body: Any) -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return answer.status, json.load(answer)
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error)
@@ -93,11 +93,11 @@ def tars(folder: Path, count: int = 4, samples: int = 12, side: int = 32) -> str
 
 
 def planned(folder: Path, url: str, samples: int, **options: Any) -> str:
-    """OUT with a plan made over HTTP."""
+    """Return OUT with a plan that was made over HTTP."""
     out = f"{folder}/out"
     body = {"input": [f"{folder}/*.tar"], "model": "fake:8", "partition_samples": samples}
-    status, found = post(f"{url}/v1/plan", output=out, **body, **options)
-    assert status == 200, found
+    status, answer = post(f"{url}/v1/plan", output=out, **body, **options)
+    assert status == 200, answer
     return out
 
 
@@ -105,21 +105,21 @@ def test_each_stage_answers_the_reference_of_what_it_committed_and_so_again(tmp_
     spec = tars(tmp_path)
     out, index = f"{tmp_path}/out", f"{tmp_path}/index"
     with app(tmp_path) as client:
-        asked = {"output": out, "input": [spec], "model": "fake:8", "partition_samples": 12}
-        plan = client.post("/v1/plan", json=asked).json()
+        body = {"output": out, "input": [spec], "model": "fake:8", "partition_samples": 12}
+        plan = client.post("/v1/plan", json=body).json()
         assert (plan["state"], plan["partitions"]) == ("done", 4)
-        assert client.post("/v1/plan", json=asked).json() == plan
-        other = client.post("/v1/plan", json={**asked, "model": "fake:9"})
+        assert client.post("/v1/plan", json=body).json() == plan
+        other = client.post("/v1/plan", json={**body, "model": "fake:9"})
         assert other.status_code == 400 and "fake:9" in other.json()["detail"]
 
         early = client.post("/v1/merge", json={"output": out, "index": index})
         assert early.status_code == 409 and "\n" not in early.json()["detail"]
         for partition in range(4):
-            found = client.post("/v1/embed", json={"output": out, "partition": partition}).json()
-            assert (found["commit"]["rows"], found["commit"]["partition"]) == (12, partition)
-            name = next(name for name in found["commit"]["files"] if name.startswith("img_emb"))
-            assert len(found["commit"]["files"][name]["sha256"]) == 64 and os.path.exists(f"{out}/{name}")
-            assert client.post("/v1/embed", json={"output": out, "partition": partition}).json() == found
+            answer = client.post("/v1/embed", json={"output": out, "partition": partition}).json()
+            assert (answer["commit"]["rows"], answer["commit"]["partition"]) == (12, partition)
+            name = next(name for name in answer["commit"]["files"] if name.startswith("img_emb"))
+            assert len(answer["commit"]["files"][name]["sha256"]) == 64 and os.path.exists(f"{out}/{name}")
+            assert client.post("/v1/embed", json={"output": out, "partition": partition}).json() == answer
         assert client.post("/v1/embed", json={"output": out, "partition": 4}).status_code == 400
         assert client.get("/v1/status", params={"output": out}).json()["done"] == 4
         assert len(os.listdir(f"{out}/img_emb")) == 4
@@ -182,7 +182,7 @@ def test_nothing_is_read_or_written_elsewhere(tmp_path: Path) -> None:
         assert client.get("/v1/status", params={"output": str(outside)}).status_code == 403
         assert main(["plan", "--input", f"{outside}/000.tar", "--model", "fake:8", "--output", good["output"]]) == 0
         led = client.post("/v1/embed", json={"output": good["output"], "partition": 0})
-        assert led.status_code == 403  # a plan made elsewhere leads out, too
+        assert led.status_code == 403  # the tars of a plan that was made elsewhere are checked too
     assert sorted(os.listdir(outside)) == ["000.tar"]
 
 
@@ -217,7 +217,7 @@ def test_who_may_ask(tmp_path: Path) -> None:
     body = {"output": f"{tmp_path}/out", "partition": 0}
     with app(tmp_path) as client:
         page = client.post("/v1/embed", content=json.dumps(body), headers={"content-type": "text/plain"})
-        assert page.status_code == 415  # what a page could send without asking first
+        assert page.status_code == 415  # a web page could send this without a preflight request
         assert client.post("/v1/embed", json=body, headers={"host": "evil.example"}).status_code == 400
         assert client.get("/openapi.json").json()["components"]["schemas"]["PlanWork"]["properties"]["precision"]
         missing = client.post("/v1/embed", json=body)
@@ -236,8 +236,8 @@ def test_failures_of_data_and_of_stages_are_told_apart(tmp_path: Path) -> None:
     tars(tmp_path, 2)
     with app(tmp_path) as client:
         out = f"{tmp_path}/out"
-        asked = {"output": out, "input": [f"{tmp_path}/*.tar"], "model": "fake:8", "partition_samples": 12}
-        assert client.post("/v1/plan", json=asked).json()["partitions"] == 2
+        body = {"output": out, "input": [f"{tmp_path}/*.tar"], "model": "fake:8", "partition_samples": 12}
+        assert client.post("/v1/plan", json=body).json()["partitions"] == 2
         (tmp_path / "001.tar").unlink()
         gone = client.post("/v1/embed", json={"output": out, "partition": 1})
         assert gone.status_code == 422 and "001.tar" in gone.json()["detail"]
@@ -250,8 +250,8 @@ def test_two_workers_asked_for_the_same_partition_commit_it_once(tmp_path: Path)
     with workers(tmp_path, 2, "--batch-size", "2") as both, ThreadPoolExecutor(6) as pool:
         urls = [url for url, _ in both]
         out = planned(tmp_path, urls[0], 800)
-        asked = [pool.submit(post, f"{url}/v1/embed", output=out, partition=0) for url in urls * 3]
-        answers = [one.result() for one in asked]
+        body = [pool.submit(post, f"{url}/v1/embed", output=out, partition=0) for url in urls * 3]
+        answers = [one.result() for one in body]
         assert all(answer == answers[0] for answer in answers) and answers[0][0] == 200
         assert answers[0][1]["commit"]["rows"] == 800
     assert len(os.listdir(f"{out}/img_emb")) == len(os.listdir(f"{out}/_clip_batch/commits")) == 1
@@ -271,9 +271,10 @@ def test_one_at_a_time_and_stopped_with_the_client_or_a_signal(tmp_path: Path) -
         assert get(f"{url}/healthz")["at"] == f"embed {out}, partition 0"
         status, busy = post(f"{url}/v1/embed", output=out, partition=1)
         assert status == 503 and "is busy: embed" in busy["detail"]
-        assert post(f"{url}/v1/embed", output=out, partition=0)[1]["commit"]["rows"] == 2000  # joins it
+        # A request for the running job waits for its end.
+        assert post(f"{url}/v1/embed", output=out, partition=0)[1]["commit"]["rows"] == 2000
 
-        with pytest.raises((TimeoutError, urllib.error.URLError)):  # a client that goes away
+        with pytest.raises((TimeoutError, urllib.error.URLError)):  # a client that disconnects
             post(f"{url}/v1/embed", timeout=0.3, output=out, partition=1)
         until = time.monotonic() + 300
         while get(f"{url}/healthz")["at"]:
@@ -312,7 +313,7 @@ def test_the_example_drives_a_run_though_a_worker_is_killed(tmp_path: Path) -> N
         said = process.communicate(timeout=300)[0]
         assert process.returncode == 0, said
         assert "2,400 samples embedded, 0 listed as failed" in said and "2,400 rows in" in said
-        again = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # all answered at once
+        again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert again.splitlines()[-1] == said.splitlines()[-1]
     assert main(["gc", "--output", str(out), "--everything"]) == 0
     assert len(list((out / "img_emb").iterdir())) == 12
