@@ -48,7 +48,7 @@ from clip_batch.errors import (
 from clip_batch.types import Hit, Plan
 
 if _typing.TYPE_CHECKING:
-    from clip_batch.client import AsyncClient, Client
+    from clip_batch.client import AsyncClient, Client, FakeService
     from clip_batch.embeddings.embed import Outcome, embed
     from clip_batch.export.dataset import FilteredDataset
     from clip_batch.index.manifest import Manifest
@@ -72,6 +72,7 @@ __all__ = [
     "DownloadConfig",
     "EmbedConfig",
     "EncoderError",
+    "FakeService",
     "FilteredDataset",
     "Hit",
     "IncompleteError",
@@ -107,6 +108,7 @@ __all__ = [
 _HOMES = {
     "AsyncClient": "client",
     "Client": "client",
+    "FakeService": "client",
     "FilteredDataset": "export.dataset",
     "Manifest": "index.manifest",
     "Outcome": "embeddings.embed",

@@ -22,11 +22,14 @@ import httpx2
 
 from clip_batch.client import ask
 from clip_batch.client.ask import Ask, Image, SearchArguments, T
+from clip_batch.client.fake import FakeService
 from clip_batch.errors import ConfigError, ServiceError, ServiceUnavailable, one_line
 from clip_batch.types import Hit
 
 if TYPE_CHECKING:
     from clip_batch.client.ask import Vectors
+
+__all__ = ["AsyncClient", "Client", "FakeService"]
 
 PASSING = frozenset({429, 502, 503, 504})
 """Statuses that say: not now (RFC 6585, RFC 9110)."""
@@ -85,13 +88,21 @@ class _Calls:
 class Client(_Calls):
     """A service at `url`; thread-safe. ServiceError: it refuses; ServiceUnavailable: it does not answer, or is full.
 
-    `timeout` is in seconds without a byte. Lost connections and "not now" (429, 502, 503, 504) are
-    asked again up to `retries` times, after what Retry-After says or an exponential back-off.
+    `timeout` is in seconds without a byte. Requests that lose their connection, or are answered "not now" (429, 502,
+    503, 504), are repeated up to `retries` times, after the time that Retry-After says or an exponential back-off.
+    `transport` carries the requests instead of the network, such as that of a `FakeService` in tests.
     """
 
-    def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        timeout: float = 30.0,
+        retries: int = 4,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
         super().__init__(url, token, timeout, retries)
-        self._http = httpx2.Client(**self._options)
+        self._http = httpx2.Client(**self._options, transport=transport)
 
     def __enter__(self) -> Self:
         return self
@@ -161,9 +172,16 @@ class Client(_Calls):
 class AsyncClient(_Calls):
     """`Client` with coroutines, for one event loop."""
 
-    def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        timeout: float = 30.0,
+        retries: int = 4,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
         super().__init__(url, token, timeout, retries)
-        self._http = httpx2.AsyncClient(**self._options)
+        self._http = httpx2.AsyncClient(**self._options, transport=transport)
 
     async def __aenter__(self) -> Self:
         return self
