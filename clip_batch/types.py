@@ -1,7 +1,7 @@
-"""The nouns that travel between stages: Shard, Slice, Partition, Plan, Sample, Failure, Commit, Hit.
+"""The nouns that every folder uses: Shard, Slice, Partition, Plan, Sample, Failure, Commit, Hit.
 
-Plain frozen dataclasses over the standard library, so that every layer may import them; Sample is a
-tuple, as one is made of each sample that is read, and is made three times as fast.
+They are frozen dataclasses that need the standard library alone. Sample is a NamedTuple, which is created three times
+as fast: there is one for each sample that is read.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ EXTRA_COLUMN = "extra"
 class Shard:
     """One input: a tar, or with `--format files` a folder of images.
 
-    `size` is in bytes and `etag` is what the store says of the version (both None where the store
-    does not tell). `samples` is a count from a side-car or a header scan, None where unknown.
+    - `url`: its path or URL.
+    - `size`: bytes; None for a folder, or where the store does not tell.
+    - `etag`: its version: etag, generation or modification time; for a folder, a digest of its files' names. None where
+      the store does not tell.
+    - `samples`: number of samples, from a side-car or a scan of the headers; None where it was not counted.
     """
 
     url: str
@@ -37,10 +40,11 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A run of whole samples of one shard: the bytes [start, stop) of the tar.
+    """A run of whole samples of one shard.
 
-    `stop` None means to the end. With `--format files`, start and stop count images in the
-    folder's sorted listing instead of bytes. `samples` is None where it was not counted.
+    - `start`, `stop`: the bytes [start, stop) of a tar, or, with `--format files`, the samples [start, stop) of the
+      folder's sorted listing. `stop` None means to the end.
+    - `samples`: number of samples in the slice; None where it was not counted.
     """
 
     shard: Shard
@@ -50,13 +54,17 @@ class Slice:
 
     @property
     def whole(self) -> bool:
-        """True where the slice is all of its shard."""
+        """Whether the slice is all of its shard."""
         return self.start == 0 and self.stop is None
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """The unit of work, retry and output: ordered slices."""
+    """The unit of work, retry and output.
+
+    - `id`: its number in the plan, from 0.
+    - `slices`: its input, in the order of its rows.
+    """
 
     id: int
     slices: tuple[Slice, ...]
@@ -66,9 +74,11 @@ class Partition:
 class EncoderSpec:
     """Which encoder, and its identity: everything that changes an embedding.
 
-    `model` and `pretrained` say how to load it (and may be paths of one machine); `weights` is the
-    sha256 of the weights file, or empty for vectors that clip-retrieval made, which tells no more
-    than a name.
+    - `model`, `pretrained`: names by which it is loaded; they may be paths of one machine.
+    - `weights`: sha256 (hex) of the weights and what belongs to them; "" for vectors of clip-retrieval, of which only
+      the names are known.
+    - `preprocess`: how images are decoded and resized.
+    - `precision`: the number type that the model computes in.
     """
 
     model: str
@@ -79,7 +89,7 @@ class EncoderSpec:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over weights (the two names where there are none), preprocessing and precision."""
+        """16 hex digits, a digest of `weights` (of the two names if that is ""), `preprocess` and `precision`."""
         import hashlib
 
         what = self.weights or f"{self.model} {self.pretrained}"
@@ -87,23 +97,32 @@ class EncoderSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def agrees(self, other: EncoderSpec) -> bool:
-        """Whether vectors of the two may be compared: the same fingerprint, or name where one has no more."""
+        """Whether vectors of the two may be compared: by fingerprint, or by the names if one has no weights."""
         if self.weights and other.weights:
             return self.fingerprint == other.fingerprint
         return (self.model, self.pretrained) == (other.model, other.pretrained)
 
 
 def partition_name(partition: int, count: int) -> str:
-    """The zero-padded number of one of `count` partitions, as file names carry it."""
+    """The zero-padded number of one of `count` partitions, as in file names.
+
+    >>> partition_name(7, 1000)
+    '0007'
+    """
     return f"{partition:0{max(4, len(str(max(count - 1, 0))))}d}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Frozen partitions, and all a worker needs to know besides its slot.
+    """The frozen partitions, and everything else that a worker needs besides its slot.
 
-    `fields` is the pinned schema of JSON side-car fields: name -> one of "string", "int64",
-    "double", "bool", "json" (anything else, kept as JSON text).
+    - `partitions`: every partition; partition i has the id i.
+    - `encoder`: the encoder that embeds it.
+    - `format`: "tar", or "files" for folders.
+    - `fields`: the pinned schema of JSON side-car fields: by name "string", "int64", "double", "bool", or "json"
+      (any other value, kept as JSON text).
+    - `image_extensions`, `caption_extensions`: without a dot; of several that a sample has, the first one here is used.
+    - `digest`: sha256 (hex) of the plan's content.
     """
 
     partitions: tuple[Partition, ...]
@@ -119,15 +138,17 @@ class Plan:
         return f"<Plan {self.digest[:12]}: {len(self.partitions):,} partitions of {self.format}, {self.encoder.model}>"
 
     def name(self, partition: int) -> str:
-        """The zero-padded partition number, as file names carry it."""
+        """The zero-padded number of a partition, as in file names."""
         return partition_name(partition, len(self.partitions))
 
 
 class Sample(NamedTuple):
-    """One sample as it was read, in the order of its first member.
+    """One sample as it was read.
 
-    `offset` and `length` locate the image's bytes inside the tar (None where it is compressed, or
-    with `--format files`). `image`, `caption` and `json` are raw bytes, or None where absent.
+    - `key`: its key, unique in well-formed shards only.
+    - `shard`: the URL of its shard.
+    - `offset`, `length`: the place of the image file in the tar, in bytes; None in a compressed tar or a folder.
+    - `image`, `caption`, `json`: the files' bytes; None where absent.
     """
 
     key: str
@@ -141,7 +162,14 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """One sample, or (key None) one stretch of a shard, that could not be embedded."""
+    """One sample, or one stretch of a shard, that could not be embedded.
+
+    - `key`: the sample's key; None for a stretch of a shard.
+    - `shard`: the URL of its shard.
+    - `offset`: the byte of the tar where the sample or the damage begins; None where unknown.
+    - `reason`: one of SAMPLE_REASONS or SHARD_REASONS.
+    - `message`: one line that says what is wrong.
+    """
 
     key: str | None
     shard: str
@@ -151,16 +179,16 @@ class Failure:
 
 
 SHARD_REASONS = frozenset({"not_a_tar", "empty_file", "empty_shard", "truncated_tar", "corrupt_header", "bad_gzip"})
-"""Failure reasons that speak of a shard, not of one sample."""
+"""Reasons of failures that concern a shard."""
 
 SAMPLE_REASONS = frozenset(
     {"missing_image", "truncated_member", "undecodable_image", "too_many_pixels", "extreme_aspect"}
 )
-"""Failure reasons that speak of one sample."""
+"""Reasons of failures that concern one sample."""
 
 
 class StoredFile(TypedDict):
-    """A file as a commit or a manifest records it."""
+    """A file as a commit or a manifest records it: its size in bytes, and its sha256 (hex)."""
 
     bytes: int
     sha256: str
@@ -168,12 +196,19 @@ class StoredFile(TypedDict):
 
 @dataclass(frozen=True)
 class Commit:
-    """What one partition committed: `commits/<partition>.json`, the only truth readers trust.
+    """What one partition committed: the content of `commits/<partition>.json`. Readers trust nothing else.
 
-    `files` has the files by their path below OUT; a partition of 0 rows has only
-    its failures file, or none. `shards` maps a slice's shard URL to {"seen", "embedded", "failed"}.
-    `failed` counts rows by reason and `warnings` counts what was mended (missing_caption, bad_json,
-    bad_utf8). Times are Unix seconds, for display only.
+    - `partition`: its number in the plan.
+    - `attempt`: the random id of the attempt that committed, part of its files' names.
+    - `rows`, `dim`: the shape of its vectors.
+    - `encoder`: the encoder's fingerprint.
+    - `plan`: the plan's digest.
+    - `files`: its files by their path below OUT; a partition of 0 rows has its failures file alone, or none.
+    - `shards`: by the URL of each slice's shard, the number of samples "seen", "embedded" and "failed".
+    - `failed`: number of failures by reason.
+    - `warnings`: number of rows by what was wrong with them: missing_caption, bad_json, bad_utf8.
+    - `started`, `finished`: Unix seconds, for display only.
+    - `worker`: the name of the machine.
     """
 
     partition: int
@@ -191,15 +226,18 @@ class Commit:
     worker: str
 
     def file(self, folder: str) -> str | None:
-        """The committed path in `folder` (img_emb, text_emb, metadata, ...), None where absent."""
+        """The path below OUT of the file in a folder (img_emb, text_emb, metadata, ...); None if there is none."""
         return next((path for path in self.files if f"/{folder}/" in f"/{path}"), None)
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One search result: `id` is the row in the index, `score` the inner product (cosine).
+    """One search result.
 
-    `aesthetic` is what the aesthetic head says, where a search gave it a weight.
+    - `id`: its row in the index.
+    - `score`: the inner product of its vector with the query's, which is their cosine.
+    - `metadata`: its metadata by column.
+    - `aesthetic`: the aesthetic head's rating, if the search gave it a weight; else None.
     """
 
     id: int
@@ -209,7 +247,11 @@ class Hit:
 
 
 def parse_numbers(text: str) -> list[int]:
-    """Parse "0,3-5" into [0, 3, 4, 5]; ValueError on anything else."""
+    """Parse comma-separated numbers and ranges; ValueError on anything else.
+
+    >>> parse_numbers("0,3-5")
+    [0, 3, 4, 5]
+    """
     numbers: list[int] = []
     for item in text.split(","):
         first, dash, last = item.strip().partition("-")
@@ -218,7 +260,11 @@ def parse_numbers(text: str) -> list[int]:
 
 
 def format_numbers(numbers: Iterable[int]) -> str:
-    """The inverse of `parse_numbers`: sorted, runs joined by a dash."""
+    """Format numbers for `parse_numbers`: sorted, with runs as ranges.
+
+    >>> format_numbers([5, 0, 3, 4])
+    '0,3-5'
+    """
     ordered: Sequence[int] = sorted(set(numbers))
     runs: list[list[int]] = []
     for number in ordered:
