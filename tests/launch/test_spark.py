@@ -170,7 +170,7 @@ def test_what_is_not_the_datas_fault_raises_but_not_to_the_end(task: Any, monkey
 
     def embed(out: str, config: Any, todo: list[int], **rest: Any) -> list[Outcome]:
         unsound = Outcome(1, "failed", error="OSError: disk full", again=True)
-        return [*real(out, config, [number for number in todo if number != 1], *rest), unsound]
+        return [*real(out, config, [number for number in todo if number != 1], **rest), unsound]
 
     monkeypatch.setattr(spark_executor, "embed", embed)
     for attempt in (0, 1):
