@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from clip_batch.errors import ConfigError
 from clip_batch.search.conditions import OPERATORS, And, Compare, Condition, Contains, In, IsNull, Not, Or
 from clip_batch.search.filters import Filter
 from clip_batch.search.where import DEEPEST, as_condition, parse_where
+from tests import ROOT
 
 names = st.one_of(
     st.sampled_from(["a", "width", "exif.width", "a-b", "my column", 'say "x"', "", "AND", "null", "9lives", "größe"]),
@@ -116,3 +119,11 @@ def test_every_form_of_where() -> None:
         as_condition([{"column": "a"}])
     with pytest.raises(ConfigError, match=r"filter .*column: Field required"):
         as_condition([{"colum": "a", "equals": 1}])
+
+
+def test_the_conditions_in_the_documents_are_understood() -> None:
+    text = (ROOT / "docs/search.md").read_text() + (ROOT / "docs/training.md").read_text()
+    shown = re.findall(r"where[ =]'([^'\n]+)'", text)
+    assert len(shown) >= 4
+    for where in shown:
+        assert str(parse_where(where)) == where
