@@ -1,4 +1,4 @@
-"""Images, captions and JSON: the documented rule for each odd and each bad one."""
+"""Images, captions and JSON: the documented rule for each unusual or bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that fetches large slices: the same bytes and errors as without it, and it outlives nobody."""
+"""The process that fetches large slices: same bytes and errors as without it, and it ends with its parent."""
 
 from __future__ import annotations
 

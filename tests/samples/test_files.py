@@ -1,4 +1,4 @@
-"""--format files: folders of images."""
+"""Folders of images: their listing, the samples of a slice, and folders that changed since they were planned."""
 
 from __future__ import annotations
 

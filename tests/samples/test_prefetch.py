@@ -1,4 +1,4 @@
-"""Slices of remote tars, fetched ahead: the same samples, within a budget, whatever the store does."""
+"""Slices of remote tars, fetched ahead: the same samples, within a budget of disk, through faults."""
 
 from __future__ import annotations
 

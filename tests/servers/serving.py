@@ -1,4 +1,4 @@
-"""An index to serve in tests: tars of JPEGs, planned, embedded and merged with the fake encoder; and asking it."""
+"""Indices for tests, made of tars of JPEGs with the fake encoder, and servers of them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def served(index: str, storage: StorageConfig = StorageConfig(), **options: Any)
 
 @contextlib.contextmanager
 def running(indices: dict[str, str], *options: str, token: str = "") -> Iterator[str]:
-    """The URL of `clip-batch serve` over named indices, which answers."""
+    """The URL of a running `clip-batch serve` of named indices."""
     [port] = free_ports(1)
     named = [f"{name}={index}" for name, index in indices.items()]
     command = [sys.executable, "-m", "clip_batch", "serve", "--index", *named, "--port", str(port), *options]

@@ -1,8 +1,8 @@
 """A real SLURM for the tests: one slurmctld and two slurmd on loopback, each with two pretended GPUs.
 
 Everything lies in one temporary folder, on free ports, without munge, and needs root and Debian's
-`slurm-wlm`. All that is started carries the folder's SLURM_CONF in its environment; a keeper
-process kills exactly those once this process ends, however it ends.
+`slurm-wlm`. All processes have the folder's SLURM_CONF in their environment, by which a
+keeper process kills them when this process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.servers import processes
 NODES = ("n1", "n2")
 MAX_ARRAY_SIZE = 64
 ENDED = frozenset(("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"))
-"""Job states that nothing follows (a requeued job is PENDING again before it could be seen in one)."""
+"""Final states of jobs. A requeued job is PENDING again before it could be seen in one."""
 
 # cred_expire is also how long a requeued job waits; MinJobAge keeps ended jobs in view, as there is no sacct.
 # debug's jobs are requeued for urgent's, GraceTime seconds after their warning.
@@ -78,20 +78,20 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running cluster; `env` is what its commands need in their environment."""
+    """A running cluster; `env` is the environment of its commands."""
 
     folder: Path
     env: dict[str, str]
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def run(self, *command: str, check: bool = True) -> str:
-        """A SLURM command's standard output; AssertionError with its errors if it fails."""
+        """Run a SLURM command; returns its standard output. AssertionError with its standard error if it fails."""
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 or not check, f"{command}: {done.stderr or done.stdout}"
         return done.stdout
 
     def sbatch(self, *arguments: str) -> str:
-        """Submit; the job id."""
+        """Submit a job; returns its id."""
         return self.run("sbatch", "--parsable", *arguments).strip().partition(";")[0]
 
     def squeue(self, *arguments: str) -> str:
@@ -128,7 +128,7 @@ class Slurm:
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def kill_slurmd(self, node: str) -> None:
-        """kill -9 a slurmd with all that runs on its node, as if its power failed."""
+        """kill -9 a slurmd and all processes of its node, as in a power failure."""
         processes.kill_all(_mark(self.folder), f"SLURMD_NODENAME={node}")
         self.daemons[node].wait()
 
@@ -162,7 +162,7 @@ class Slurm:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """A running SLURM of two nodes, for the session; skips where there can be none."""
+    """A SLURM of two nodes that runs for the whole session; skips where it cannot be started."""
     if not all(map(_which, ("slurmctld", "slurmd", "sbatch"))):
         pytest.skip("SLURM is not installed: make services")
     if os.geteuid() != 0:
@@ -176,7 +176,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Slurm]:
-    """A SLURM of two nodes that lives in a folder, while the block runs; PermissionError where it may not."""
+    """Run a SLURM of two nodes within the block, with all its files in a folder; PermissionError unless root."""
     for name in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir()
     for number in range(2):

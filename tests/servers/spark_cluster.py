@@ -26,10 +26,10 @@ from clip_batch.config import SparkConfig
 from clip_batch.launch.spark import command
 
 GPUS = {"127.0.0.2": "3", "127.0.0.3": "5"}
-"""The address of each worker's GPU, as its discovery script tells it."""
+"""The address of each worker's GPU, as its discovery script prints it."""
 
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
-"""util-linux's word for it: Python's own (preexec_fn) can hang where the test process has threads."""
+"""util-linux sets this in the child; Python's preexec_fn can hang if the test process has threads."""
 
 SMALL = {
     "spark.driver.memory": "512m",
@@ -71,11 +71,11 @@ class Spark:
         )
 
     def run(self, *arguments: str, code: int = 0, env: dict[str, str] | None = None, **conf: Any) -> str:
-        """The same until it ends, with this exit code; what it printed."""
+        """Submit and wait for the end with this exit code; returns what it printed."""
         return finish(self.submit(*arguments, env=env, **conf), code)
 
     def logs(self) -> dict[str, str]:
-        """What each executor wrote to stderr, by APPLICATION/EXECUTOR."""
+        """The standard error of each executor, by APPLICATION/EXECUTOR."""
         return {
             str(path.parent.relative_to(self.work)): path.read_text(errors="replace")
             for path in self.work.glob("app-*/*/stderr")
@@ -95,7 +95,7 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 def spark_home(folder: Path, pyspark: Path) -> Path:
-    """A SPARK_HOME of its own for an installed pyspark: clusters write into theirs."""
+    """A separate SPARK_HOME for an installed pyspark, as clusters write into it."""
     if not shutil.which("java"):
         pytest.skip("Spark needs Java 17 or newer, which is not installed")
     for name in ("tmp", "conf"):
@@ -121,7 +121,7 @@ def local_cluster(folder: Path, pyspark: Path, pythonpath: str = "") -> Spark:
 
 @contextlib.contextmanager
 def standalone(folder: Path, pyspark: Path) -> Iterator[Spark]:
-    """A standalone cluster while the block runs."""
+    """Run a standalone cluster within the block."""
     home = spark_home(folder / "home", pyspark)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -159,7 +159,7 @@ def _start(home: Path, folder: Path, name: str, host: str, *arguments: str) -> s
 
 
 def until(happened: Callable[[], Any], seconds: float) -> Any:
-    """Wait for something that is true; what it is."""
+    """Wait until a call returns something true, and return it."""
     end = time.monotonic() + seconds
     while not (found := happened()):
         assert time.monotonic() < end, "it has not happened"

@@ -1,4 +1,4 @@
-"""A web server of images for tests, and of all that goes wrong on the web."""
+"""A web server of images for tests, with paths for everything that goes wrong on the web."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Web(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_: object) -> None:
-        """A client that went away is no error here."""
+        """Print nothing: a client that disconnects is no error here."""
 
 
 BAD = {
@@ -95,7 +95,7 @@ def image(seed: int, side: int = 64) -> bytes:
 
 @contextlib.contextmanager
 def web() -> Iterator[Web]:
-    """The server, while the block runs."""
+    """Run the server within the block."""
     server = Web()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""What every store must do, checked on S3's and on Google's double alike."""
+"""Checks that the tests of S3 and of GCS share."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Parquet and Arrow IPC files are read by the calling thread alone."""
+
 from __future__ import annotations
 
 import ast
@@ -59,7 +61,7 @@ def as_ipc(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def test_what_was_written_is_read_by_the_calling_thread_alone() -> None:
+def test_a_file_is_read_by_the_calling_thread_alone() -> None:
     file = written(row_group_size=30)
     parquet = ParquetFile(file)
     assert (parquet.metadata.num_rows, parquet.schema) == (100, TABLE.schema)
@@ -93,7 +95,7 @@ def test_rows_are_read_in_the_order_of_the_file() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"not Parquet, not Arrow", b"PAR1" * 9, b"ARROW1\0\0" * 2])
-def test_what_is_no_such_file(data: bytes) -> None:
+def test_other_files_are_refused(data: bytes) -> None:
     with pytest.raises(pa.ArrowInvalid):
         ParquetFile(io.BytesIO(data))
     with pytest.raises(pa.ArrowInvalid):

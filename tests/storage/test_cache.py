@@ -1,4 +1,4 @@
-"""Local copies of remote files: weights at a URL are the weights of that file, copied once a version."""
+"""Local copies of remote files: weights at a URL are copied once for each version of the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads: ranges in pieces, resumed, stopped; from a store that fails by a script, and from web servers."""
+"""Downloads: ranges in pieces, resumed, stopped; from a store that fails when told to, and from web servers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_stop_ends_pauses_and_pieces(tmp_path: Path) -> None:
     assert len(Flaky.calls) == 1
 
 
-def test_a_full_disk_is_told_and_not_tried_again(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_not_retried(tmp_path: Path) -> None:
     remote = remote_file(put("a", DATA))
     with pytest.raises(OSError, match=r"writing /dev/full: No space left.*TMPDIR") as caught:
         download(remote, "/dev/full", 0, 10)
@@ -85,7 +85,7 @@ def test_a_full_disk_is_told_and_not_tried_again(tmp_path: Path) -> None:
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """The standard library's: whole files only; with `ranges`, what a range asks for."""
+    """The standard library's server of whole files; with `ranges`, it serves ranges too."""
 
     ranges = False
     busy = 0

@@ -1,4 +1,4 @@
-"""The store on a double of Google Cloud Storage, and with faults injected between."""
+"""A store on a test double of Google Cloud Storage, with injected faults."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_one_of_many_racing_creators_wins(store: Store) -> None:
 
 
 @pytest.mark.parametrize("kind", ["slow down", "too many", "internal", "reset", "lost"])
-def test_what_passes_is_tried_again(store: Store, gcs: Gcs, kind: str) -> None:
+def test_transient_errors_are_retried(store: Store, gcs: Gcs, kind: str) -> None:
     with gcs.fault(kind, times=3):
         store.replace("a/b", b"bytes")
     with gcs.fault(kind, times=3):

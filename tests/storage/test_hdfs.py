@@ -1,4 +1,4 @@
-"""The store on a real NameNode and DataNode."""
+"""A store on a NameNode and a DataNode of HDFS, which are killed and restarted."""
 
 from __future__ import annotations
 

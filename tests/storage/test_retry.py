@@ -26,7 +26,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError, PermissionError, ValueError, InputError])
-def test_what_stays_is_told_at_once(error: type[Exception]) -> None:
+def test_a_permanent_error_is_raised_at_once(error: type[Exception]) -> None:
     calls = []
 
     def call() -> None:
@@ -38,7 +38,7 @@ def test_what_stays_is_told_at_once(error: type[Exception]) -> None:
     assert len(calls) == 1
 
 
-def test_patience_ends_with_one_line() -> None:
+def test_the_last_try_ends_with_an_error_of_one_line() -> None:
     pauses: list[float] = []
 
     def call() -> None:
@@ -51,7 +51,7 @@ def test_patience_ends_with_one_line() -> None:
     assert all(0.0005 * 2**number <= pause <= 0.001 * 2**number for number, pause in enumerate(pauses))
 
 
-def test_a_status_says_whether_it_passes() -> None:
+def test_an_http_status_says_whether_an_error_is_transient() -> None:
     def answer(status: int) -> Exception:
         error = Exception()
         error.status = status  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ def test_a_status_says_whether_it_passes() -> None:
         (RuntimeError("RPCError(org.apache.hadoop.security.AccessControlException)"), retry.TRIES, PermissionError),
     ],
 )
-def test_what_is_tried_again(
+def test_which_errors_are_retried(
     error: Exception, calls: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.0)

@@ -1,4 +1,4 @@
-"""The store on a real S3 server, and with faults injected between."""
+"""A store on an S3 server, with injected faults."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_one_of_many_racing_creators_wins(store: Store) -> None:
 
 
 @pytest.mark.parametrize("kind", ["slow down", "internal", "reset", "lost"])
-def test_what_passes_is_tried_again(store: Store, s3: S3, kind: str) -> None:
+def test_transient_errors_are_retried(store: Store, s3: S3, kind: str) -> None:
     with s3.fault(kind, times=3):
         store.replace("a/b", b"bytes")
     with s3.fault(kind, times=3):
@@ -67,7 +67,7 @@ def test_large_reads_go_past_the_client(store: Store, s3: S3, kind: str, tmp_pat
     store_checks.large_reads_go_past_the_client(store, s3, kind, signed, tmp_path)
 
 
-def test_what_a_plain_request_is_refused_is_read_by_the_client(store: Store, s3: S3, tmp_path: Path) -> None:
+def test_objects_whose_plain_requests_are_refused_are_read_by_the_client(store: Store, s3: S3, tmp_path: Path) -> None:
     store.replace("a", b"bytes")
     (tmp_path / "a").touch()
     remote = remote_file(f"{store.url}/a", {**s3.options, "default_block_size": 1})  # a filesystem of its own
@@ -95,10 +95,10 @@ def test_a_store_that_stays_busy_is_an_error_of_one_line(store: Store, s3: S3) -
     assert "Service Unavailable (" in str(caught.value)
 
 
-def test_expired_credentials_are_told_once_and_never_shown(store: Store, s3: S3) -> None:
+def test_expired_credentials_are_reported_once_and_never_shown(store: Store, s3: S3) -> None:
     with s3.fault("expired") as fault, pytest.raises(PermissionError, match="renew the credentials") as caught:
         store.replace("x", b"1")
-    assert fault.hits == 1, "no use in trying again"
+    assert fault.hits == 1, "it is not retried"
     assert SECRET not in str(caught.value)
     assert str(caught.value).startswith(f"writing {store.url}/x: refused: ")
 
@@ -116,8 +116,8 @@ def test_an_upload_that_fails_is_aborted(store: Store, s3: S3, monkeypatch: pyte
     assert not [upload for upload in uploads(store) if upload["Key"].endswith("large.npy")]
 
 
-def test_gc_ends_the_uploads_that_the_dead_left(store: Store) -> None:
-    """Those that can be no one's any more; of an uncommitted partition only when told that nobody is at work."""
+def test_gc_ends_the_uploads_of_killed_writers(store: Store) -> None:
+    """Those to committed partitions; to other partitions only when told that no worker runs."""
     fabricated.make_out(store, *fabricated.clustered(8, 8, 2), [4, 4], skip=[1])
     begun = [f"img_emb/img_emb_{name}.npy" for name in ("0000-cafecafe", "0001-cafecafe")]
     for name in [*begun, "strange.npy"]:

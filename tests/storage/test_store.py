@@ -1,3 +1,5 @@
+"""Stores on a local disk and in memory: files appear whole or not at all."""
+
 from __future__ import annotations
 
 import os
@@ -56,7 +58,7 @@ def test_replace_list_size_digest_fetch_remove(store: Store) -> None:
     assert store.list("nowhere") == []
 
 
-def test_rename_may_be_done_by_several_and_again(store: Store) -> None:
+def test_several_callers_may_rename_a_file_and_again(store: Store) -> None:
     store.replace("from/a[1]", b"new")
     store.replace("to/b", b"old")
     store.rename("from/a[1]", "to/b")
@@ -70,7 +72,7 @@ def test_rename_may_be_done_by_several_and_again(store: Store) -> None:
         store.rename("from/a[1]", "nowhere")
 
 
-def test_one_of_two_movers_may_be_slower(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_renames_at_once_one_may_be_slower(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.replace("from", b"bytes")
     owner, name = (os, "replace") if store.local else (type(store._fs), "cp_file")
     real = getattr(owner, name)

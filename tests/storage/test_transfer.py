@@ -1,4 +1,4 @@
-"""Remote bytes to this machine: ranges, retries, changes; against a store that fails by a script."""
+"""Remote files and reads of byte ranges, against a store that fails when told to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of plain headers are a shortcut: what they find is what the strict parser finds, byte by byte."""
+"""Runs of plain headers have the same result as the strict parser, byte by byte."""
 
 from __future__ import annotations
 
