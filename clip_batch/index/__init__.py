@@ -1,1 +1,1 @@
-"""INDEX, the folder of a searchable index: its manifest, metadata, removals and versions."""
+"""INDEX, the folder of a searchable index: its file names, manifest, metadata, removals and versions."""

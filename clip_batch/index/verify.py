@@ -1,19 +1,19 @@
-"""verify --index: proves that the files of the live version are those that its manifest names."""
+"""verify --index: checks that the files of the live version are those that its manifest names."""
 
 from __future__ import annotations
 
 from clip_batch.embeddings.verify import VerifyReport, check_file
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
-from clip_batch.index.metadata import open_table
+from clip_batch.index.metadata import MetadataFile
 from clip_batch.storage.npy import open_matrix
 from clip_batch.storage.store import Store
 
 
 def verify_index(store: Store, deep: bool = False) -> VerifyReport:
-    """Prove that the live version of INDEX is whole: sizes and rows, and with `deep` every byte.
+    """Check that the live version of INDEX is complete: sizes and rows, and with `deep` every byte.
 
-    Deep also opens every index and metadata file and compares their rows.
+    `deep` also opens every index and metadata file and compares their rows.
     """
     manifest = load_manifest(store)
     report = VerifyReport(checked=len(manifest.shards), rows=manifest.rows)
@@ -45,14 +45,14 @@ def _check_index_shard(store: Store, manifest: Manifest, shard: IndexShard, deep
 
 
 def _check_index_file(store: Store, whole: str, name: str, rows: int) -> str | None:
-    """Opens a file of a shard, and compares its rows."""
+    """Open a file of a shard and compare its rows; the problem, or None."""
     with store.fetch(whole) as path:
         if name.startswith("metadata/"):
-            found = open_table(path).rows
+            count = MetadataFile(path).rows
         elif name.endswith(".npy"):
-            found = len(open_matrix(path))
+            count = len(open_matrix(path))
         else:
-            found = int(faiss_index.read(path, mapped=True).ntotal)
-    if found != rows and not (name.startswith("text") and found < rows):
-        return f"{whole} holds {found} rows, the manifest says {rows}"
+            count = int(faiss_index.read(path, mapped=True).ntotal)
+    if count != rows and not (name.startswith("text") and count < rows):
+        return f"{whole} holds {count} rows, the manifest says {rows}"
     return None

@@ -24,7 +24,7 @@ import pyarrow as pa
 from clip_batch.embeddings.clip_retrieval import version_tag
 from clip_batch.embeddings.tables import Tables
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index import metadata
+from clip_batch.index import metadata_writer
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import IndexShard, Manifest
 from clip_batch.index.paths import CURRENT, VersionPaths
@@ -145,7 +145,7 @@ def _converted(tables: Tables, digest: str, rows: int) -> str:
         os.makedirs(folder, exist_ok=True)
         part = f"{path}.{secrets.token_hex(4)}"
         try:
-            metadata.write_ordered(_blocks(tables), np.arange(rows), part)
+            metadata_writer.write_ordered(_blocks(tables), np.arange(rows), part)
             os.replace(part, path)
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -26,7 +26,7 @@ from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
 from clip_batch.index.manifest import Manifest, load_manifest
-from clip_batch.index.metadata import MetadataFile, common_schema, open_table, take_as
+from clip_batch.index.metadata import MetadataFile, common_schema, take_as
 from clip_batch.search import clip_retrieval
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
 from clip_batch.search.conditions import Condition, columns_in, matches
@@ -144,7 +144,7 @@ class Searcher:
                 if self.manifest.rerank:
                     stored[modality].append(open_matrix(local(paths.vectors(modality, shard.name))))
             metadata.append((local(paths.metadata(shard.name)), shard.offset))
-            self.tables.append(open_table(metadata[-1][0]))
+            self.tables.append(MetadataFile(metadata[-1][0]))
             if self.tables[-1].rows != shard.rows:
                 name = f"metadata of shard {shard.name}"
                 raise CorruptError(f"{store.url}: {name} is not of {shard.rows} rows: merge again")

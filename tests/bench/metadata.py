@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clip_batch.index import metadata
+from clip_batch.index import metadata, metadata_writer
 from tests.bench import result
 
 PART = 100_000
@@ -122,15 +122,15 @@ def main() -> None:
         "random_1k": rng.integers(options.rows, size=1000),
         "random_10": rng.integers(options.rows, size=10),
     }
-    default = metadata.BATCH_ROWS
-    layouts = {str(size): (size, metadata.DICTIONARY_VALUES, order) for size in options.batch_rows}
+    default = metadata_writer.BATCH_ROWS
+    layouts = {str(size): (size, metadata_writer.DICTIONARY_VALUES, order) for size in options.batch_rows}
     layouts["plain"] = (default, 0, order)
-    layouts["arrival"] = (default, metadata.DICTIONARY_VALUES, np.arange(options.rows))
+    layouts["arrival"] = (default, metadata_writer.DICTIONARY_VALUES, np.arange(options.rows))
     before = {what: order[rows] for what, rows in wanted.items()}
     asked = {name: before if name == "arrival" else wanted for name in layouts}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         report = {name: layout(f"{folder}/{name}.arrow", *how, asked[name]) for name, how in layouts.items()}
-        opened = {name: metadata.open_table(f"{folder}/{name}.arrow") for name in layouts}
+        opened = {name: metadata.MetadataFile(f"{folder}/{name}.arrow") for name in layouts}
         for _ in range(options.rounds):
             for name, file in opened.items():
                 for what, rows in asked[name].items():
@@ -141,7 +141,11 @@ def main() -> None:
         limit = opened[str(options.batch_rows[0])].take(near).nbytes
     fresh = copy_gb_s(True)
     limit_ms = round(limit / fresh[0] / 1e6, 1)
-    best = report[str(metadata.BATCH_ROWS)] if str(metadata.BATCH_ROWS) in report else next(iter(report.values()))
+    best = (
+        report[str(metadata_writer.BATCH_ROWS)]
+        if str(metadata_writer.BATCH_ROWS) in report
+        else next(iter(report.values()))
+    )
     rows = [
         result.Row(
             "near_1m",
@@ -170,14 +174,14 @@ def main() -> None:
 
 def layout(path: str, batch_rows: int, values: int, order: Rows, wanted: dict[str, Rows]) -> dict[str, float]:
     """Write one file; its size, the cold takes, the pages they touch."""
-    metadata.BATCH_ROWS, metadata.DICTIONARY_VALUES = batch_rows, values
-    took, busy = seconds(lambda: metadata.write_ordered(parts(len(order)), order, path))
+    metadata_writer.BATCH_ROWS, metadata_writer.DICTIONARY_VALUES = batch_rows, values
+    took, busy = seconds(lambda: metadata_writer.write_ordered(parts(len(order)), order, path))
     found: dict[str, float] = {"bytes": os.path.getsize(path), "write_s": round(took, 1), "write_cpu_s": round(busy, 1)}
     for what in ("near_1m", "random_1k", "random_10"):
         cold = []
         for _ in range(3):
             drop(path)
-            opened = metadata.open_table(path)
+            opened = metadata.MetadataFile(path)
             cold.append(seconds(functools.partial(opened.take, wanted[what]))[0])
             found[f"{what}_pages"] = len(pages(opened, wanted[what]))
             del opened

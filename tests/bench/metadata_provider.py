@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from clip_batch.index import metadata
+from clip_batch.index import metadata, metadata_writer
 from tests.bench import result
 from tests.bench.metadata import parts
 
@@ -61,7 +61,7 @@ def main() -> None:
     }
     best: dict[str, dict[str, float]] = {name: {} for name in asked}
     with tempfile.TemporaryDirectory() as home:
-        metadata.write_ordered(parts(options.rows), np.arange(options.rows), f"{home}/ours.arrow")
+        metadata_writer.write_ordered(parts(options.rows), np.arange(options.rows), f"{home}/ours.arrow")
         os.mkdir(f"{home}/theirs")
         tables = parts(options.rows)
         first = next(tables)
@@ -69,7 +69,7 @@ def main() -> None:
             writer.write_table(first)
             for table in tables:
                 writer.write_table(table)
-        ours = metadata.open_table(f"{home}/ours.arrow")
+        ours = metadata.MetadataFile(f"{home}/ours.arrow")
         command = [options.python, "-c", THEIRS, f"{home}/theirs"]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         with subprocess.Popen(

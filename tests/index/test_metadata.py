@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clip_batch.embeddings.metadata import count, read_rows
 from clip_batch.errors import CorruptError
-from clip_batch.index import metadata
+from clip_batch.index import metadata, metadata_writer
 from clip_batch.storage.store import Store
 
 
@@ -28,9 +28,9 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> metadata.MetadataFile:
     """1,000 rows in batches of 64, in the order 999, 998, ..."""
     path = str(tmp_path_factory.mktemp("metadata") / "a.arrow")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metadata, "BATCH_ROWS", 64)
-        metadata.write_ordered([table_of(1000)], np.arange(999, -1, -1), path)
-    return metadata.open_table(path)
+        patch.setattr(metadata_writer, "BATCH_ROWS", 64)
+        metadata_writer.write_ordered([table_of(1000)], np.arange(999, -1, -1), path)
+    return metadata.MetadataFile(path)
 
 
 @settings(max_examples=50)
@@ -116,11 +116,11 @@ def test_write_and_take_are_the_naive_reorder_and_take(
     order = order[: data.draw(st.integers(0, len(table)))]
     folder = tmp_path_factory.mktemp("ordered")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metadata, "BATCH_ROWS", batch)
+        patch.setattr(metadata_writer, "BATCH_ROWS", batch)
         patch.setattr(metadata, "RUN", run)
-        metadata.write_ordered(iter(tables), order, str(folder / "a.arrow"))
+        metadata_writer.write_ordered(iter(tables), order, str(folder / "a.arrow"))
         assert [path.name for path in folder.iterdir()] == ["a.arrow"]
-        opened = metadata.open_table(str(folder / "a.arrow"))
+        opened = metadata.MetadataFile(str(folder / "a.arrow"))
         naive = table.take(pa.array(order))
         assert opened.rows == len(order) and opened.schema == table.schema
         assert opened.take(np.arange(len(order))).equals(naive)
@@ -139,7 +139,7 @@ def read_raw(path: Path) -> pa.Table:
 
 def test_a_dictionary_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half the bytes at the most, and not too many values; decided for each file, over all its tables."""
-    monkeypatch.setattr(metadata, "BATCH_ROWS", 100)
+    monkeypatch.setattr(metadata_writer, "BATCH_ROWS", 100)
     tables = [
         pa.table(
             {
@@ -153,19 +153,19 @@ def test_a_dictionary_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     order = np.random.default_rng(0).permutation(1000)
     wanted = pa.concat_tables(tables).take(pa.array(order))
-    metadata.write_ordered(tables, order, str(tmp_path / "a.arrow"))
+    metadata_writer.write_ordered(tables, order, str(tmp_path / "a.arrow"))
     raw = read_raw(tmp_path / "a.arrow")
     assert [field.name for field in raw.schema if pa.types.is_dictionary(field.type)] == ["shard"]
     assert raw.to_pylist() == wanted.to_pylist()
-    opened = metadata.open_table(str(tmp_path / "a.arrow"))
+    opened = metadata.MetadataFile(str(tmp_path / "a.arrow"))
     assert opened.schema == tables[0].schema
     assert opened.take(np.arange(1000)).equals(wanted)
-    monkeypatch.setattr(metadata, "DICTIONARY_VALUES", 9)
-    metadata.write_ordered(tables, order, str(tmp_path / "b.arrow"))
+    monkeypatch.setattr(metadata_writer, "DICTIONARY_VALUES", 9)
+    metadata_writer.write_ordered(tables, order, str(tmp_path / "b.arrow"))
     assert read_raw(tmp_path / "b.arrow").schema == tables[0].schema
     monkeypatch.undo()
-    monkeypatch.setattr(metadata, "DICTIONARY_BYTES", 200)
-    metadata.write_ordered(tables, order, str(tmp_path / "c.arrow"))
+    monkeypatch.setattr(metadata_writer, "DICTIONARY_BYTES", 200)
+    metadata_writer.write_ordered(tables, order, str(tmp_path / "c.arrow"))
     assert read_raw(tmp_path / "c.arrow").schema == tables[0].schema
 
 
@@ -177,15 +177,15 @@ def test_a_dictionary_that_grows_within_the_file(tmp_path: Path) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
         for piece in pieces:
             writer.write_batch(pa.record_batch([piece], schema=schema))
-    opened = metadata.open_table(str(path))
+    opened = metadata.MetadataFile(str(path))
     assert opened.schema == pa.schema({"shard": pa.string()})
     assert opened.take([5, 1, 3, 3, 0]).to_pydict() == {"shard": ["c", "a", "b", "b", "a"]}
 
 
 def test_the_memory_of_writing_is_some_record_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow's peak is a small part of what is written."""
-    monkeypatch.setattr(metadata, "BATCH_BYTES", 2**20)
-    monkeypatch.setattr(metadata, "DICTIONARY_VALUES", 1000)
+    monkeypatch.setattr(metadata_writer, "BATCH_BYTES", 2**20)
+    monkeypatch.setattr(metadata_writer, "DICTIONARY_VALUES", 1000)
     rows, parts = 10_000, 40
 
     def tables() -> Iterator[pa.Table]:
@@ -200,13 +200,13 @@ def test_the_memory_of_writing_is_some_record_batches(tmp_path: Path, monkeypatc
     pool = pa.system_memory_pool()
     pa.set_memory_pool(pool)
     try:
-        metadata.write_ordered(tables(), order, str(tmp_path / "a.arrow"))
+        metadata_writer.write_ordered(tables(), order, str(tmp_path / "a.arrow"))
         written = (tmp_path / "a.arrow").stat().st_size
         assert written > 40 * 2**20
         assert pool.max_memory() < written / 4
     finally:
         pa.set_memory_pool(before)
-    opened = metadata.open_table(str(tmp_path / "a.arrow"))
+    opened = metadata.MetadataFile(str(tmp_path / "a.arrow"))
     assert opened.take([0, rows * parts - 1], ["n"])["n"].to_pylist() == [order[0], order[-1]]
 
 
@@ -214,8 +214,8 @@ def test_the_memory_of_writing_is_some_record_batches(tmp_path: Path, monkeypatc
 def test_more_bytes_than_32_bit_offsets_reach(tmp_path: Path) -> None:
     """2.2 GB of one column, asked for by repeating rows: in order, and in an order to restore."""
     path = str(tmp_path / "a.arrow")
-    metadata.write_ordered([pa.table({"caption": ["x" * 2**20, "y" * 2**20], "n": [0, 1]})], np.arange(2), path)
-    opened = metadata.open_table(path)
+    metadata_writer.write_ordered([pa.table({"caption": ["x" * 2**20, "y" * 2**20], "n": [0, 1]})], np.arange(2), path)
+    opened = metadata.MetadataFile(path)
     rows = np.zeros(2200, dtype=np.int64)
     rows[-1] = 1
     taken = opened.take(rows)
@@ -227,23 +227,23 @@ def test_more_bytes_than_32_bit_offsets_reach(tmp_path: Path) -> None:
 def test_tables_of_different_schemas_are_refused(tmp_path: Path) -> None:
     tables = [table_of(2), table_of(2, 2).drop_columns(["n"])]
     with pytest.raises(CorruptError, match=r"^OUT: metadata schemas differ among partitions \(less, not n: int64\)"):
-        list(metadata.same_schema(tables, "OUT"))
+        list(metadata_writer.same_schema(tables, "OUT"))
     with pytest.raises(CorruptError, match="schemas differ"):
-        metadata.write_ordered(tables, np.arange(4), str(tmp_path / "a.arrow"))
+        metadata_writer.write_ordered(tables, np.arange(4), str(tmp_path / "a.arrow"))
     assert not list(tmp_path.iterdir())
     other = table_of(2).set_column(2, "n", pa.array(["1", "2"]))
     with pytest.raises(CorruptError, match="n: string, not n: int64"):
-        list(metadata.same_schema([table_of(2), other], "OUT"))
+        list(metadata_writer.same_schema([table_of(2), other], "OUT"))
     with pytest.raises(ValueError, match="no table"):
-        metadata.write_ordered([], np.arange(0), str(tmp_path / "a.arrow"))
+        metadata_writer.write_ordered([], np.arange(0), str(tmp_path / "a.arrow"))
     with pytest.raises(IndexError):
-        metadata.write_ordered([table_of(2)], np.array([2]), str(tmp_path / "a.arrow"))
+        metadata_writer.write_ordered([table_of(2)], np.array([2]), str(tmp_path / "a.arrow"))
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.arrow").write_bytes(b"ARROW1 but not much more")
     with pytest.raises(CorruptError, match=r"a\.arrow is not a readable Arrow file"):
-        metadata.open_table(str(tmp_path / "a.arrow"))
+        metadata.MetadataFile(str(tmp_path / "a.arrow"))
     with pytest.raises(CorruptError, match=r"b\.parquet is not readable"):
         count(Store(str(tmp_path)), "b.parquet")
     pq.write_table(table_of(5), tmp_path / "c.parquet")
@@ -251,7 +251,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         read_rows(Store(str(tmp_path)), "c.parquet", 0, 3, 6)
     (tmp_path / "d.arrow").touch()
     with pytest.raises(CorruptError, match=r"d\.arrow is not a readable Arrow file"):
-        metadata.open_table(str(tmp_path / "d.arrow"))
+        metadata.MetadataFile(str(tmp_path / "d.arrow"))
 
 
 def test_a_scan_has_every_row_in_order_in_the_types_asked(tmp_path: Path) -> None:
@@ -262,9 +262,9 @@ def test_a_scan_has_every_row_in_order_in_the_types_asked(tmp_path: Path) -> Non
     table = pa.table({"site": sites, "n": pa.array([None, *range(rows - 1)]), "tags": tags})
     order = rng.permutation(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metadata, "BATCH_ROWS", 512)
-        metadata.write_ordered([table], order, str(tmp_path / "a.arrow"))
-    shard = metadata.open_table(str(tmp_path / "a.arrow"))
+        patch.setattr(metadata_writer, "BATCH_ROWS", 512)
+        metadata_writer.write_ordered([table], order, str(tmp_path / "a.arrow"))
+    shard = metadata.MetadataFile(str(tmp_path / "a.arrow"))
     right = table.take(pa.array(order))
     schema = pa.schema([("tags", table["tags"].type), ("site", pa.string()), ("n", pa.string()), ("new", pa.int64())])
     batches = list(shard.scan(schema))

@@ -24,7 +24,7 @@ from clip_batch.index import removals, removed_rows
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import Manifest, current_version, load_manifest
 from clip_batch.index.merge.merge import merge
-from clip_batch.index.metadata import open_table
+from clip_batch.index.metadata import MetadataFile
 from clip_batch.index.paths import CURRENT, VersionPaths
 from clip_batch.index.remove import read_values, remove
 from clip_batch.index.versions import describe, drop, use, versions
@@ -99,7 +99,7 @@ def shown(store: Store, version: str | None = None) -> set[str]:
 
 
 def rows_of(path: str) -> list[dict[str, str]]:
-    table = open_table(path)
+    table = MetadataFile(path)
     rows: list[dict[str, str]] = table.take(np.arange(table.rows), ["key"]).to_pylist()
     return rows
 

@@ -28,7 +28,7 @@ from clip_batch.index import removals
 from clip_batch.index.ann import faiss_index, faiss_search
 from clip_batch.index.ann.concatenate import concatenate
 from clip_batch.index.merge.merge import merge
-from clip_batch.index.metadata import open_table
+from clip_batch.index.metadata import MetadataFile
 from clip_batch.search.clip_retrieval import is_index, open_index
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
@@ -349,7 +349,7 @@ def test_their_index_reads_as_one_shard(their_index: Path, tmp_path: Path) -> No
     assert manifest.effort == {"image": None, "text": None}
     assert manifest.encoder == EncoderSpec("fake:16", "", "")
     assert open_index(store).manifest.encoder.pretrained == "openai"
-    table = open_table(opened.files[f"{manifest.version}/metadata/0000.arrow"])
+    table = MetadataFile(opened.files[f"{manifest.version}/metadata/0000.arrow"])
     parts = [0, 1, 10, *range(2, 10)]
     assert table.take(range(550), ["key"])["key"].to_pylist() == [f"{50 * p + i:09d}" for p in parts for i in range(50)]
     assert table.take([149], ["partition", "row"]).to_pylist() == [{"partition": 10, "row": 49}]
@@ -455,7 +455,7 @@ def test_an_index_of_clip_retrieval_itself(
     assert manifest.rows == 2000
     assert set(manifest.key) == {"image", "text"}
     assert "unknown" not in manifest.key.values()
-    table = open_table(opened.files[f"{manifest.version}/metadata/0000.arrow"])
+    table = MetadataFile(opened.files[f"{manifest.version}/metadata/0000.arrow"])
     for modality, queries in (("image", images), ("text", texts)):
         made = faiss_index.read(opened.files[f"{manifest.version}/{modality}/0000.index"], mapped=True)
         ids = faiss_search.search(made, queries, 1, manifest.effort[modality])[1][:, 0]

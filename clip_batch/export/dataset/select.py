@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index.metadata import write_ordered
+from clip_batch.index.metadata_writer import write_ordered
 from clip_batch.search.find import THOROUGH, best_rows, rows_over
 from clip_batch.search.lineage import planned
 from clip_batch.search.query import Query

@@ -30,7 +30,7 @@ from clip_batch.export.dataset.fetch import Fetch, Lost, Place
 from clip_batch.export.dataset.loader import Loader, collate
 from clip_batch.export.dataset.pictures import Decode, pictures
 from clip_batch.export.dataset.select import PLACE, select
-from clip_batch.index.metadata import open_table
+from clip_batch.index.metadata import MetadataFile
 from clip_batch.search.conditions import all_of
 from clip_batch.search.query import Query
 from clip_batch.search.where import Where, as_condition
@@ -223,7 +223,7 @@ class FilteredDataset(IterableDataset[Row]):
 
     def _runs(self, rows: deal.Rows) -> Iterator[list[Row]]:
         """The rows' metadata, a task's worth at a time."""
-        table = open_table(self.selection.path)
+        table = MetadataFile(self.selection.path)
         size = min(RUN, self._ahead) if self.selection.local else 1
         for start in range(0, len(rows), TAKE):
             taken = table.take(rows[start : start + TAKE]).to_pylist()

@@ -1,1 +1,1 @@
-"""One faiss index: built, measured, sized, put on disk and searched."""
+"""One faiss index: train, fill, search, measure recall and memory, and join several into one on disk."""

@@ -1,7 +1,7 @@
-"""One faiss index of several shards' indices, for systems that know of no shards.
+"""Makes one faiss index of several shards' indices, for systems that cannot search shards.
 
-Indices with inverted lists are joined list by list, their codes as they are. Others are filled anew with the
-vectors that they store, which for exact kinds (Flat, HNSW, RFlat) are those that were added.
+Indices with inverted lists are joined list by list, their codes unchanged. Others are filled anew with the vectors that
+they store, which for exact kinds (Flat, HNSW, RFlat) are the vectors that were added.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ BLOCK = 16_384
 def concatenate(parts: Sequence[Part], removed: Ids, effort: int | None, path: str) -> None:
     """Write the indices of `parts`, each with the offset of its ids, as one plain faiss file.
 
-    Ids are local ids + offset; the sorted ids `removed` are left out. `effort` (nprobe or efSearch) is stored in
-    the file, for readers that set none. The parts may be memory-mapped, and are of no use afterwards. Memory: all
-    of the index; none of it where it is one file already and nothing is to be removed. ConfigError: fast-scan
-    codes, whose vectors cannot be had by their place in a list, which is how clip-retrieval asks for them.
+    An id is its id in the part plus the offset; the sorted ids `removed` are left out. `effort` (nprobe or efSearch) is
+    stored in the file, for readers that set none. The parts may be memory-mapped, and cannot be used afterwards.
+    Memory: the whole index, unless there is only one part and nothing to leave out. ConfigError: fast-scan codes, whose
+    vectors faiss cannot look up by their place in a list, as clip-retrieval does.
     """
     faiss, first = load(), parts[0][0]
     by_lists = isinstance(_codes(first), faiss.IndexIVF)
@@ -50,7 +50,7 @@ def concatenate(parts: Sequence[Part], removed: Ids, effort: int | None, path: s
 
 
 def _codes(index: Index) -> Index:
-    """The index inside id maps and transforms; a re-ranking one counts, for its vectors are the exact ones."""
+    """The index inside id maps and transforms; a re-ranking index is not unwrapped, for it has the exact vectors."""
     faiss = load()
     while not isinstance(index := faiss.downcast_index(index), faiss.IndexRefine):
         if (within := inner(index)) is None:
@@ -60,7 +60,7 @@ def _codes(index: Index) -> Index:
 
 
 def _copy(index: Index) -> Index:
-    """A copy that can be changed: faiss's clone of a mapped index cannot, and some transforms it does not clone."""
+    """A copy that can be changed; faiss's clone of a mapped index cannot, and it does not clone some transforms."""
     return load().deserialize_index(load().serialize_index(index))
 
 
@@ -68,7 +68,7 @@ def _by_lists(parts: Sequence[Part], removed: Ids) -> Index:
     faiss = load()
     source = _codes(parts[0][0])
     filled = source.invlists
-    source.invlists = None  # so that a copy of the index is one of its centroids and tables alone
+    source.invlists = None  # so that only centroids and tables are copied
     whole = _copy(parts[0][0])
     source.invlists = filled
     ivf = _codes(whole)
@@ -83,13 +83,13 @@ def _by_lists(parts: Sequence[Part], removed: Ids) -> Index:
                 continue
             ids = faiss.rev_swig_ptr(theirs.get_ids(number), size) + offset
             codes = faiss.rev_swig_ptr(theirs.get_codes(number), size * ivf.code_size).reshape(size, -1)
-            if (gone := np.isin(ids, removed)).any():
-                ids, codes = ids[~gone], codes[~gone]
+            if (dropped := np.isin(ids, removed)).any():
+                ids, codes = ids[~dropped], codes[~dropped]
             if len(ids):
                 lists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
                 total += len(ids)
     within: Index | None = whole
-    while within is not None:  # every wrapper counts for itself
+    while within is not None:  # each wrapper has its own ntotal
         within.ntotal = total
         within = inner(within)
     return whole
@@ -100,8 +100,8 @@ def _anew(parts: Sequence[Part], removed: Ids) -> Index:
     opened = [_numbered(part, offset) for part, offset in parts]
     whole = _copy(opened[0][0])
     whole.reset()
-    every = np.concatenate([ids for _, ids in opened])
-    gaps = bool(len(removed)) or not np.array_equal(every, np.arange(len(every)))
+    all_ids = np.concatenate([ids for _, ids in opened])
+    gaps = bool(len(removed)) or not np.array_equal(all_ids, np.arange(len(all_ids)))
     if gaps:
         whole = faiss.IndexIDMap2(whole)
     for index, ids in opened:
@@ -117,7 +117,7 @@ def _anew(parts: Sequence[Part], removed: Ids) -> Index:
 
 
 def _numbered(index: Index, offset: int) -> tuple[Index, Ids]:
-    """The index inside an id map, and the id (n,) of each of its vectors in their order."""
+    """The index inside an id map, and the ids (n,) of its vectors in their order."""
     faiss = load()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexIDMap):

@@ -1,7 +1,7 @@
-"""What an index takes, before there is one: read from the untrained index that its key makes.
+"""The size of an index before it is built, computed from the untrained index of its index key.
 
-Bytes are those of the index file; in memory come about 160 bytes an inverted list and, behind an id
-map, a hash table of its ids. Fast-scan lists are filled up to 32 rows each, which is not counted.
+Bytes are those of the index file. Memory takes about 160 bytes more for each inverted list and, behind an id map, a
+hash table of the ids. Fast-scan lists are padded to multiples of 32 rows, which is not counted.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ ID = 8
 """Bytes of a stored id."""
 
 
-def code_bytes(key: str, dim: int) -> int:
-    """Bytes that a vector of `dim` takes: its code, its id, its graph links. ConfigError: no such key."""
-    index = make(key, dim)  # held here: what faiss casts does not keep its owner alive
+def code_bytes(index_key: str, dim: int) -> int:
+    """The bytes of a vector of `dim` dimensions: its code, its id, its graph links. ConfigError: no such index key."""
+    index = make(index_key, dim)  # a name for it: faiss's casts do not keep their owner alive
     return math.ceil(_code(index))
 
 
-def template_bytes(key: str, dim: int) -> int:
-    """Bytes of the trained empty index: centroids and their graph, codebooks, matrices. ConfigError: no such key."""
-    index = make(key, dim)
+def template_bytes(index_key: str, dim: int) -> int:
+    """The bytes of the trained empty index: centroids, their graph, codebooks, matrices. ConfigError: no such key."""
+    index = make(index_key, dim)
     return math.ceil(_template(index))
 
 
@@ -64,6 +64,6 @@ def _template(index: Index) -> float:
 
 
 def _matrix(step: Any) -> float:
-    """Of a transform; a PCA keeps all its components too."""
+    """The bytes of a transform's matrices; a PCA keeps all its components too."""
     kept = step.d_out + (step.d_in if isinstance(step, load().PCAMatrix) else 0)
     return 4.0 * int(step.d_in) * int(kept)

@@ -1,4 +1,4 @@
-"""faiss, loaded once with the kernels that fit the CPU, and its errors as one line."""
+"""Loads faiss once, with kernels that fit the CPU; makes and unwraps indices; turns faiss's errors into one line."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Index = Any
 def openblas_core(cpuinfo: str) -> str | None:
     """OpenBLAS's name for the CPU that /proc/cpuinfo describes; None to leave it to OpenBLAS.
 
-    The OpenBLAS inside faiss's wheel may take a new CPU for a very old one (5 times slower). The
-    value comes from the CPU's own flags: forcing a kernel that it lacks would be an illegal instruction.
+    The OpenBLAS inside faiss's wheel may take a new CPU for a very old one and be 5 times slower. The name follows from
+    the CPU's own flags: a kernel for instructions that the CPU lacks would crash.
     """
     flags = set(re.findall(r"\S+", (re.findall(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE) or [""])[0]))
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags:
@@ -40,25 +40,25 @@ def openblas_core(cpuinfo: str) -> str | None:
 
 @functools.cache
 def load() -> Any:
-    """The module faiss."""
+    """Import faiss and return the module."""
     if platform.system() == "Linux" and platform.machine() == "x86_64" and "OPENBLAS_CORETYPE" not in os.environ:
         with open("/proc/cpuinfo") as file:
             if core := openblas_core(file.read()):
                 os.environ["OPENBLAS_CORETYPE"] = core  # read once, when the library is loaded
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SWIG's types and numpy's moved names: not ours to mend
+        warnings.simplefilter("ignore")  # about SWIG's types and numpy's renamed modules
         import faiss
     return faiss
 
 
-def make(key: str, dim: int) -> Index:
-    """An untrained index of a key, for inner products. ConfigError: faiss does not know the key."""
-    with key_errors(f"index key {key!r} for vectors of {dim}"):
-        return load().index_factory(dim, key, load().METRIC_INNER_PRODUCT)
+def make(index_key: str, dim: int) -> Index:
+    """An untrained index for inner products. ConfigError: faiss does not know the index key."""
+    with key_errors(f"index key {index_key!r} for vectors of {dim}"):
+        return load().index_factory(dim, index_key, load().METRIC_INNER_PRODUCT)
 
 
 def inner(index: Index) -> Index | None:
-    """What a transform, an id map or a re-ranking index wraps; None where it is none of these."""
+    """The index that a transform, an id map or a re-ranking index wraps; None for any other index."""
     faiss = load()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
@@ -75,9 +75,9 @@ def innermost(index: Index) -> Index:
 
 @contextmanager
 def key_errors(what: str) -> Iterator[None]:
-    """faiss's exceptions, with their C++ signatures, as one line: what it says of a key is the user's to mend."""
+    """Raise ConfigError, one line without C++ signatures, where faiss refuses an index key."""
     try:
         yield
     except RuntimeError as error:
         reason = re.sub(r"^.*? at \S+?:\d+: (Error: )?", "", one_line(error))
-        raise ConfigError(f"{what}: {reason}; mend --index-key (or leave it auto)") from None
+        raise ConfigError(f"{what}: {reason}; change --index-key (or leave it auto)") from None

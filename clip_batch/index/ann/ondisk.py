@@ -1,8 +1,7 @@
-"""One index out of many shards', searched from disk: faiss's on-disk inverted lists.
+"""Joins the indices of many shards into one that is searched from disk: faiss's on-disk inverted lists.
 
-PATH is a plain faiss file with the centroids and a table of the lists, PATH.ivfdata beside it holds
-the lists themselves, each with the rows of all shards: codes, then ids. Both are found by PATH, so
-their folder may be moved.
+PATH is a plain faiss file with the centroids and a table of the lists. PATH.ivfdata beside it holds the lists, each
+with the rows of all shards: codes, then ids. Readers derive both names from PATH, so the folder may be moved.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from clip_batch.index.ann.libfaiss import Index, load
 SUFFIX = ".ivfdata"
 
 ALIGN = 8
-"""A list's room is a multiple of this many rows, so that its ids, and the next list, lie at multiples of 8 bytes."""
+"""Lists are padded to a multiple of this many rows, so that ids and the next list begin at multiples of 8 bytes."""
 
 BUFFER = 4 << 20
 """Bytes written at a time."""
@@ -26,34 +25,34 @@ BUFFER = 4 << 20
 def join(template_path: str, shards: Sequence[tuple[str, int]], path: str) -> None:
     """Write the index of all rows of some IVF index files of one template: `path` and `path`.ivfdata.
 
-    `shards` are (path, offset): a row's id is its id in the shard plus the offset. Lists are copied one
-    by one from memory-mapped files into the new one, in order: memory does not grow with the rows.
-    ConfigError: a kind without inverted lists, with packed (fast-scan) lists or with vectors beside
-    them (`RFlat`). CorruptError: a shard is not of the template.
+    `shards` are (path, offset): a row's id is its id in the shard plus the offset. Lists are copied one by one from
+    memory-mapped files into the new one, in order: memory does not grow with the number of rows. ConfigError: the index
+    has no inverted lists, packed (fast-scan) ones, or vectors beside them (`RFlat`). CorruptError: a shard is not of
+    the template.
     """
     faiss = load()
     joined = faiss.read_index(template_path)
-    ivf = _lists_of(joined, template_path)
+    ivf = _ivf_of(joined, template_path)
     opened = [faiss.read_index(shard, faiss.IO_FLAG_MMAP_IFC) for shard, _ in shards]
     sources = []
-    for (shard, _), made in zip(shards, opened, strict=True):
-        found = _lists_of(made, shard)
-        if (found.nlist, found.code_size) != (ivf.nlist, ivf.code_size):
+    for (shard, _), index in zip(shards, opened, strict=True):
+        shard_ivf = _ivf_of(index, shard)
+        if (shard_ivf.nlist, shard_ivf.code_size) != (ivf.nlist, ivf.code_size):
             raise CorruptError(f"{shard} is not of the template {template_path}: merge again")
-        sources.append(found.invlists)
+        sources.append(shard_ivf.invlists)
     offsets = [offset for _, offset in shards]
     sizes = [sum(source.list_size(number) for source in sources) for number in range(ivf.nlist)]
     table, end = faiss.OnDiskOneListVector(), 0
     for size in sizes:
-        one = faiss.OnDiskOneList()
-        one.size, one.capacity, one.offset = size, _room(size), end
-        table.push_back(one)
-        end += one.capacity * (ivf.code_size + 8)
+        entry = faiss.OnDiskOneList()
+        entry.size, entry.capacity, entry.offset = size, _padded(size), end
+        table.push_back(entry)
+        end += entry.capacity * (ivf.code_size + 8)
     with open(path + SUFFIX, "wb", buffering=BUFFER) as file:
         if end:
-            os.posix_fallocate(file.fileno(), 0, end)  # a full disk shows now, and the file lies in few pieces
+            os.posix_fallocate(file.fileno(), 0, end)  # fails now if the disk is full, and avoids fragments
         for number, size in enumerate(sizes):
-            _copy_list(file, sources, offsets, number, ivf.code_size, _room(size) - size)
+            _copy_list(file, sources, offsets, number, ivf.code_size, _padded(size) - size)
     lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, os.path.basename(path) + SUFFIX)
     lists.lists, lists.totsize = table, end
     ivf.replace_invlists(lists, False)
@@ -61,12 +60,12 @@ def join(template_path: str, shards: Sequence[tuple[str, int]], path: str) -> No
     faiss.write_index(joined, path)
 
 
-def _room(size: int) -> int:
+def _padded(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def _lists_of(index: Index, path: str) -> Index:
-    """The IVF index within, whose lists can be copied row by row."""
+def _ivf_of(index: Index, path: str) -> Index:
+    """The IVF index inside, whose lists can be copied row by row. ConfigError: there is none."""
     faiss = load()
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is None:
@@ -85,7 +84,7 @@ def _lists_of(index: Index, path: str) -> Index:
 def _copy_list(
     file: IO[bytes], sources: Sequence[Index], offsets: Sequence[int], number: int, width: int, free: int
 ) -> None:
-    """Append a list: the codes of each source, then its ids; room for `free` more rows behind either."""
+    """Append a list: the codes of all sources, then their ids, each followed by padding for `free` rows."""
     view = load().rev_swig_ptr
     filled = [(source, offset) for source, offset in zip(sources, offsets, strict=True) if source.list_size(number)]
     for source, _ in filled:
@@ -97,20 +96,20 @@ def _copy_list(
 
 
 def is_joined(path: str) -> bool:
-    """True where an index file has its lists beside it."""
+    """Whether an index file has its lists in a file beside it."""
     return os.path.exists(path + SUFFIX)
 
 
 def open_joined(path: str) -> Index:
-    """The index that `join` wrote, its lists memory-mapped, read only. CorruptError: the two files do not fit."""
+    """Open an index that `join` wrote, its lists memory-mapped, read only. CorruptError: the two files do not match."""
     faiss = load()
     index = faiss.read_index(path, faiss.IO_FLAG_SKIP_IVF_DATA | faiss.IO_FLAG_READ_ONLY)
     ivf = faiss.try_extract_index_ivf(index)
     lists = faiss.downcast_InvertedLists(ivf.invlists) if ivf is not None else None
     if not isinstance(lists, faiss.OnDiskInvertedLists) or lists.totsize != os.path.getsize(path + SUFFIX):
         raise CorruptError(f"{path}{SUFFIX} does not belong to {path}: delete both and merge again")
-    lists.filename = path + SUFFIX  # faiss's own IO_FLAG_ONDISK_SAME_DIR does this too, but prints a line about it
-    lists.prefetch_nthread = 0  # or each search starts 32 threads: 0.6 ms instead of 0.05 ms where pages are warm
+    lists.filename = path + SUFFIX  # faiss's IO_FLAG_ONDISK_SAME_DIR does this too, but prints a line
+    lists.prefetch_nthread = 0  # by default each search starts 32 threads: 0.6 ms instead of 0.05 ms on cached pages
     if lists.totsize:
         lists.do_mmap()
     return index

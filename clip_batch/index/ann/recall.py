@@ -1,9 +1,9 @@
 """Recall against exact search, measured shard by shard and folded: no shard needs another's vectors.
 
-A trial holds, for held-out queries over some rows, the exact top-100 scores and, for each effort, what was
-found: by which score it was ranked, and its exact score. Two trials over different rows fold into the
-trial over both, of the best ranked of both. A found row counts at k when its exact score reaches the k-th exact
-score less 1e-6: so of equal vectors any will do (recall by threshold, as ANN-benchmarks measures it).
+A trial holds, for held-out queries among some rows, the 100 best scores of exact search and, for each effort, the hits:
+the scores that ranked them and their exact scores. Two trials over different rows fold into the trial over both, which
+keeps the best ranked hits of both. A hit counts at k if its exact score reaches the k-th best score less 1e-6, so that
+of equal vectors any will do (recall by threshold, as ANN-benchmarks measures it).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 TOP = 100
+"""Best scores of exact search that a trial keeps."""
+
 TIE = 1e-6
+"""Scores that differ by less are equal."""
 
 Recall = TypedDict("Recall", {"1": float, "10": float, "100": float, "queries": float})
 """Recall at 1, 10 and 100 (0..1), and of how many queries it is the mean."""
@@ -27,7 +30,10 @@ Recall = TypedDict("Recall", {"1": float, "10": float, "100": float, "queries": 
 
 @dataclass(frozen=True)
 class RecallTrial:
-    """exact (q, 100) and ranked (efforts, q, depth), descending; true, of the latter. float32, -inf beyond the rows."""
+    """float32 scores, descending, -inf where there are fewer rows: `exact` (q, 100), `ranked` (efforts, q, depth).
+
+    `true`, of the same shape as `ranked`, has the exact scores of those hits.
+    """
 
     exact: Floats
     ranked: Floats
@@ -35,33 +41,32 @@ class RecallTrial:
 
 
 def measure(
-    own: Ids, exact: tuple[Floats, Ids], found: Sequence[tuple[Floats, Ids, Floats]], depth: int = TOP
+    own: Ids, exact: tuple[Floats, Ids], hits: Sequence[tuple[Floats, Ids, Floats]], depth: int = TOP
 ) -> RecallTrial:
-    """The trial of queries over one shard, of the `depth` best ranked that were found.
+    """The trial of queries over one shard, which keeps the `depth` best ranked hits.
 
-    `own` (q,) is the shard row that a query is itself, to be left out (-1: none); `exact` has the scores
-    and rows (q, any) of exact search, `found` for each effort the scores that ranked, the rows, and their
-    exact scores (q, any); rows are -1 where there are fewer.
+    `own` (q,) is the shard row that a query is itself, to be left out (-1: none). `exact` has the scores and rows
+    (q, any) of exact search; `hits` has for each effort the scores that ranked, the rows, and their exact scores, each
+    (q, any). Rows are -1 where there are fewer.
     """
 
     def others(scores: Floats, ids: Ids) -> Floats:
         return np.where((ids < 0) | (ids == own[:, None]), -np.inf, scores).astype(np.float32)
 
-    truth = others(*exact)
-    tried = [_best(depth, others(ranked, ids), others(true, ids)) for ranked, ids, true in found]
-    ranks, trues = zip(*tried, strict=True)
-    return RecallTrial(_best(TOP, truth)[0], np.stack(ranks), np.stack(trues))
+    kept = [_best(depth, others(ranked, ids), others(true, ids)) for ranked, ids, true in hits]
+    ranked, true = zip(*kept, strict=True)
+    return RecallTrial(_best(TOP, others(*exact))[0], np.stack(ranked), np.stack(true))
 
 
 def _best(count: int, by: Floats, *others: Floats) -> list[Floats]:
-    """The `count` columns of arrays (..., any) of largest `by`, stable, descending; padded with -inf."""
+    """The `count` columns of `by` and other arrays (..., any) with the largest `by`; descending, -inf beyond."""
     order = np.argsort(-by, axis=-1, kind="stable")[..., :count]
     padding = [(0, 0)] * (by.ndim - 1) + [(0, count - order.shape[-1])]
     return [np.pad(np.take_along_axis(array, order, -1), padding, constant_values=-np.inf) for array in (by, *others)]
 
 
 def fold(one: RecallTrial, other: RecallTrial) -> RecallTrial:
-    """The trial over the rows of both, of the same depth."""
+    """The trial over the rows of both trials, of the same depth."""
     exact, ranked, true = (
         np.concatenate([getattr(one, name), getattr(other, name)], axis=-1) for name in ("exact", "ranked", "true")
     )
@@ -69,36 +74,36 @@ def fold(one: RecallTrial, other: RecallTrial) -> RecallTrial:
 
 
 def reranked(trial: RecallTrial) -> RecallTrial:
-    """The trial with what was found ranked by exact score."""
+    """The trial with its hits ranked by their exact scores."""
     (true,) = _best(trial.true.shape[-1], trial.true)
     return RecallTrial(trial.exact, true, true)
 
 
 def recall(trial: RecallTrial, effort: int, k: int) -> float | None:
-    """Recall at k of the effort of that position: the mean over queries, 0..1. None where no row could be found.
+    """Recall at k of the effort at that position: the mean over queries, 0..1. None where there are no rows.
 
-    Where fewer than k rows exist, all of them are what should be found.
+    Where there are fewer than k rows, it is the share of them that is among the hits.
     """
-    there = np.minimum(np.isfinite(trial.exact).sum(axis=1), k)
-    some = there > 0
+    rows = np.minimum(np.isfinite(trial.exact).sum(axis=1), k)
+    some = rows > 0
     if not some.any():
         return None
-    last = trial.exact[some, there[some] - 1]
+    last = trial.exact[some, rows[some] - 1]
     right = (trial.true[effort, some, :k] >= last[:, None] - TIE).sum(axis=1)
-    return float(np.mean(np.minimum(right, there[some]) / there[some]))
+    return float(np.mean(np.minimum(right, rows[some]) / rows[some]))
 
 
 def least_effort(trials: list[RecallTrial], target: float) -> tuple[int, bool]:
     """(position, True) of the least effort whose recall@10 reaches the target in every trial.
 
-    Where none does, (position, False) of the least that finds as much as the last.
+    Where none does, (position, False) of the least effort with the recalls of the largest.
     """
     places = range(len(trials[0].true))
-    found = [[value for trial in trials if (value := recall(trial, at, 10)) is not None] for at in places]
-    for at in places:
-        if all(value >= target for value in found[at]):
-            return at, True
-    return found.index(found[-1]), False
+    recalls = [[value for trial in trials if (value := recall(trial, place, 10)) is not None] for place in places]
+    for place in places:
+        if all(value >= target for value in recalls[place]):
+            return place, True
+    return recalls.index(recalls[-1]), False
 
 
 def summary(trial: RecallTrial, effort: int) -> Recall | None:

@@ -1,4 +1,4 @@
-"""Exact re-ranking: candidates of a lossy index, scored by the float16 vectors that were stored beside it."""
+"""Exact re-ranking: the candidates of a lossy index, scored with the float16 vectors that are stored beside it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 PAIRS = 512
-"""Pairs of query and row that are scored at a time: few enough for the processor's cache."""
+"""Pairs of query and row that are scored at a time: they fit in the processor's cache."""
 
 MOST = 10_000
-"""Candidates beyond which a search does not look for the sake of order: each costs a read of its vector."""
+"""Most candidates that are scored for the sake of a better order: each costs a read of its vector."""
 
 TINY = 1e-12
-"""Stands for the norm of a row of zeros."""
+"""The norm that a row of zeros is divided by."""
 
 
 class RowSource(Protocol):
-    """Float16 rows (n, d) that are taken by their numbers: an array, or what reads them when asked."""
+    """Float16 rows (n, d) that are indexed by their numbers: an array, or an object that reads rows when indexed."""
 
     def __getitem__(self, rows: Ids, /) -> Half: ...
 
 
 def candidates(k: int, factor: int) -> int:
-    """How many candidates are scored for the k best: `factor` times as many, as far as that is not over `MOST`.
+    """The number of candidates that are scored for the k best: `factor` * k, `MOST` at most.
 
-    Never fewer than the trial has that merge tunes by, nor than k.
+    Never fewer than a recall trial has, by which merge tunes the effort, and never fewer than k.
     """
     return max(min(factor * k, MOST), k, TOP + 1)
 
@@ -41,8 +41,8 @@ def candidates(k: int, factor: int) -> int:
 def rerank(queries: Vectors, ids: Ids, vectors: RowSource, k: int) -> tuple[Vectors, Ids]:
     """The k best of each query's candidates by exact inner product: scores float32 (q, k), ids int64 (q, k).
 
-    queries float32 (q, d); ids (q, m) are rows of `vectors` float16 (n, d), memory-mapped or not, -1
-    where there is none. Descending by score, then ascending by id; -inf and -1 where there are fewer than k.
+    `queries` is float32 (q, d); `ids` (q, m) are rows of `vectors` float16 (n, d), -1 where there is none. The order is
+    by descending score, then ascending id; -inf and -1 where there are fewer than k.
     """
     return best(score(queries, ids, vectors), ids, k)
 
@@ -50,8 +50,8 @@ def rerank(queries: Vectors, ids: Ids, vectors: RowSource, k: int) -> tuple[Vect
 def score(queries: Vectors, ids: Ids, vectors: RowSource) -> Vectors:
     """Inner products float32 (q, m) of queries (q, d) and their rows (q, m), scaled to unit norm; -inf where id is -1.
 
-    A score depends on its query and row alone. Rows are read in ascending order over all queries, some
-    hundred at a time.
+    A score depends on its query and row alone. Rows are read in ascending order over all queries, some hundred at a
+    time.
     """
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable")

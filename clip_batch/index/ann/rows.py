@@ -1,4 +1,4 @@
-"""Rows of vectors in the order of an index, taken when they are asked for."""
+"""Rows of vectors in the order of an index, without a copy of them all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clip_batch.storage.npy import Half, half_header
 
 @dataclass(frozen=True)
 class Ordered:
-    """A shard's rows in index order, taken when they are asked for: a copy would double the memory."""
+    """The rows `order` (n,) of `vectors`, copied only as they are indexed: a whole copy would double the memory."""
 
     vectors: Half
     order: Rows
@@ -34,7 +34,7 @@ class Ordered:
 
 
 class Stacked:
-    """Matrices (n, d), one below the other, as one to take rows from."""
+    """Several matrices (n, d), stacked, of which rows are taken by their numbers in the stack."""
 
     def __init__(self, matrices: Sequence[Half]) -> None:
         self._matrices = matrices
@@ -46,7 +46,7 @@ class Stacked:
     def __getitem__(self, rows: Rows) -> Half:
         out = np.empty((len(rows), self._matrices[0].shape[1]), dtype=np.float16)
         owner = np.searchsorted(self._starts, rows, "right") - 1
-        for one in np.unique(owner):
-            places = np.flatnonzero(owner == one)
-            out[places] = self._matrices[one][rows[places] - self._starts[one]]
+        for number in np.unique(owner):
+            places = np.flatnonzero(owner == number)
+            out[places] = self._matrices[number][rows[places] - self._starts[number]]
         return out

@@ -1,1 +1,1 @@
-"""merge: one OUT becomes a version of INDEX."""
+"""The command merge, which makes a version of INDEX from one OUT, and sweep, which compares index keys."""

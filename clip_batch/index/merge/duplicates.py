@@ -1,9 +1,9 @@
-"""Near-identical rows of OUT: which repeat an earlier one, found before an index is built, and reported.
+"""Finds and reports the duplicates of OUT, rows that repeat an earlier row, before an index is built.
 
-Rows are gone through in the order of OUT. A row is a duplicate if its vector equals an earlier row's
-bit for bit, wherever that is; or if its cosine with an earlier row that is kept reaches the threshold
-and both lie in one list of the coarse quantizer. A pair on the border of two lists is not seen.
-The answer depends on the rows and their lists alone: not on parts, memory or threads.
+Rows are compared in the order of OUT. A row is a duplicate if its vector equals an earlier row's bit for bit; or if its
+cosine with an earlier row that is kept reaches the threshold and both are in the same list of the coarse quantizer. A
+pair in two neighbouring lists is not found. The result depends on the rows and their lists alone, not on parts, memory
+or threads.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Pair = tuple[int, int, float]
 """A row that is left out, the kept one that it repeats, their cosine."""
 
 BUDGET = 1 << 30
-"""Bytes of vectors, or of hashes, held at a time; besides, about 8 bytes for each row of OUT."""
+"""Bytes of vectors, or of hashes, in memory at a time, besides about 8 bytes for each row of OUT."""
 
 TILE = 1024
 """Rows compared with each other by one matrix product."""
 
 DOUBT = 1e-4
-"""A float32 product of unit vectors is off by less; what comes nearer to the threshold is computed in float64."""
+"""Bound on the error of a float32 product of unit vectors; pairs closer to the threshold are computed in float64."""
 
 REPORT_ROWS = 1 << 18
-"""Duplicates whose metadata is held at a time."""
+"""Duplicates whose metadata is in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """`rows` (m,) ascending are left out, for each repeats the row `kept` (m,) with cosine `score` (m,).
+    """`rows` (m,), ascending, are left out; each repeats the row `kept` (m,) with the cosine `score` (m,).
 
-    Of several kept rows within the threshold, it is the earliest.
+    Where several kept rows reach the threshold, that is the earliest.
     """
 
     rows: Rows
@@ -62,9 +62,9 @@ def find(
 ) -> Duplicates:
     """The rows of OUT that repeat an earlier one by their vectors of a kind, at cosine >= threshold (0..1].
 
-    `assign` gives the list (n,) of each unit vector (n, dim). A threshold of 1 means equal float16
-    vectors; it needs no lists. All-zero rows (no caption) repeat nothing. OUT is read once, and for
-    a threshold below 1 once more for each `budget` bytes of its vectors. Disk in TMPDIR: 16 bytes a row.
+    `assign` gives the list (n,) of each unit vector (n, dim). A threshold of 1 means equal float16 vectors and needs no
+    lists. All-zero rows (no caption) are no duplicates. OUT is read once, and for a threshold below 1 once more for
+    each `budget` bytes of its vectors. Disk in TMPDIR: 16 bytes a row.
     """
     lists = np.full(source.rows if threshold < 1 else 0, -1, dtype=np.int32)
     filled = np.ones(source.rows, dtype=np.bool_)
@@ -80,7 +80,7 @@ def find(
     progress(f"{len(repeats):,} rows equal an earlier one")
     near = [np.empty((0, 3))]
     if threshold < 1:
-        lists[repeats] = -1  # an equal row shares the fate of the first of its kind
+        lists[repeats] = -1  # an equal row is a duplicate whatever becomes of the first of its kind
         for rows in _groups(lists, source.dim, budget):
             near.append(np.array(list(_near(source, kind, rows, lists, threshold, budget))).reshape(-1, 3))
         progress(f"{sum(map(len, near)):,} more have a cosine of {threshold} or more with an earlier one")
@@ -88,7 +88,7 @@ def find(
 
 
 def _read(source: Embeddings, kind: str, hashes: npt.NDArray[np.uint64]) -> Iterator[tuple[int, Rows, Half]]:
-    """Blocks of (start, rows, vectors), read and hashed a block ahead; `hashes` (n, 2) is filled."""
+    """Yield blocks of (start, rows, vectors), read and hashed a block ahead; fills `hashes` (n, 2)."""
 
     def load(start: int) -> tuple[int, Rows, Half]:
         stop = min(start + BLOCK, source.rows)
@@ -110,8 +110,8 @@ def _equal(
     source: Embeddings, kind: str, hashes: npt.NDArray[np.uint64], filled: npt.NDArray[np.bool_], budget: int
 ) -> tuple[Rows, Rows]:
     """(rows that equal an earlier one, ascending; the first row that each equals)."""
-    shares = -(-96 * len(hashes) // budget)  # of the hashes' range, sorted one at a time
-    found = [(np.empty(0, dtype=np.int64),) * 2]
+    shares = -(-96 * len(hashes) // budget)  # the range of hashes is cut into these, sorted one at a time
+    pairs = [(np.empty(0, dtype=np.int64),) * 2]
     for share in range(shares):
         picked = [
             start + np.flatnonzero((hashes[start : start + BLOCK, 0] % shares == share) & filled[start : start + BLOCK])
@@ -124,26 +124,26 @@ def _equal(
         new = np.ones(len(rows), dtype=np.bool_)
         new[1:] = np.any(own[1:] != own[:-1], axis=1)
         first = rows[np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))]
-        found.append((rows[~new], first[~new]))
-    repeats, originals = (np.concatenate([pair[side] for pair in found]) for side in (0, 1))
+        pairs.append((rows[~new], first[~new]))
+    repeats, originals = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     order = np.argsort(repeats)
     repeats, originals = repeats[order], originals[order]
     same = [np.empty(0, dtype=np.bool_)]
     for start in range(0, len(repeats), BLOCK):
-        pairs = repeats[start : start + BLOCK], originals[start : start + BLOCK]
-        same.append(np.all(_take(source, kind, pairs[0]) == _take(source, kind, pairs[1]), axis=1))
+        later, earlier = repeats[start : start + BLOCK], originals[start : start + BLOCK]
+        same.append(np.all(_take(source, kind, later) == _take(source, kind, earlier), axis=1))
     equal = np.concatenate(same)
     return repeats[equal], originals[equal]
 
 
 def _take(source: Embeddings, kind: str, rows: Rows) -> Half:
-    """Rows (n,) in any order, with repeats."""
-    wanted, back = np.unique(rows, return_inverse=True)
-    return source.gather(kind, wanted)[back]
+    """The vectors of rows (n,) in any order, repeats allowed."""
+    ascending, back = np.unique(rows, return_inverse=True)
+    return source.gather(kind, ascending)[back]
 
 
 def _groups(lists: npt.NDArray[np.int32], dim: int, budget: int) -> Iterator[Rows]:
-    """The rows of some lists at a time, list by list, ascending in each: at most `budget` bytes, or one list."""
+    """Yield the rows of some lists at a time, list by list, ascending in each: at most `budget` bytes, or one list."""
     counts = np.zeros(1, dtype=np.int64)
     for start in range(0, len(lists), BLOCK):
         more = np.bincount(lists[start : start + BLOCK] + 1, minlength=len(counts))
@@ -160,87 +160,87 @@ def _groups(lists: npt.NDArray[np.int32], dim: int, budget: int) -> Iterator[Row
 def _near(
     source: Embeddings, kind: str, rows: Rows, lists: npt.NDArray[np.int32], threshold: float, budget: int
 ) -> Iterator[Pair]:
-    """The near duplicates among rows that are ordered by list."""
+    """Yield the near duplicates among rows that are ordered by list."""
     ends = np.flatnonzero(np.diff(lists[rows])) + 1
     pieces = [piece for piece in np.split(rows, ends) if len(piece) > 1]
     if len(rows) * source.dim > budget:
         for piece in pieces:
-            yield from _long(source, kind, piece, threshold, budget)
+            yield from _in_long_list(source, kind, piece, threshold, budget)
         return
-    wanted = np.sort(rows)
-    data = source.gather(kind, wanted)
+    ascending = np.sort(rows)
+    data = source.gather(kind, ascending)
     for piece in pieces:
-        yield from _pairs(piece, npy.unit(data[np.searchsorted(wanted, piece)]), threshold)[0]
+        yield from _in_list(piece, npy.unit(data[np.searchsorted(ascending, piece)]), threshold)[0]
 
 
-def _long(source: Embeddings, kind: str, rows: Rows, threshold: float, budget: int) -> Iterator[Pair]:
-    """The same of one list that is larger than the budget: each segment against what was kept of those before."""
+def _in_long_list(source: Embeddings, kind: str, rows: Rows, threshold: float, budget: int) -> Iterator[Pair]:
+    """Yield those of one list larger than the budget: each segment is compared with the kept rows of those before."""
     length = max(TILE, budget // (8 * source.dim))
     kept: list[Rows] = []
     for start in range(0, len(rows), length):
         left = rows[start : start + length]
         exact = npy.unit(source.gather(kind, left))
         for earlier in kept:
-            found, out = _against(left, exact, earlier, npy.unit(source.gather(kind, earlier)), threshold)
-            yield from found
+            pairs, out = _against(left, exact, earlier, npy.unit(source.gather(kind, earlier)), threshold)
+            yield from pairs
             left, exact = left[~out], exact[~out]
-        found, out = _pairs(left, exact, threshold)
-        yield from found
+        pairs, out = _in_list(left, exact, threshold)
+        yield from pairs
         kept.append(left[~out])
 
 
-def _pairs(rows: Rows, exact: Vectors, threshold: float) -> tuple[list[Pair], npt.NDArray[np.bool_]]:
-    """Duplicates among the rows of one list, with unit vectors (n, dim); and which rows (n,) they are."""
+def _in_list(rows: Rows, exact: Vectors, threshold: float) -> tuple[list[Pair], npt.NDArray[np.bool_]]:
+    """The duplicates among the rows of one list, of unit vectors `exact` (n, dim); and which rows (n,) they are."""
     out = np.zeros(len(rows), dtype=np.bool_)
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     kept = np.empty(0, dtype=np.int64)
     for start in range(0, len(rows), TILE):
         tile = np.arange(start, min(start + TILE, len(rows)))
-        pairs, gone = _against(rows[tile], exact[tile], rows[kept], exact[kept], threshold)
-        found += pairs
-        out[tile] = gone
-        left = tile[~gone]
+        earlier_pairs, dropped = _against(rows[tile], exact[tile], rows[kept], exact[kept], threshold)
+        pairs += earlier_pairs
+        out[tile] = dropped
+        left = tile[~dropped]
         near, later, scores = _close(exact[left], exact[left], threshold)
         for row, earlier, score in zip(left[later], left[near], scores, strict=True):
             if earlier < row and not out[earlier] and not out[row]:
                 out[row] = True
-                found.append((int(rows[row]), int(rows[earlier]), float(score)))
+                pairs.append((int(rows[row]), int(rows[earlier]), float(score)))
         kept = np.concatenate([kept, left[~out[left]]])
-    return found, out
+    return pairs, out
 
 
 def _against(
     rows: Rows, exact: Vectors, kept: Rows, theirs: Vectors, threshold: float
 ) -> tuple[list[Pair], npt.NDArray[np.bool_]]:
-    """Duplicates among rows (n,) of earlier kept rows (m,), ascending; and which rows (n,) they are."""
+    """The duplicates among rows (n,) of earlier kept rows (m,), ascending; and which rows (n,) they are."""
     out = np.zeros(len(rows), dtype=np.bool_)
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     for start in range(0, len(rows), TILE):
         for low in range(0, len(kept), 4 * TILE):
             near, later, scores = _close(exact[start : start + TILE], theirs[low : low + 4 * TILE], threshold)
             for row, earlier, score in zip(later + start, near + low, scores, strict=True):
                 if not out[row]:
                     out[row] = True
-                    found.append((int(rows[row]), int(kept[earlier]), float(score)))
-    return found, out
+                    pairs.append((int(rows[row]), int(kept[earlier]), float(score)))
+    return pairs, out
 
 
 def _close(mine: Vectors, theirs: Vectors, threshold: float) -> tuple[Any, Any, Any]:
-    """Positions (in theirs, in mine) of the pairs whose cosine reaches the threshold, and it; by mine, then theirs.
+    """Positions (in `theirs`, in `mine`) and cosines of the pairs that reach the threshold; by `mine`, then `theirs`.
 
-    The matrix product only proposes: its last digits depend on shapes and threads, so a float64 sum decides.
+    The matrix product selects candidates only: its last digits depend on shapes and threads, so a float64 sum decides.
     """
     later, near = np.nonzero(mine @ theirs.T >= threshold - DOUBT)
     scores = np.empty(len(later))
     for start in range(0, len(later), TILE):
-        at = slice(start, start + TILE)
-        scores[at] = np.sum(mine[later[at]].astype(np.float64) * theirs[near[at]], axis=1)
-    sure = scores >= threshold
-    return near[sure], later[sure], scores[sure]
+        part = slice(start, start + TILE)
+        scores[part] = np.sum(mine[later[part]].astype(np.float64) * theirs[near[part]], axis=1)
+    close = scores >= threshold
+    return near[close], later[close], scores[close]
 
 
 def _join(repeats: Rows, originals: Rows, near: npt.NDArray[np.float64]) -> Duplicates:
-    """Equal rows and near ones (m, 3) together: a row that equals one left out repeats what that one repeats."""
+    """Join equal rows and near ones (m, 3): a row that equals one that is left out repeats what that one repeats."""
     near = near[np.argsort(near[:, 0])]
     rows, kept, score = near[:, 0].astype(np.int64), near[:, 1].astype(np.int64), near[:, 2]
     at = np.searchsorted(rows, originals)
@@ -255,9 +255,10 @@ def _join(repeats: Rows, originals: Rows, near: npt.NDArray[np.float64]) -> Dupl
 
 
 def write_report(duplicates: Duplicates, source: Embeddings, path: str) -> None:
-    """Write a Parquet file of one row a duplicate, by its row in OUT.
+    """Write a Parquet file with one row for each duplicate, in the order of OUT.
 
-    Columns: partition, row, key, shard of what is left out; kept_partition, kept_row, kept_key, kept_shard; score.
+    Columns: partition, row, key and shard of the row that is left out; kept_partition, kept_row, kept_key and
+    kept_shard of the row that it repeats; score.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -268,27 +269,27 @@ def write_report(duplicates: Duplicates, source: Embeddings, path: str) -> None:
     schema = pa.schema([*fields, ("score", pa.float32())])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for start in range(0, len(duplicates.rows), REPORT_ROWS):
-            at = slice(start, start + REPORT_ROWS)
-            wanted = np.unique(np.concatenate([duplicates.rows[at], duplicates.kept[at]]))
-            known = _describe(source, wanted, names)
+            part = slice(start, start + REPORT_ROWS)
+            both = np.unique(np.concatenate([duplicates.rows[part], duplicates.kept[part]]))
+            metadata = _metadata(source, both, names)
             columns: list[Any] = []
-            for rows in (duplicates.rows[at], duplicates.kept[at]):
-                taken = known.take(pa.array(np.searchsorted(wanted, rows)))
+            for rows in (duplicates.rows[part], duplicates.kept[part]):
+                taken = metadata.take(pa.array(np.searchsorted(both, rows)))
                 columns += [taken[name].cast(kind) for name, kind in zip(names, types, strict=True)]
-            writer.write_table(pa.table([*columns, pa.array(duplicates.score[at])], schema=schema))
+            writer.write_table(pa.table([*columns, pa.array(duplicates.score[part])], schema=schema))
 
 
-def _describe(source: Embeddings, wanted: Rows, names: list[str]) -> Any:
+def _metadata(source: Embeddings, rows: Rows, names: list[str]) -> Any:
     """The metadata columns of rows (n,), ascending."""
     import pyarrow as pa
 
     pieces = []
     for start in range(0, source.rows, 4 * BLOCK):
         stop = min(start + 4 * BLOCK, source.rows)
-        low, high = np.searchsorted(wanted, [start, stop])
+        low, high = np.searchsorted(rows, [start, stop])
         if low == high:
             continue
-        first, last = int(wanted[low]), int(wanted[high - 1]) + 1
+        first, last = int(rows[low]), int(rows[high - 1]) + 1
         tables = [table.select(names) for table in source.read_metadata(first, last)]
-        pieces.append(pa.concat_tables(tables).take(pa.array(wanted[low:high] - first)))
+        pieces.append(pa.concat_tables(tables).take(pa.array(rows[low:high] - first)))
     return pa.concat_tables(pieces).combine_chunks()

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.embeddings.reader import blocks
-from clip_batch.index import metadata
+from clip_batch.index import metadata_writer
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.rows import Ordered
@@ -54,7 +54,7 @@ def build(template: Template, shard: int, attempt: Attempt) -> None:
     assert order is not None
     attempt.write(
         names.metadata(name),
-        lambda file: metadata.write_ordered(job.source.read_metadata(start, stop), order, file.name),
+        lambda file: metadata_writer.write_ordered(job.source.read_metadata(start, stop), order, file.name),
     )
     attempt.write(names.truth(name), lambda file: np.savez(file, **trials))
     attempt.commit(rows=len(order), seconds=time.monotonic() - started)

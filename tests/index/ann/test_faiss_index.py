@@ -254,7 +254,7 @@ def test_footprint_is_the_file_that_comes_out(key: str, tmp_path: Path) -> None:
 
 
 def test_footprint_of_an_unknown_key() -> None:
-    with pytest.raises(ConfigError, match=r"index key 'IFV16' for vectors of 8: .*mend --index-key"):
+    with pytest.raises(ConfigError, match=r"index key 'IFV16' for vectors of 8: .*change --index-key"):
         footprint.code_bytes("IFV16", 8)
 
 
@@ -289,7 +289,7 @@ def test_auto_without_autofaiss_says_what_to_give(monkeypatch: pytest.MonkeyPatc
 
 
 def test_faiss_errors_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"IVF16,Flat.*\(3\) should be at least.*\(16\); mend --index-key") as error:
+    with pytest.raises(ConfigError, match=r"IVF16,Flat.*\(3\) should be at least.*\(16\); change --index-key") as error:
         faiss_index.train("IVF16,Flat", unit(np.eye(3) + 0.1))
     assert "\n" not in str(error.value)
     (tmp_path / "bad.index").write_bytes(b"not an index at all")
