@@ -1,4 +1,4 @@
-"""The recipes of images and archives: linted, and what they copy is there."""
+"""The Dockerfile, the Apptainer definition and the shell scripts: linted, and the files that they copy exist."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SCRIPTS = sorted(
 
 
 def tool(name: str, package: str) -> str:
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if found is None:
+    path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if path is None:
         pytest.skip(f"{name} is not installed: pip install {package}")
-    return found
+    return path
 
 
 def sections() -> dict[str, str]:
-    """Of the Apptainer definition; its header is the section "".
+    """Return the sections of the Apptainer definition by name; its header is the section "".
 
     https://apptainer.org/docs/user/latest/definition_files.html: a section begins with a line of % and its name.
     """
@@ -68,11 +68,11 @@ def test_there_are_scripts() -> None:
 
 
 def test_the_definition_is_one() -> None:
-    found = sections()
-    header = dict(re.findall(r"^(\w+): (\S+)$", found[""], re.M))
+    parts = sections()
+    header = dict(re.findall(r"^(\w+): (\S+)$", parts[""], re.M))
     assert header["Bootstrap"] == "docker"
     assert f"FROM {header['From']}\n" in (ROOT / "slurm/Dockerfile").read_text()
-    assert list(found) == ["", "files", "post", "environment", "test", "runscript", "help"]
+    assert list(parts) == ["", "files", "post", "environment", "test", "runscript", "help"]
 
 
 def test_the_definition_copies_what_is_there_and_the_build_needs() -> None:

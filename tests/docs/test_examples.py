@@ -1,4 +1,4 @@
-"""docs/examples and configs do what they say: run where the machine can, dry where they want a cluster."""
+"""docs/examples and configs: each example runs, as a dry run if it needs a cluster."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ EXAMPLES = sorted(ROOT.glob("docs/examples/*.sh"))
 
 
 def tars(folder: Path) -> list[str]:
-    """Two of 24 tars of the demo set, the watermelon's among them, as the only ones of a folder."""
+    """Write two of the 24 tars of the demo set to a folder, one of which has the watermelon."""
     names = data.load()["name_zh"].to_pylist()
-    found = names.index("西瓜") * 24 // len(names)
+    watermelon = names.index("西瓜") * 24 // len(names)
     written = data.write_tars(str(folder), 24)
-    kept = written[found : found + 2]
+    kept = written[watermelon : watermelon + 2]
     for path in set(written) - set(kept):
         os.unlink(path)
     return kept
 
 
 def run(name: str, **places: str) -> str:
-    """An example's standard output, the demo's model embedding the demo's tars."""
+    """Run an example with the demo's model and return its standard output."""
     folders = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     environment = {
         **os.environ,
@@ -97,7 +97,7 @@ def test_submitting_dry_says_what_would_run_and_runs_nothing(tmp_path: Path) -> 
     tars(tmp_path / "tars")
     places = {"TARS": f"{tmp_path}/tars", "OUT": f"{tmp_path}/out", "INDEX": f"{tmp_path}/index", "DRY": "--dry-run"}
     (tmp_path / "bin").mkdir()
-    scontrol = tmp_path / "bin" / "scontrol"  # what a login node answers
+    scontrol = tmp_path / "bin" / "scontrol"  # as on a login node
     scontrol.write_text("#!/bin/sh\necho 'MaxArraySize            = 1001'\n")
     scontrol.chmod(0o755)
     path = os.pathsep.join([str(tmp_path / "bin"), os.path.dirname(sys.executable), os.environ["PATH"]])

@@ -1,4 +1,4 @@
-"""docs/migrating.md leaves nothing of clip-retrieval out, names only what exists here, and its lines run."""
+"""docs/migrating.md has everything of clip-retrieval, names only commands and flags that exist, and its code runs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests import ROOT
 
 PAGE = ROOT / "docs/migrating.md"
 SECTIONS = dict(re.findall(r"^##+ ([^\n]+)\n(.*?)(?=^## |^### |\Z)", PAGE.read_text(), re.S | re.M))
-"""Heading -> text, a level three section apart from its level two one."""
+"""Heading -> text; sections of level three are not part of those of level two."""
 
 
 def python_of_clip_retrieval() -> str:
-    found = os.environ.get("CLIP_RETRIEVAL_PYTHON") or str(ROOT / ".clip-retrieval/bin/python")
-    if not Path(found).exists():
+    python = os.environ.get("CLIP_RETRIEVAL_PYTHON") or str(ROOT / ".clip-retrieval/bin/python")
+    if not Path(python).exists():
         pytest.skip("clip-retrieval is not installed: make clip-retrieval, or set CLIP_RETRIEVAL_PYTHON")
-    return found
+    return python
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def parameters(module: ast.AST, name: str) -> list[str]:
 
 
 def commands(source: dict[str, ast.Module]) -> Iterator[tuple[str, list[str]]]:
-    """What its command line offers, with the flags of each: the parameters of the functions in its table."""
+    """Yield clip-retrieval's commands with their flags, which are the parameters of the functions in its table."""
     table = source["clip_retrieval.cli"]
     homes = {
         alias.name: node.module
@@ -64,20 +64,20 @@ def commands(source: dict[str, ast.Module]) -> Iterator[tuple[str, list[str]]]:
 
 
 def strings(module: ast.AST, pattern: type[ast.expr], name: str) -> set[str]:
-    """The constants of `name["..."]` (a Subscript), or of the first arguments of calls of `...name("...")`."""
-    found: set[ast.expr] = set()
+    """Return the constants of `name["..."]` (a Subscript), or the first arguments of calls of `...name("...")`."""
+    nodes: set[ast.expr] = set()
     for node in ast.walk(module):
         if isinstance(node, ast.Subscript) and pattern is ast.Subscript and ast.unparse(node.value) == name:
-            found.add(node.slice)
+            nodes.add(node.slice)
         elif isinstance(node, ast.Call) and pattern is ast.Call and ast.unparse(node.func).endswith(name):
-            found |= set(node.args)
-    return {node.value for node in found if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            nodes |= set(node.args)
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def test_each_command_and_flag_is_there(source: dict[str, ast.Module]) -> None:
-    found = dict(commands(source))
-    assert {"inference", "index", "back", "filter", "front", "end2end", "inference.worker"} <= found.keys()
-    for command, flags in found.items():
+    known = dict(commands(source))
+    assert {"inference", "index", "back", "filter", "front", "end2end", "inference.worker"} <= known.keys()
+    for command, flags in known.items():
         assert f"`{command}`" in PAGE.read_text()
         left = "".join(line.split(" | ")[0] for line in SECTIONS[command].splitlines() if line.startswith("| `"))
         assert set(flags) - set(re.findall(r"`--(\w+)`", left)) == set(), command
@@ -116,7 +116,7 @@ def test_its_environment_is_there(source: dict[str, ast.Module]) -> None:
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if "| there | here |" in SECTIONS[name]])
 def test_our_flags_exist(section: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each flag of the right-hand columns is one of a command that the section names."""
+    """Each flag in the right-hand columns belongs to a command that the section names."""
     text = SECTIONS[section]
     named = set(re.findall(r"clip-batch ((?:submit |export )?[a-z0-9-]+)", text))
     for command in named & COMMANDS.keys():
@@ -152,7 +152,8 @@ Detector.load_state = stored
 rows = numpy.random.default_rng(0).standard_normal((100, 1024)).astype("float32")
 numpy.savez("judged.npz", rows=rows, values=Detector(cache_folder=".").predict(rows, 100)[:, 0])
 """
-"""Its detector, of random weights, as `back` loads it from its cache; the package itself takes a minute to import."""
+"""clip-retrieval's detector with random weights, as `back` loads it from its cache; importing the package itself would
+take a minute."""
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def test_the_h14_head_judges_as_theirs_does(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_violence_head_judges_as_theirs_does(tmp_path: Path) -> None:
-    """The larger of two products says which, as in `get_violent_items`."""
+    """The larger of the two products decides, as in `get_violent_items`."""
     random = np.random.default_rng(0)
     prompts, rows = random.standard_normal((2, 16)).astype("f4"), random.standard_normal((200, 16)).astype("f4")
     np.save(tmp_path / "violence.npy", prompts)

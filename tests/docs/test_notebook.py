@@ -1,4 +1,4 @@
-"""The notebook of docs/ runs from its first cell to its last, and finds what it says."""
+"""The notebook in docs/ runs from its first cell to its last, and prints what its texts promise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_it_is_kept_without_outputs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # the kernel's libraries have their own
+@pytest.mark.filterwarnings("default")  # libraries of the kernel warn
 def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     for name, value in (("PATH", folders), ("TMPDIR", str(tmp_path)), ("IPYTHONDIR", str(tmp_path / "ipython"))):

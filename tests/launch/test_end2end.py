@@ -1,4 +1,4 @@
-"""From a URL list to an index, by the real img2dataset and a real web server; and the lists themselves."""
+"""end2end with the real img2dataset and a real web server; and the formats of URL lists."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ BESIDE = ROOT / ".img2dataset/bin/img2dataset"
 
 @pytest.fixture(scope="module")
 def img2dataset() -> str:
-    """The program; IMG2DATASET names it, else `make img2dataset` installs it."""
-    found = os.environ.get("IMG2DATASET") or (str(BESIDE) if BESIDE.exists() else "")
-    if not found:
+    """The path of img2dataset: IMG2DATASET, or where `make img2dataset` installs it."""
+    program = os.environ.get("IMG2DATASET") or (str(BESIDE) if BESIDE.exists() else "")
+    if not program:
         pytest.skip("no img2dataset: name it in IMG2DATASET, or make img2dataset")
-    return found
+    return program
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def site() -> Iterator[Web]:
 
 
 def command(program: str, urls: Path, folder: Path, *more: str) -> list[str]:
-    """The arguments of an end2end without its web page, in shards of 20."""
+    """Return the arguments of an end2end run without its web page, in shards of 20."""
     quick = ["--shard-samples", "20", "--timeout", "1.5", "--retries", "0", "--download-processes", "2"]
     quiet = ["--no-serve", "--no-progress", "--json", "--model", "fake:8"]
     return ["end2end", "--urls", str(urls), "--output", str(folder), "--img2dataset", program, *quick, *quiet, *more]
@@ -67,7 +67,7 @@ def write_csv(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 
 def embedded(folder: Path) -> list[str]:
-    """The URLs in the metadata of what is committed, sorted."""
+    """Return the URLs in the committed metadata, sorted."""
     files = sorted((folder / "embeddings/metadata").iterdir())
     return sorted(row["url"] for file in files for row in pq.read_table(file).to_pylist())
 
@@ -89,8 +89,8 @@ def test_each_url_is_embedded_or_listed_with_its_reason(
     folder = tmp_path / "dir"
 
     assert main(command(img2dataset, urls, folder)) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["urls"], found["embedded"], sum(found["failed"].values())) == (56, 45, 11)
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["urls"], summary["embedded"], sum(summary["failed"].values())) == (56, 45, 11)
     assert embedded(folder) == sorted(url for url, _ in good)
     told = failures(folder)
     assert [(row["row"], row["url"]) for row in told] == [
@@ -107,7 +107,7 @@ def test_each_url_is_embedded_or_listed_with_its_reason(
     asked, said = site.asked.copy(), "all 3 shards are downloaded already"
     assert main(command(img2dataset, urls, folder)) == 0
     second = capsys.readouterr()
-    assert json.loads(second.out) == found and said in second.err
+    assert json.loads(second.out) == summary and said in second.err
     assert site.asked == asked
     assert main([*command(img2dataset, urls, folder), "--image-size", "64"]) == 2
     assert "image_size differ" in capsys.readouterr().err
@@ -146,18 +146,18 @@ def test_each_url_is_embedded_or_listed_with_its_reason(
 
 
 def indices(server: subprocess.Popen[bytes], port: int) -> list[dict[str, Any]]:
-    """What a server says that it serves, once it answers."""
+    """Return the indices of a server, once it answers."""
     for _ in range(3000):
         assert server.poll() is None, "the service ended"
         with (
             contextlib.suppress(urllib.error.URLError),
             urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/indices", timeout=60) as answer,
         ):
-            found: list[dict[str, Any]] = json.load(answer)["indices"]
-            if found:
-                return found
+            served: list[dict[str, Any]] = json.load(answer)["indices"]
+            if served:
+                return served
         time.sleep(0.1)
-    raise AssertionError("it does not answer")
+    raise AssertionError("the server does not answer")
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_what_img2dataset_refuses_is_told_in_one_line(
 ) -> None:
     urls = tmp_path / "list.txt"
     urls.write_text(f"{site.url}/good/1.jpg\n")
-    wrong = ("--img2dataset-options", '{"encode_format": "gif"}')  # it goes on waiting for its logger
+    wrong = ("--img2dataset-options", '{"encode_format": "gif"}')  # img2dataset then waits for its logger forever
     assert main(command(img2dataset, urls, tmp_path / "dir", *wrong)) == 1
     assert "Invalid encode format gif" in capsys.readouterr().err
     unknown = ("--img2dataset-options", '{"image_sise": 9}')
@@ -233,13 +233,13 @@ def test_kill_9_while_it_downloads_and_while_it_embeds(
     assert done.returncode == 0, done.stderr
     assert embedded(folder) == sorted(url for url, _ in good)
     assert [row["row"] for row in failures(folder)] == [230]
-    for path in began:  # what stood was not downloaded again
+    for path in began:  # the shards that existed were not downloaded again
         first = int(path.name[:5]) * 20
         assert all(site.asked[f"/good/{i}.jpg?{whole}"] == 1 for i in range(first, first + 20))
 
 
 def kill_when(line: list[str], mark: str, whole: bool, reached: Callable[[], bool]) -> None:
-    """Start a run, kill -9 it (and all that it started, or itself alone) once it is so far; none is left then."""
+    """Start a run and kill -9 it, with all its processes if `whole`, once `reached` returns true; none may survive."""
     environment = {**os.environ, mark.partition("=")[0]: mark.partition("=")[2]}
     process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
@@ -253,7 +253,7 @@ def kill_when(line: list[str], mark: str, whole: bool, reached: Callable[[], boo
             os.kill(pid, signal.SIGKILL)
     process.wait()
     while mine(mark):
-        assert time.monotonic() < end, "processes of img2dataset live on"
+        assert time.monotonic() < end, "processes of img2dataset survived"
         time.sleep(0.05)
     assert process.stderr
     process.stderr.close()
@@ -296,27 +296,27 @@ def test_a_list_is_frozen_alike_in_every_format(
     path = folder / (name + ".gz" * zipped)
     path.write_bytes(gzip.compress(data) if zipped else data)
     home = Store(str(folder / "dir"))
-    wanted = [(url.strip(), caption) for url, caption in rows if kind or url.strip()]
-    if not wanted:
+    expected = [(url.strip(), caption) for url, caption in rows if kind or url.strip()]
+    if not expected:
         with pytest.raises(InputError, match="lists no URL"):
             freeze(DownloadConfig(urls=str(path), shard_samples=7), home, {})
         return
-    frozen = freeze(DownloadConfig(urls=str(path), shard_samples=7), home, {})
-    assert freeze(DownloadConfig(urls=str(path), shard_samples=7), home, {}) == frozen
-    assert (frozen.urls, frozen.shards) == (len(wanted), -(-len(wanted) // 7))
-    [(start, table)] = read_frozen(home, frozen)
+    url_list = freeze(DownloadConfig(urls=str(path), shard_samples=7), home, {})
+    assert freeze(DownloadConfig(urls=str(path), shard_samples=7), home, {}) == url_list
+    assert (url_list.urls, url_list.shards) == (len(expected), -(-len(expected) // 7))
+    [(start, table)] = read_frozen(home, url_list)
     assert start == 0
     got = [one if one is not None else other for one, other in zip(*table.to_pydict().values(), strict=True)]
-    assert [url.strip() for url in got] == [url for url, _ in wanted]
-    for url, _ in zip(table["url"].to_pylist(), wanted, strict=True):
+    assert [url.strip() for url in got] == [url for url, _ in expected]
+    for url, _ in zip(table["url"].to_pylist(), expected, strict=True):
         assert url is None or url.startswith("http://a/")
     if kind:
         captions = pq.read_table(folder / "dir/urls/00000.parquet")["caption"].to_pylist()
-        assert [caption or "" for caption in captions] == [caption or "" for _, caption in wanted]
+        assert [caption or "" for caption in captions] == [caption or "" for _, caption in expected]
 
 
 def formats(rows: list[tuple[str, str | None]]) -> list[tuple[str, bytes]]:
-    """The list in each format: text has no captions."""
+    """Return the name and content of the list in each format; text has no captions."""
     objects = [{"url": url, "caption": caption} for url, caption in rows]
     quoted = ["".join(f'"{(cell or "").replace(chr(34), 2 * chr(34))}"{{}}' for cell in row) for row in rows]
     heads = ("url,caption\n", "url\tcaption\n")
@@ -336,12 +336,12 @@ def formats(rows: list[tuple[str, str | None]]) -> list[tuple[str, bytes]]:
 def test_rows_are_found_by_img2datasets_keys(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("".join(f"http://a/{i}\n" for i in range(250)))
     for samples, width in ((1, 1), (7, 1), (10, 1), (11, 2), (100, 2), (250, 3)):
-        frozen = freeze(
+        url_list = freeze(
             DownloadConfig(urls=str(tmp_path / "list.txt"), shard_samples=samples), Store(f"{tmp_path}/{samples}"), {}
         )
         width = 0 if samples == 1 else width
         keys = [f"{10**width * (row // samples) + row % samples:0{width + 5}d}" for row in range(250)]
-        assert frozen.rows(pa.array(keys)).tolist() == list(range(250))
+        assert url_list.rows(pa.array(keys)).tolist() == list(range(250))
 
 
 def test_a_folder_of_files_of_many_types_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,12 +355,12 @@ def test_a_folder_of_files_of_many_types_and_sizes(tmp_path: Path, monkeypatch: 
         "".join(json.dumps({"url": url, "score": None, "n": "x"}) + "\n" for url in urls[20:])
     )
     config = DownloadConfig(urls=str(source), shard_samples=3, save_columns=["score", "n"])
-    frozen = freeze(config, Store(str(tmp_path / "dir")), {})
+    url_list = freeze(config, Store(str(tmp_path / "dir")), {})
     files = sorted((tmp_path / "dir/urls").iterdir())
     assert [pq.read_metadata(file).num_rows for file in files] == [6, 6, 6, 6]
     tables = [pq.read_table(file) for file in files]
     assert pa.concat_tables(tables)["url"].to_pylist() == urls
-    assert (frozen.urls, frozen.captions) == (24, False)
+    assert (url_list.urls, url_list.captions) == (24, False)
     assert pa.concat_tables(tables)["n"].to_pylist()[-5:] == ["0.5", *"xxxx"]
 
 
