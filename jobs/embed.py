@@ -1,4 +1,4 @@
-"""Embed one worker's share of the plan: a slot of so many, or partitions by number.
+"""Embed one worker's share of the plan: a slot, or partitions by number.
 
 reads    OUT/_clip_batch/plan.*, the planned tars
 writes   OUT/img_emb, text_emb, metadata, _clip_batch/commits, _clip_batch/failures

@@ -1,9 +1,9 @@
-"""Freeze the plan.
+"""Freeze the plan: the shards, their partitions and the encoder.
 
 reads    the listing of the input, a few side-cars, the model's weights (to hash them)
 writes   OUT/_clip_batch/plan.json, plan.parquet, config.yaml
 needs    one core, no GPU; 1 GB for a million tars
-exits    0 planned (or unchanged); 2 another plan stands there, or an option is wrong
+exits    0 planned (or unchanged); 2 OUT has another plan, or an option is wrong
 run      python jobs/plan.py --input SPEC... --output OUT
 """
 

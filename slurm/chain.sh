@@ -1,26 +1,26 @@
 #!/bin/bash
-# The whole chain as four jobs: embed -> train -> index shards -> manifest. Edit embed.sbatch and
-# merge.sbatch first, then, from a folder on the shared disk:
+# Submits the whole chain as four jobs: embed -> train -> index shards -> manifest. Edit embed.sbatch
+# and merge.sbatch first, then run, from a folder on the shared disk:
 #
 #     OUT=/shared/embeddings INDEX=/shared/index TASKS=32 MERGE_TASKS=8 slurm/chain.sh
 #
-# Arguments are handed to the embed job's sbatch: slurm/chain.sh --time=4:00:00 --exclude=node7
-# Prints the four job ids. Cancel the first and the others go too, as OUT is then incomplete.
+# Arguments are passed to sbatch for the embed job: slurm/chain.sh --time=4:00:00 --exclude=node7
+# It prints the four job ids. If you cancel the first, the others end too, as OUT is incomplete.
 set -euo pipefail
-: "${OUT:?OUT=/shared/embeddings says where the plan lies}"
-: "${INDEX:?INDEX=/shared/index says where the index is to lie}"
+: "${OUT:?OUT=/shared/embeddings is needed: the folder of the plan}"
+: "${INDEX:?INDEX=/shared/index is needed: the folder of the index}"
 export OUT INDEX TASKS="${TASKS:-32}" MERGE_TASKS="${MERGE_TASKS:-8}"
 here="$(cd "$(dirname "$0")" && pwd)"
 
-# More elements than the site allows are refused; fewer do the same work, for longer.
+# The site refuses more elements than its limit; fewer elements do the same work, for longer.
 limit="$(scontrol show config | awk '$1 == "MaxArraySize" {print $3}')"
 if [ "$TASKS" -gt "$limit" ] || [ "$MERGE_TASKS" -gt "$limit" ]; then
   echo "chain.sh: TASKS=$TASKS or MERGE_TASKS=$MERGE_TASKS is above MaxArraySize, $limit: set fewer" >&2
   exit 2
 fi
 
-# afterany behind embed: merge itself refuses an incomplete OUT, and says what is missing.
-# afterok behind merge's tasks, where a task that can never start is removed instead of waiting for ever.
+# afterany behind embed, because merge itself refuses an incomplete OUT and names what is missing.
+# afterok behind merge's tasks; SLURM removes a task that can never start (--kill-on-invalid-dep).
 behind() { sbatch --parsable --kill-on-invalid-dep=yes --dependency="$1" "${@:2}"; }
 
 embed="$(sbatch --parsable --array="0-$((TASKS - 1))" "$@" "$here/embed.sbatch")"

@@ -1,8 +1,8 @@
-"""The Spark driver: embed what OUT misses on the executors, then, with --index, merge it there.
+"""The Spark driver: embeds the missing partitions of OUT on the executors and, with --index, merges OUT there.
 
 reads    OUT/_clip_batch/plan.* and commits; on the executors the planned tars and the model's weights
-writes   OUT/_clip_batch/submissions; on the executors all that `clip-batch worker` and `merge` write
-needs    a driver of one core and 1 GB; executors as spark/spark-defaults.conf has them
+writes   OUT/_clip_batch/submissions; on the executors everything that `clip-batch worker` and `merge` write
+needs    a driver of one core and 1 GB; executors as in spark/spark-defaults.conf
 exits    0 all committed (and merged); 1 some partitions failed, or the merge did; 2 an option is wrong
 run      spark-submit spark/driver.py --output OUT [--index INDEX] [--tasks N]; see spark/submit.sh
 """

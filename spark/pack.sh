@@ -1,18 +1,18 @@
 #!/bin/sh
-# Pack clip-batch's environment for Spark's executors, who get it by --archives environment.tar.gz#environment
-# (docs/containers.md). Run it on a host like theirs:
+# Packs an environment of clip-batch for Spark's executors, to be sent by --archives environment.tar.gz#environment
+# (see docs/containers.md). Run it on a host like theirs:
 #
 #     sh spark/pack.sh                  # venv-pack: hosts need the same Python at the same path
-#     KIND=conda sh spark/pack.sh       # conda-pack: hosts need none
+#     KIND=conda sh spark/pack.sh       # conda-pack: hosts need no Python
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 KIND=${KIND:-venv}
-EXTRAS=${EXTRAS:-embed,merge,s3,hdfs}  # no spark: executors get pyspark from the cluster's Spark
-SOURCE=${SOURCE:-$root}                # or a wheel
+EXTRAS=${EXTRAS:-embed,merge,s3,hdfs}  # without spark: executors get pyspark from the cluster's Spark
+SOURCE=${SOURCE:-$root}                # a checkout or a wheel
 ARCHIVE=${ARCHIVE:-environment.tar.gz}
-PYTHON=${PYTHON:-python3}              # of venv: the hosts must have this very one
-VERSION=${VERSION:-3.11}               # of conda
+PYTHON=${PYTHON:-python3}              # for venv: the hosts must have the same one
+VERSION=${VERSION:-3.11}               # for conda
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Submit clip-batch to Spark by hand. Edit the lines below, then: sh spark/submit.sh
-# `clip-batch submit spark` makes such a line by itself; this is for those who want to see and change it.
-# It may be run again at any time, beside others of its kind: what is committed stays.
+# Submits clip-batch to Spark by hand. Edit the lines below, then run: sh spark/submit.sh
+# `clip-batch submit spark` builds the same command line; this script is for those who want to see and change it.
+# It can be run again at any time, also while another run is going on: what is committed stays.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 
-OUT=${OUT:-/shared/out}                # the embeddings folder, planned already: clip-batch plan ... --output $OUT
+OUT=${OUT:-/shared/out}                # the embeddings folder, with its plan: clip-batch plan ... --output $OUT
 INDEX=${INDEX:-}                       # the index folder; empty: do not merge
 TASKS=${TASKS:-0}                      # Spark tasks that share the missing partitions; 0: one a partition
 MASTER=${MASTER:-spark://127.0.0.1:7077}
@@ -25,7 +25,7 @@ set -- --master "$MASTER" --conf "spark.pyspark.python=$PYTHON"
 # set -- --master k8s://https://HOST:6443 --deploy-mode cluster \
 #        --conf spark.kubernetes.container.image=REGISTRY/clip-batch:TAG \
 #        --conf spark.kubernetes.driver.secretKeyRef.CLIP_BATCH_STORAGE_OPTIONS=clip-batch:storage
-# and the driver below is a path in the image: local:///opt/clip-batch/driver.py
+# The driver below is then a path in the image: local:///opt/clip-batch/driver.py
 
 # Credentials: in CLIP_BATCH_STORAGE_OPTIONS of this shell (client mode), never as a flag or a property.
 # shellcheck disable=SC2086  # several flags

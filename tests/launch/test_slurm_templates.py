@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 EMBED, MERGE, CHAIN = (str(ROOT / "slurm" / name) for name in ("embed.sbatch", "merge.sbatch", "chain.sh"))
 SMALL = ("--cpus-per-task=1", "--mem-per-cpu=500M")
-ALONE = "--export=ALL,TASKS=2,CLIP_BATCH_SHARE=false"  # or others do what a killed worker leaves
+ALONE = "--export=ALL,TASKS=2,CLIP_BATCH_EMBED_SHARE=false"  # or others do what a killed worker leaves
 
 
 def edited(folder: Path, *changes: tuple[str, str]) -> Path:
@@ -122,7 +122,7 @@ def work(slurm: Slurm, tmp_path: Path) -> Work:
     tars.append(corpus.write_tar(f"{tmp_path}/tars/poison.tar", bad))
     plan = ["plan", "--input", f"{tmp_path}/tars", "--model", "fake:8", "--partition-samples", "20"]
     assert main([*plan, "--output", f"{tmp_path}/out"]) == 0
-    options = {"OUT": f"{tmp_path}/out", "CLIP_BATCH_EMBED_DEVICE": "cpu", "CLIP_BATCH_BATCH_SIZE": "2"}
+    options = {"OUT": f"{tmp_path}/out", "CLIP_BATCH_EMBED_DEVICE": "cpu", "CLIP_BATCH_EMBED_BATCH_SIZE": "2"}
     return Work(replace(slurm, env={**slurm.env, **options, "TASKS": "4"}), tmp_path, tars)
 
 
@@ -150,7 +150,7 @@ def test_the_chain_on_the_demo_set(slurm: Slurm, tmp_path: Path, whole: bool, ta
     plan = ["plan", "--input", *inputs, "--model", "demo", "--partition-samples", "60"]
     assert main([*plan, "--output", out]) == 0
     env = {"OUT": out, "INDEX": index, "TASKS": str(tasks), "MERGE_TASKS": "2"}
-    env |= {"CLIP_BATCH_EMBED_DEVICE": "cpu", "CLIP_BATCH_SHARD_ROWS": "400"}
+    env |= {"CLIP_BATCH_EMBED_DEVICE": "cpu", "CLIP_BATCH_MERGE_SHARD_ROWS": "400"}
     command = [str(for_whole_nodes(tmp_path) / "chain.sh") if whole else CHAIN, *SMALL]
     done = subprocess.run(command, env={**slurm.env, **env}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -209,7 +209,7 @@ def test_a_killed_worker_of_a_whole_node_leaves_the_others_alone(work: Work) -> 
 
 def test_a_warned_node_goes_on_whatever_one_of_its_workers_died_of(work: Work) -> None:
     script = str(for_whole_nodes(work.folder) / "embed.sbatch")
-    job = work.sbatch("--array=0", "--export=ALL,TASKS=1,CLIP_BATCH_SHARE=false", script=script)
+    job = work.sbatch("--array=0", "--export=ALL,TASKS=1,CLIP_BATCH_EMBED_SHARE=false", script=script)
     work.wait_for_commits(2)
     work.kill(job, 0, signal.SIGKILL, worker=1)
     work.slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
