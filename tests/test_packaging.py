@@ -17,7 +17,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from clip_batch.config.extras import EXTRAS, mend
+from clip_batch.config.extras import EXTRAS, remedy
 from tests import ROOT
 
 BROUGHT = {
@@ -67,8 +67,8 @@ def test_each_library_is_declared() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    assert mend("torch._inductor") == "pip install 'clip-batch[embed]'"
-    assert mend("os") is None and mend(None) is None
+    assert remedy("torch._inductor") == "pip install 'clip-batch[embed]'"
+    assert remedy("os") is None and remedy(None) is None
 
 
 @pytest.mark.slow

@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        mend = extras.mend(error.name)
-        if debug or mend is None:
+        remedy = extras.remedy(error.name)
+        if debug or remedy is None:
             raise
-        print(f"clip-batch {name}: it needs {error.name}, which is not installed: {mend}", file=sys.stderr)
+        print(f"clip-batch {name}: it needs {error.name}, which is not installed: {remedy}", file=sys.stderr)
         return 2
     except OSError as error:
         if debug:

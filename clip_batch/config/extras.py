@@ -1,4 +1,4 @@
-"""Which extra of this package brings a library that is not here: `pip install 'clip-batch[EXTRA]'`."""
+"""The extras of this package, `pip install 'clip-batch[EXTRA]'`, by the libraries that they install."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ EXTRAS = {
     "pymysql": "sql",
     "psycopg": "sql",
 }
-"""Import name -> extra."""
+"""Import name of a library -> the extra that installs it."""
 
 
-def mend(module: str | None) -> str | None:
-    """What to install where `module` (dotted) cannot be imported; None where no extra brings it."""
+def remedy(module: str | None) -> str | None:
+    """The command that installs the missing `module` (a dotted name); None if no extra does."""
     name = (module or "").partition(".")[0]
     return f"pip install 'clip-batch[{EXTRAS[name]}]'" if name in EXTRAS else None

@@ -49,7 +49,7 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         message = redact(message_of(error), options)
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
-        remedy = extras.mend(missing) or "install the package it names, or check the URL and --storage-options"
+        remedy = extras.remedy(missing) or "install the package it names, or check the URL and --storage-options"
         raise InputError(f"cannot open {redact(url)}: {message}; {remedy}") from None
     return fs, path
 

@@ -23,8 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import clip_batch.client as clients
-from clip_batch.client import AsyncClient, Client, back_off, retry_after
+from clip_batch.client import AsyncClient, Client, clients
+from clip_batch.client.clients import back_off, retry_after
 from clip_batch.errors import ClipBatchError, ConfigError, ServiceError, ServiceUnavailable
 from clip_batch.search.searcher import Searcher
 from clip_batch.types import Hit

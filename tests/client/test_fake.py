@@ -20,7 +20,7 @@ HITS = [Hit(3, 0.9, {"caption": "a", "width": 5}), Hit(1, 0.5, {"caption": "b", 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip_batch.client.back_off", lambda attempt: 0.0)
+    monkeypatch.setattr("clip_batch.client.clients.back_off", lambda attempt: 0.0)
 
 
 def test_the_snippet_of_serve_md() -> None:

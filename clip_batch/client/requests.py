@@ -1,4 +1,4 @@
-"""What is asked of the service, and what its answers mean: plain data and functions, no connection."""
+"""The requests to a service, and how their responses are read: plain data and functions, without a connection."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Image = str | os.PathLike[str] | bytes
 """An image file's path, or its bytes."""
 
 BATCH = 16
-"""Texts or images in one request to embed: what a service takes unless it is told otherwise (`max_queries`)."""
+"""Texts or images per request to embed: the default of a service's `max_queries`."""
 
 
 class Item(TypedDict, total=False):
-    """What to search by: exactly one of these."""
+    """What is searched for: exactly one of these."""
 
     text: str
     image: Image
@@ -37,7 +37,7 @@ class Item(TypedDict, total=False):
     id: int
 
 
-class Term(Item, total=False):
+class WeightedItem(Item, total=False):
     """One item of a mixture; a negative weight subtracts it."""
 
     weight: float
@@ -46,7 +46,7 @@ class Term(Item, total=False):
 class SearchArguments(Item, total=False):
     """A search: one item, or `queries` (a weighted mixture), and its options; see /openapi.json."""
 
-    queries: Sequence[Term]
+    queries: Sequence[WeightedItem]
     index: str
     modality: str
     k: int
@@ -64,8 +64,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ask(Generic[T]):
-    """One request, and how its answer is read (from JSON, or from the bytes where `raw`)."""
+class ServiceRequest(Generic[T]):
+    """A request, and `read`, which turns the JSON of its response (if `raw`, the bytes) into a result."""
 
     method: str
     path: str
@@ -74,43 +74,47 @@ class Ask(Generic[T]):
     raw: bool = False
 
 
-def search(query: SearchArguments) -> Ask[list[Hit]]:
-    """POST /v1/search. ConfigError: an image that cannot be read, a vector with NaN."""
-    return Ask("POST", "v1/search", _plain(query), lambda answer: [_hit(hit) for hit in answer["hits"]])
+def search(query: SearchArguments) -> ServiceRequest[list[Hit]]:
+    """POST /v1/search. ConfigError: an image cannot be read, or a vector has NaN."""
+    return ServiceRequest("POST", "v1/search", _plain(query), lambda answer: [_hit(hit) for hit in answer["hits"]])
 
 
-def embed(kind: str, items: Any, index: str | None) -> list[Ask[Vectors]]:
-    """POST /v1/embed of `kind` "texts" or "images", as many requests as BATCH makes of them."""
+def embed(kind: str, items: Any, index: str | None) -> list[ServiceRequest[Vectors]]:
+    """POST /v1/embed of "texts" or "images" (`kind`), in requests of BATCH items each."""
     items = [items] if isinstance(items, (str, bytes, os.PathLike)) else list(items)
     plain = [_base64(item) if kind == "images" else item for item in items]
     return [
-        Ask("POST", "v1/embed", {kind: plain[at : at + BATCH], "index": index}, lambda answer: _vectors(answer[kind]))
+        ServiceRequest(
+            "POST", "v1/embed", {kind: plain[at : at + BATCH], "index": index}, lambda answer: _vectors(answer[kind])
+        )
         for at in range(0, len(plain), BATCH)
     ]
 
 
-def image(index: str, id: int) -> Ask[bytes]:
+def image(index: str, id: int) -> ServiceRequest[bytes]:
     """GET /v1/image/{index}/{id}."""
-    return Ask("GET", f"v1/image/{quote(index, safe='')}/{operator.index(id)}", None, bytes, raw=True)
+    return ServiceRequest("GET", f"v1/image/{quote(index, safe='')}/{operator.index(id)}", None, bytes, raw=True)
 
 
-def metadata(index: str, ids: Sequence[int]) -> Ask[list[dict[str, Any]]]:
-    """POST /metadata, whose answer may be in another order."""
-    wanted = [operator.index(id) for id in ids]
+def metadata(index: str, ids: Sequence[int]) -> ServiceRequest[list[dict[str, Any]]]:
+    """POST /metadata, whose response may be in another order."""
+    numbers = [operator.index(id) for id in ids]
 
     def read(answer: Any) -> list[dict[str, Any]]:
-        found = {row["id"]: row["metadata"] for row in answer}
-        return [found[id] for id in wanted]
+        rows = {row["id"]: row["metadata"] for row in answer}
+        return [rows[id] for id in numbers]
 
-    return Ask("POST", "metadata", {"ids": wanted, "indice_name": index}, read)
+    return ServiceRequest("POST", "metadata", {"ids": numbers, "indice_name": index}, read)
 
 
-INDICES: Ask[list[dict[str, Any]]] = Ask("GET", "v1/indices", None, lambda answer: list(answer["indices"]))
+INDICES: ServiceRequest[list[dict[str, Any]]] = ServiceRequest(
+    "GET", "v1/indices", None, lambda answer: list(answer["indices"])
+)
 """GET /v1/indices."""
 
 
-def merge(query: str | SearchArguments, common: SearchArguments) -> SearchArguments:
-    """A query of many with what is common to all; its own words count."""
+def with_common(query: str | SearchArguments, common: SearchArguments) -> SearchArguments:
+    """One of many queries, completed by the arguments that are common to all."""
     return {**common, "text": query} if isinstance(query, str) else {**common, **query}
 
 
@@ -141,7 +145,7 @@ def _base64(image: Image) -> str:
 
 
 def stack(parts: Sequence[Vectors]) -> Vectors:
-    """Rows of several answers, float32 (n, d)."""
+    """The vectors of several responses as one float32 (n, d)."""
     import numpy as np
 
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
