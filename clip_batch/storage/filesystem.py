@@ -32,20 +32,20 @@ def filesystem(url: str, options: dict[str, Any] | None = None) -> tuple[Any, st
     import fsspec
 
     protocol = url.partition("://")[0]
-    own = own_options(protocol, options or {})
+    settings = protocol_options(protocol, options or {})
     try:
         if protocol in ("hdfs", "viewfs") and importlib.util.find_spec("hdfs_native"):
             from clip_batch.storage.hdfs import open_hdfs
 
-            return open_hdfs(url, {name: str(value) for name, value in own.items() if "." in name})
+            return open_hdfs(url, {name: str(value) for name, value in settings.items() if "." in name})
         if protocol in ("s3", "s3a"):  # `call_store` retries; botocore's five tries would multiply
-            config = {"retries": {"total_max_attempts": 1}, **_signing(url), **own.get("config_kwargs", {})}
-            own = {**own, "config_kwargs": config}
+            config = {"retries": {"total_max_attempts": 1}, **_signing(url), **settings.get("config_kwargs", {})}
+            settings = {**settings, "config_kwargs": config}
         if protocol in ("gs", "gcs") and importlib.util.find_spec("gcsfs"):
             from clip_batch.storage.gcs import open_gcs
 
-            return open_gcs(url, {"use_listings_cache": False, **own})
-        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **own)
+            return open_gcs(url, {"use_listings_cache": False, **settings})
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **settings)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         message = redact(message_of(error), options)
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
@@ -60,10 +60,10 @@ def _signing(url: str) -> dict[str, str]:
     return {} if bucket.startswith("arn:") or bucket.endswith("--x-s3") else {"signature_version": "s3v4"}
 
 
-def own_options(protocol: str, options: dict[str, Any]) -> dict[str, Any]:
+def protocol_options(protocol: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that apply to a protocol: the general ones, then its section's, under any name of the protocol.
 
-    >>> own_options("s3a", {"timeout": 5, "s3": {"key": "k"}, "gs": {"token": "anon"}})
+    >>> protocol_options("s3a", {"timeout": 5, "s3": {"key": "k"}, "gs": {"token": "anon"}})
     {'timeout': 5, 'key': 'k'}
     """
     from fsspec.registry import known_implementations

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from clip_batch.errors import InputError
-from clip_batch.storage.filesystem import filesystem, own_options, put_if_absent
+from clip_batch.storage.filesystem import filesystem, protocol_options, put_if_absent
 from clip_batch.storage.store import Store
 
 
@@ -23,9 +23,9 @@ def test_options_of_another_protocol_are_left_out() -> None:
 
 def test_options_go_to_their_protocol_by_any_of_its_names() -> None:
     options = {"timeout": 5, "gs": {"token": "anon"}, "s3a": {"key": "k", "timeout": 7}, "hdfs": {"dfs.replication": 1}}
-    assert own_options("gcs", options) == own_options("gs", options) == {"timeout": 5, "token": "anon"}
-    assert own_options("s3", options) == {"timeout": 7, "key": "k"}
-    assert own_options("https", options) == {"timeout": 5}
+    assert protocol_options("gcs", options) == protocol_options("gs", options) == {"timeout": 5, "token": "anon"}
+    assert protocol_options("s3", options) == {"timeout": 7, "key": "k"}
+    assert protocol_options("https", options) == {"timeout": 5}
 
 
 class Server:

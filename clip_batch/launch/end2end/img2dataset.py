@@ -22,7 +22,7 @@ from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.launch.end2end import paths
 from clip_batch.launch.end2end.urls import UrlList
-from clip_batch.storage.filesystem import own_options
+from clip_batch.storage.filesystem import protocol_options
 from clip_batch.storage.store import Store
 
 Say = Callable[[str], None]
@@ -170,7 +170,7 @@ def _environment(home: Store, max_pixels: int, options: dict[str, Any]) -> dict[
     }
     if not home.local and options:  # fsspec reads them from here; on a command line others would see them
         protocol = home.url.partition("://")[0]
-        quiet[f"FSSPEC_{protocol.upper()}"] = json.dumps(own_options(protocol, options))
+        quiet[f"FSSPEC_{protocol.upper()}"] = json.dumps(protocol_options(protocol, options))
     return {**kept, **quiet}
 
 
