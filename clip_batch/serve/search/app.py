@@ -81,8 +81,8 @@ def parse_indices(specs: list[str]) -> dict[str, str]:
     """Return name -> INDEX for specs of the form INDEX or NAME=INDEX. Raises ConfigError if two have one name."""
     named: dict[str, str] = {}
     for number, spec in enumerate(specs):
-        name, given, url = spec.partition("=")
-        if not given or "/" in name:  # a URL may contain = itself
+        name, separator, url = spec.partition("=")
+        if not separator or "/" in name:  # a URL may contain = itself
             name, url = "index" if len(specs) == 1 else f"index{number}", spec
         if name in named:
             raise ConfigError(f"two indices are named {name!r}: give NAME=INDEX")

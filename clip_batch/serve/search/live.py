@@ -193,7 +193,7 @@ class Indices:
             self._fail(index, error)
 
     def _state(self, index: _Index) -> State:
-        """Return what a merge or a removal changes. Read it before opening the index, lest a change be missed."""
+        """Return what a merge or a removal changes. It is read before the index is opened, to miss no change."""
         store = Store(index.url, self._storage.storage_options)
         return current_version(store), *removals.names(store)
 

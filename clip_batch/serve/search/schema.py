@@ -24,8 +24,8 @@ class QueryModel(RequestModel):
     embedding: list[float] | None = Field(None, max_length=MOST, description="a vector of the encoder")
     id: int | None = Field(None, ge=0, lt=2**63, description="a row of the index, to find similar ones")
 
-    def given(self) -> list[str]:
-        """Return the names of the kinds that the request has."""
+    def kinds(self) -> list[str]:
+        """Return the kinds of queries that the request has."""
         return [kind for kind in KINDS if getattr(self, kind) is not None]
 
 
@@ -36,7 +36,7 @@ class WeightedQuery(QueryModel):
 
     @model_validator(mode="after")
     def _one(self) -> WeightedQuery:
-        if len(self.given()) != 1:
+        if len(self.kinds()) != 1:
             raise ValueError(f"give exactly one of {', '.join(KINDS)}")
         return self
 
@@ -64,7 +64,7 @@ class SearchRequest(QueryModel):
 
     @model_validator(mode="after")
     def _one(self) -> SearchRequest:
-        if len(self.given()) + (self.queries is not None) != 1:
+        if len(self.kinds()) + (self.queries is not None) != 1:
             raise ValueError(f"give exactly one of {', '.join(KINDS)} and queries")
         return self
 
@@ -73,7 +73,7 @@ class SearchRequest(QueryModel):
         if self.queries is not None:
             yield from ((f"queries.{number}.", query) for number, query in enumerate(self.queries))
         else:
-            kind = self.given()[0]
+            kind = self.kinds()[0]
             yield "", WeightedQuery(**{kind: getattr(self, kind)})
 
 

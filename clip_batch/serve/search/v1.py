@@ -85,9 +85,23 @@ def router(service: Service) -> APIRouter:
         """The served indices, and the features and limits of this server."""
         served = []
         for name in service.indices.names:
-            if name not in service.indices.closed():
-                with service.indices.use(name) as (_, version):
-                    served.append({**_describe(name, version), "text": service.indices.reads_text(version)})
+            if name in service.indices.closed():
+                continue
+            with service.indices.use(name) as (_, version):
+                manifest = version.manifest
+                served.append(
+                    {
+                        "name": name,
+                        "version": manifest.version,
+                        "rows": manifest.rows,
+                        "dim": manifest.dim,
+                        "encoder": manifest.encoder.fingerprint,
+                        "modalities": version.modalities,
+                        "columns": version.columns,
+                        "recall": manifest.recall,
+                        "text": service.indices.reads_text(version),
+                    }
+                )
         heads, config = service.heads, service.config
         features = {
             "deduplicate": True,
@@ -172,17 +186,3 @@ def _criteria(body: SearchRequest) -> Criteria:
         nonviolent=body.violence,
         aesthetic=body.aesthetic,
     )
-
-
-def _describe(name: str, version: OpenVersion) -> dict[str, Any]:
-    manifest = version.manifest
-    return {
-        "name": name,
-        "version": manifest.version,
-        "rows": manifest.rows,
-        "dim": manifest.dim,
-        "encoder": manifest.encoder.fingerprint,
-        "modalities": version.modalities,
-        "columns": version.columns,
-        "recall": manifest.recall,
-    }
