@@ -242,14 +242,14 @@ def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageC
 
 def _check_base(source: reader.Embeddings, base: Manifest) -> None:
     ours, theirs = source.plan.encoder, base.encoder
-    for what, found, wanted, fits in (
+    for what, of_out, of_index, fits in (
         ("encoder", _named(ours), _named(theirs), ours.agrees(theirs)),
         ("dimension", source.dim, base.dim, source.dim == base.dim),
     ):
         if not fits:
             raise ConfigError(
-                f"{source.store.url} has {what} {found}, index version {base.version} has {wanted}: merge it into an "
-                "INDEX of its own"
+                f"{source.store.url} has {what} {of_out}, index version {base.version} has {of_index}: "
+                "merge it into an INDEX of its own"
             )
 
 
@@ -260,8 +260,8 @@ def _named(encoder: EncoderSpec) -> str:
 def _check(config: MergeConfig) -> None:
     parse_bytes(config.max_memory), parse_bytes(config.index_memory)
     wrong = [
-        f"{name} is {getattr(config, name)!r}, not {wanted}"
-        for name, good, wanted in (
+        f"{name} is {getattr(config, name)!r}, not {allowed}"
+        for name, good, allowed in (
             ("modalities", config.modalities and set(config.modalities) <= {"image", "text"}, "image, text or both"),
             ("shard_rows", config.shard_rows >= 0, "0 or more"),
             ("made_by", len(config.made_by) in (1, 2), "MODEL or MODEL PRETRAINED"),

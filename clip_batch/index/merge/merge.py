@@ -70,14 +70,14 @@ def merge(
 def finished(job: MergeJob, progress: Say = lambda line: None) -> Manifest | None:
     """The manifest of the job's version if it is finished, made live and rid of left-over files; None otherwise."""
     if job.base and any(source.digest == job.digest for source in job.base.sources):
-        progress(f"version {job.base.version} has it already")
+        progress(f"version {job.base.version} has this OUT already")
         return job.base
     if not job.index.exists(job.paths.manifest):
         return None
     make_current(job.index, job.version)
     manifest = load_manifest(job.index, job.version)
     _tidy(job, manifest)
-    progress(f"version {job.version} stands already")
+    progress(f"version {job.version} is finished already")
     return manifest
 
 
@@ -97,7 +97,7 @@ def train(job: MergeJob, progress: Say = lambda line: None, every_row: bool = Fa
     with job.attempt_training() as attempt:
         make_template(job, captioned, attempt, progress)
     if not attempt.won:
-        progress("another attempt has trained first: its template is taken")
+        progress("another attempt trained first: its template is used")
 
 
 def build_shard(job: MergeJob, shard: int, progress: Say = lambda line: None) -> None:
@@ -107,7 +107,7 @@ def build_shard(job: MergeJob, shard: int, progress: Say = lambda line: None) ->
     """
     at = f"index shard {shard + 1} of {job.shards}"
     if record := job.shard_record(shard):
-        progress(f"{at} stands already")
+        progress(f"{at} is built already")
         return job.settle(shard, record)
     if not (template := Template.read(job)):
         raise ConfigError(f"{job.index.url}/{job.version} is not trained yet: run clip-batch merge --task train")
@@ -133,13 +133,11 @@ def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
         raise IncompleteError(f"{job.index.url}/{job.version}: index shards {missing} are not built: merge again")
     for shard, record in records.items():
         job.settle(shard, record)
-    tuning = tune(template, progress)
-    shards = _shards(job, records)
-    single = dict(job.base.single) if job.base else {}
-    if job.config.layout == "single" and not job.base:
+    tuning, shards, base = tune(template, progress), _shards(job, records), job.base
+    single = dict(base.single) if base else {}
+    if job.config.layout == "single" and not base:
         single = {modality: _join(template, modality, shards) for modality in template.keys}
         shards = [replace(shard, files=_without(shard.files, single)) for shard in shards]
-    base = job.base
     duplicates = template.duplicates
     if duplicates:
         duplicates = {**duplicates, "file": template.paths.duplicates}
@@ -215,8 +213,8 @@ def _shards(job: MergeJob, records: dict[int, ShardRecord]) -> list[IndexShard]:
 
 def _without(files: dict[str, StoredFile], folders: Iterable[str]) -> dict[str, StoredFile]:
     """The files of a shard except those in some folders; vectors (.npy) stay."""
-    gone = tuple(f"{folder}/" for folder in folders)
-    return {name: file for name, file in files.items() if not name.startswith(gone) or name.endswith(".npy")}
+    prefixes = tuple(f"{folder}/" for folder in folders)
+    return {name: file for name, file in files.items() if not name.startswith(prefixes) or name.endswith(".npy")}
 
 
 def _join(template: Template, modality: str, shards: list[IndexShard]) -> dict[str, StoredFile]:

@@ -132,7 +132,7 @@ def sweep(
         except ConfigError as error:
             if options.keys_to_try:
                 raise
-            progress(f"left out: {error}")
+            progress(f"skipped: {error}")
             continue
         tried += results
         for candidate in results:
@@ -253,7 +253,7 @@ def describe(sweep: Sweep) -> str:
         *map(describe_candidate, sweep.candidates),
     ]
     if (best := sweep.recommended) is None:
-        lines.append("none reaches the recall within the memory: give it more memory, or ask for less recall")
+        lines.append("none reaches the recall within the memory: raise --index-memory or lower --recall-target")
     else:
         rerank = f" --rerank {best.rerank}" if best.rerank else ""
         disk = f" ({best.disk / 1e9:.2f} GB of vectors on disk)" if best.disk else ""

@@ -65,7 +65,7 @@ def run(
     `queries` has vectors (q, d) and which row (q,) each query is itself, or -1. With a re-ranking `factor` the trial
     holds the candidates: which of them are re-ranked is decided among all shards'. The efforts about the one that
     reaches the recall `target` are tried, beginning at `first` (by default in the middle). Lesser ones count as if
-    they found nothing, larger ones as if they found no more: no recall is reported too high.
+    they had no hits, larger ones as if they had those of the largest that was tried: no recall is reported too high.
     """
     kinds = list(queries)
     scores, ids = _exact(rows, np.concatenate([queries[kind][0] for kind in kinds]))

@@ -306,7 +306,7 @@ def test_resume_builds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.
     assert [line[0].metadata["key"] for line in found] == keys(images, [45, 45])
     lines: list[str] = []
     assert merge(out, index, config, progress=lines.append) == manifest
-    assert lines == [f"version {manifest.version} stands already"]
+    assert lines == [f"version {manifest.version} is finished already"]
 
 
 def test_the_old_version_serves_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ def test_the_old_version_serves_until_the_new_one_is_complete(tmp_path: Path, mo
         assert len(searcher.search(images[0], k=100)[0]) == 30  # what is open stays as it was
     assert Store(index).read("CURRENT").decode() == f"{new.version}\n"
     assert load_manifest(Store(index)).missing == ()
-    # a merge with the options of a version that stands already only makes it serve
+    # a merge with the options of a finished version only makes it live
     other = merge(out, index, replace(config, seed=1))
     assert load_manifest(Store(index)) == other != new
     assert merge(out, index, config) == new == load_manifest(Store(index))
@@ -626,7 +626,7 @@ def test_the_loser_says_so_and_a_task_that_is_done_too(race: Race) -> None:
     stage.build_shard(job, 0, lines.append)
     stage.train(job, lines.append)
     assert lines[0].endswith("by another attempt")
-    assert lines[1:] == ["index shard 1 of 2 stands already", f"version {job.version} is trained already"]
+    assert lines[1:] == ["index shard 1 of 2 is built already", f"version {job.version} is trained already"]
     assert stage.finished(job) is None
     manifest = race.merge()
     merge(race.out, race.index, replace(SMALL, seed=1))
@@ -711,7 +711,7 @@ def test_the_tasks_of_the_command_in_processes_of_their_own(tmp_path: Path) -> N
     assert made[0]["created"] == made[1]["created"]
     for flags in (("--task", "train"), slots[0]):
         again = run(*flags)
-        assert again["version"] == version and f"version {version} stands already" in str(again["said"])
+        assert again["version"] == version and f"version {version} is finished already" in str(again["said"])
     assert verify_index(Store(index), deep=True).problems == {}
     with Searcher(index) as searcher:
         found = searcher.search(images[::40], k=1, effort=16)
