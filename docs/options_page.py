@@ -25,7 +25,7 @@ a variable in the environment. Flags win over the environment, the environment o
   `CLIP_BATCH_<SECTION>_<FIELD>`, such as `CLIP_BATCH_SERVE_MAX_PIXELS`; the section is not said twice, so that
   `storage_options` is `CLIP_BATCH_STORAGE_OPTIONS` and `slurm_partition` is `CLIP_BATCH_SLURM_PARTITION`.
 - `CLIP_BATCH_<FIELD>` is read too where only one section has that field, if the longer name is not set. It is refused
-  for {shared}, because it would not say whose it is.
+  for fields of several sections, because it would not say whose it is: {shared}.
 - Other variables that begin with `CLIP_BATCH_` are ignored.
 """
 

@@ -1,4 +1,4 @@
-"""The command line: `clip-batch COMMAND`. Each command is one function, imported when it is run."""
+"""The command line: `clip-batch COMMAND`. Each command is a function, and imports its stage when it runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command, by default the one of `sys.argv`; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())

@@ -22,7 +22,7 @@ class PlanArguments(JsonArguments, OutputArguments):
 
 
 def plan(arguments: PlanArguments, plan: PlanConfig, storage: StorageConfig) -> int:
-    """Freeze the plan: which tars, in which partitions, by which encoder."""
+    """Freeze the plan: which tars are embedded, in which partitions, by which encoder."""
     answer(arguments, *_plan(arguments.output, plan, storage))
     return 0
 
@@ -74,7 +74,7 @@ class EmbedArguments(JsonArguments, OutputArguments):
     """What is embedded on this machine, and by how many processes."""
 
     workers: int = 0
-    """Worker processes on this machine; 0: one a GPU, or one."""
+    """Worker processes on this machine; 0: one per GPU, or one."""
 
 
 def embed(arguments: EmbedArguments, embed: EmbedConfig, plan: PlanConfig, storage: StorageConfig) -> int:
@@ -111,7 +111,7 @@ class WorkerArguments(JsonArguments, OutputArguments):
 
 
 def worker(arguments: WorkerArguments, embed: EmbedConfig, storage: StorageConfig) -> int:
-    """One worker: the partitions given, or those of its slot, that are not committed yet."""
+    """Run one worker on the given partitions, or on those of its slot, that are not committed yet."""
     from clip_batch.launch import local
 
     if bool(arguments.partitions) == (arguments.slot is not None):

@@ -1,4 +1,4 @@
-"""export: an index or a model as other systems take it."""
+"""export: write an index or a model in the formats of other systems."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class DatabaseArguments(JsonArguments, IndexArguments):
 
 
 def sql(arguments: DatabaseArguments, database: DatabaseConfig, storage: StorageConfig) -> int:
-    """Fill an SQL table with the metadata, or go on doing so; then check it. With --verify, only check."""
+    """Fill an SQL table with the metadata, or continue to, and check it. With --verify, only check it."""
     from clip_batch.export.databases import fill
 
     return _checked(arguments, database, storage, fill.export_sql)
 
 
 def milvus(arguments: DatabaseArguments, database: DatabaseConfig, storage: StorageConfig) -> int:
-    """Fill a Milvus collection with the vectors, or go on doing so; then check it. With --verify, only check."""
+    """Fill a Milvus collection with the vectors, or continue to, and check it. With --verify, only check it."""
     from clip_batch.export.databases import fill
 
     return _checked(arguments, database, storage, fill.export_milvus)

@@ -1,4 +1,4 @@
-"""merge, sweep, versions and remove: indices, and what is in them."""
+"""merge, sweep, versions and remove: building indices, and changing them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class VersionsArguments(JsonArguments, IndexArguments):
 
 
 def versions(arguments: VersionsArguments, storage: StorageConfig) -> int:
-    """The versions of an index, and which one is live; --use makes another one live."""
+    """List the versions of an index and the live one; --use makes another version live."""
     from clip_batch.index import versions as stage
     from clip_batch.storage.store import Store
 

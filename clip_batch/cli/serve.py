@@ -1,4 +1,4 @@
-"""serve, serve-worker, end2end and demo: what answers over HTTP, and what leads there in one command."""
+"""serve, serve-worker, end2end and demo: the services over HTTP, and the commands that run all stages."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class End2EndArguments(JsonArguments):
     output: str
     """The folder for images, embeddings and index: a path, or any URL that fsspec opens."""
     workers: int = 0
-    """Worker processes on this machine; 0: one a GPU, or one."""
+    """Worker processes on this machine; 0: one per GPU, or one."""
     serve: bool = True
-    """Go on to serve the index with its web page."""
+    """Serve the index with its web page at the end."""
 
 
 def end2end(
@@ -80,7 +80,7 @@ def end2end(
     serve: Annotated[ServeConfig, Only(WEB)],
     storage: StorageConfig,
 ) -> int:
-    """From a URL list to the web page: img2dataset, plan, embed, merge and serve, in OUTPUT; run again to go on."""
+    """Go from a URL list to the web page: img2dataset, plan, embed, merge and serve; run it again to continue."""
     from clip_batch.launch.end2end.account import describe
     from clip_batch.launch.end2end.end2end import end2end
     from clip_batch.serve.search.app import run
@@ -103,11 +103,11 @@ class DemoArguments:
     folder: str = field(default="clip-batch-demo", metadata={"positional": True})
     """The folder to write."""
     serve: bool = True
-    """Go on to serve the index with its web page."""
+    """Serve the index with its web page at the end."""
 
 
 def demo(arguments: DemoArguments, serve: ServeConfig, storage: StorageConfig) -> int:
-    """The whole line on embedded pictures with an embedded model: tars, plan, embed, merge, search."""
+    """Run all stages on pictures and a model that come with the package: tars, plan, embed, merge, search."""
     from clip_batch.demo.run import run
 
     return run(arguments.folder, arguments.serve, serve)

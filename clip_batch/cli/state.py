@@ -1,4 +1,4 @@
-"""status, verify, repair and gc: what is done, whether it is sound, and mending what is not."""
+"""status, verify, repair and gc: what is done, whether it is sound, and how it is repaired."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StatusArguments(JsonArguments, OutputArguments):
 
 
 def status(arguments: StatusArguments, storage: StorageConfig) -> int:
-    """Done, failed, missing, rate, ETA, and the command that relaunches what is missing."""
+    """Report what is done, failed and missing, the rate, the ETA, and the command that relaunches what is missing."""
     from clip_batch.embeddings.status import describe, status
     from clip_batch.storage.store import Store
 
@@ -39,7 +39,7 @@ class VerifyArguments(JsonArguments):
 
 
 def verify(arguments: VerifyArguments, storage: StorageConfig) -> int:
-    """Prove that OUT, or an index, is complete and sound; exit 1 and the names of what is not."""
+    """Prove that OUT, or an index, is complete and sound; otherwise exit with 1 and name what is not."""
     from clip_batch.embeddings.verify import verify_output
     from clip_batch.index.verify import verify_index
     from clip_batch.storage.store import Store
@@ -70,7 +70,7 @@ class RepairArguments(JsonArguments, OutputArguments):
 
 
 def repair(arguments: RepairArguments, embed: EmbedConfig, storage: StorageConfig) -> int:
-    """Run again only what verify names."""
+    """Embed again only those partitions in which verify finds a problem."""
     from clip_batch.embeddings.repair import repair
     from clip_batch.embeddings.verify import verify_output
     from clip_batch.launch import local
@@ -91,7 +91,7 @@ class GcArguments(JsonArguments, OutputArguments):
 
 
 def gc(arguments: GcArguments, storage: StorageConfig) -> int:
-    """Remove what no commit names."""
+    """Remove the files of OUT that no commit names."""
     from clip_batch.embeddings.repair import gc
     from clip_batch.storage.store import Store
 

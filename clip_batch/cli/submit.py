@@ -1,4 +1,4 @@
-"""submit: what is missing, as tasks of a scheduler."""
+"""submit: hand what is missing to a scheduler."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def slurm(
     storage: StorageConfig,
     main: CommandLine,
 ) -> int:
-    """Launch what is missing as SLURM job arrays; with --index, a merge behind them."""
+    """Launch what is missing as SLURM job arrays; with --index, a merge follows them."""
     from clip_batch.launch.submit import SubmitRequest, submit_to_slurm
 
     request = SubmitRequest(arguments.output, arguments.index_folder, storage, submit, embed, merge)
