@@ -109,7 +109,9 @@ def calibrate(
         decode_all=decode_all,
         ladder=_climb(encoder, pairs, BATCHES["cpu" if device == "cpu" else "cuda"]),
         load_seconds=load_seconds,
-        side=median(_side(sample, config.max_pixels) for sample, one in decoded if not isinstance(one, DecodeError)),
+        side=median(
+            _side(sample, config.max_pixels) for sample, pixels in decoded if not isinstance(pixels, DecodeError)
+        ),
     )
     planned = planned_samples(plan, measured.sample_bytes)
     advice = advise(measured, planned, len(plan.partitions), workers)

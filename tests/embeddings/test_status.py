@@ -41,28 +41,28 @@ def record(store: Store) -> tuple[str, WorkerRecord]:
     return f"{paths.WORKERS}/{name}", workers.read_records(store)[0]
 
 
-def without_times(found: OutputStatus) -> dict[str, Any]:
-    return {name: value for name, value in vars(found).items() if name not in ("gpu_hours", "workers")}
+def without_times(state: OutputStatus) -> dict[str, Any]:
+    return {name: value for name, value in vars(state).items() if name not in ("gpu_hours", "workers")}
 
 
 def test_records_and_commits_tell_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = status(store)
-    assert (told.done, told.missing, told.rows) == (3, [3], 29)
-    assert told.failures == {"undecodable_image": 1}
-    assert told.images_per_second > 0
+    state = status(store)
+    assert (state.done, state.missing, state.rows) == (3, [3], 29)
+    assert state.failures == {"undecodable_image": 1}
+    assert state.images_per_second > 0
     name, kept = record(store)
     assert kept.ended and sorted(kept.committed) == ["0", "1", "2"]
     with monkeypatch.context() as patch:  # records alone suffice
         patch.setattr("clip_batch.embeddings.commits.Commit", None)
-        assert status(store) == told
+        assert status(store) == state
     store.remove(name)
-    assert without_times(status(store)) == without_times(told)
+    assert without_times(status(store)) == without_times(state)
 
 
 def test_what_is_not_committed_any_more_does_not_count(store: Store) -> None:
     store.remove(f"{paths.COMMITS}/0001.json")
-    found = status(store)
-    assert (found.done, found.missing, found.rows) == (2, [1, 3], 20)
+    state = status(store)
+    assert (state.done, state.missing, state.rows) == (2, [1, 3], 20)
 
 
 def test_a_silent_worker_is_not_running(store: Store) -> None:
@@ -71,11 +71,11 @@ def test_a_silent_worker_is_not_running(store: Store) -> None:
     for ended, beat, running in ((False, now, [3]), (False, now - workers.SILENT - 1, []), (True, now, [])):
         changed = replace(kept, ended=ended, beat=beat, started=beat - 3600, gpus=2, running=[2, 3], job="slurm 7_1")
         store.replace(name, json.dumps(vars(changed)).encode())
-        found = status(store)
-        assert found.running == running  # partition 2 is committed
-        assert [worker.job for worker in found.workers] == (["slurm 7_1"] if running else [])
-        assert found.gpu_hours == pytest.approx(2)
-    assert "2.0 GPU-hours" in describe(found)
+        state = status(store)
+        assert state.running == running  # partition 2 is committed
+        assert [worker.job for worker in state.workers] == (["slurm 7_1"] if running else [])
+        assert state.gpu_hours == pytest.approx(2)
+    assert "2.0 GPU-hours" in describe(state)
 
 
 def test_a_record_that_cannot_be_written_does_not_stop_the_worker(
