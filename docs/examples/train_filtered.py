@@ -17,7 +17,7 @@ import open_clip
 import torch
 
 from clip_batch import FilteredDataset
-from clip_batch.demo.data import model_path
+from clip_batch.encoders.embedded import model_path
 from clip_batch.export.dataset import together
 
 

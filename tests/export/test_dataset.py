@@ -325,7 +325,7 @@ def test_every_row_once_over_ranks_and_workers(
     for rank in range(world):
         dataset = whole(index, selection, rank=rank, world=world, shuffle=shuffle, block=4)
         dataset.set_epoch(epoch)
-        over, gone = dataset.begin(workers)
+        over, gone = dataset.progress.begin(workers)
         for worker in range(workers):
             seen += ids(dataset.read(over, gone, worker, dataset.failures))
         assert sum(gone) == len(dataset)

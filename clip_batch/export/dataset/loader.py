@@ -11,13 +11,17 @@ from torch import distributed
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from clip_batch.export.dataset.failures import Failures
-from clip_batch.export.dataset.progress import Passes
+from clip_batch.export.dataset.progress import PassProgress
 
 T = TypeVar("T")
 
 
+Read = Callable[[list[list[int]], list[int], int, Failures], Iterator[dict[str, Any]]]
+"""`FilteredDataset.read`."""
+
+
 class Loader:
-    """Batches of a FilteredDataset; each iteration is a pass, with workers of its own.
+    """Batches of a FilteredDataset, whose `loader` makes this; each iteration is a pass, with workers of its own.
 
     Worker w of W has every W-th row from the w-th on, so the last batches may be smaller. After each batch the
     dataset's `state_dict` stands behind it, and its `failures` have what the workers met. `options` are DataLoader's:
@@ -26,32 +30,34 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Passes,
+        read: Read,
+        rows: int,
+        progress: PassProgress,
         batch_size: int,
         workers: int,
         drop_last: bool,
         collate: Callable[[list[dict[str, Any]]], Any],
         options: dict[str, Any],
     ) -> None:
-        self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
+        self.batch_size, self.workers = batch_size, workers
+        self._read, self._rows, self._progress = read, rows, progress
         self._drop_last, self._collate, self._options = drop_last, collate, options
 
     def __len__(self) -> int:
         """Batches of a whole pass, if no row fails."""
         workers, more = max(1, self.workers), 0 if self._drop_last else self.batch_size - 1
-        shares = [len(range(worker, len(self.dataset), workers)) for worker in range(workers)]
+        shares = [len(range(worker, self._rows, workers)) for worker in range(workers)]
         return sum((share + more) // self.batch_size for share in shares)
 
     def __iter__(self) -> Iterator[Any]:
-        workers, first = max(1, self.workers), 0
-        over, gone = self.dataset.begin(workers)
-        first = self.dataset.state_dict()["next"]
-        batches = _Batches(self.dataset, over, [*gone], first, self.batch_size, self._drop_last, self._collate)
+        over, gone = self._progress.begin(max(1, self.workers))
+        first, form = self._progress.next, (self.batch_size, self._drop_last, self._collate)
+        batches = _Batches(self._read, over, [*gone], first, *form)
         for mark, batch in DataLoader(batches, batch_size=None, num_workers=self.workers, **self._options):
-            self.dataset.progress(mark.worker, mark.gone, (mark.worker + 1) % workers, mark.failures)
+            self._progress.advance(mark.worker, mark.gone, mark.failures)
             if batch is not None:
                 yield batch
-        self.dataset.finish()
+        self._progress.finish()
 
 
 class _Mark(NamedTuple):
@@ -71,7 +77,7 @@ class _Batches(IterableDataset[tuple[_Mark, Any]]):
 
     def __init__(
         self,
-        dataset: Passes,
+        read: Read,
         over: list[list[int]],
         gone: list[int],
         first: int,
@@ -80,14 +86,14 @@ class _Batches(IterableDataset[tuple[_Mark, Any]]):
         collate: Callable[[list[dict[str, Any]]], Any],
     ) -> None:
         super().__init__()
-        self._dataset, self._over, self._gone, self._first = dataset, over, gone, first
+        self._read, self._over, self._gone, self._first = read, over, gone, first
         self._size, self._drop_last, self._collate = size, drop_last, collate
 
     def __iter__(self) -> Iterator[tuple[_Mark, Any]]:
         info = get_worker_info()
         worker = ((info.id if info else 0) + self._first) % len(self._gone)
         failures = Failures()
-        samples = self._dataset.read(self._over, self._gone, worker, failures)
+        samples = self._read(self._over, self._gone, worker, failures)
         told = failures.copy()
 
         def mark() -> _Mark:

@@ -29,6 +29,7 @@ from clip_batch.export.dataset.failures import Failed, Failures
 from clip_batch.export.dataset.fetch import Fetch, Lost, Place
 from clip_batch.export.dataset.loader import Loader, collate
 from clip_batch.export.dataset.pictures import Decode, pictures
+from clip_batch.export.dataset.progress import PassProgress
 from clip_batch.export.dataset.select import PLACE, select
 from clip_batch.index.metadata import MetadataFile
 from clip_batch.search.conditions import all_of
@@ -104,11 +105,10 @@ class FilteredDataset(IterableDataset[Row]):
                 raise ConfigError(f"{name} is {value}: it must be 1 or more")
         self.rank, self.world = _rank(rank, world)
         self.columns, self.shuffle, self.seed, self.block = list(columns), shuffle, seed, block
-        self.failures = Failures()
         self._making: Callable[[], Callable[[bytes], Any]] = partial(pictures, decode, size, max_pixels, transform)
         self._making()
         self._fetching = partial(Fetch, via, storage.storage_options, timeout, parse_bytes(max_bytes), private)
-        self._threads, self._ahead, self._max_failures = threads, ahead, max_failures
+        self._threads, self._ahead, self.progress = threads, ahead, PassProgress(max_failures)
         asked = [queries] if isinstance(queries, (str, Query)) else queries
         wanted = [_narrowed(Query(text=one) if isinstance(one, str) else one, where, unique) for one in asked]
         if self.world > 1 and not selection and wanted:
@@ -122,14 +122,16 @@ class FilteredDataset(IterableDataset[Row]):
         self.selection = select(source, wanted, amount, via, self.columns, absolute(selection), storage, search)
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # so that workers that stay alive see it
-        self._resumed: list[list[int]] | None = None
-        self._phases: list[list[int]] = []
-        self._next = 0
 
     def __len__(self) -> int:
         """Rows of this rank in an epoch; samples are fewer by the failures."""
         start, stop = deal.share(self.selection.rows, self.rank, self.world)
         return stop - start
+
+    @property
+    def failures(self) -> Failures:
+        """The rows of the pass at work that gave no sample."""
+        return self.progress.failures
 
     @property
     def epoch(self) -> int:
@@ -139,16 +141,11 @@ class FilteredDataset(IterableDataset[Row]):
         """Let the next pass be of this epoch: from its start, unless a state of this very epoch was loaded."""
         if epoch != self.epoch:
             self._epoch.fill_(epoch)
-            self._resumed, self._phases, self._next = None, [], 0
+            self.progress.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the pass stands: behind the sample, or the loader's batch, that was given last. For JSON too."""
-        return {
-            **self._identity(),
-            "epoch": self.epoch,
-            "phases": [list(one) for one in self._phases],
-            "next": self._next,
-        }
+        return {**self._identity(), "epoch": self.epoch, **self.progress.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on from a state. ConfigError: it is of other rows, another order or rank."""
@@ -156,8 +153,7 @@ class FilteredDataset(IterableDataset[Row]):
             if state.get(name) != value:
                 raise ConfigError(f"the state has {name} {state.get(name)}, this dataset {value}: make it as it was")
         self._epoch.fill_(state["epoch"])
-        self._resumed = self._phases = [list(one) for one in state["phases"]]
-        self._next = state["next"]
+        self.progress.resume(state)
 
     def _identity(self) -> dict[str, Any]:
         """What a state's numbers rest on."""
@@ -173,7 +169,7 @@ class FilteredDataset(IterableDataset[Row]):
         **options: Any,
     ) -> Loader:
         """Batches whose progress and failures this dataset knows, from so many worker processes. See `Loader`."""
-        return Loader(self, batch_size, workers, drop_last, collate, options)
+        return Loader(self.read, len(self), self.progress, batch_size, workers, drop_last, collate, options)
 
     def __iter__(self) -> Iterator[Row]:
         """A pass over the samples of this process (of a DataLoader's worker, its part of them).
@@ -182,16 +178,8 @@ class FilteredDataset(IterableDataset[Row]):
         """
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        over, gone = self.begin(workers)
+        over, gone = self.progress.begin(workers)
         return self.read(over, gone, worker, self.failures)
-
-    def begin(self, workers: int) -> tuple[list[list[int]], list[int]]:
-        """Begin a pass of so many workers: the phases that are over, and the one that `state_dict` tells of."""
-        phases, self._resumed = self._resumed or [], None
-        over, gone = deal.begin(phases, workers)
-        self._next = self._next if phases and len(phases[-1]) == workers else 0
-        self._phases, self.failures = [*over, gone], Failures()
-        return over, gone
 
     def read(self, over: deal.Phases, gone: list[int], worker: int, failures: Failures) -> Iterator[Row]:
         """The samples that are left to one worker of a pass; `gone` and `failures` are kept up to date."""
@@ -212,14 +200,14 @@ class FilteredDataset(IterableDataset[Row]):
                 failures.rows += 1
                 if isinstance(one, Failed):
                     failures.add(one)
-                    failures.check(self._max_failures)
+                    failures.check(self.progress.max_failures)
                 else:
                     yield one
         finally:
             fetch.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
         if workers == 1:
-            failures.check(self._max_failures, least=1)
+            failures.check(self.progress.max_failures, least=1)
 
     def _runs(self, rows: deal.Rows) -> Iterator[list[Row]]:
         """The rows' metadata, a task's worth at a time."""
@@ -229,16 +217,6 @@ class FilteredDataset(IterableDataset[Row]):
             taken = table.take(rows[start : start + TAKE]).to_pylist()
             for first in range(0, len(taken), size):
                 yield taken[first : first + size]
-
-    def progress(self, worker: int, gone: int, following: int, failures: Failures) -> None:
-        """What the loader learns from one of its workers: how far it is, who is next, what failed meanwhile."""
-        self._phases[-1][worker], self._next = gone, following
-        self.failures.merge(failures)
-        self.failures.check(self._max_failures)
-
-    def finish(self) -> None:
-        """The loader's pass is over."""
-        self.failures.check(self._max_failures, least=1)
 
 
 def _narrowed(query: Query, where: Where | None, unique: bool) -> Query:
