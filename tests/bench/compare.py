@@ -50,14 +50,14 @@ Search = Callable[[Vectors, int], Ids]
 PART_ROWS = 50_000
 QUERIES = 2_000
 TIMED = 300
-"""Queries that are asked one by one, in each of ROUNDS rounds; the best counts."""
+"""Queries that run one by one, in each of ROUNDS rounds, of which the best counts."""
 ROUNDS = 3
 K = 10
 TARGET = 0.95
 
 
 def fabricate(home: Path, rows: int, dim: int) -> None:
-    """home/out, a committed OUT; home/queries.npy, captions of other images; home/truth.npy, the rows to find."""
+    """Write home/out, a committed OUT; home/queries.npy, captions of other images; home/truth.npy, the rows to find."""
 
     parts = -(-rows // PART_ROWS)
     plan = make_plan(home / "out", parts)
@@ -78,7 +78,7 @@ def fabricate(home: Path, rows: int, dim: int) -> None:
 
 
 def build(command: list[str], log: Path, limit: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a contender: seconds, exit code, peak memory of its process tree (MB); `limit` reached or not."""
+    """Run a contender; returns its seconds, exit code, peak memory (MB, all processes), and whether it was ended."""
     started, before = time.monotonic(), _cpu_of_children()
     peak = {"VmHWM": 0, "RssAnon": 0}
     with log.open("wb") as file:
@@ -111,7 +111,7 @@ def _cpu_of_children() -> float:
 
 
 def _memory(pid: int) -> dict[str, int]:
-    """VmHWM and RssAnon, kB, summed over a process and those it started."""
+    """VmHWM and RssAnon in kB, summed over a process and those that it started."""
     total = {"VmHWM": 0, "RssAnon": 0}
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -158,7 +158,7 @@ def commands(home: Path, options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def evaluate(name: str, home: Path) -> dict[str, Any]:
-    """Recall@10 and milliseconds a query of a built index, as served and at other efforts; in a process of its own."""
+    """Recall@10 and milliseconds for each query of a built index, as served and at other efforts, on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before anything counts the cores
     queries, truth = np.load(home / "queries.npy"), np.load(home / "truth.npy")
     search, served, efforts, facts = (_ours if name == "clip-batch" else _theirs)(home / name, home)
@@ -190,7 +190,7 @@ def evaluate(name: str, home: Path) -> dict[str, Any]:
 
 
 def _theirs(folder: Path, home: Path) -> tuple[Search, int, list[int], dict[str, Any]]:
-    """A faiss file with the parameters that autofaiss tuned; its rows are the npy files' rows in order of name."""
+    """Open a faiss file with the parameters that autofaiss tuned; its rows are those of the npy files, by name."""
     import faiss
 
     index = faiss.read_index(str(folder / "image.index"))
@@ -222,7 +222,7 @@ def _theirs(folder: Path, home: Path) -> tuple[Search, int, list[int], dict[str,
 
 
 def _ours(folder: Path, home: Path) -> tuple[Search, int, list[int], dict[str, Any]]:
-    """The live version through Searcher; ids become rows of OUT by the lineage in its metadata."""
+    """Open the live version by Searcher; the lineage in its metadata turns ids into rows of OUT."""
     from clip_batch.search.searcher import Searcher
 
     searcher = Searcher(str(folder))

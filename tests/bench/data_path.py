@@ -34,7 +34,7 @@ from tests.bench.text import captions
 BATCH = 64
 AHEAD = 4 * BATCH
 KINDS = 100
-"""Different pictures; each is in the tars many times."""
+"""Number of different pictures; each is in the tars many times."""
 
 OURS = ("fast", "exact", "scaled")
 

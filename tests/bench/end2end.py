@@ -21,7 +21,7 @@ from tests.bench import result
 from tests.servers.webserver import image, web
 
 IMAGES = 200
-"""Different images; they are asked for in turn."""
+"""Number of different images, which are requested in turn."""
 
 
 def main() -> None:

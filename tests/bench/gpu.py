@@ -44,7 +44,7 @@ PHOTOS = 64
 
 
 def pace(work: Callable[[], int], seconds: float) -> float:
-    """Images a second of `work`, which does some and says how many, after one round that does not count."""
+    """Images a second of `work`, which returns how many it did, after one round that does not count."""
     work()
     done, started = 0, time.perf_counter()
     while (spent := time.perf_counter() - started) < seconds or not done:
@@ -53,7 +53,7 @@ def pace(work: Callable[[], int], seconds: float) -> float:
 
 
 def flops(encoder: Any) -> int:
-    """Of one image's forward pass; torch's fused attention for inference, which the counter does not know, aside."""
+    """Operations of one image's forward pass, without torch's fused attention, which the counter does not know."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -65,7 +65,7 @@ def flops(encoder: Any) -> int:
 
 
 def loaded(spec: EncoderSpec, options: argparse.Namespace, compiled: int) -> tuple[Any, dict[str, float]]:
-    """The encoder, and the seconds that loading, and compiling, it took."""
+    """The encoder, and the seconds that it took to load it, compilation included."""
     if options.device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(options.device)
@@ -75,7 +75,7 @@ def loaded(spec: EncoderSpec, options: argparse.Namespace, compiled: int) -> tup
 
 
 def alone(encoder: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """The model's images, and pairs with captions, a second; share of the peak; most memory on the device."""
+    """The model's images and pairs a second, its share of the peak, and the most memory on the device."""
     one = encoder.preprocess(photo(0, 256), LIMIT)
     batch = np.random.default_rng(0).integers(0, 256, (options.batch, *one.shape), dtype=one.dtype)
     lines = captions(random.Random(0), options.batch)
@@ -112,7 +112,7 @@ def files_to_files(encoder: Any, spec: EncoderSpec, options: argparse.Namespace,
 
 
 def decoding(encoder: Any, options: argparse.Namespace) -> dict[str, float]:
-    """Images a second from JPEGs to the model's pixels, by threads."""
+    """Images a second from JPEGs to the model's pixels, by number of threads."""
     jpegs = [photo(seed, options.side) for seed in range(PHOTOS)]
     found = {}
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
@@ -126,7 +126,7 @@ def decoding(encoder: Any, options: argparse.Namespace) -> dict[str, float]:
 
 
 def on_device(options: argparse.Namespace) -> dict[str, Any]:
-    """The same files decoded by nvJPEG, by torchvision's way of it, to their own size."""
+    """Images a second of the same files decoded by nvJPEG through torchvision, at their own size."""
     if not options.device.startswith("cuda"):
         return {"error": "needs CUDA"}
     from torchvision.io import decode_jpeg

@@ -23,7 +23,7 @@ QUERIES = 30
 
 
 def milliseconds(work: Callable[[int], Any]) -> float:
-    """The median over the queries, which are asked twice."""
+    """The median over the queries, each of which runs twice; the second time counts."""
     taken = []
     for number in [*range(QUERIES), *range(QUERIES)]:
         started = time.perf_counter()

@@ -43,31 +43,31 @@ from tests.bench.plan import Listing
 Process = Iterator[float]
 
 NODE = 8
-"""GPUs of a node."""
+"""GPUs in each node."""
 
 HOUR = 3600.0
 
 SCHEDULER = 60.0
-"""Seconds between two looks of SLURM at its queue."""
+"""Seconds between the times at which SLURM looks at its queue."""
 
 SAMPLES_A_TAR = 10_000
 BYTES_A_SAMPLE = 37_600
 """220 TB of 5.85 billion at 384 pixels: https://github.com/rom1504/img2dataset, dataset_examples/laion5B.md."""
 
 PAGE = 1000
-"""Names that one answer to a listing of S3 carries."""
+"""Names in one answer of S3 to a listing."""
 
 A_PARTITION = {"HEAD": 3, "LIST": 3, "PUT": 4}
-"""Requests to OUT for a partition, besides those for its tars; tests/docs/test_laion.py counts them on an S3 server."""
+"""Requests to OUT for each partition, besides those for its tars; tests/docs/test_laion.py counts them on S3."""
 
 A_TAR = {"HEAD": 1, "GET": math.ceil(SAMPLES_A_TAR * BYTES_A_SAMPLE / PIECE)}
-"""Requests for a tar."""
+"""Requests for each tar."""
 
 LIST_SECONDS, GET_SECONDS = 0.1, 0.03
-"""Assumed of S3: an answer to a listing, which come one behind the other; to a small GET, 32 of them at once."""
+"""Assumed seconds of S3: for an answer to a listing, which come one after another; for a small GET, 32 at once."""
 
 PRICES = {"HEAD": 0.4e-6, "GET": 0.4e-6, "PUT": 5e-6, "LIST": 5e-6}
-"""Dollars a request: S3 Standard, us-east-1."""
+"""Dollars for each request: S3 Standard, us-east-1."""
 
 
 class Tars(Listing):
@@ -84,32 +84,32 @@ class Tars(Listing):
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs in nodes of eight, and what goes wrong with them; times in seconds, lives exponential."""
+    """GPUs in nodes of eight, and what goes wrong with them. Times are in seconds; lifetimes are exponential."""
 
     gpus: int = 1000
     rate: float = 312.0
-    """Samples a second of a GPU."""
+    """Samples a second of one GPU."""
     spread: float = 0.05
     """Standard deviation of the logarithm of a node's speed."""
     slow_nodes: float = 0.05
-    """Share of nodes that are `slower`."""
+    """Share of the nodes that are slow, by the factor `slower`."""
     slower: float = 4.0
     start: float = 90.0
-    """From a task's start to its first sample: Python, plan, model."""
+    """Time from a task's start to its first sample: Python, plan, model."""
     node_life: float = 200 * HOUR
-    """It is gone for good then, and SLURM notices after `unseen`."""
+    """Mean lifetime of a node. It is then gone for good, which SLURM notices after `unseen`."""
     unseen: float = 300.0
     worker_life: float = 1000 * HOUR
-    """A worker that dies by itself (memory) is a failed task, which nobody requeues."""
+    """Mean lifetime of a worker. One that dies by itself (memory) is a failed task, which nobody requeues."""
     preempted: float = 24 * HOUR
-    """A task's time until it is preempted; its GPU is `taken` for others."""
+    """Mean time until a task is preempted; others then have its GPU for `taken`."""
     taken: float = HOUR
     requeue: float = 150.0
-    """From a task's end until it may start again."""
+    """Time from a task's end until it may start again."""
     unreadable: float = 1e-4
-    """Partitions that fail in the first submission, and are mended before the second."""
+    """Share of the partitions that fail in the first submission and are repaired before the second."""
     operator: float = HOUR / 2
-    """Until somebody sees that the queue is empty, and submits again."""
+    """Time until somebody sees that the queue is empty, and submits again."""
 
 
 CALM: dict[str, Any] = {
@@ -123,15 +123,15 @@ CALM: dict[str, Any] = {
 
 @dataclass
 class Worker:
-    """What a worker's record tells of it."""
+    """A worker as its record shows it."""
 
     slot: int
     claims: dict[int, float] = field(default_factory=dict)
-    """Partitions it is at or has taken on, and since when its record says so."""
+    """Partitions that it works on or has taken, and the time from which its record says so."""
     known: float = math.inf
-    """Until when it is taken for alive."""
+    """Time until which others take it for alive."""
     looking: float = 0.0
-    """Seconds that its last look for somebody to help took."""
+    """Seconds that it last took to look for somebody to help."""
 
 
 class Simulation:
@@ -157,11 +157,11 @@ class Simulation:
         self.attempted: set[int] = set()
         self.workers: list[Worker] = []
         self.looks = [(0.0, spare.Snapshot(-math.inf, []))]
-        """Those that were left for others, and from when on."""
+        """Snapshots that were left for others, with the time from which they can be read."""
         self.ends, self.vain, self.requests = Counter[str](), Counter[str](), Counter[str]()
 
     def run(self) -> dict[str, Any]:
-        """Submit what is missing until nothing is; the figures."""
+        """Submit what is missing until nothing is; returns the figures."""
         submissions = 0
         while missing := sorted(set(range(len(self.bytes))) - set(self.commits)):
             made = submission.draft(missing, "slurm", self.tasks, 1, "")
@@ -189,7 +189,7 @@ class Simulation:
         }
 
     def _play(self, processes: list[Process]) -> None:
-        """Run processes, each of which yields the seconds until it goes on, until all have ended."""
+        """Run processes until all have ended; each yields the seconds until it continues."""
         order = itertools.count()
         self.events = [(self.now, next(order), process) for process in processes]
         while self.events:
@@ -199,7 +199,7 @@ class Simulation:
                 heapq.heappush(self.events, (self.now + pause, next(order), process))
 
     def _element(self, slot: int) -> Process:
-        """An element of the job array: its tasks, one behind the other, until SLURM requeues it no more."""
+        """An element of the job array: its tasks, one after another, until SLURM does not requeue it."""
         again = True
         while again:
             while self.running == self.slurm.concurrency or (gpu := self._gpu()) is None:
@@ -220,7 +220,7 @@ class Simulation:
                 yield self.cluster.unseen if cause == "node died" else self.cluster.requeue
 
     def _gpu(self) -> int | None:
-        """A free GPU whose node lives."""
+        """A free GPU whose node is alive."""
         assert max(self.deaths) > self.now, "every node is dead"
         while self.free:
             gpu = self.free.pop(self.draw.randrange(len(self.free)))
@@ -233,7 +233,7 @@ class Simulation:
         yield from ()
 
     def _task(self, slot: int, gpu: int) -> Generator[float, None, str]:
-        """One run of a worker on a GPU; how it ended."""
+        """One run of a worker on a GPU; returns how it ended."""
         self.requests.update({"GET": 5, "LIST": self._pages()})  # plan, submission; commits
         todo = [self.partitions[number] for number in self.slots[slot] if number not in self.commits]
         if not todo:
@@ -258,7 +258,7 @@ class Simulation:
     def _work(
         self, worker: Worker, todo: list[Partition], rate: float, end: float, cause: str
     ) -> Generator[float, None, bool]:
-        """What `stages.embed` does with its partitions, then with others'; whether it was done before its end."""
+        """What `embed` does with its own partitions, then with others'; returns whether it was done before its end."""
         tried = {partition.id for partition in todo}
         own = frozenset(tried)
         order = PartitionQueue(todo, lambda: self._spare(worker, tried))
@@ -298,7 +298,7 @@ class Simulation:
             del self.left[self.owner[number]][number]
 
     def _spare(self, worker: Worker, tried: set[int]) -> Partition | None:
-        """`spare.spare`, with the look that was left, or one's own."""
+        """Does what `spare.spare` does: choose by the snapshot that was left, or by one of its own."""
         if not self.share:
             return None
         look = self._left()
@@ -319,7 +319,7 @@ class Simulation:
         return self.partitions[number]
 
     def _left(self) -> spare.Snapshot:
-        """The last look that was left."""
+        """The last snapshot that was left."""
         times = [since for since, _ in self.looks if since <= self.now]
         del self.looks[: len(times) - 1]
         return self.looks[0][1]
@@ -330,7 +330,7 @@ class Simulation:
         self.looks.sort(key=lambda one: one[0])
 
     def _look(self) -> spare.Snapshot:
-        """By the records as they can be read now; of what is committed `left` knows already."""
+        """Take a snapshot of the records as they can be read now; `left` already knows what is committed."""
         self.workers = [one for one in self.workers if one.known > self.now]
         taken = set(self.attempted)
         taken.update(number for one in self.workers for number, since in one.claims.items() if since <= self.now)
@@ -338,7 +338,7 @@ class Simulation:
         return spare.Snapshot(self.now, list(left))
 
     def _pages(self) -> int:
-        """Requests of a listing of the commits."""
+        """The number of requests that a listing of the commits takes."""
         return 1 + len(self.commits) // PAGE
 
     def _look_seconds(self) -> float:
@@ -350,7 +350,7 @@ def _bytes(partition: Partition) -> int:
 
 
 def make(tars: int, partition_bytes: str, folder: str) -> Plan:
-    """The real plan of so many tars."""
+    """Make the real plan of this number of tars."""
     fsspec.register_implementation("laion", Tars, clobber=True)
     config = PlanConfig(input=["laion://tars"], model="fake:768", partition_bytes=partition_bytes)
     return make_plan(config.input, folder, config, storage=StorageConfig({"tars": tars}))

@@ -35,7 +35,7 @@ Rows = npt.NDArray[np.int64]
 
 
 def strings(rng: np.random.Generator, lengths: Rows, letters: npt.NDArray[np.uint8]) -> pa.Array:
-    """Strings of these lengths, cut anywhere from `letters`."""
+    """Strings of these lengths, cut from `letters` at random."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     start = int(rng.integers(len(letters) - offsets[-1]))
     text = pa.py_buffer(letters[start : start + offsets[-1]].tobytes())
@@ -43,7 +43,7 @@ def strings(rng: np.random.Generator, lengths: Rows, letters: npt.NDArray[np.uin
 
 
 def parts(rows: int) -> Iterator[pa.Table]:
-    """Parts as embed leaves them, some 150 bytes a row: ten tars each, every row its own URL and caption."""
+    """Parts as embed writes them, some 150 bytes a row: ten tars each; every row has its own URL and caption."""
     rng = np.random.default_rng(0)
     letters = rng.integers(97, 123, 200 * PART, dtype=np.uint8)
     for start in range(0, rows, PART):
@@ -79,7 +79,7 @@ def pages(opened: metadata.MetadataFile, rows: Rows) -> npt.NDArray[np.int64]:
 
 
 def seconds(run: Callable[[], object]) -> tuple[float, float]:
-    """(on the clock, of all cores)."""
+    """Seconds by the clock, and CPU seconds of all cores."""
     started, busy = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - started, time.process_time() - busy
@@ -93,7 +93,7 @@ def drop(path: str) -> None:
 
 
 def copy_gb_s(fresh: bool, size: int = 2**27) -> tuple[float, float]:
-    """Bytes one core copies a second (of the clock, of the core) to memory in use or, with page faults, just mapped."""
+    """GB that one core copies a second (clock, CPU) to memory in use or, `fresh`, to memory that was just mapped."""
     source, used, rounds = np.ones(size, dtype=np.uint8), np.ones(size, dtype=np.uint8), []
     for _ in range(8):
         with mmap.mmap(-1, size) as mapped:
@@ -173,7 +173,7 @@ def main() -> None:
 
 
 def layout(path: str, batch_rows: int, values: int, order: Rows, wanted: dict[str, Rows]) -> dict[str, float]:
-    """Write one file; its size, the cold takes, the pages they touch."""
+    """Write one file; returns its size, the cold takes, and the pages that they touch."""
     metadata_writer.BATCH_ROWS, metadata_writer.DICTIONARY_VALUES = batch_rows, values
     took, busy = seconds(lambda: metadata_writer.write_ordered(parts(len(order)), order, path))
     found: dict[str, float] = {"bytes": os.path.getsize(path), "write_s": round(took, 1), "write_cpu_s": round(busy, 1)}

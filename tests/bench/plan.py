@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Listing(AbstractFileSystem):  # type: ignore[misc]
-    """Tars that are known by name, size and version alone; reading one fails."""
+    """Tars that have a name, a size and a version, but no content: reading one fails."""
 
     protocol = "listing"
     cachable = False

@@ -42,7 +42,7 @@ from tests import corpus
 from tests.bench import result
 
 AHEAD = 4
-"""Tars that may lie here: so few that reading and fetching soon keep one pace, as they do over hours."""
+"""Tars that may be on local disk: so few that reading and fetching soon run at one pace, as they do over hours."""
 
 
 def write(folder: str, tars: int, samples: int) -> None:
@@ -64,7 +64,7 @@ class Place(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """What one pass came to: samples/s, MB/s; CPU ms a MB of reader, fetcher and server; cores of others."""
+    """The rates of one pass: samples/s, MB/s; CPU ms for each MB of reader, fetcher, server; cores of others."""
 
     samples: float
     megabytes: float
@@ -73,7 +73,7 @@ class Pace(NamedTuple):
 
 
 def split(shards: list[Shard], place: Place, work: Callable[[Sample], object]) -> Pace:
-    """Read all but the first tar, which is waited for."""
+    """Read all tars but the first, for which the clock waits."""
     slices, plan, samples = [Slice(shard) for shard in shards], corpus.plan_of(), 0
     with Prefetcher(slices, place.options, AHEAD * (slices[0].shard.size or 0)) as files:
         next(iter(read_slice(slices[0], plan, place.options, files)))
@@ -91,7 +91,7 @@ def split(shards: list[Shard], place: Place, work: Callable[[Sample], object]) -
 
 
 def spent(servers: list[int]) -> tuple[float, float, float, float]:
-    """CPU seconds until now of the machine, of this process, of those that fetch for it, of servers."""
+    """CPU seconds so far of the machine, this process, the processes that fetch for it, and the servers."""
     tick = os.sysconf("SC_CLK_TCK")
     with open("/proc/stat") as file:
         user, nice, system, _idle, _wait, *rest = map(int, file.readline().split()[1:9])
@@ -108,7 +108,7 @@ def spent(servers: list[int]) -> tuple[float, float, float, float]:
 
 
 def raw(shards: list[Shard], options: dict[str, Any]) -> int:
-    """Bytes a pool of readers is given, kept by no one."""
+    """The number of bytes that a pool of readers receives and throws away."""
     with ThreadPoolExecutor(THREADS) as pool:
         wanted = [(remote_file(shard.url, options), *piece) for shard in shards for piece in pieces(0, shard.size or 0)]
         return sum(pool.map(lambda one: len(read_range(*one)), wanted))
@@ -124,7 +124,7 @@ def decode(sample: Sample) -> object:
 
 @contextlib.contextmanager
 def s3_files(folder: str) -> Iterator[Place]:
-    """The folder itself, served as a bucket."""
+    """Serve the folder itself as a bucket."""
     command = [sys.executable, str(Path(__file__).with_name("s3_files.py")), folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
@@ -137,7 +137,7 @@ def s3_files(folder: str) -> Iterator[Place]:
 
 @contextlib.contextmanager
 def moto() -> Iterator[Place]:
-    """A new bucket on a server of its own, with the options that open it."""
+    """A new bucket on a server that is started for it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -35,7 +35,7 @@ QUERIES, K, ROUNDS = 300, 10, 3
 
 
 class Counted(Stacked):
-    """Counts the rows that are taken."""
+    """Vectors that count how many of them are read."""
 
     reads = 0
 
@@ -58,7 +58,7 @@ def each_by_itself(searcher: Searcher, queries: Vectors, k: int) -> tuple[Vector
 
 
 def measure(searcher: Searcher, ask: Callable[[Vectors], Ids], queries: Vectors, truth: Ids) -> dict[str, float]:
-    """Recall@10, and a query's reads and milliseconds, of the fastest round."""
+    """Recall@10, and the reads and milliseconds for each query, of the fastest round."""
     stored = searcher._stored["image"]
     times, found = [], np.empty((0, K), dtype=np.int64)
     for _ in range(ROUNDS):
