@@ -1,4 +1,4 @@
-"""The command line: `clip-batch COMMAND`. Each command is a function, and imports its stage when it runs."""
+"""The command line `clip-batch COMMAND`; each command is a function that imports its stage when it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ __all__ = ["COMMANDS", "main"]
 
 
 def _usage() -> str:
-    lines = ["usage: clip-batch COMMAND [--help] ...", "", (__doc__ or "").split("\n")[0], ""]
+    lines = [
+        "usage: clip-batch COMMAND [--help] ...",
+        "",
+        "Plan, embed, merge and search image-text data with CLIP.",
+        "",
+    ]
     lines += [f"  {name:<23}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     lines += ["", "Exit codes: 0 all committed; 1 something failed; 2 usage or configuration; 75 run again."]
     return "\n".join(lines)
