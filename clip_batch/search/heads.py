@@ -41,7 +41,7 @@ _KEYS = {
 }
 
 LIMIT = 0.5
-"""From which probability on a hit is unsafe, or violent."""
+"""The probability above which a hit is unsafe, or violent."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Head:
 
     @property
     def dim(self) -> int:
-        """Of the vectors it judges."""
+        """The dimension of the vectors that it judges."""
         return int(self.layers[0][0].shape[1])
 
     def __call__(self, vectors: Array) -> Array:
@@ -72,13 +72,13 @@ class Head:
 
 
 def _sigmoid(values: Array) -> Array:
-    found: Array = 1 / (1 + np.exp(-np.clip(values, -80, 80)))
-    return found
+    probabilities: Array = 1 / (1 + np.exp(-np.clip(values, -80, 80)))
+    return probabilities
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Those a service has. `ratings` (m, d) are aesthetic vectors, the worst first."""
+    """The heads that a search may use. `ratings` (m, d) are aesthetic vectors, the worst first."""
 
     aesthetic: Head | None = None
     ratings: Array | None = None
@@ -92,7 +92,7 @@ class Heads:
 
 
 def load_heads(config: SearchConfig | ServeConfig, storage: StorageConfig) -> Heads:
-    """The heads that the options name; ConfigError where one cannot be had or is not understood."""
+    """The heads that the options name. ConfigError: one cannot be read, or is not understood."""
     options = storage.storage_options
     ratings = aesthetic = None
     if config.aesthetic_head:
@@ -118,11 +118,11 @@ def load_head(spec: str, output: str, options: dict[str, Any] | None = None) -> 
         data = read_url(url, options)
     except (OSError, ImportError) as error:
         raise ConfigError(f"head {url} cannot be read: {' '.join(str(error).split())}") from None
-    digest, wanted = hashlib.sha256(data).hexdigest(), settings.get("sha256")
-    if wanted is None and not is_local(url):
-        raise ConfigError(f"head {url} needs #sha256=...: what lies there now has {digest}")
-    if wanted not in (None, digest):
-        raise ConfigError(f"head {url} has sha256 {digest}, wanted was {wanted}: put the right file there")
+    digest, expected = hashlib.sha256(data).hexdigest(), settings.get("sha256")
+    if expected is None and not is_local(url):
+        raise ConfigError(f"head {url} needs #sha256=...: the file there now has {digest}")
+    if expected not in (None, digest):
+        raise ConfigError(f"head {url} has sha256 {digest}, not {expected}: put the right file there")
     try:
         layers = _layers(_arrays(url, data))
     except Exception as error:  # pickles, zips and headers fail in many ways
@@ -144,8 +144,8 @@ def _arrays(url: str, data: bytes) -> dict[str, Any]:
     if kind in ("pt", "pth"):
         import torch
 
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return {name: tensor.float().numpy() for name, tensor in found.items()}
+        tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
     raise ValueError("name a file that ends in .npy, .npz, .safetensors, .pt or .pth")
 
 
@@ -163,5 +163,5 @@ def _layers(arrays: dict[str, Any]) -> tuple[tuple[Array, Array], ...]:
         bias = arrays.get(name.removesuffix("weight") + "bias", np.zeros(len(weight)))
         layers.append((weight, np.asarray(bias, np.float32).reshape(len(weight))))
     if not layers or not all(np.isfinite(part).all() for layer in layers for part in layer):
-        raise ValueError("it holds no weights, or such that are not finite")
+        raise ValueError("it has no weights, or weights that are not finite")
     return tuple(layers)
