@@ -15,7 +15,8 @@ import numpy.typing as npt
 from clip_batch.search import dedup
 from clip_batch.search.backend import Backend, ExhaustiveBackend
 from clip_batch.search.checks import check_columns
-from clip_batch.search.conditions import Condition, columns_in, matches
+from clip_batch.search.conditions import Condition, columns_in
+from clip_batch.search.evaluate import matches
 from clip_batch.search.heads import LIMIT, Head, Heads
 from clip_batch.search.prefilter import Prefilter
 from clip_batch.search.query import Criteria, K, Query, QueryError

@@ -29,8 +29,9 @@ from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.metadata import MetadataFile, common_schema, take_as
 from clip_batch.search import clip_retrieval
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
-from clip_batch.search.conditions import Condition, columns_in, matches
+from clip_batch.search.conditions import Condition, columns_in
 from clip_batch.search.encoder import load_encoder
+from clip_batch.search.evaluate import matches
 from clip_batch.search.find import Ranked, best_rows, check_criteria, find
 from clip_batch.search.heads import load_heads
 from clip_batch.search.prefilter import Prefilter

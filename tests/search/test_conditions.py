@@ -26,8 +26,8 @@ from clip_batch.search.conditions import (
     Or,
     all_of,
     columns_in,
-    matches,
 )
+from clip_batch.search.evaluate import matches
 from clip_batch.search.filters import Filter
 
 BIG = [2**53, 2**53 + 1, 2**53 - 1, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 2**64, 10**400, -(10**400)]

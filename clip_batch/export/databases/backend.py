@@ -25,8 +25,9 @@ from clip_batch.index import removed_rows
 from clip_batch.index.ann.order import best
 from clip_batch.index.manifest import load_manifest
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
-from clip_batch.search.conditions import And, Compare, Condition, In, columns_in, matches
+from clip_batch.search.conditions import And, Compare, Condition, In, columns_in
 from clip_batch.search.encoder import load_encoder
+from clip_batch.search.evaluate import matches
 from clip_batch.search.rows import Ids, RowSet, Vectors, selection
 from clip_batch.storage.store import Store
 
