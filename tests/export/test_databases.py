@@ -126,7 +126,7 @@ def test_metadata_comes_back_as_it_was(index: str, sql_url: str, prefix: str) ->
     said: list[str] = []
     done = export_sql(index, config, deep=True, progress=said.append)
     assert done.ok
-    assert (done.rows, done.there, done.compared) == (ROWS, ROWS, ROWS)
+    assert (done.rows, done.present, done.compared) == (ROWS, ROWS, ROWS)
     assert said[-1] == f"{ROWS} rows written"
     table = f"{prefix}_{current_version(Store(index))}"
     with Sql(sql_url, prefix) as sql, sql.engine.connect() as connection, Searcher(index) as searcher:
@@ -478,11 +478,11 @@ def test_what_does_not_belong_is_refused(copied: str, larger: str, exported: Dat
         create_app({"a": copied}, databases=replace(exported, sql=""))
     with pytest.raises(DatabaseError, match=r"has no collection .*export milvus"):
         DatabaseBackend(larger, exported)
-    with pytest.raises(DatabaseError, match=r"m\.sqlite is not there: run clip-batch export sql"):
+    with pytest.raises(DatabaseError, match=r"m\.sqlite does not exist: run clip-batch export sql"):
         DatabaseBackend(copied, replace(exported, sql=str(tmp_path / "m.sqlite")))
-    with pytest.raises(DatabaseError, match=r"v\.db is not there"):
+    with pytest.raises(DatabaseError, match=r"v\.db does not exist"):
         DatabaseBackend(copied, replace(exported, milvus=str(tmp_path / "v.db")))
-    with pytest.raises(DatabaseError, match=r"is not there: run clip-batch export sql"):
+    with pytest.raises(DatabaseError, match=r"does not exist: run clip-batch export sql"):
         export_sql(copied, DatabaseConfig(sql=str(tmp_path / "m.sqlite")), verify=True)
     assert not list(tmp_path.glob("*.sqlite"))
     path = Path(copied) / (current_version(Store(copied)) or "") / "manifest.json"

@@ -1,6 +1,7 @@
-"""Databases that hold an index version for others: vectors in Milvus, metadata in SQL, by the index's own row ids.
+"""Export an index version to databases, vectors to Milvus and metadata to SQL, and search it there.
 
-`export` fills them and `serve` answers from them. A version has a collection and a table named after it.
+Rows keep the ids of the index. Each version has its own collection and its own table, which are named after it.
+`fill` exports a version, and `backend` answers searches from it.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from clip_batch.index.manifest import Manifest
 
 
 def table_name(prefix: str, version: str) -> str:
-    """The table and the collection of a version. ConfigError: the prefix is no plain name."""
+    """Return the name of a version's table and collection. ConfigError: the prefix is not a plain name."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,39}", prefix):
         raise ConfigError(f"--table-prefix {prefix!r}: up to 40 letters, digits and underscores, no digit first")
     return f"{prefix}_{version}"
 
 
 def identity(manifest: Manifest) -> dict[str, str]:
-    """What a database records of the version it holds, and is checked by: version, manifest digest, encoder."""
+    """Return what a database records about the version it holds: version, manifest digest and encoder fingerprint."""
     digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()[:16]
     return {"version": manifest.version, "manifest": digest, "encoder": manifest.encoder.fingerprint}
 
 
-def check_identity(where: str, found: Mapping[str, object], wanted: Mapping[str, str]) -> None:
-    """DatabaseError where what a database says it holds is not what is wanted."""
-    for what, value in wanted.items():
-        if found.get(what) != value:
-            raise DatabaseError(f"{where} has {what} {found.get(what)}, not {value}: drop it and export again")
+def check_identity(where: str, recorded: Mapping[str, object], expected: Mapping[str, str]) -> None:
+    """Raise DatabaseError if the identity that a database recorded differs from the expected one."""
+    for what, value in expected.items():
+        if recorded.get(what) != value:
+            raise DatabaseError(f"{where} has {what} {recorded.get(what)}, not {value}: drop it and export again")

@@ -1,7 +1,7 @@
-"""An index version answered from Milvus and SQL.
+"""Search an index version in Milvus and SQL.
 
-INDEX still says which version is live, by which encoder, and which rows were removed: its CURRENT, manifest and removal
-lists are read, no faiss index and no Arrow file.
+INDEX still says which version is live, which encoder made it, and which rows were removed: its CURRENT, manifest and
+removal lists are read, but no faiss index and no Arrow file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clip_batch.errors import ConfigError, DatabaseError
 from clip_batch.export.databases import check_identity, identity, table_name
 from clip_batch.export.databases.columns import schema_of
 from clip_batch.export.databases.milvus import MOST, Milvus
-from clip_batch.export.databases.sql import ASKED, Sql, SqlTable
+from clip_batch.export.databases.sql import IDS_PER_STATEMENT, Sql, SqlTable
 from clip_batch.index import removed_rows
 from clip_batch.index.ann.order import best
 from clip_batch.index.manifest import load_manifest
@@ -35,14 +35,17 @@ if TYPE_CHECKING:
     from clip_batch.encoders import Encoder
 
 SURPLUS = 1_000
-"""Rows that were removed since the export; so many more hits are asked for, and dropped."""
+"""Largest number of removed rows that the databases may still hold.
+
+Each search requests as many hits more than `k` as there are such rows, and drops the removed ones.
+"""
 
 
 class DatabaseBackend:
     """A `Backend` over the collection and the table of INDEX's live version.
 
-    Errors of the constructor: as `load_manifest`; DatabaseError where a database is not there, holds another version or
-    another encoder's, or not all rows.
+    The constructor raises what `load_manifest` raises, and DatabaseError if a database does not exist, holds another
+    version or another encoder's vectors, or lacks rows.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class DatabaseBackend:
         self._removed = removed
         self._encoder: Encoder | None = None
         self._loading = Lock()
-        name, known = table_name(databases.table_prefix, manifest.version), identity(manifest)
+        name, expected = table_name(databases.table_prefix, manifest.version), identity(manifest)
         with ExitStack() as stack:
             milvus = stack.enter_context(Milvus(databases.milvus, databases.milvus_token))
             sql = stack.enter_context(Sql(databases.sql, databases.table_prefix))
@@ -76,8 +79,8 @@ class DatabaseBackend:
                 )
             if record is None:
                 raise DatabaseError(f"{sql} has no table {name}: run clip-batch export sql --index {store.url}")
-            check_identity(f"collection {name} of {milvus}", about, known)
-            check_identity(f"table {name} of {sql}", vars(record), known)
+            check_identity(f"collection {name} of {milvus}", about, expected)
+            check_identity(f"table {name} of {sql}", vars(record), expected)
             self._vectors, self._table = milvus.open(name, list(manifest.key), about["index"]), sql.open(name, record)
             self._surplus = self._check(self._vectors.count(0, manifest.rows), "milvus", str(self._vectors))
             self._check(self._table.count(0, manifest.rows), "sql", str(self._table))
@@ -86,7 +89,7 @@ class DatabaseBackend:
         self.most = MOST - self._surplus
 
     def _check(self, count: int, kind: str, where: str) -> int:
-        """How many removed rows are still there."""
+        """Return how many removed rows a database still holds. DatabaseError: it lacks rows, or holds too many."""
         rows = self.manifest.rows - len(self._removed)
         again = f"run clip-batch export {kind} again"
         if count < rows:
@@ -113,40 +116,44 @@ class DatabaseBackend:
         effort: int | None = None,
         among: RowSet | None = None,
     ) -> tuple[Vectors, Ids]:
-        """As `Searcher.search_ids`; `effort` is nprobe or ef, by default Milvus's own."""
-        wanted = checked_search(self.manifest, queries, k, modality, effort)
+        """Search as `Searcher.search_ids` does. `effort` is nprobe or ef; None uses Milvus's default."""
+        vectors = checked_search(self.manifest, queries, k, modality, effort)
         if k > self.most:
             raise ConfigError(f"k is {k}: Milvus gives {self.most} at the most")
         if among is not None and not len(among.ids):
-            return best(np.empty((len(wanted), 0), np.float32), np.empty((len(wanted), 0), np.int64), k)
-        asked = min(k + self._surplus, self.manifest.rows)
-        scores, ids = self._vectors.search(wanted, asked, modality, effort, among.ids if among else None)
-        gone = removed_rows.contains(self._removed, ids)
-        return best(np.where(gone, -np.inf, scores), np.where(gone, -1, ids), k)
+            return best(np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64), k)
+        depth = min(k + self._surplus, self.manifest.rows)
+        scores, ids = self._vectors.search(vectors, depth, modality, effort, among.ids if among else None)
+        removed = removed_rows.contains(self._removed, ids)
+        return best(np.where(removed, -np.inf, scores), np.where(removed, -1, ids), k)
 
     def where(self, condition: Condition) -> Ids:
-        """SQL narrows the rows down as far as it can tell exactly; their values are then read and judged here."""
+        """Return the sorted ids of the rows for which a condition is true.
+
+        SQL evaluates the parts of the condition that it evaluates exactly as we do. The values of the remaining rows
+        are read, and the whole condition is evaluated here.
+        """
         names = columns_in(condition)
         check_columns(self.schema, names)
         schema = pa.schema([self.schema.field(name) for name in names])
-        found = [np.empty(0, dtype=np.int64)]
-        for ids, rows in self._table.scan(names, _pushed(self._table, condition)):
+        matching = [np.empty(0, dtype=np.int64)]
+        for ids, rows in self._table.scan(names, _sql_conditions(self._table, condition)):
             columns = zip(zip(*rows, strict=True), schema.types, strict=True)
             batch = pa.RecordBatch.from_arrays([pa.array(values, kind) for values, kind in columns], schema=schema)
-            found.append(ids[matches(condition, batch)])
-        return np.sort(np.concatenate(found))
+            matching.append(ids[matches(condition, batch)])
+        return np.sort(np.concatenate(matching))
 
     def select(self, ids: npt.ArrayLike) -> RowSet:
         return selection(self.manifest, self._removed, ids)
 
     def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:
-        wanted = checked_ids(self.manifest, self._removed, ids)
+        row_ids = checked_ids(self.manifest, self._removed, ids)
         names = list(self.schema.names) if columns is None else columns
         check_columns(self.schema, names)
-        found = self._table.select(np.unique(wanted), names)
-        if missing := [id for id in wanted.tolist() if id not in found]:
+        values = self._table.select(np.unique(row_ids), names)
+        if missing := [id for id in row_ids.tolist() if id not in values]:
             raise DatabaseError(f"{self._table} has no row {missing[0]}: run clip-batch export sql again")
-        return [dict(zip(names, found[id], strict=True)) for id in wanted.tolist()]
+        return [dict(zip(names, values[id], strict=True)) for id in row_ids.tolist()]
 
     def table(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
         rows = self.metadata(ids, columns)
@@ -154,20 +161,22 @@ class DatabaseBackend:
         return pa.Table.from_pylist(rows, pa.schema([self.schema.field(name) for name in names]))
 
     def reconstruct(self, ids: npt.ArrayLike, modality: str = "image") -> Vectors:
-        wanted = checked_ids(self.manifest, self._removed, ids)
+        row_ids = checked_ids(self.manifest, self._removed, ids)
         check_modality(self.manifest, modality)
-        return self._vectors.vectors(wanted, modality)
+        return self._vectors.vectors(row_ids, modality)
 
 
-def _pushed(table: SqlTable, condition: Condition) -> list[Any]:
-    """SQL conditions that every row meets which meets this one; none where SQL cannot tell."""
+def _sql_conditions(table: SqlTable, condition: Condition) -> list[Any]:
+    """Return SQL conditions that every matching row meets; none if SQL cannot evaluate any part exactly."""
     if isinstance(condition, And):
-        return [pushed for part in condition.parts for pushed in _pushed(table, part)]
+        return [clause for part in condition.parts for clause in _sql_conditions(table, part)]
     if not isinstance(condition, Compare | In):
         return []
     kind = table.kind(condition.column)
-    values = [_bound(value, kind) for value in (condition.values if isinstance(condition, In) else [condition.value])]
-    if None in values or len(values) > ASKED:
+    values = [
+        _sql_value(value, kind) for value in (condition.values if isinstance(condition, In) else [condition.value])
+    ]
+    if None in values or len(values) > IDS_PER_STATEMENT:
         return []
     if isinstance(condition, In) or condition.operator == "=":
         return [table.among(condition.column, values)]
@@ -177,8 +186,8 @@ def _pushed(table: SqlTable, condition: Condition) -> list[Any]:
     return table.between(condition.column, low, high)
 
 
-def _bound(value: Any, kind: str) -> Any:
-    """A condition's value as SQL may compare a column of a kind with it; None where Python must."""
+def _sql_value(value: Any, kind: str) -> Any:
+    """Return the value with which SQL compares a column of a kind exactly; None if only Python can compare it."""
     if isinstance(value, bool) or kind == "bool":
         return value if isinstance(value, bool) and kind == "bool" else None
     if isinstance(value, str):

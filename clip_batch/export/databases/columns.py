@@ -1,4 +1,4 @@
-"""Metadata columns as every SQL database takes them: names, four kinds of values, and the values themselves."""
+"""Metadata columns in the form that every SQL database accepts: their names, one of four kinds, and their values."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pyarrow.compute as pc
 Kind = Literal["string", "int64", "double", "bool"]
 
 _TAKEN = {"id", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}
-"""Our row ids, and what PostgreSQL calls its own columns."""
+"""Names that a metadata column cannot have: our row id's and those of PostgreSQL's system columns."""
 
 _LONGEST = 50
-"""Bytes of a name: PostgreSQL cuts at 63, and a number may have to follow."""
+"""Largest length of a name in bytes. PostgreSQL cuts names at 63 bytes, and a number may have to be appended."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metadata column: its name there, its name in the table, and what its values are."""
+    """A metadata column: its name in the index, its name in the SQL table, and the kind of its values."""
 
     name: str
     sql: str
@@ -30,13 +30,13 @@ class Column:
 
 
 def columns_of(schema: pa.Schema) -> tuple[Column, ...]:
-    """The table's columns, in the schema's order.
+    """Return the SQL table's columns, in the order of the metadata schema.
 
-    A name is kept where all databases can have it: upper and lower case do not tell two apart there, some characters
-    are in none, and a few names are taken (those become json_<name>).
+    A name stays as it is if every database accepts it. Names that differ in case alone are numbered, characters that
+    some database rejects become `_`, and reserved names become json_<name>.
     """
     used = set(_TAKEN)
-    found = []
+    columns = []
     for field in schema:
         plain = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff\U00010000-\U0010ffff]", "_", field.name)
         plain = plain.encode()[:_LONGEST].decode(errors="ignore").rstrip(" ") or "column"
@@ -45,12 +45,12 @@ def columns_of(schema: pa.Schema) -> tuple[Column, ...]:
         while name.casefold() in used:
             name, number = f"{plain}_{number}", number + 1
         used.add(name.casefold())
-        found.append(Column(field.name, name, _kind(field.type)))
-    return tuple(found)
+        columns.append(Column(field.name, name, _kind(field.type)))
+    return tuple(columns)
 
 
 def schema_of(columns: Sequence[Column]) -> pa.Schema:
-    """The metadata schema that a table's columns give back."""
+    """Return the schema of the metadata that is read from these columns."""
     kinds = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
     return pa.schema([(column.name, kinds[column.kind]) for column in columns])
 
@@ -64,25 +64,25 @@ def _kind(kind: pa.DataType) -> Kind:
 
 
 def values(table: pa.Table, columns: Sequence[Column], nul: bool = True) -> list[list[Any]]:
-    """The values of a table's columns, a list a column, as SQL can hold them.
+    """Return the values of a table's columns as SQL can store them, one list per column.
 
-    NaN and infinities are null, as the service answers them; what is no text, number or bool is text (JSON, where it
-    has parts). Without `nul`, the character U+0000 is U+FFFD.
+    NaN and infinities become null, as in the service's answers. Values other than texts, numbers and bools become
+    text (lists and structs become JSON). If `nul` is false, the character U+0000 becomes U+FFFD.
     """
-    return [_plain(table[column.name], column.kind, nul) for column in columns]
+    return [_column_values(table[column.name], column.kind, nul) for column in columns]
 
 
-def _plain(column: pa.ChunkedArray, kind: Kind, nul: bool) -> list[Any]:
+def _column_values(column: pa.ChunkedArray, kind: Kind, nul: bool) -> list[Any]:
     if kind == "double":
-        finite = column.cast(pa.float64())
-        return list(pc.if_else(pc.is_finite(finite), finite, None).to_pylist())
-    found = column.to_pylist()
+        doubles = column.cast(pa.float64())
+        return list(pc.if_else(pc.is_finite(doubles), doubles, None).to_pylist())
+    cells = column.to_pylist()
     if kind == "string":
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            found = [_text(value) for value in found]
+            cells = [_text(value) for value in cells]
         if not nul:
-            found = [value.replace("\0", "\ufffd") if value and "\0" in value else value for value in found]
-    return list(found)
+            cells = [value.replace("\0", "\ufffd") if value and "\0" in value else value for value in cells]
+    return list(cells)
 
 
 def _text(value: Any) -> str | None:

@@ -1,7 +1,7 @@
-"""Filling a database with an index version, block by block of ids; going on after a kill; proving what is there.
+"""Export an index version to a database, block by block of ids, and check what the database holds.
 
-A block is counted first. If it has as many rows as it should it is left alone; else what it lacks is written and
-what it should not have is deleted. So running an export again is how it goes on, and what mends it.
+Each block is counted first. If it has the right number of rows, it is left as it is; otherwise missing rows are written
+and surplus rows deleted. Running an export again therefore resumes it after a kill, and repairs it.
 """
 
 from __future__ import annotations
@@ -22,46 +22,47 @@ from clip_batch.export.databases.sql import ExportRecord, Sql, SqlTable
 from clip_batch.search.searcher import Searcher
 
 SAMPLE = 1_000
-"""Rows that are compared value by value where not all are."""
+"""Rows that a check compares value by value, unless it is deep."""
 
 EXAMPLES = 5
-"""Ids that a report names of each kind."""
+"""Ids that a report names for each kind of difference."""
 
 Progress = Callable[[str], None]
 
 
 class Target(Protocol):
-    """What can be filled: rows by id."""
+    """A table or collection that an export fills: rows by id."""
 
     def count(self, start: int, stop: int) -> int:
-        """How many rows have an id in [start, stop)."""
+        """Return the number of rows whose id is in [start, stop)."""
 
     def ids(self, start: int, stop: int) -> Ids:
-        """Those ids, sorted."""
+        """Return the sorted ids in [start, stop) that have a row."""
 
     def write(self, ids: Ids) -> None:
-        """Write rows (n,) that are not there."""
+        """Write the rows of ids (n,), none of which exists."""
 
     def delete(self, ids: Ids) -> None:
-        """Delete those of the rows (n,) that are there."""
+        """Delete the rows of ids (n,) that exist."""
 
     def differ(self, ids: Ids) -> Ids:
-        """Which of the rows (n,) are there with other values than they should have."""
+        """Return those of ids (n,) whose rows exist with other values than the index has."""
 
     def finish(self) -> None:
-        """All is written."""
+        """Record that all rows were written."""
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What a database has of the `rows` it should have: `there` so many, of which `compared` were read and compared.
+class ExportCheck:
+    """How the rows of a table or collection agree with the index.
 
-    `missing`, `surplus` and `different` count rows; `examples` has ids of each.
+    It should have `rows` rows and has `present`; the values of `compared` rows were compared. `missing`, `surplus` and
+    `different` count rows, and `examples` has up to EXAMPLES ids of each.
     """
 
     where: str
     rows: int
-    there: int
+    present: int
     compared: int
     missing: int
     surplus: int
@@ -73,15 +74,15 @@ class Checked:
         return not (self.missing or self.surplus or self.different)
 
 
-def describe(found: Checked) -> str:
-    """One line for people."""
-    wrong = [
-        f"{getattr(found, what):,} {what}" + (f" ({', '.join(map(str, ids))})" if ids else "")
-        for what, ids in found.examples.items()
-        if getattr(found, what)
+def describe(check: ExportCheck) -> str:
+    """Return one line that says what agrees and what differs."""
+    differences = [
+        f"{getattr(check, what):,} {what}" + (f" ({', '.join(map(str, ids))})" if ids else "")
+        for what, ids in check.examples.items()
+        if getattr(check, what)
     ]
-    text = f"{found.there:,} of {found.rows:,} rows in {found.where}, {found.compared:,} compared"
-    return f"{text}: {'; '.join(wrong) or 'all as in the index'}"
+    text = f"{check.present:,} of {check.rows:,} rows in {check.where}, {check.compared:,} compared"
+    return f"{text}: {'; '.join(differences) or 'all as in the index'}"
 
 
 def export_sql(
@@ -91,23 +92,23 @@ def export_sql(
     verify: bool = False,
     deep: bool = False,
     progress: Progress = lambda line: None,
-) -> Checked:
-    """Fill a table with the metadata of INDEX's live version, or with `verify` only look; then check it.
+) -> ExportCheck:
+    """Write the metadata of INDEX's live version to an SQL table, unless `verify`; then check the table.
 
-    All rows are counted, SAMPLE or, if `deep`, all of them compared. Errors: as `Searcher` and `Sql`; DatabaseError
-    where the table holds something else.
+    The check counts all rows and compares the values of SAMPLE rows, or of all rows if `deep`. Errors: those of
+    `Searcher` and `Sql`, and DatabaseError if the table holds another version.
     """
     if not config.sql:
         raise ConfigError("export sql needs --sql: a URL such as postgresql://user@host/database, or a file for SQLite")
     with Searcher(index, storage) as searcher, Sql(config.sql, config.table_prefix, not verify) as sql:
         rows, name = IndexRows(searcher), table_name(config.table_prefix, searcher.manifest.version)
-        known = identity(searcher.manifest)
+        expected = identity(searcher.manifest)
         record = sql.record(name)
         if record is None:
             _refuse_absent(verify, f"table {name}", sql)
-            record = ExportRecord(**known, rows=searcher.manifest.rows, done=0, columns=columns_of(searcher.schema))
+            record = ExportRecord(**expected, rows=searcher.manifest.rows, done=0, columns=columns_of(searcher.schema))
             sql.create(name, record)
-        check_identity(f"table {name} of {sql}", vars(record), known)
+        check_identity(f"table {name} of {sql}", vars(record), expected)
         return _run(rows, _Metadata(sql.open(name, record), rows), verify, deep, progress)
 
 
@@ -118,10 +119,10 @@ def export_milvus(
     verify: bool = False,
     deep: bool = False,
     progress: Progress = lambda line: None,
-) -> Checked:
-    """Fill a collection with the vectors of INDEX's live version, or with `verify` only look; then check it.
+) -> ExportCheck:
+    """Write the vectors of INDEX's live version to a Milvus collection, unless `verify`; then check the collection.
 
-    As `export_sql`.
+    The check and the errors are those of `export_sql`, with `Milvus` in place of `Sql`.
     """
     if not config.milvus:
         raise ConfigError(
@@ -130,14 +131,14 @@ def export_milvus(
     with Searcher(index, storage) as searcher, Milvus(config.milvus, config.milvus_token, not verify) as milvus:
         rows, manifest = VectorRows(searcher), searcher.manifest
         name, modalities = table_name(config.table_prefix, manifest.version), list(manifest.key)
-        known = {**identity(manifest), "vectors": "exact" if rows.exact else "inexact"}
+        expected = {**identity(manifest), "vectors": "exact" if rows.exact else "inexact"}
         about = milvus.about(name)
         progress(f"vectors are {rows.origin}")
         if about is None:
             _refuse_absent(verify, f"collection {name}", milvus)
-            about = {**known, "index": config.milvus_index}
+            about = {**expected, "index": config.milvus_index}
             milvus.create(name, manifest.dim, modalities, manifest.rows, about)
-        check_identity(f"collection {name} of {milvus}", about, known)
+        check_identity(f"collection {name} of {milvus}", about, expected)
         return _run(rows, _Vectors(milvus.open(name, modalities, about["index"]), rows), verify, deep, progress)
 
 
@@ -146,24 +147,24 @@ def _refuse_absent(verify: bool, what: str, where: object) -> None:
         raise DatabaseError(f"{what} is not in {where}: export without --verify first")
 
 
-def _run(rows: IndexRows, target: Target, verify: bool, deep: bool, progress: Progress) -> Checked:
+def _run(rows: IndexRows, target: Target, verify: bool, deep: bool, progress: Progress) -> ExportCheck:
     if not verify:
         _fill(rows, target, progress)
     return _check(rows, target, deep)
 
 
 def _fill(rows: IndexRows, target: Target, progress: Progress) -> None:
-    """Write what is missing, delete what was removed."""
+    """Write the rows that the target lacks, and delete those that were removed from the index."""
     written = 0
     for start, stop in rows.blocks():
-        wanted = rows.ids(start, stop)
-        if target.count(start, stop) == len(wanted) and not len(rows.removed(start, stop)):
+        expected = rows.ids(start, stop)
+        if target.count(start, stop) == len(expected) and not len(rows.removed(start, stop)):
             continue
-        there = target.ids(start, stop)
-        if len(surplus := np.setdiff1d(there, wanted)):
+        present = target.ids(start, stop)
+        if len(surplus := np.setdiff1d(present, expected)):
             target.delete(surplus)
             progress(f"{len(surplus):,} rows deleted, which were removed from the index")
-        if len(missing := np.setdiff1d(wanted, there)):
+        if len(missing := np.setdiff1d(expected, present)):
             target.write(missing)
             written += len(missing)
             progress(f"{stop:,} of {rows.manifest.rows:,} rows")
@@ -171,32 +172,32 @@ def _fill(rows: IndexRows, target: Target, progress: Progress) -> None:
     progress(f"{written:,} rows written")
 
 
-def _check(rows: IndexRows, target: Target, deep: bool) -> Checked:
+def _check(rows: IndexRows, target: Target, deep: bool) -> ExportCheck:
     sample = np.random.default_rng().choice(rows.manifest.rows, min(SAMPLE, rows.manifest.rows), replace=False)
-    found: dict[str, list[Ids]] = {"missing": [], "surplus": [], "different": []}
-    there = compared = 0
+    differing: dict[str, list[Ids]] = {"missing": [], "surplus": [], "different": []}
+    present = compared = 0
     for start, stop in rows.blocks():
-        wanted = rows.ids(start, stop)
-        chosen = wanted if deep else np.intersect1d(wanted, sample)
-        there += (count := target.count(start, stop))
-        if count != len(wanted):
+        expected = rows.ids(start, stop)
+        chosen = expected if deep else np.intersect1d(expected, sample)
+        present += (count := target.count(start, stop))
+        if count != len(expected):
             ids = target.ids(start, stop)
-            found["missing"].append(np.setdiff1d(wanted, ids))
-            found["surplus"].append(np.setdiff1d(ids, wanted))
+            differing["missing"].append(np.setdiff1d(expected, ids))
+            differing["surplus"].append(np.setdiff1d(ids, expected))
             chosen = np.intersect1d(chosen, ids)
         if len(chosen):
             compared += len(chosen)
-            found["different"].append(target.differ(chosen))
-    lists = {what: np.concatenate([np.empty(0, dtype=np.int64), *ids]) for what, ids in found.items()}
+            differing["different"].append(target.differ(chosen))
+    lists = {what: np.concatenate([np.empty(0, dtype=np.int64), *ids]) for what, ids in differing.items()}
     beyond = target.count(rows.manifest.rows, 2**62) + target.count(-(2**62), 0)
     counts = {what: len(ids) for what, ids in lists.items()}
     counts["surplus"] += beyond
     examples = {what: ids[:EXAMPLES].tolist() for what, ids in lists.items()}
-    return Checked(str(target), len(rows), there + beyond, compared, **counts, examples=examples)
+    return ExportCheck(str(target), len(rows), present + beyond, compared, **counts, examples=examples)
 
 
 class _Metadata:
-    """A table, filled with metadata."""
+    """An SQL table as the target of an export of metadata."""
 
     def __init__(self, table: SqlTable, rows: IndexRows) -> None:
         self._table, self._rows = table, rows
@@ -213,7 +214,7 @@ class _Metadata:
 
 
 class _Vectors:
-    """A collection, filled with vectors."""
+    """A Milvus collection as the target of an export of vectors."""
 
     def __init__(self, collection: Collection, rows: VectorRows) -> None:
         self._collection, self._rows = collection, rows

@@ -1,7 +1,8 @@
-"""One Milvus collection of vectors: a server's by its URL, or milvus-lite's in a local file, in this process.
+"""Collections of vectors in Milvus: on a server, by its URL, or in a local file that milvus-lite opens in this process.
 
-Fields: `id` (the index's row), `image` and `text` (float32, inner product), `captioned` (whether the text is a vector).
-Milvus has no transactions; a row is written again under its id without harm.
+A collection has the fields `id` (the index's row), `image` and `text` (float32, inner product), and `captioned`, which
+is false where the text vector is only a placeholder of zeros. Milvus has no transactions, but writing a row again
+replaces it.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ Ids = npt.NDArray[np.int64]
 Kind = Literal["AUTOINDEX", "FLAT", "IVF_FLAT", "HNSW"]
 
 MOST = 16_384
-"""Rows of one answer at the most, by Milvus's own limit."""
+"""Largest number of rows in one answer, which is a limit of Milvus."""
 
 SENT = 2**24
-"""Bytes of vectors in one request, about; Milvus takes 64 MB."""
+"""Approximate bytes of vectors in one request. Milvus accepts 64 MB."""
 
 ABOUT = "clip_batch"
-"""The collection's property that says, in JSON, what it holds."""
+"""Name of the collection property that says, in JSON, what the collection holds."""
 
 
 class Milvus:
-    """A connection; a context manager. `uri` is http(s)://[user:password@]host:port, or a path that ends in .db.
+    """A connection to Milvus, which is a context manager.
 
-    ConfigError: it is neither. DatabaseError: it cannot be reached or, with `create` off, there is no such file.
+    `uri` is http(s)://[user:password@]host:port, or a path that ends in .db. ConfigError: it is neither. DatabaseError:
+    the server cannot be reached, or the file does not exist and `create` is false.
     """
 
     def __init__(self, uri: str, token: str = "", create: bool = False) -> None:
@@ -46,12 +48,12 @@ class Milvus:
             raise ConfigError("--milvus is not understood: write http://host:port, or the path of a file FILE.db")
         self.where, self._token = redact(uri), token
         if self._file and not create and not os.path.exists(self._file):
-            raise DatabaseError(f"{self} is not there: run clip-batch export milvus first")
-        for name in ("pymilvus", "milvus_lite"):  # they log tracebacks of what they raise
+            raise DatabaseError(f"{self} does not exist: run clip-batch export milvus first")
+        for name in ("pymilvus", "milvus_lite"):  # they log the traceback of each error that they raise
             logging.getLogger(name).setLevel(logging.CRITICAL)
         from pymilvus import MilvusClient
 
-        with self.asked():
+        with self.database_errors():
             self.client: Any = MilvusClient(self._file or uri, token=token, timeout=10)
 
     def __str__(self) -> str:
@@ -68,22 +70,22 @@ class Milvus:
             server_manager_instance.release_server(self._file)
 
     @contextlib.contextmanager
-    def asked(self) -> Iterator[None]:
-        """What Milvus refuses within the block is a DatabaseError of one line."""
+    def database_errors(self) -> Iterator[None]:
+        """Raise each error of Milvus within the block as a DatabaseError of one line, without secrets."""
         from grpc import RpcError
         from pymilvus.exceptions import MilvusException
 
         try:
             yield
         except (MilvusException, RpcError) as error:
-            said = one_line(getattr(error, "message", "") or error, 500)
-            said = redact(said.replace(self._token, "...") if self._token else said)
-            hint = ": another process has it open, or it is no milvus-lite file" if "Open local" in said else ""
-            raise DatabaseError(f"{self}: {said}{hint}") from None
+            message = one_line(getattr(error, "message", "") or error, 500)
+            message = redact(message.replace(self._token, "...") if self._token else message)
+            hint = ": another process has it open, or it is no milvus-lite file" if "Open local" in message else ""
+            raise DatabaseError(f"{self}: {message}{hint}") from None
 
     def about(self, name: str) -> dict[str, str] | None:
-        """What a collection says it holds; None where there is none. DatabaseError: it is not one of ours."""
-        with self.asked():
+        """Return what a collection records about itself; None if it does not exist. DatabaseError: it is not ours."""
+        with self.database_errors():
             if not self.client.has_collection(name):
                 return None
             text = self.client.describe_collection(name)["properties"].get(ABOUT)
@@ -94,7 +96,7 @@ class Milvus:
         return dict(json.loads(text))
 
     def create(self, name: str, dim: int, modalities: Sequence[str], rows: int, about: Mapping[str, str]) -> None:
-        """Create a collection without rows, its indices (of kind about["index"]) built as it is filled."""
+        """Create an empty collection, whose indices, of kind about["index"], are built while it is filled."""
         from pymilvus import DataType
 
         schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -103,30 +105,30 @@ class Milvus:
         indices = self.client.prepare_index_params()
         for modality in modalities:
             schema.add_field(modality, DataType.FLOAT_VECTOR, dim=dim)
-            built = _built(about["index"], rows)
-            indices.add_index(modality, index_type=about["index"], metric_type="IP", params=built)
-        with self.asked():
+            params = _build_params(about["index"], rows)
+            indices.add_index(modality, index_type=about["index"], metric_type="IP", params=params)
+        with self.database_errors():
             properties = {ABOUT: json.dumps(about)}
             self.client.create_collection(
                 name, schema=schema, index_params=indices, consistency_level="Strong", properties=properties
             )
 
     def open(self, name: str, modalities: Sequence[str], kind: str) -> Collection:
-        """A collection that is there, loaded; `kind` is that of its indices."""
-        with self.asked():
+        """Load an existing collection and return it; `kind` is that of its indices."""
+        with self.database_errors():
             self.client.load_collection(name)
         return Collection(self, name, modalities, kind)
 
 
-def _built(kind: str, rows: int) -> dict[str, int]:
-    """How an index of a kind is built for so many rows."""
+def _build_params(kind: str, rows: int) -> dict[str, int]:
+    """Return the build parameters of an index of a kind for a number of rows."""
     if kind == "IVF_FLAT":
         return {"nlist": int(min(max(4 * rows**0.5, 16), 65_536))}
     return {"M": 16, "efConstruction": 200} if kind == "HNSW" else {}
 
 
 class Collection:
-    """The rows of one collection. DatabaseError: as `Milvus`."""
+    """The rows of one collection. All methods raise DatabaseError if Milvus fails."""
 
     def __init__(self, milvus: Milvus, name: str, modalities: Sequence[str], kind: str) -> None:
         self.milvus, self.name, self.modalities, self.kind = milvus, name, modalities, kind
@@ -135,16 +137,16 @@ class Collection:
         return f"collection {self.name} of {self.milvus}"
 
     def count(self, start: int, stop: int) -> int:
-        """How many rows have an id in [start, stop)."""
+        """Return the number of rows whose id is in [start, stop)."""
         return int(self._query(f"id >= {start} and id < {stop}", ["count(*)"])[0]["count(*)"])
 
     def ids(self, start: int, stop: int) -> Ids:
-        """Those ids, sorted; [start, stop) spans `MOST` at the most."""
+        """Return the sorted ids in [start, stop) that have a row; the range spans at most `MOST` ids."""
         rows = self._query(f"id >= {start} and id < {stop}", ["id"], MOST)
         return np.sort(np.array([row["id"] for row in rows], dtype=np.int64))
 
     def add(self, ids: Ids, vectors: Mapping[str, Vectors]) -> None:
-        """Write rows (n,) with their vectors (n, d) by modality."""
+        """Write the rows of ids (n,) with their vectors float32 (n, d) by modality."""
         captioned = _captioned(ids, vectors)
         step = max(1, SENT // max(1, sum(one[:1].nbytes for one in vectors.values())))
         for start in range(0, len(ids), step):
@@ -153,82 +155,86 @@ class Collection:
                 | {name: one[at] for name, one in vectors.items()}
                 for at in range(start, min(start + step, len(ids)))
             ]
-            with self.milvus.asked():
+            with self.milvus.database_errors():
                 self.milvus.client.upsert(self.name, rows)
 
     def finish(self) -> None:
-        """Let what was written be stored and indexed."""
-        with self.milvus.asked():
+        """Let Milvus store and index the rows that were written."""
+        with self.milvus.database_errors():
             self.milvus.client.flush(self.name)
 
     def delete(self, ids: Ids) -> None:
-        """Delete the rows (n,) that are there."""
+        """Delete the rows of ids (n,) that exist."""
         for start in range(0, len(ids), MOST):
-            with self.milvus.asked():
+            with self.milvus.database_errors():
                 self.milvus.client.delete(self.name, ids=ids[start : start + MOST].tolist())
 
     def differ(self, ids: Ids, vectors: Mapping[str, Vectors]) -> Ids:
-        """Which of the rows (n,) are there with other vectors than these."""
-        wanted = {"captioned": _captioned(ids, vectors), **vectors}
-        place = {int(id): at for at, id in enumerate(ids)}
-        found = [
+        """Return those of ids (n,) whose rows exist with other vectors than these."""
+        expected = {"captioned": _captioned(ids, vectors), **vectors}
+        position = {int(id): at for at, id in enumerate(ids)}
+        differing = [
             row["id"]
-            for row in self._rows(ids, list(wanted))
+            for row in self._rows(ids, list(expected))
             if any(
-                not np.array_equal(np.asarray(row[name], one.dtype), one[place[row["id"]]])
-                for name, one in wanted.items()
+                not np.array_equal(np.asarray(row[name], values.dtype), values[position[row["id"]]])
+                for name, values in expected.items()
             )
         ]
-        return np.array(found, dtype=np.int64)
+        return np.array(differing, dtype=np.int64)
 
     def vectors(self, ids: Ids, modality: str) -> Vectors:
-        """The vectors float32 (n, d) of rows. DatabaseError: one is not there."""
-        found = {row["id"]: row[modality] for row in self._rows(ids, [modality])}
-        if missing := [id for id in ids.tolist() if id not in found]:
+        """Return the vectors float32 (n, d) of ids (n,). DatabaseError: a row does not exist."""
+        vectors = {row["id"]: row[modality] for row in self._rows(ids, [modality])}
+        if missing := [id for id in ids.tolist() if id not in vectors]:
             raise DatabaseError(f"{self} has no row {missing[0]}: run clip-batch export milvus again")
-        return np.array([found[id] for id in ids.tolist()], dtype=np.float32)
+        return np.array([vectors[id] for id in ids.tolist()], dtype=np.float32)
 
     def search(
         self, queries: Vectors, k: int, modality: str, effort: int | None = None, among: Ids | None = None
     ) -> tuple[Vectors, Ids]:
-        """Scores float32 (n, k) and ids int64 (n, k), best first; -inf and -1 beyond. k is `MOST` at the most."""
-        meets = ["captioned == true"] if modality == "text" else []
-        meets += [f"id in {among.tolist()}"] if among is not None else []
+        """Return scores float32 (n, k) and ids int64 (n, k), best first, padded with -inf and -1.
+
+        `queries` are float32 (n, d), and `k` at most MOST. `effort` is nprobe or ef, which other kinds of index ignore.
+        `among` restricts the search to these ids.
+        """
+        filters = ["captioned == true"] if modality == "text" else []
+        filters += [f"id in {among.tolist()}"] if among is not None else []
         name = {"IVF_FLAT": "nprobe", "HNSW": "ef"}.get(self.kind)
-        tuned = {name: max(effort, k if name == "ef" else 1)} if effort and name else {}
-        with self.milvus.asked():
-            found = self.milvus.client.search(
+        params = {name: max(effort, k if name == "ef" else 1)} if effort and name else {}
+        with self.milvus.database_errors():
+            answers = self.milvus.client.search(
                 self.name,
                 data=list(queries),
                 anns_field=modality,
                 limit=k,
-                filter=" and ".join(meets),
-                search_params={"metric_type": "IP", "params": tuned},
+                filter=" and ".join(filters),
+                search_params={"metric_type": "IP", "params": params},
             )
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         ids = np.full((len(queries), k), -1, dtype=np.int64)
-        for line, hits in enumerate(found):
-            scores[line, : len(hits)] = [hit["distance"] for hit in hits]
-            ids[line, : len(hits)] = [hit["id"] for hit in hits]
+        for row, hits in enumerate(answers):
+            scores[row, : len(hits)] = [hit["distance"] for hit in hits]
+            ids[row, : len(hits)] = [hit["id"] for hit in hits]
         return best(scores, ids, k)
 
     def _rows(self, ids: Ids, fields: list[str]) -> Iterator[dict[str, Any]]:
         step = max(1, min(MOST, SENT // 2**14))  # vectors of up to 4,096 dimensions
         for start in range(0, len(ids), step):
-            with self.milvus.asked():
+            with self.milvus.database_errors():
                 yield from self.milvus.client.get(
                     self.name, ids=ids[start : start + step].tolist(), output_fields=["id", *fields]
                 )
 
     def _query(self, filter: str, fields: list[str], limit: int | None = None) -> list[dict[str, Any]]:
-        with self.milvus.asked():
+        with self.milvus.database_errors():
             bound = {} if limit is None else {"limit": limit}
             return list(self.milvus.client.query(self.name, filter=filter, output_fields=fields, **bound))
 
 
 def _captioned(ids: Ids, vectors: Mapping[str, Vectors]) -> npt.NDArray[np.bool_]:
-    """Which rows have a text vector."""
+    """Return bool (n,): which rows have a text vector, that is, one that is not all zero."""
     if "text" not in vectors:
         return np.zeros(len(ids), dtype=bool)
-    there: npt.NDArray[np.bool_] = np.any(vectors["text"], axis=1)
-    return there
+    captioned: npt.NDArray[np.bool_] = np.any(vectors["text"], axis=1)
+    return captioned

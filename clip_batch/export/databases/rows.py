@@ -1,7 +1,7 @@
-"""What is exported: the rows of an index's live version without those that were removed, and their vectors.
+"""The rows that an export writes: those of an index's live version that were not removed, and their vectors.
 
-Vectors are exact: from INDEX where it holds exact ones, else from the OUT that was merged. Where that is not there any
-more they are what the index keeps of them, which `exact` tells.
+Exact vectors come from INDEX if it holds them, otherwise from the OUT that was merged. If that OUT cannot be read, or
+has changed, the vectors are the index's approximations, and `exact` is false.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Vectors = npt.NDArray[np.float32]
 Half = npt.NDArray[np.float16]
 
 BLOCK = 16_384
-"""Rows that are counted, read and written together: what Milvus answers at the most."""
+"""Rows that are counted, read and written together. It is the largest number of rows in one answer of Milvus."""
 
 FEW = 1_000
-"""Rows that are read one by one from OUT; of more, their index shard's rows are read at once."""
+"""Up to this many rows are read one by one from OUT; for more, all rows of their index shard are read at once."""
 
 
 class IndexRows:
-    """The rows of an open index, and their metadata."""
+    """The rows of an open index that were not removed, and their metadata."""
 
     def __init__(self, searcher: Searcher) -> None:
         self._searcher, self.manifest = searcher, searcher.manifest
@@ -43,30 +43,30 @@ class IndexRows:
         return self.manifest.rows - len(self._searcher.removed)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges [start, stop) of ids, in order, each within an index shard."""
+        """Yield ranges [start, stop) of at most BLOCK ids, in order, each within one index shard."""
         for shard in self.manifest.shards:
             end = shard.offset + shard.rows
             yield from ((start, min(start + BLOCK, end)) for start in range(shard.offset, end, BLOCK))
 
     def removed(self, start: int, stop: int) -> Ids:
-        """The sorted ids in [start, stop) that were removed."""
+        """Return the sorted ids in [start, stop) that were removed."""
         low, high = np.searchsorted(self._searcher.removed, [start, stop])
         return self._searcher.removed[low:high]
 
     def ids(self, start: int, stop: int) -> Ids:
-        """The sorted ids in [start, stop) that were not."""
+        """Return the sorted ids in [start, stop) that were not removed."""
         return np.setdiff1d(np.arange(start, stop), self.removed(start, stop), assume_unique=True)
 
     def table(self, ids: Ids, columns: list[str] | None = None) -> pa.Table:
-        """The metadata of rows (n,)."""
+        """Return the metadata of ids (n,), in their order."""
         return self._searcher.table(ids, columns)
 
 
 class VectorRows(IndexRows):
-    """The same with their vectors.
+    """The rows of an open index with their vectors.
 
-    `exact` tells whether those are, `origin` where they come from, for people. Memory: where that is OUT, one index
-    shard's vectors.
+    `exact` says whether the vectors are exact, and `origin` describes, for messages, where they come from. Vectors from
+    OUT take the memory of one index shard's vectors, as float16.
     """
 
     def __init__(self, searcher: Searcher) -> None:
@@ -85,7 +85,7 @@ class VectorRows(IndexRows):
             self.origin = f"as the index keeps them ({kept}), not exact, for OUT cannot be read: {error}"
 
     def vectors(self, ids: Ids) -> dict[str, Vectors]:
-        """Unit vectors float32 (n, d) of rows of any shards, by modality; zero for a row without one."""
+        """Return unit vectors float32 (n, d) of ids (n,) by modality; zero for a row without a vector."""
         if not self._sources:
             return {modality: self._searcher.reconstruct(ids, modality) for modality in self.manifest.key}
         out = {modality: np.empty((len(ids), self.manifest.dim), dtype=np.float32) for modality in self.manifest.key}
@@ -97,33 +97,33 @@ class VectorRows(IndexRows):
         return out
 
     def _read(self, shard: IndexShard, ids: Ids, modality: str) -> Half:
-        """The vectors of rows (n,) of one index shard, from OUT. CorruptError: one is not finite and unit."""
+        """Return vectors float16 (n, d) of ids (n,) of one index shard, from OUT. CorruptError: one is not unit."""
         source = self._sources[shard.source]
         if len(ids) <= FEW:
             with ThreadPoolExecutor(16) as pool:
-                rows = self._places(source, ids).tolist()
+                rows = self._source_rows(source, ids).tolist()
                 few = list(pool.map(lambda row: source.read_vectors(modality, row, row + 1), rows))
             return np.concatenate([np.empty((0, source.dim), dtype=np.float16), *few])
         held = self.ids(shard.offset, shard.offset + shard.rows)
         if (shard.name, modality) not in self._held:
             self._held = {key: half for key, half in self._held.items() if key[0] == shard.name}
-            places = self._places(source, held)
+            places = self._source_rows(source, held)
             order = np.argsort(places)
             vectors = np.empty((len(held), source.dim), dtype=np.float16)
             vectors[order] = source.gather(modality, places[order])
             self._held[shard.name, modality] = vectors
         return self._held[shard.name, modality][np.searchsorted(held, ids)]
 
-    def _places(self, source: Embeddings, ids: Ids) -> Ids:
-        """The rows of OUT that index rows (n,) are."""
+    def _source_rows(self, source: Embeddings, ids: Ids) -> Ids:
+        """Return the rows int64 (n,) of OUT from which the index's rows `ids` (n,) were merged."""
         starts = {commit.partition: start for commit, start in zip(source.commits, source.starts, strict=False)}
         partitions, rows = (self.table(ids, [name])[name].to_numpy() for name in LINEAGE)
-        kinds, places = np.unique(partitions, return_inverse=True)
-        found: Ids = np.array([starts[int(kind)] for kind in kinds], dtype=np.int64)[places] + rows
-        return found
+        numbers, inverse = np.unique(partitions, return_inverse=True)
+        source_rows: Ids = np.array([starts[int(number)] for number in numbers], dtype=np.int64)[inverse] + rows
+        return source_rows
 
     def _open(self, number: int) -> Embeddings:
-        """An OUT, if it still is what was merged."""
+        """Open an OUT of the index. ConfigError: it is not recorded. CorruptError: it has changed since the merge."""
         if number >= len(self.manifest.sources):
             raise ConfigError("the index does not record it")
         origin = self.manifest.sources[number]
