@@ -29,20 +29,14 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, by default the one of `sys.argv`; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        from clip_batch import __version__
-
-        print(f"clip-batch {__version__}")
-        return 0
     debug = "--debug" in arguments
-    name, *rest = arguments
+    name, rest = " ".join(arguments[:1]), arguments[1:]
     if rest and f"{name} {rest[0]}" in COMMANDS:
         name = f"{name} {rest.pop(0)}"
     try:
-        return _run(name, rest)
+        code = _run(name, rest)
+        sys.stdout.flush()  # so that a reader who has left (`| head`) is met here, not while the interpreter ends
+        return code
     except ClipBatchError as error:
         if debug:
             raise
@@ -67,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    if name in ("", "-h", "--help"):
+        print(_usage())
+        return 0 if name else 2
+    if name == "--version":
+        from clip_batch import __version__
+
+        print(f"clip-batch {__version__}")
+        return 0
     if kinds := [command for command in COMMANDS if command.startswith(f"{name} ")]:
         raise ConfigError(f"say which: clip-batch {', or clip-batch '.join(kinds)}; see --help of each")
     if name not in COMMANDS:

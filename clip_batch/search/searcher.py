@@ -42,6 +42,7 @@ from clip_batch.search.vectors import image_vectors, text_vectors
 from clip_batch.search.where import Where
 from clip_batch.storage.cache import IndexCache
 from clip_batch.storage.npy import open_matrix, unit
+from clip_batch.storage.retry import redact
 from clip_batch.storage.store import Store
 from clip_batch.types import Hit, StoredFile
 
@@ -104,6 +105,7 @@ class Searcher:
         self._cache = (
             None if store.local or self._files else IndexCache(store, self.manifest.version, self.manifest.size, limit)
         )
+        self._url = store.url
         try:
             self._open(store)
         except BaseException:
@@ -128,6 +130,9 @@ class Searcher:
         if self._cache:
             self._cache.close()
             self._cache = None
+
+    def __repr__(self) -> str:
+        return f"<Searcher of {redact(self._url)}: version {self.manifest.version}, {self.manifest.rows:,} rows>"
 
     def _open(self, store: Store) -> None:
         metadata: list[tuple[str, int]] = []

@@ -41,6 +41,10 @@ def searcher(folder: str) -> Searcher:
         yield opened
 
 
+def test_a_searcher_says_what_it_has_open(searcher: Searcher) -> None:
+    assert repr(searcher).endswith(f"/index: version {searcher.manifest.version}, 400 rows>")
+
+
 def test_one_query_and_many_agree(searcher: Searcher) -> None:
     many = searcher.search(IMAGES[:5], k=7)
     assert many == [searcher.search(query, k=7)[0] for query in IMAGES[:5]]

@@ -123,6 +123,9 @@ class FilteredDataset(IterableDataset[Row]):
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # so that workers that stay alive see it
 
+    def __repr__(self) -> str:
+        return f"<FilteredDataset of {len(self):,} rows: epoch {self.epoch}, rank {self.rank} of {self.world}>"
+
     def __len__(self) -> int:
         """Rows of this rank in an epoch; samples are fewer by the failures."""
         start, stop = deal.share(self.selection.rows, self.rank, self.world)

@@ -1,0 +1,44 @@
+"""The command line itself: usage, version, and a reader that leaves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import clip_batch
+from clip_batch.cli import COMMANDS, main
+
+
+def test_the_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all(f"  {name} " in usage for name in COMMANDS)
+    assert main([]) == 2 and capsys.readouterr().out == usage
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"clip-batch {clip_batch.__version__}\n"
+
+
+def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nonsense"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("clip-batch nonsense: no such command; the commands are demo, plan")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["versions", "--help"]])
+def test_a_reader_may_leave(arguments: list[str]) -> None:
+    script = f"import sys; from clip_batch.cli import main; input(); sys.exit(main({arguments}))"
+    started = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert started.stdin and started.stdout and started.stderr
+    started.stdout.close()
+    started.stdin.write("\n")
+    started.stdin.close()
+    said = started.stderr.read()
+    started.stderr.close()
+    assert (started.wait(60), said) == (0, "")
