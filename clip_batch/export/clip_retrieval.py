@@ -1,10 +1,10 @@
-"""An index folder that clip-retrieval's own `back` serves.
+"""Export an index as a folder that `clip-retrieval back` serves.
 
-    FOLDER/image.index, text.index      one plain faiss file each, with the effort that merge tuned stored in it
+    FOLDER/image.index, text.index      one plain faiss file each, which stores the effort that merge tuned
     FOLDER/metadata/metadata_000000.parquet, ...    row i over all files is id i, as in INDEX
     FOLDER/indices_paths.json           for `clip-retrieval back --indices_paths`; written last
 
-clip-retrieval finds metadata by position, so a row that was removed stays as an empty one; no index has its id.
+clip-retrieval looks up metadata by position, so a removed row stays as an empty row, whose id is in no index.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ BLOCK = 65_536
 """Metadata rows in memory at a time."""
 
 IMAGE_PATH = "image_path"
-"""Its page and client look for it, and `back` opens the file of that name where there is one."""
+"""Column that clip-retrieval's page and client read. `back` opens the file that it names, if there is one."""
 
 COLUMNS = ("url", IMAGE_PATH, "caption", "NSFW", "key", "shard")
-"""What a hit shows: clip-retrieval's own choice, and where the image is. Numbers that may be missing would be NaN."""
+"""Columns of a hit: clip-retrieval's defaults, and the image's shard. A numeric column with nulls would give NaN."""
 
 
 def export_clip_retrieval(
@@ -44,16 +44,16 @@ def export_clip_retrieval(
     storage: StorageConfig = StorageConfig(),
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write the live version of INDEX, without removed rows, to a local folder that holds no such export yet.
+    """Write the live version of INDEX, without removed rows, to a local folder that holds no export yet.
 
-    Memory: the largest of its indices (see `concatenate`). ConfigError: the folder is remote or has an export,
-    or clip-retrieval cannot serve this kind of index. Otherwise as `Searcher`.
+    Memory: the largest of its indices (see `concatenate`). ConfigError: the folder is remote or has an export, or
+    clip-retrieval cannot serve this kind of index. Other errors: those of `Searcher`.
     """
     if not is_local(folder):
         raise ConfigError(f"{folder} is remote: clip-retrieval serves a local folder, so export to one and copy it")
     store = Store(folder)
     if store.exists(INDICES):
-        raise ConfigError(f"{store.display(INDICES)} is there already: name another folder, or delete this one")
+        raise ConfigError(f"{store.display(INDICES)} exists already: name another folder, or delete this one")
     with Searcher(index, storage) as searcher:
         for number, table in enumerate(_tables(searcher)):
             with store.writer(f"metadata/metadata_{number:06d}.parquet") as file:
@@ -65,36 +65,36 @@ def export_clip_retrieval(
                 concatenate(parts, searcher.removed, effort, file.name)
             progress(f"{modality}: {len(parts)} index shards in one file")
         name = os.path.basename(store.url)
-        made = {name: _options(store.url, searcher.manifest.encoder)}
-    store.replace(INDICES, json.dumps(made, indent=1).encode())
-    progress(f"serve it: clip-retrieval back --indices_paths {store.path(INDICES)}{_flags(made[name])}")
+        served = {name: _options(store.url, searcher.manifest.encoder)}
+    store.replace(INDICES, json.dumps(served, indent=1).encode())
+    progress(f"serve it: clip-retrieval back --indices_paths {store.path(INDICES)}{_flags(served[name])}")
 
 
 def _tables(searcher: Searcher) -> Iterator[Iterator[pa.Table]]:
-    """The metadata of each shard, in blocks."""
+    """Yield the metadata of each shard, as an iterator of blocks."""
     offset = 0
     for metadata in searcher.tables:
-        gone = searcher.removed[np.searchsorted(searcher.removed, offset) :] - offset
+        removed = searcher.removed[np.searchsorted(searcher.removed, offset) :] - offset
         yield (
-            _block(metadata.take(np.arange(start, min(start + BLOCK, metadata.rows))), gone - start)
+            _block(metadata.take(np.arange(start, min(start + BLOCK, metadata.rows))), removed - start)
             for start in range(0, metadata.rows, BLOCK)
         )
         offset += metadata.rows
 
 
-def _block(table: pa.Table, gone: np.ndarray[Any, np.dtype[np.int64]]) -> pa.Table:
-    """Rows as clip-retrieval wants them: with an image_path, which is never null; those that are `gone` empty."""
+def _block(table: pa.Table, removed: np.ndarray[Any, np.dtype[np.int64]]) -> pa.Table:
+    """Return rows as clip-retrieval needs them: `removed` rows are empty, and image_path is never null."""
     if IMAGE_PATH not in table.column_names:
         table = table.append_column(IMAGE_PATH, table["key"])
-    there = np.ones(len(table), dtype=bool)
-    there[gone[(gone >= 0) & (gone < len(table))]] = False
-    columns = {name: pc.if_else(pa.array(there), table[name], None) for name in table.column_names}
+    kept = np.ones(len(table), dtype=bool)
+    kept[removed[(removed >= 0) & (removed < len(table))]] = False
+    columns = {name: pc.if_else(pa.array(kept), table[name], None) for name in table.column_names}
     columns[IMAGE_PATH] = pc.coalesce(columns[IMAGE_PATH].cast(pa.string()), "")
     return pa.table(columns)
 
 
 def _write(tables: Iterator[pa.Table], file: IO[bytes]) -> int:
-    """Write tables as one Parquet file; how many rows."""
+    """Write tables as one Parquet file, and return the number of rows."""
     writer: Any = None
     rows = 0
     for table in tables:
@@ -106,7 +106,7 @@ def _write(tables: Iterator[pa.Table], file: IO[bytes]) -> int:
 
 
 def _options(folder: str, encoder: EncoderSpec) -> dict[str, Any]:
-    """What `back` is told of the index: options of its command line. Extras that exist for two models only are off."""
+    """Return command line options of `back` for this index. Features that exist for two models only are off."""
     options: dict[str, Any] = {
         "indice_folder": folder,
         "columns_to_return": list(COLUMNS),
@@ -114,7 +114,9 @@ def _options(folder: str, encoder: EncoderSpec) -> dict[str, Any]:
         "provide_aesthetic_embeddings": False,
         "use_jit": False,
     }
-    if not set("/:") & set(encoder.model) and encoder.model != "demo":  # it cannot name hub models nor folders
+    if (
+        not set("/:") & set(encoder.model) and encoder.model != "demo"
+    ):  # clip-retrieval cannot name hub models or folders
         options["clip_model"] = f"open_clip:{encoder.model}/{encoder.pretrained}"
     return options
 

@@ -1,10 +1,10 @@
-"""filter: every row that scores over a threshold, or the k best, as Parquet, and their images in tars.
+"""filter: write every row that scores over a threshold, or the k best, as Parquet, and copy their images to tars.
 
-    DIR/rows/00000.parquet      id, score and the metadata, in groups of 10,000 rows
+    DIR/rows/00000.parquet      id, score and the metadata, in row groups of 10,000 rows
     DIR/images/00000.tar        <id>.<extension>, <id>.txt and <id>.json, as webdataset and `plan` read them
-    DIR/filter.json             written last: the query, how many rows and images, and which ids our planner located
+    DIR/filter.json             written last: the query, the counts, and which ids our planner located
 
-The Parquet files have the columns url and caption where the metadata has, which is what img2dataset reads.
+If the metadata has the columns url and caption, so do the Parquet files, and img2dataset can read them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 
 GROUP = 10_000
-"""Rows held in memory, of a Parquet row group, and of a tar."""
+"""Rows of a Parquet row group and of a tar, which are in memory at a time."""
 
 FILE = 100 * GROUP
 """Rows of a Parquet file."""
@@ -40,8 +40,8 @@ FILE = 100 * GROUP
 class Filtered:
     """What `filter_rows` wrote.
 
-    `missing` images have no byte range in a tar, or are no longer in it. `complete` is false where fewer than the k
-    best rows were found, and deeper ones may remain.
+    `missing` images have no byte range in a tar, or are no longer in it. `complete` is false if fewer than k rows were
+    found and a deeper search might find more.
     """
 
     rows: int
@@ -53,12 +53,11 @@ class Filtered:
 def filter_rows(
     searcher: Searcher, query: Query, store: Store, images: bool = False, columns: Sequence[str] | None = None
 ) -> Filtered:
-    """Write the k best rows of a query into the folder `store`; with a threshold and no `k`, every row over it.
+    """Write the k best rows of a query to the folder `store`; with a threshold and no `k`, every row over it.
 
-    `columns` are the metadata that is written, all by default.
-
-    Memory: one index shard's ids and scores (with `unique`, those of all rows), and 10,000 rows. With a threshold rows
-    are in the order of the index, else best first. Files of an earlier run are replaced. Errors: as `Searcher.find`.
+    `columns` are the metadata columns to write; None writes all. Every row over a threshold is written in the order of
+    the index, the k best are written best first. Files of an earlier run are replaced. Memory: one index shard's ids
+    and scores (with `unique`, those of all rows), and 10,000 rows. Errors: those of `Searcher.find`.
     """
     if columns is not None:
         check_columns(searcher.schema, columns)
@@ -83,16 +82,16 @@ def filter_rows(
             writer.write_table(written)
             rows += len(table)
             if images:
-                there = _copy_images(searcher, table, store, f"images/{number:05d}.tar")
-                copied, missing = copied + there, missing + len(table) - there
-    done = Filtered(rows, copied, missing, complete)
+                images_copied = _copy_images(searcher, table, store, f"images/{number:05d}.tar")
+                copied, missing = copied + images_copied, missing + len(table) - images_copied
+    result = Filtered(rows, copied, missing, complete)
     about = {"index": searcher.manifest.version, **query.describe(), "planned": lineage.planned(searcher.manifest)}
-    store.replace("filter.json", json.dumps({**about, **asdict(done)}, indent=1).encode())
-    return done
+    store.replace("filter.json", json.dumps({**about, **asdict(result)}, indent=1).encode())
+    return result
 
 
 def _groups(searcher: Searcher, pieces: Iterator[tuple[Vectors, Ids]]) -> Iterator[pa.Table]:
-    """Tables of GROUP rows, the last one shorter: id, score, metadata."""
+    """Yield tables of GROUP rows, the last one shorter, with id, score and metadata."""
     scores, ids = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
     for more_scores, more_ids in pieces:
         scores, ids = np.concatenate([scores, more_scores]), np.concatenate([ids, more_ids])
@@ -105,12 +104,14 @@ def _groups(searcher: Searcher, pieces: Iterator[tuple[Vectors, Ids]]) -> Iterat
 
 def _table(searcher: Searcher, scores: Vectors, ids: Ids) -> pa.Table:
     table = searcher.table(ids)
-    kept = [name for name in table.column_names if name not in ("id", "score")]  # ours take those names
+    kept = [
+        name for name in table.column_names if name not in ("id", "score")
+    ]  # the id and score of the result replace columns of those names
     return table.select(kept).add_column(0, "score", pa.array(scores)).add_column(0, "id", pa.array(ids))
 
 
 def _copy_images(searcher: Searcher, table: pa.Table, store: Store, name: str) -> int:
-    """Write the rows' images, captions and metadata as a tar; how many images there were."""
+    """Write the rows' images, captions and metadata to a tar, and return the number of images."""
     copied = 0
     with store.writer(name) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row in table.to_pylist():
@@ -130,7 +131,7 @@ def _copy_images(searcher: Searcher, table: pa.Table, store: Store, name: str) -
 
 
 def _extension(image: bytes) -> str:
-    """By the first bytes; jpg where they tell nothing."""
+    """Return the extension that fits an image's first bytes; jpg if they are of another format."""
     if image.startswith(b"\x89PNG"):
         return "png"
     return "webp" if image[8:12] == b"WEBP" else "jpg"

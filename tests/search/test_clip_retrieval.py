@@ -305,7 +305,7 @@ def test_an_export_has_the_rows_and_vectors_of_the_index(ours: Path, tmp_path: P
             found = faiss_search.search(faiss_index.read(str(tmp_path / f"export/{modality}.index")), queries, 10)
             assert np.array_equal(found[1], ids)
             assert np.allclose(found[0], scores, atol=1e-6)
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         export_clip_retrieval(str(ours), str(tmp_path / "export"))
     with pytest.raises(ConfigError, match="is remote"):
         export_clip_retrieval(str(ours), "s3://bucket/export")

@@ -1,4 +1,4 @@
-"""Train on what a query finds: a stream of an index's rows, with their images, for torch's DataLoader.
+"""Train on the rows that queries find in an index: a torch dataset that streams them with their images.
 
     from clip_batch import FilteredDataset
 
@@ -7,10 +7,11 @@
         dataset.set_epoch(epoch)
         for batch in dataset.loader(batch_size=64, workers=2):
             ...  # batch["image"]: uint8 (64, 3, 224, 224), batch["caption"]: 64 texts
-            state = dataset.state_dict()  # goes on from here, with any number of workers
+            state = dataset.state_dict()  # a later pass resumes here, with any number of workers
 
-docs/training.md tells the rest. Modules: `select` (which rows), `deal` (in which order, and whose they are),
-`fetch` (their bytes), `pictures` (what is made of these), `failures`, `stream` (the dataset), `loader` (batches).
+See docs/training.md. `select` decides which rows, `deal` their order and which rank and worker reads them, `fetch`
+reads image files, `pictures` decodes them, `failures` and `progress` keep account, `stream` has the dataset, and
+`loader` makes batches.
 """
 
 from clip_batch.export.dataset.loader import Loader, collate, together

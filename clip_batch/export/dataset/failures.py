@@ -1,4 +1,4 @@
-"""Rows that gave no sample: counted by reason, the first of each listed and logged; too many of them end the stream."""
+"""Rows that gave no sample, counted by reason, with the first of each reason listed; too many end the stream."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import NamedTuple
 from clip_batch.errors import InputError
 
 LISTED = 20
-"""Failures of a reason that are listed."""
+"""Largest number of listed failures per reason."""
 
 LEAST = 100
-"""Rows before which no share is judged."""
+"""Rows that must have been read before the share of failures can end the stream."""
 
 log = logging.getLogger("clip_batch.dataset")
 
 
 class Failed(NamedTuple):
-    """One row without a sample: its id and key, one of the reasons of docs/training.md, and what happened."""
+    """A row without a sample: its id and key, one of the reasons in docs/training.md, and a message."""
 
     id: int
     key: str | None
@@ -29,14 +29,14 @@ class Failed(NamedTuple):
 
 @dataclass
 class Failures:
-    """Of `rows` that were tried: how many failed, by reason, and the first LISTED of each reason."""
+    """How many of the `rows` that were read failed, by reason, and the first LISTED failures of each reason."""
 
     rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     listed: list[Failed] = field(default_factory=list)
 
     def add(self, failed: Failed) -> None:
-        """Count a failure; the first of its reason is logged."""
+        """Count a failure, and log it if it is the first of its reason."""
         if not self.counts[failed.reason]:
             log.warning("%s: row %d: %s", failed.reason, failed.id, failed.message)
         if self.counts[failed.reason] < LISTED:
@@ -44,14 +44,15 @@ class Failures:
         self.counts[failed.reason] += 1
 
     def since(self, before: Failures) -> Failures:
-        """What came after `before`, a copy of an earlier state."""
+        """Return the failures that were added after `before`, a copy of an earlier state."""
         return Failures(self.rows - before.rows, self.counts - before.counts, self.listed[len(before.listed) :])
 
     def copy(self) -> Failures:
+        """Return a copy that later failures do not change."""
         return Failures(self.rows, self.counts.copy(), self.listed[:])
 
     def merge(self, more: Failures) -> None:
-        """Add what another process counted."""
+        """Add the failures that another process counted."""
         self.rows += more.rows
         for failed in more.listed:
             if sum(known.reason == failed.reason for known in self.listed) < LISTED:
@@ -59,7 +60,7 @@ class Failures:
         self.counts += more.counts
 
     def check(self, limit: float, least: int = LEAST) -> None:
-        """InputError where more than `limit` (0 to 1) of the rows failed, once there are `least`."""
+        """Raise InputError if more than `limit` (0 to 1) of the rows failed and at least `least` rows were read."""
         if (failed := self.counts.total()) > limit * self.rows and self.rows >= least:
             first = self.listed[0]
             raise InputError(

@@ -1,4 +1,4 @@
-"""Batches from worker processes, by torch's DataLoader, with what it does not carry: progress and failures."""
+"""Batches of a dataset from the worker processes of torch's DataLoader, with the workers' progress and failures."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from clip_batch.export.dataset.progress import PassProgress
 
 T = TypeVar("T")
 
-
 Read = Callable[[list[list[int]], list[int], int, Failures], Iterator[dict[str, Any]]]
-"""`FilteredDataset.read`."""
+"""The type of `FilteredDataset.read`."""
 
 
 class Loader:
-    """Batches of a FilteredDataset, whose `loader` makes this; each iteration is a pass, with workers of its own.
+    """Batches of a FilteredDataset; `FilteredDataset.loader` returns one.
 
-    Worker w of W has every W-th row from the w-th on, so the last batches may be smaller. After each batch the
-    dataset's `state_dict` stands behind it, and its `failures` have what the workers met. `options` are DataLoader's:
-    pin_memory, prefetch_factor, multiprocessing_context, ... A worker that dies is a RuntimeError, as in DataLoader.
+    Each iteration is a pass with new worker processes. Worker w of W reads every W-th row from the w-th on, so the last
+    batches may be smaller. After each batch, the dataset's `state_dict` resumes behind it, and its `failures` include
+    those of the workers. `options` are passed to DataLoader: pin_memory, prefetch_factor, multiprocessing_context, ...
+    RuntimeError: a worker died, as in DataLoader.
     """
 
     def __init__(
@@ -44,62 +44,62 @@ class Loader:
         self._drop_last, self._collate, self._options = drop_last, collate, options
 
     def __len__(self) -> int:
-        """Batches of a whole pass, if no row fails."""
-        workers, more = max(1, self.workers), 0 if self._drop_last else self.batch_size - 1
+        """Return the number of batches of a whole pass in which no row fails."""
+        workers, round_up = max(1, self.workers), 0 if self._drop_last else self.batch_size - 1
         shares = [len(range(worker, self._rows, workers)) for worker in range(workers)]
-        return sum((share + more) // self.batch_size for share in shares)
+        return sum((share + round_up) // self.batch_size for share in shares)
 
     def __iter__(self) -> Iterator[Any]:
-        over, gone = self._progress.begin(max(1, self.workers))
+        over, positions_read = self._progress.begin(max(1, self.workers))
         first, form = self._progress.next, (self.batch_size, self._drop_last, self._collate)
-        batches = _Batches(self._read, over, [*gone], first, *form)
+        batches = _Batches(self._read, over, [*positions_read], first, *form)
         for mark, batch in DataLoader(batches, batch_size=None, num_workers=self.workers, **self._options):
-            self._progress.advance(mark.worker, mark.gone, mark.failures)
+            self._progress.advance(mark.worker, mark.positions_read, mark.failures)
             if batch is not None:
                 yield batch
         self._progress.finish()
 
 
 class _Mark(NamedTuple):
-    """How far a worker is behind a batch, and what failed since the one before."""
+    """How many positions a worker has read after a batch, and the rows that failed since the batch before."""
 
     worker: int
-    gone: int
+    positions_read: int
     failures: Failures
 
 
 class _Batches(IterableDataset[tuple[_Mark, Any]]):
-    """One worker's batches, each with its mark; behind the last one a mark alone.
+    """The batches of one worker, each with its mark. The last batch may be None, with a mark alone.
 
-    DataLoader asks its first worker first: `first` is whose turn it is here, so that a pass that goes on from a
-    state gives its batches in the order in which they would have come.
+    DataLoader always begins with its first worker. `first` is the worker whose batch is next, and takes that place, so
+    a resumed pass yields its batches in the order in which the interrupted one would have.
     """
 
     def __init__(
         self,
         read: Read,
         over: list[list[int]],
-        gone: list[int],
+        positions_read: list[int],
         first: int,
         size: int,
         drop_last: bool,
         collate: Callable[[list[dict[str, Any]]], Any],
     ) -> None:
         super().__init__()
-        self._read, self._over, self._gone, self._first = read, over, gone, first
+        self._read, self._over, self._positions_read, self._first = read, over, positions_read, first
         self._size, self._drop_last, self._collate = size, drop_last, collate
 
     def __iter__(self) -> Iterator[tuple[_Mark, Any]]:
         info = get_worker_info()
-        worker = ((info.id if info else 0) + self._first) % len(self._gone)
+        worker = ((info.id if info else 0) + self._first) % len(self._positions_read)
         failures = Failures()
-        samples = self._read(self._over, self._gone, worker, failures)
-        told = failures.copy()
+        samples = self._read(self._over, self._positions_read, worker, failures)
+        reported = failures.copy()
 
         def mark() -> _Mark:
-            nonlocal told
-            new, told = failures.since(told), failures.copy()
-            return _Mark(worker, self._gone[worker], new)
+            nonlocal reported
+            new, reported = failures.since(reported), failures.copy()
+            return _Mark(worker, self._positions_read[worker], new)
 
         while len(batch := list(islice(samples, self._size))) == self._size:
             yield mark(), self._collate(batch)
@@ -107,7 +107,7 @@ class _Batches(IterableDataset[tuple[_Mark, Any]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples as one dict: tensors of one shape stacked, numbers as a tensor (n,), anything else as a list of n."""
+    """Return n samples as one dict: tensors of one shape stacked, numbers as a tensor (n,), other values as a list."""
     return {name: _joined([sample[name] for sample in samples]) for name in samples[0]}
 
 
@@ -118,20 +118,20 @@ def _joined(values: list[Any]) -> Any:
 
 
 def together(batches: Iterable[T]) -> Iterator[T]:
-    """The batches of this rank, up to where the first of all ranks has no more: as many on each.
+    """Yield this rank's batches until some rank has no more, so that every rank yields equally many.
 
-    Call it on every rank of torch.distributed's default group. What longer ranks have left, some rows, is not
-    trained on in this epoch. One small all-reduce a batch; without a group, the batches as they are.
+    Call it on every rank of torch.distributed's default group. The few rows that longer ranks have left are not trained
+    on in this epoch. Each batch costs one small all-reduce. Without a group, all batches are yielded.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         yield from batches
         return
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    own = iter(batches)
+    remaining = iter(batches)
     while True:
-        batch = next(own, None)
-        there = torch.tensor(int(batch is not None), device=device)
-        distributed.all_reduce(there, distributed.ReduceOp.MIN)
-        if batch is None or not there:
+        batch = next(remaining, None)
+        everywhere = torch.tensor(int(batch is not None), device=device)
+        distributed.all_reduce(everywhere, distributed.ReduceOp.MIN)
+        if batch is None or not everywhere:
             return
         yield batch

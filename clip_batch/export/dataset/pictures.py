@@ -1,4 +1,4 @@
-"""What a sample's image is made of its file: the bytes, a Pillow image, or a tensor of one size."""
+"""Decode image files for samples: to tensors of one size, to Pillow images, or not at all."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ Decode = Literal["tensor", "pil", "raw"]
 def pictures(
     decode: Decode, size: int, max_pixels: int, transform: Callable[[Any], Any] | None = None
 ) -> Callable[[bytes], Any]:
-    """What decodes image files, and gives the result to `transform`, if there is one. From any number of threads.
+    """Return a function that decodes an image file; any number of threads may call it.
 
-    tensor: uint8 (3, size, size), RGB: the shorter side resized (bicubic), then the centre cropped, as CLIP's own
-    transform does, by torch. pil: a Pillow image, RGB, of its own size. raw: the file's bytes. It raises DecodeError;
-    what `transform` raises is not caught. ConfigError: a wrong argument.
+    tensor: uint8 (3, size, size), RGB; the shorter side is resized (bicubic), then the centre cropped, as CLIP's own
+    transform does, by torch. pil: a Pillow image, RGB, of its original size. raw: the file's bytes. If there is a
+    `transform`, the function returns what it returns. The function raises DecodeError, and lets errors of `transform`
+    pass. ConfigError: an argument is wrong.
     """
     if decode not in ("tensor", "pil", "raw"):
         raise ConfigError(f"decode is {decode!r}: there are tensor, pil and raw")
@@ -30,9 +31,9 @@ def pictures(
     clip = transforms.build({"size": [size], "crop": [size, size], "mean": [0.0] * 3, "std": [1.0] * 3})
     prepare = preprocess.from_transform(clip, "fast").prepare
 
-    def made(data: bytes) -> Any:
+    def decoded(data: bytes) -> Any:
         if decode == "tensor":
             return torch.from_numpy(prepare(data, max_pixels))
         return open_image(data, max_pixels).convert("RGB") if decode == "pil" else data
 
-    return made if transform is None else lambda data: transform(made(data))
+    return decoded if transform is None else lambda data: transform(decoded(data))

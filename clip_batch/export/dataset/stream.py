@@ -1,7 +1,7 @@
 """FilteredDataset: the rows of a selection as samples, in this process or in a DataLoader's workers.
 
-A pass takes metadata by the hundred, and threads fetch and decode a bounded window of rows ahead of whoever
-consumes; samples come in the order of `deal`, so a state is a few numbers.
+A pass reads metadata TAKE rows at a time, and threads fetch and decode a bounded number of rows ahead of the consumer.
+Samples come in the order of `deal`, so the state of a pass is a few numbers.
 """
 
 from __future__ import annotations
@@ -38,34 +38,35 @@ from clip_batch.search.where import Where, as_condition
 from clip_batch.storage.paths import absolute
 
 TAKE = 256
-"""Rows whose metadata is read at once."""
+"""Rows whose metadata is read at a time."""
 
 RUN = 16
-"""Rows of local tars that one task of a thread reads; of other places each is a task."""
+"""Rows that one task of a thread reads from local tars. From other places a task reads one row."""
 
 REMOTE_THREADS = 32
-"""Reads at once where each waits for a network."""
+"""Threads that read when each read waits for a network."""
 
 Row = dict[str, Any]
 
 
 class FilteredDataset(IterableDataset[Row]):
-    """Samples of the rows that queries find, each once an epoch over all ranks and workers.
+    """Samples of the rows that queries find. Each row comes once per epoch over all ranks and workers.
 
-    `source` is an INDEX, or the folder that `clip-batch filter` wrote (then without queries). A query is a text or
-    a Query; `amount` is how many rows in all, mixed by the queries' weights (see `select.mix`). A sample is a dict:
-    id, score, query (its number), key, caption (None where there is none), `columns`, and image (see
-    `pictures` for `decode`, `size`, `max_pixels` and `transform`, which runs on the reading threads).
+    `source` is an INDEX, or the folder that `clip-batch filter` wrote, which takes no queries. A query is a text or
+    a Query; `amount` is the number of rows in all, mixed by the queries' weights (see `select.mix`). `where` and
+    `unique` narrow every query. A sample is a dict: id, score, query (its number), key, caption (or None), `columns`,
+    and image (see `pictures` for `decode`, `size`, `max_pixels` and `transform`, which runs on the reading threads).
 
-    `via` tells where images come from: "tar", "url", or "either" (see `fetch`; `timeout` in seconds, `max_bytes` and
-    `private`, which allows addresses that are not public, are for URLs). `threads` of each process read (0: its
-    share of the cores, or 32 where a network is waited for), `ahead` rows at the most before they are asked for.
-    `shuffle` is by `seed` and epoch, in blocks of `block` rows that neighbour in their tars (see `deal`). `rank` and
-    `world` are torch.distributed's if it is initialized, else RANK's and WORLD_SIZE's. `selection` names a local
-    folder to keep the selection in: made by who comes first, opened by the others; it is needed for several ranks.
+    `via` says where images come from: "tar", "url" or "either" (see `fetch`). `timeout` in seconds, `max_bytes`, and
+    `private`, which allows addresses that are not public, apply to URLs. Each process reads with `threads` threads
+    (0: its share of the cores, or 32 where reads wait for a network), at most `ahead` rows before they are consumed.
+    `shuffle` is by `seed` and epoch, in blocks of `block` rows that are neighbours in their tars (see `deal`). `rank`
+    and `world` default to those of torch.distributed if it is initialized, otherwise to RANK and WORLD_SIZE.
+    `selection` names a local folder that keeps the selection: the first process writes it and the others open it.
+    Several ranks need it.
 
-    Rows without a sample are in `failures`, of the pass at work; more than `max_failures` of them (0 to 1) raise
-    InputError. ConfigError: a wrong argument, or no row is found. Other errors: as `Searcher`.
+    `failures` has the rows of the current pass that gave no sample. InputError: their share exceeds `max_failures`
+    (0 to 1). ConfigError: an argument is wrong, or no row was found. Other errors: those of `Searcher`.
     """
 
     def __init__(
@@ -105,13 +106,13 @@ class FilteredDataset(IterableDataset[Row]):
                 raise ConfigError(f"{name} is {value}: it must be 1 or more")
         self.rank, self.world = _rank(rank, world)
         self.columns, self.shuffle, self.seed, self.block = list(columns), shuffle, seed, block
-        self._making: Callable[[], Callable[[bytes], Any]] = partial(pictures, decode, size, max_pixels, transform)
-        self._making()
+        self._decoding: Callable[[], Callable[[bytes], Any]] = partial(pictures, decode, size, max_pixels, transform)
+        self._decoding()
         self._fetching = partial(Fetch, via, storage.storage_options, timeout, parse_bytes(max_bytes), private)
         self._threads, self._ahead, self.progress = threads, ahead, PassProgress(max_failures)
-        asked = [queries] if isinstance(queries, (str, Query)) else queries
-        wanted = [_narrowed(Query(text=one) if isinstance(one, str) else one, where, unique) for one in asked]
-        if self.world > 1 and not selection and wanted:
+        given = [queries] if isinstance(queries, (str, Query)) else queries
+        narrowed = [_narrowed(Query(text=one) if isinstance(one, str) else one, where, unique) for one in given]
+        if self.world > 1 and not selection and narrowed:
             raise ConfigError(
                 f"{self.world} ranks must not each search for themselves: name a selection folder that all can reach"
             )
@@ -119,39 +120,40 @@ class FilteredDataset(IterableDataset[Row]):
             home = tempfile.mkdtemp(prefix="clip-batch-")
             weakref.finalize(self, _remove, home, os.getpid())
             selection = os.path.join(home, "selection")
-        self.selection = select(source, wanted, amount, via, self.columns, absolute(selection), storage, search)
+        self.selection = select(source, narrowed, amount, via, self.columns, absolute(selection), storage, search)
         self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # so that workers that stay alive see it
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
 
     def __repr__(self) -> str:
         return f"<FilteredDataset of {len(self):,} rows: epoch {self.epoch}, rank {self.rank} of {self.world}>"
 
     def __len__(self) -> int:
-        """Rows of this rank in an epoch; samples are fewer by the failures."""
+        """Return the number of rows of this rank in an epoch. Each row that fails gives one sample less."""
         start, stop = deal.share(self.selection.rows, self.rank, self.world)
         return stop - start
 
     @property
     def failures(self) -> Failures:
-        """The rows of the pass at work that gave no sample."""
+        """The rows of the current pass that gave no sample."""
         return self.progress.failures
 
     @property
     def epoch(self) -> int:
+        """The epoch of the next pass, or of the current one."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be of this epoch: from its start, unless a state of this very epoch was loaded."""
+        """Let the next pass be of this epoch. It begins at the start, unless a state of the same epoch was loaded."""
         if epoch != self.epoch:
             self._epoch.fill_(epoch)
             self.progress.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the pass stands: behind the sample, or the loader's batch, that was given last. For JSON too."""
+        """Return the state behind the sample, or the loader's batch, that was yielded last; JSON can hold it."""
         return {**self._identity(), "epoch": self.epoch, **self.progress.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass go on from a state. ConfigError: it is of other rows, another order or rank."""
+        """Let the next pass resume at a state. ConfigError: it is of other rows, another order or another rank."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ConfigError(f"the state has {name} {state.get(name)}, this dataset {value}: make it as it was")
@@ -159,7 +161,7 @@ class FilteredDataset(IterableDataset[Row]):
         self.progress.resume(state)
 
     def _identity(self) -> dict[str, Any]:
-        """What a state's numbers rest on."""
+        """Return the settings without which the numbers of a state mean nothing."""
         names = ("rank", "world", "shuffle", "seed", "block")
         return {"selection": self.selection.digest, **{name: getattr(self, name) for name in names}}
 
@@ -171,41 +173,42 @@ class FilteredDataset(IterableDataset[Row]):
         collate: Callable[[list[Row]], Any] = collate,
         **options: Any,
     ) -> Loader:
-        """Batches whose progress and failures this dataset knows, from so many worker processes. See `Loader`."""
+        """Return batches from worker processes, whose progress and failures this dataset knows. See `Loader`."""
         return Loader(self.read, len(self), self.progress, batch_size, workers, drop_last, collate, options)
 
     def __iter__(self) -> Iterator[Row]:
-        """A pass over the samples of this process (of a DataLoader's worker, its part of them).
+        """Begin a pass over the samples of this process; in a DataLoader's worker, over its share of them.
 
-        From the loaded state on, once; else from the start. A new pass ends an older one's claim on `state_dict`.
+        The first pass after `load_state_dict` resumes at that state, any other begins at the start. From then on,
+        `state_dict` describes the new pass.
         """
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        over, gone = self.progress.begin(workers)
-        return self.read(over, gone, worker, self.failures)
+        over, positions_read = self.progress.begin(workers)
+        return self.read(over, positions_read, worker, self.failures)
 
-    def read(self, over: deal.Phases, gone: list[int], worker: int, failures: Failures) -> Iterator[Row]:
-        """The samples that are left to one worker of a pass; `gone` and `failures` are kept up to date."""
-        workers, seed = len(gone), self.seed if self.shuffle else None
+    def read(self, over: deal.Phases, positions_read: list[int], worker: int, failures: Failures) -> Iterator[Row]:
+        """Yield one worker's remaining samples of a pass, and keep `positions_read` and `failures` up to date."""
+        workers, seed = len(positions_read), self.seed if self.shuffle else None
         rows = deal.epoch_rows(self.selection.rows, seed, self.epoch, self.block, self.rank, self.world)
-        mine = rows[deal.left(len(rows), over)[worker::workers][gone[worker] :]]
+        mine = rows[deal.left(len(rows), over)[worker::workers][positions_read[worker] :]]
         del rows
-        fetch, making = self._fetching(), self._making()
+        fetch, decode = self._fetching(), self._decoding()
 
         def load(run: list[Row]) -> list[Row | Failed]:
-            return [_sample(row, fetch, making, self.columns) for row in run]
+            return [_sample(row, fetch, decode, self.columns) for row in run]
 
         threads = self._threads or (max(1, cores() // workers) if self.selection.local else REMOTE_THREADS)
         pool = ThreadPoolExecutor(threads, "dataset", use_torch_threads, (1,))
         try:
-            for one in _ahead(pool, load, self._runs(mine), self._ahead):
-                gone[worker] += 1
+            for sample in _ahead(pool, load, self._runs(mine), self._ahead):
+                positions_read[worker] += 1
                 failures.rows += 1
-                if isinstance(one, Failed):
-                    failures.add(one)
+                if isinstance(sample, Failed):
+                    failures.add(sample)
                     failures.check(self.progress.max_failures)
                 else:
-                    yield one
+                    yield sample
         finally:
             fetch.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -213,7 +216,7 @@ class FilteredDataset(IterableDataset[Row]):
             failures.check(self.progress.max_failures, least=1)
 
     def _runs(self, rows: deal.Rows) -> Iterator[list[Row]]:
-        """The rows' metadata, a task's worth at a time."""
+        """Yield the metadata of the rows, in lists of which each is one task."""
         table = MetadataFile(self.selection.path)
         size = min(RUN, self._ahead) if self.selection.local else 1
         for start in range(0, len(rows), TAKE):
@@ -223,19 +226,19 @@ class FilteredDataset(IterableDataset[Row]):
 
 
 def _narrowed(query: Query, where: Where | None, unique: bool) -> Query:
-    """A query with the dataset's own condition besides its own."""
+    """Return a query that must also meet the dataset's condition."""
     condition = all_of([query.condition, as_condition(where)])
     return replace(query, where=condition, unique=query.unique or unique)
 
 
-def _sample(row: Row, fetch: Fetch, making: Callable[[bytes], Any], columns: Sequence[str]) -> Row | Failed:
-    """A row of the selection as a sample: its image in the stead of where it is, unless those columns are wanted."""
+def _sample(row: Row, fetch: Fetch, decode: Callable[[bytes], Any], columns: Sequence[str]) -> Row | Failed:
+    """Return a row as a sample, with its image in place of those columns of its place that are not in `columns`."""
     place = Place(row["key"], *(row.get(name) for name in PLACE))
     for name in PLACE:
         if name not in columns:
             row.pop(name, None)
     try:
-        row["image"] = making(fetch(place))
+        row["image"] = decode(fetch(place))
     except (Lost, DecodeError) as error:
         return Failed(row["id"], row["key"], error.reason, str(error))
     return row
@@ -244,7 +247,7 @@ def _sample(row: Row, fetch: Fetch, making: Callable[[bytes], Any], columns: Seq
 def _ahead(
     pool: ThreadPoolExecutor, load: Callable[[list[Row]], list[Row | Failed]], runs: Iterator[list[Row]], most: int
 ) -> Iterator[Row | Failed]:
-    """What threads make of the runs, in order; `most` rows at once are at work, or done and waiting."""
+    """Yield the results of loading the runs in threads, in order. At most `most` rows are loading or waiting."""
     window: deque[tuple[int, Future[list[Row | Failed]]]] = deque()
     held = 0
     for run in runs:
@@ -259,7 +262,7 @@ def _ahead(
 
 
 def _rank(rank: int | None, world: int | None) -> tuple[int, int]:
-    """This process's number among so many that train together."""
+    """Return this process's rank, and the number of processes that train together. ConfigError: they do not fit."""
     if rank is None and world is None:
         if distributed.is_available() and distributed.is_initialized():
             return distributed.get_rank(), distributed.get_world_size()
@@ -270,6 +273,6 @@ def _rank(rank: int | None, world: int | None) -> tuple[int, int]:
 
 
 def _remove(folder: str, process: int) -> None:
-    """Not from a forked worker."""
+    """Remove a folder, unless this is a process that was forked from `process`."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
