@@ -28,14 +28,14 @@ class Section:
 
 def sections(command: Command) -> dict[str, Section]:
     """The sections that a command takes, by the names of its parameters."""
-    found: dict[str, Section] = {}
+    taken: dict[str, Section] = {}
     for name, hint in typing.get_type_hints(command, include_extras=True).items():
         kind, *extras = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         if dataclasses.is_dataclass(kind):
             every = tuple(field.name for field in dataclasses.fields(kind))
             only = next((extra.flags for extra in extras if isinstance(extra, Only)), every)
-            found[name] = Section(typing.cast(type, kind), only)
-    return found
+            taken[name] = Section(typing.cast(type, kind), only)
+    return taken
 
 
 def argument_names(commands: Iterable[Command]) -> set[str]:

@@ -21,8 +21,8 @@ def status(arguments: StatusArguments, storage: StorageConfig) -> int:
     from clip_batch.embeddings.status import describe, status
     from clip_batch.storage.store import Store
 
-    found = status(Store(arguments.output, storage.storage_options))
-    answer(arguments, asdict(found), describe(found))
+    counts = status(Store(arguments.output, storage.storage_options))
+    answer(arguments, asdict(counts), describe(counts))
     return 0
 
 
@@ -47,18 +47,18 @@ def verify(arguments: VerifyArguments, storage: StorageConfig) -> int:
     options = storage.storage_options
     if arguments.index:
         folder = IndexArguments(index=arguments.index).index_folder
-        found = verify_index(Store(folder, options), arguments.deep)
+        report = verify_index(Store(folder, options), arguments.deep)
     elif arguments.output:
-        found = verify_output(Store(arguments.output, options), arguments.deep, options)
+        report = verify_output(Store(arguments.output, options), arguments.deep, options)
     else:
         raise ConfigError("--output OUT or --index INDEX is needed: the folder to verify")
-    for name, problem in found.problems.items():
+    for name, problem in report.problems.items():
         print(f"{name}: {problem}", file=sys.stderr)
     proof = "deep" if arguments.deep else "quick"
-    text = f"{found.checked - len(found.problems)} of {found.checked} sound ({proof}), {found.rows:,} rows"
-    text += f", {found.failed:,} listed as failed" if found.failed else ""
-    answer(arguments, {"ok": found.ok, **asdict(found)}, text)
-    return 0 if found.ok else 1
+    text = f"{report.checked - len(report.problems)} of {report.checked} sound ({proof}), {report.rows:,} rows"
+    text += f", {report.failed:,} listed as failed" if report.failed else ""
+    answer(arguments, {"ok": report.ok, **asdict(report)}, text)
+    return 0 if report.ok else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from clip_batch.encoders import Encoder
 
 EXACT = 10_000
-"""Selected rows that are all looked at, rather than searched for."""
+"""Up to this many selected rows are all scored, rather than searched for in the lists of the index."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Searcher:
     """
 
     most = 2**31 - 1
-    """Hits that one search gives at the most."""
+    """The most hits that one search gives."""
 
     def __init__(
         self,
@@ -87,9 +87,9 @@ class Searcher:
         store = Store(index, storage.storage_options)
         self._files: dict[str, str] = {}
         if clip_retrieval.is_index(store):
-            found = clip_retrieval.open_index(store, config.model, config.pretrained)
-            self._files = found.files
-        self.manifest: Manifest = found.manifest if self._files else load_manifest(store)
+            theirs = clip_retrieval.open_index(store, config.model, config.pretrained)
+            self._files = theirs.files
+        self.manifest: Manifest = theirs.manifest if self._files else load_manifest(store)
         self.storage, self.config = storage, config
         self.heads = load_heads(config, storage)
         self._prefilter = Prefilter(self)
@@ -122,7 +122,7 @@ class Searcher:
         self.close()
 
     def close(self) -> None:
-        """End the search threads, and let go of the local cache."""
+        """End the search threads and release the local cache."""
         self._pool.shutdown()
         self._release()
 
@@ -156,24 +156,25 @@ class Searcher:
                 raise CorruptError(f"{store.url}: {name} is not of {shard.rows} rows: merge again")
         for modality, joined in self.manifest.single.items():
             path, *_ = [local(name) for name in sorted(joined)]
-            rows = self.manifest.rows - sum(one.rows for one in self.indices[modality])
+            rows = self.manifest.rows - sum(opened.rows for opened in self.indices[modality])
             self.indices[modality].insert(0, OpenedIndex(faiss_index.read(path, mapped=True), 0, rows))
         self._stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
-        self.schema = common_schema([one.schema for one in self.tables])
+        self.schema = common_schema([table.schema for table in self.tables])
         self.removed = removed_rows.removed_ids(store, self.manifest, metadata)
         for modality, opened in self.indices.items():
-            self.indices[modality] = [replace(one, removed=self._removed(one.offset, one.rows)) for one in opened]
+            self.indices[modality] = [replace(part, removed=self._removed(part.offset, part.rows)) for part in opened]
 
-    def _file(self, store: Store, name: str, wanted: StoredFile) -> str:
+    def _file(self, store: Store, name: str, recorded: StoredFile) -> str:
         """A local path of a file of INDEX, of the recorded size."""
         if self._files:
             return self._files[name]
         try:
-            if store.size(name) != wanted["bytes"]:
-                raise CorruptError(f"{store.display(name)} is not of {wanted['bytes']} bytes as recorded: merge again")
+            if store.size(name) != recorded["bytes"]:
+                problem = f"does not have the recorded size of {recorded['bytes']} bytes"
+                raise CorruptError(f"{store.display(name)} {problem}: merge again")
         except FileNotFoundError:
             raise CorruptError(f"{store.display(name)} is missing: merge again") from None
-        return self._cache.file(name, wanted) if self._cache else store.path(name)
+        return self._cache.file(name, recorded) if self._cache else store.path(name)
 
     @property
     def encoder(self) -> Encoder:
@@ -192,7 +193,7 @@ class Searcher:
         return image_vectors(self, data)
 
     def find(self, query: str | Query, columns: Sequence[str] | None = None) -> SearchResult:
-        """The best hits of a query (a text is one, too): 10 of them, unless it has a `k`; fewer if there are no more.
+        """The best hits of a query, which may be a text: its `k`, by default 10, or fewer if the index has no more.
 
             searcher.find(Query(text="a dog", where='license = "cc0"', unique=True, k=100), columns=["url"])
 
@@ -247,10 +248,10 @@ class Searcher:
     ) -> tuple[Vectors, Ids]:
         """Scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id.
 
-        Places without a hit have -inf and -1. Only rows of `among` are found: all of them are looked at if they
-        are few (`EXACT`), else those in the lists that `effort` lets the index look into. Otherwise as `search`.
+        Places without a hit have -inf and -1. With `among`, only its rows can be hits: up to `EXACT` rows are all
+        scored; of more, those in the lists that `effort` makes the index visit. Errors as `search`.
         """
-        wanted = checked_search(self.manifest, queries, k, modality, effort)
+        vectors = checked_search(self.manifest, queries, k, modality, effort)
         shards = self.indices[modality]
         effort = self.manifest.effort[modality] if effort is None else effort
 
@@ -259,32 +260,32 @@ class Searcher:
             depth = candidates(depth, self.manifest.rerank)
 
         if among and len(among.ids) <= EXACT:
-            with suppress(ConfigError):  # of a kind of index that gives no vectors back
-                return self._exact(wanted, among.ids, int(k), modality)
+            with suppress(ConfigError):  # some kinds of index give no vectors back
+                return self._exact(vectors, among.ids, int(k), modality)
 
-        def one(shard: OpenedIndex) -> tuple[Vectors, Ids]:
+        def search_shard(shard: OpenedIndex) -> tuple[Vectors, Ids]:
             removed = among.others(shard.offset, shard.rows) if among else shard.removed
-            scores, ids = faiss_search.search(shard.index, wanted, min(depth, shard.rows), effort, removed)
+            scores, ids = faiss_search.search(shard.index, vectors, min(depth, shard.rows), effort, removed)
             return np.where(ids >= 0, scores, -np.inf), np.where(ids >= 0, ids + shard.offset, -1)
 
-        parts = list(self._pool.map(one, shards))
-        # Every shard is made of one template, so what it gives as scores can be compared with another's.
+        parts = list(self._pool.map(search_shard, shards))
+        # All shards are copies of one template, so their scores can be compared.
         scores, ids = best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), depth)
-        return (scores, ids) if stored is None else rerank(wanted, ids, stored, int(k))
+        return (scores, ids) if stored is None else rerank(vectors, ids, stored, int(k))
 
     def _exact(self, queries: Vectors, ids: Ids, k: int, modality: str) -> tuple[Vectors, Ids]:
-        """As `search_ids`, by looking at all of these rows."""
+        """Search a few rows, as `search_ids` does, by scoring all of them."""
         vectors = self.reconstruct(ids, modality)
-        there = vectors.any(axis=1)  # rows without a caption are in no index
-        scores = queries @ vectors[there].T
-        return best(scores, np.broadcast_to(ids[there], scores.shape), k)
+        indexed = vectors.any(axis=1)  # a row without a caption is in no text index
+        scores = queries @ vectors[indexed].T
+        return best(scores, np.broadcast_to(ids[indexed], scores.shape), k)
 
     def select(self, ids: npt.ArrayLike) -> RowSet:
-        """A selection of rows for `search_ids`, without those that were removed. ConfigError: an id is not one."""
+        """Select rows for `search_ids`, less those that were removed. ConfigError: an id is no id of this index."""
         return selection(self.manifest, self.removed, ids)
 
     def where(self, condition: Condition) -> Ids:
-        """Sorted ids of the rows of which a condition is true. Every value of its columns is read.
+        """The sorted ids of the rows for which a condition is true; reads every value of its columns.
 
         ConfigError: the index has no such column.
         """
@@ -297,69 +298,70 @@ class Searcher:
     def search_over(
         self, query: npt.ArrayLike, threshold: float, modality: str = "image", effort: int | None = None
     ) -> Iterator[tuple[Vectors, Ids]]:
-        """Scores (n,) and ids (n,) of the rows that score `threshold` or more, by ascending id, an index at a time.
+        """Yield scores (n,) and ids (n,) of the rows that score `threshold` or more, index by index, in order of ids.
 
-        As far as `effort` lets the index find them; all of them where exact vectors are stored. `query` is (d,).
+        Where exact vectors are stored these are all such rows; elsewhere those in the lists that `effort` makes the
+        index visit. `query` is (d,).
         """
-        wanted, shards = checked_search(self.manifest, query, 1, modality, effort)[:1], self.indices[modality]
+        vector, shards = checked_search(self.manifest, query, 1, modality, effort)[:1], self.indices[modality]
         stored = self._stored.get(modality)
         effort = self.manifest.effort[modality] if effort is None else effort
         for shard in shards:
             if stored is None:
-                scores, ids = faiss_search.search_over(shard.index, wanted, threshold, effort, shard.removed)
+                scores, ids = faiss_search.search_over(shard.index, vector, threshold, effort, shard.removed)
                 yield scores, ids + shard.offset
                 continue
             for block in blocks(shard.rows):
                 ids = np.arange(block.start, block.stop) + shard.offset
                 ids = ids[~removed_rows.contains(self.removed, ids)]
-                scores = unit(stored[ids]) @ wanted[0]
+                scores = unit(stored[ids]) @ vector[0]
                 yield scores[scores >= threshold], ids[scores >= threshold]
 
     def _removed(self, offset: int, rows: int) -> faiss_search.Removed | None:
-        """Removed rows among [offset, offset + rows), counted from there; None where there are none."""
+        """The removed rows in [offset, offset + rows), counted from `offset`; None if none of these was removed."""
         low, high = np.searchsorted(self.removed, [offset, offset + rows])
         return faiss_search.Removed(self.removed[low:high] - offset) if low < high else None
 
     def table(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
-        """The metadata of rows (n,) as an Arrow table, in the order asked; errors as `metadata`."""
-        wanted, schema = checked_ids(self.manifest, self.removed, ids), self.schema
+        """The metadata of rows (n,) as an Arrow table, in the order of `ids`; errors as `metadata`."""
+        rows, schema = checked_ids(self.manifest, self.removed, ids), self.schema
         if columns is not None:
             check_columns(schema, columns)
             schema = pa.schema([schema.field(name) for name in columns])
-        owner = np.searchsorted(self._offsets, wanted, "right") - 1
+        owner = np.searchsorted(self._offsets, rows, "right") - 1
         order = np.argsort(owner, kind="stable")
         pieces = [schema.empty_table()]
         for shard in np.unique(owner):
-            mine = wanted[order][owner[order] == shard] - self._offsets[shard]
-            pieces.append(take_as(self.tables[shard], mine, schema))
-        found = pa.concat_tables(pieces)
+            in_shard = rows[order][owner[order] == shard] - self._offsets[shard]
+            pieces.append(take_as(self.tables[shard], in_shard, schema))
+        table = pa.concat_tables(pieces)
         if np.array_equal(order, np.arange(len(order))):
-            return found
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return found.take(pa.array(back))
+            return table
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return table.take(pa.array(inverse))
 
     def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:
-        """The metadata of rows (n,), in the order asked. ConfigError: an id or a column is not in the index."""
+        """The metadata of rows (n,), in the order of `ids`. ConfigError: an id or a column is not in the index."""
         rows: list[dict[str, Any]] = self.table(ids, columns).to_pylist()
         return rows
 
     def reconstruct(self, ids: npt.ArrayLike, modality: str = "image") -> Vectors:
         """The vectors float32 (n, d) of rows, as exact as the index stores them; zero for a row without one.
 
-        ConfigError: an id is not in the index, or its kind cannot give vectors back.
+        ConfigError: an id is not in the index, or this kind of index cannot give vectors back.
         """
-        wanted = checked_ids(self.manifest, self.removed, ids)
+        rows = checked_ids(self.manifest, self.removed, ids)
         check_modality(self.manifest, modality)
         shards = self.indices[modality]
         if modality in self._stored:
-            return unit(self._stored[modality][wanted])
-        out = np.zeros((len(wanted), self.manifest.dim), dtype=np.float32)
-        owner = np.searchsorted([shard.offset for shard in shards], wanted, "right") - 1
-        with self._reconstruct:  # the table of ids is made once; searches do not look at it
+            return unit(self._stored[modality][rows])
+        out = np.zeros((len(rows), self.manifest.dim), dtype=np.float32)
+        owner = np.searchsorted([shard.offset for shard in shards], rows, "right") - 1
+        with self._reconstruct:  # faiss builds its table of ids once; searches do not use it
             for shard in np.unique(owner):
                 faiss_index.prepare_reconstruct(shards[shard].index)
-        for place, (id, shard) in enumerate(zip(wanted, owner, strict=True)):
+        for place, (id, shard) in enumerate(zip(rows, owner, strict=True)):
             vector = faiss_index.reconstruct(shards[shard].index, int(id - shards[shard].offset))
             if vector is not None:
                 out[place] = vector

@@ -195,17 +195,17 @@ class _WhereParser:
 
     def _word(self, word: str) -> bool:
         """Whether the next token is this keyword, which is then read."""
-        found = self._is_word(word)
-        if found:
+        matched = self._is_word(word)
+        if matched:
             self._advance()
-        return found
+        return matched
 
     def _sign(self, sign: str) -> bool:
         """Whether the next token is this sign, which is then read."""
-        found = self.next.kind == "sign" and self.next.text == sign
-        if found:
+        matched = self.next.kind == "sign" and self.next.text == sign
+        if matched:
             self._advance()
-        return found
+        return matched
 
     def _expect(self, sign: str) -> None:
         if not self._sign(sign):
@@ -215,14 +215,14 @@ class _WhereParser:
         self.next = self._read(self.next.start + len(self.next.text))
 
     def _read(self, start: int) -> _Token:
-        found = _TOKEN.match(self._text, start)
-        if found is None:
+        match = _TOKEN.match(self._text, start)
+        if match is None:
             start += len(self._text[start:]) - len(self._text[start:].lstrip())
             self.next = _Token("unknown", self._text[start:], start)
             quote = self._text[start] in "\"'"
             self.fail("the text has no closing quote" if quote else "expected a column, an operator or a value")
-        kind = str(found.lastgroup)
-        token = _Token(kind, found[kind], found.start(kind))
+        kind = str(match.lastgroup)
+        token = _Token(kind, match[kind], match.start(kind))
         if kind == "sign" and token.text in _SPELLED:
             self.next = token
             self.fail(f"{token.text} is not known here: write {_SPELLED[token.text]}")

@@ -171,7 +171,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
     path = tmp_path / "index" / manifest.version / "text/0001.index"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CorruptError, match=r"text/0001\.index is not of \d+ bytes"):
+    with pytest.raises(CorruptError, match=r"text/0001\.index does not have the recorded size of \d+ bytes"):
         Searcher(str(tmp_path / "index"))
     path.unlink()
     with pytest.raises(CorruptError, match=r"text/0001\.index is missing"):
