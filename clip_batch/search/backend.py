@@ -1,6 +1,7 @@
-"""What the service asks of an opened index version, whoever holds its vectors and rows.
+"""The interface through which the service searches an index version.
 
-`Searcher` (faiss and Arrow) is one; `clip_batch.export.databases.backend` (Milvus and SQL) another.
+`clip_batch.search.searcher` implements it with faiss and Arrow,
+`clip_batch.export.databases.backend` with Milvus and SQL.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """Rows have the ids 0 to manifest.rows - 1; those that were removed are in no answer, and refused by id.
+    """An open index version, whose rows have the ids 0 to manifest.rows - 1.
 
-    Any number of threads ask at once. Arguments and errors are `Searcher`'s.
+    Removed rows are in no answer, and their ids are refused. Any number of threads may call the methods. Arguments and
+    errors are those of `Searcher`.
     """
 
     manifest: Manifest
@@ -32,7 +34,7 @@ class Backend(Protocol):
 
     @property
     def most(self) -> int:
-        """Hits that one search gives at the most."""
+        """Largest number of hits of one search."""
 
     @property
     def encoder(self) -> Encoder:
@@ -46,31 +48,34 @@ class Backend(Protocol):
         effort: int | None = None,
         among: RowSet | None = None,
     ) -> tuple[Vectors, Ids]:
-        """Scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id; -inf and -1 beyond."""
+        """Return scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id.
+
+        If there are fewer hits, scores are padded with -inf and ids with -1.
+        """
 
     def where(self, condition: Condition) -> Ids:
-        """Sorted ids of the rows of which a condition is true. ConfigError: the index has no such column."""
+        """Return the sorted ids of the rows for which a condition is true. ConfigError: the index lacks a column."""
 
     def select(self, ids: npt.ArrayLike) -> RowSet:
-        """A selection of rows for `search_ids`, without those that were removed."""
+        """Return a set of rows for `search_ids`, without those that were removed."""
 
     def table(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
-        """The metadata of rows (n,) as an Arrow table, in the order asked."""
+        """Return the metadata of ids (n,) as an Arrow table, in their order."""
 
     def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:
-        """The metadata of rows (n,), in the order asked."""
+        """Return the metadata of ids (n,) as n dicts, in their order."""
 
     def reconstruct(self, ids: npt.ArrayLike, modality: str = "image") -> Vectors:
-        """The vectors float32 (n, d) of rows; zero for a row without one."""
+        """Return the vectors float32 (n, d) of ids (n,); zero for a row without a vector."""
 
     def close(self) -> None:
-        """Let go of what is held."""
+        """Release files, connections and memory."""
 
 
 class ExhaustiveBackend(Backend, Protocol):
-    """A Backend that also gives every row over a threshold."""
+    """A Backend that can also find every row over a threshold."""
 
     def search_over(
         self, query: npt.ArrayLike, threshold: float, modality: str = "image", effort: int | None = None
     ) -> Iterator[tuple[Vectors, Ids]]:
-        """Scores (n,) and ids (n,) of the rows that score `threshold` or more, by ascending id, an index at a time."""
+        """Yield scores (n,) and ids (n,) of rows that score `threshold` or more, by id, one index shard at a time."""

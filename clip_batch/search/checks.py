@@ -1,4 +1,4 @@
-"""Checks of what a caller asks of an index; each raises ConfigError that names what is wrong."""
+"""Checks of the arguments of a search; each raises a ConfigError that names what is wrong."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from clip_batch.search.rows import Ids, Vectors
 
 
 def checked_search(manifest: Manifest, queries: npt.ArrayLike, k: int, modality: str, effort: int | None) -> Vectors:
-    """Queries float32 (n, d) of a search that an index of this manifest can do. ConfigError: a wrong argument."""
+    """Check the arguments of a search, and return its queries as float32 (n, d). ConfigError: an argument is wrong."""
     try:
-        wanted = np.ascontiguousarray(np.atleast_2d(np.asarray(queries)), dtype=np.float32)
+        vectors = np.ascontiguousarray(np.atleast_2d(np.asarray(queries)), dtype=np.float32)
     except (TypeError, ValueError):
         raise ConfigError("queries are not an array of numbers") from None
-    if wanted.ndim != 2 or wanted.shape[1] != manifest.dim:
-        raise ConfigError(f"queries have shape {wanted.shape}: this index wants (n, {manifest.dim})")
-    if not np.isfinite(wanted).all():
+    if vectors.ndim != 2 or vectors.shape[1] != manifest.dim:
+        raise ConfigError(f"queries have shape {vectors.shape}: this index needs (n, {manifest.dim})")
+    if not np.isfinite(vectors).all():
         raise ConfigError("queries contain NaN or infinity")
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise ConfigError(f"k is {k!r}: it must be 1 or more")
     if effort is not None and effort < 1:
         raise ConfigError(f"effort is {effort}: it must be 1 or more")
     check_modality(manifest, modality)
-    return wanted
+    return vectors
 
 
 def check_modality(manifest: Manifest, modality: str) -> None:
-    """ConfigError: an index of this manifest has not got it."""
+    """Raise ConfigError if the index lacks a modality."""
     if modality not in manifest.key:
         raise ConfigError(f"modality {modality!r} is not in this index: it has {', '.join(manifest.key)}")
 
 
 def check_columns(schema: pa.Schema, columns: Sequence[str]) -> None:
-    """ConfigError: metadata of this schema has not got one."""
+    """Raise ConfigError if the metadata schema lacks a column."""
     if unknown := [name for name in columns if name not in schema.names]:
         raise ConfigError(f"no metadata column {', '.join(unknown)}: there are {', '.join(schema.names)}")
 
 
 def checked_ids(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> Ids:
-    """Ids int64 (n,). ConfigError: one is not of the index, or was removed."""
-    wanted = np.asarray(ids).reshape(-1)
-    if not len(wanted):
+    """Return ids as int64 (n,). ConfigError: one is not in the index, or was removed."""
+    row_ids = np.asarray(ids).reshape(-1)
+    if not len(row_ids):
         return np.empty(0, dtype=np.int64)
-    if wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= manifest.rows:
+    if row_ids.dtype.kind not in "iu" or row_ids.min() < 0 or row_ids.max() >= manifest.rows:
         raise ConfigError(f"ids are whole numbers from 0 to {manifest.rows - 1}")
-    if (gone := removed_rows.contains(removed, wanted)).any():
-        raise ConfigError(f"row {wanted[gone][0]} was removed from this index")
-    return wanted.astype(np.int64)
+    if (is_removed := removed_rows.contains(removed, row_ids)).any():
+        raise ConfigError(f"row {row_ids[is_removed][0]} was removed from this index")
+    return row_ids.astype(np.int64)

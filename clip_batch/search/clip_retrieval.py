@@ -1,10 +1,10 @@
-"""An index folder of clip-retrieval, described by a manifest as if merge had made it with one shard.
+"""Open an index folder of clip-retrieval, described by a manifest as if `merge` had written it as one shard.
 
     image.index, text.index        faiss files; one of them may be absent
-    image.json, text.json          what autofaiss says of them; may be absent
+    image.json, text.json          the descriptions that autofaiss wrote; they may be absent
     metadata/*.parquet             row i, in the order of the files' names, is vector i
 
-clip-retrieval searches with the effort that autofaiss stored in the file, and so do we: `effort` is None.
+clip-retrieval searches with the effort that autofaiss stored in the faiss file, and so do we: `effort` is None.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
 
 MODEL, PRETRAINED = "ViT-B-32-quickgelu", "openai"
-"""open_clip's names of ViT-B/32, clip-retrieval's default model."""
+"""The names in open_clip of ViT-B/32, which is clip-retrieval's default model."""
 
 MODALITIES = ("image", "text")
 SHARD = "0000"
@@ -41,39 +41,39 @@ SHARD = "0000"
 
 @dataclass(frozen=True)
 class ClipRetrievalIndex:
-    """The manifest, and the local path of each file that it names: <version>/<modality>/<shard>.index, ..."""
+    """A manifest, and the local paths of the files that it names, such as <version>/<modality>/<shard>.index."""
 
     manifest: Manifest
     files: dict[str, str]
 
 
 def is_index(store: Store) -> bool:
-    """Whether a folder has an index of clip-retrieval and none of ours."""
+    """Return whether a folder has an index of clip-retrieval, and none of ours."""
     return not store.exists(CURRENT) and any(store.exists(f"{modality}.index") for modality in MODALITIES)
 
 
 def open_index(store: Store, model: str = "", pretrained: str = "") -> ClipRetrievalIndex:
-    """Describe an index folder; its metadata is converted once, into the cache, for each state of its files.
+    """Open an index folder. Its metadata is converted into the cache, once for each state of its files.
 
-    `model` and `pretrained` say which encoder made it (clip-retrieval does not tell; by default its default).
-    Remote files are copied into the cache. ConfigError: a metric other than inner product, no metadata, or an
-    on-disk index. CorruptError: rows of indices and metadata differ; a file is not readable.
+    `model` and `pretrained` name the encoder, which clip-retrieval does not record; the default is clip-retrieval's.
+    Remote files are copied into the cache. ConfigError: the metric is not inner product, there is no metadata, or the
+    index is one on disk. CorruptError: the indices and the metadata differ in rows, or a file cannot be read.
     """
     names = {modality: name for modality in MODALITIES if store.exists(name := f"{modality}.index")}
     paths = {modality: _local(store, name) for modality, name in names.items()}
-    opened = {modality: faiss_index.read(path, mapped=True) for modality, path in paths.items()}
+    indices = {modality: faiss_index.read(path, mapped=True) for modality, path in paths.items()}
     tables = Tables(store, [(_number(name), f"metadata/{name}") for name in _parquets(store)])
     rows = sum(tables.rows(path) for _, path in tables.files)
-    dim = next(iter(opened.values())).d
-    for modality, made in opened.items():
+    dim = next(iter(indices.values())).d
+    for modality, index in indices.items():
         where = store.display(names[modality])
-        if made.ntotal != rows:
+        if index.ntotal != rows:
             raise CorruptError(
-                f"{where} has {made.ntotal} rows, {store.display('metadata')} has {rows}: copy both again"
+                f"{where} has {index.ntotal} rows, {store.display('metadata')} has {rows}: copy both again"
             )
-        if made.d != dim:
-            raise CorruptError(f"{where} has {made.d} dimensions, the other index {dim}: copy both again")
-        if made.metric_type != 0:  # faiss.METRIC_INNER_PRODUCT
+        if index.d != dim:
+            raise CorruptError(f"{where} has {index.d} dimensions, the other index {dim}: copy both again")
+        if index.metric_type != 0:  # faiss.METRIC_INNER_PRODUCT
             raise ConfigError(f"{where} is not of inner products: build it with clip-retrieval index, or merge again")
     tags = {path: version_tag(store, path) for path in (*names.values(), *(path for _, path in tables.files))}
     digest = hashlib.sha256(repr([store.url, sorted(tags.items())]).encode()).hexdigest()[:12]
@@ -103,7 +103,7 @@ def open_index(store: Store, model: str = "", pretrained: str = "") -> ClipRetri
 
 
 def _local(store: Store, name: str) -> str:
-    """A local path of an index file."""
+    """Return the local path of an index file; a remote file is copied. ConfigError: it is an index on disk."""
     if store.list(name):
         raise ConfigError(
             f"{store.display(name)} is a folder (an index with its lists on disk): merge the embeddings with "
@@ -113,7 +113,7 @@ def _local(store: Store, name: str) -> str:
 
 
 def _parquets(store: Store) -> list[str]:
-    """Metadata files in the order in which clip-retrieval numbers their rows."""
+    """Return the metadata files, in the order in which clip-retrieval numbers their rows."""
     if names := [name for name in store.list("metadata") if name.endswith(".parquet")]:
         return names
     raise ConfigError(
@@ -122,24 +122,22 @@ def _parquets(store: Store) -> list[str]:
 
 
 def _number(name: str) -> int:
-    """The number of a part in a file name; 0 where it has none."""
-    found = re.search(r"_(\d{1,9})(-[0-9a-f]{8})?\.parquet$", name)
-    return int(found[1]) if found else 0
+    """Return the number of the part in a file name; 0 if it has none."""
+    match = re.search(r"_(\d{1,9})(-[0-9a-f]{8})?\.parquet$", name)
+    return int(match[1]) if match else 0
 
 
 def _key(store: Store, modality: str) -> str:
-    """The factory string that autofaiss notes beside the index."""
+    """Return the factory string that autofaiss wrote beside the index, or "unknown"."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         return str(store.read_json(f"{modality}.json")["index_key"])
     return "unknown"
 
 
 def _converted(tables: Tables, digest: str, rows: int) -> str:
-    """The metadata as one of our Arrow files in the cache; older states of the same folder are removed."""
-    folder, prefix = (
-        os.path.join(cache_home(), "clip-retrieval"),
-        hashlib.sha256(tables.store.url.encode()).hexdigest()[:12],
-    )
+    """Return the path of the metadata as an Arrow file in the cache, and remove those of older states of the folder."""
+    folder = os.path.join(cache_home(), "clip-retrieval")
+    prefix = hashlib.sha256(tables.store.url.encode()).hexdigest()[:12]
     path = os.path.join(folder, f"{prefix}-{digest}.arrow")
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
@@ -152,11 +150,12 @@ def _converted(tables: Tables, digest: str, rows: int) -> str:
                 os.unlink(part)
         for name in os.listdir(folder):
             if name.startswith(prefix) and name.endswith(".arrow") and name != os.path.basename(path):
-                os.unlink(os.path.join(folder, name))  # who has it open keeps it
+                os.unlink(os.path.join(folder, name))  # a process that has it open can still read it
     return path
 
 
 def _blocks(tables: Tables) -> Iterator[pa.Table]:
+    """Yield the metadata, one row group at a time."""
     for number, path in tables.files:
         for start, stop in pairwise(accumulate(tables.footers[path].groups, initial=0)):
             yield tables.read(number, path, start, stop)

@@ -1,4 +1,4 @@
-"""Rows of an index: their ids, their vectors, and sets of rows that a search is restricted to."""
+"""Types of ids and vectors, and sets of rows to which a search is restricted."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class RowSet:
-    """Rows that a search may find: ids (n,), sorted, none of them removed. `Searcher.select` makes it."""
+    """Rows that a search may find: sorted ids int64 (n,), none of them removed. `Searcher.select` returns one."""
 
     ids: Ids
     _others: dict[tuple[int, int], faiss_search.Removed] = field(default_factory=dict)
 
     def others(self, offset: int, rows: int) -> faiss_search.Removed:
-        """The other rows among [offset, offset + rows), counted from there."""
+        """Return the rows in [offset, offset + rows) that are not in the set, numbered from `offset`."""
         if (offset, rows) not in self._others:
-            there = np.zeros(rows, dtype=bool)
+            included = np.zeros(rows, dtype=bool)
             low, high = np.searchsorted(self.ids, [offset, offset + rows])
-            there[self.ids[low:high] - offset] = True
-            self._others[offset, rows] = faiss_search.Removed(np.flatnonzero(~there))
+            included[self.ids[low:high] - offset] = True
+            self._others[offset, rows] = faiss_search.Removed(np.flatnonzero(~included))
         return self._others[offset, rows]
 
 
 def selection(manifest: Manifest, removed: Ids, ids: npt.ArrayLike) -> RowSet:
-    """The rows without the removed ones. ConfigError: an id is not of the index."""
-    found = np.unique(np.asarray(ids, dtype=np.int64))
-    if len(found) and (found[0] < 0 or found[-1] >= manifest.rows):
+    """Return the set of the rows `ids` without removed ones. ConfigError: an id is not in the index."""
+    row_ids = np.unique(np.asarray(ids, dtype=np.int64))
+    if len(row_ids) and (row_ids[0] < 0 or row_ids[-1] >= manifest.rows):
         raise ConfigError(f"ids are 0 to {manifest.rows - 1}")
-    return RowSet(found[~removed_rows.contains(removed, found)])
+    return RowSet(row_ids[~removed_rows.contains(removed, row_ids)])

@@ -499,7 +499,7 @@ def test_failures_are_counted_listed_and_limited(
     by_reason = {one.reason: one for one in dataset.failures.listed}
     assert len(dataset.failures.listed) == 21
     assert by_reason["undecodable_image"].key == "003000004"
-    assert f"{tmp_path}/1.tar is not there" in by_reason["missing_tar"].message
+    assert f"{tmp_path}/1.tar does not exist" in by_reason["missing_tar"].message
     strict = FilteredDataset(broken, "x", amount=40, size=16)
     with pytest.raises(InputError, match=r"21 of 40 rows gave no sample .*missing_tar 10.*max_failures of 0.5"):
         batches(strict.loader(4, workers))

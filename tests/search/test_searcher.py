@@ -89,7 +89,7 @@ def test_requests_do_not_disturb_each_other(searcher: Searcher) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"queries": np.zeros((2, 15))}, r"shape \(2, 15\): this index wants \(n, 16\)"),
+        ({"queries": np.zeros((2, 15))}, r"shape \(2, 15\): this index needs \(n, 16\)"),
         ({"queries": np.zeros((2, 2, 16))}, "shape"),
         ({"queries": np.full(16, np.nan)}, "NaN"),
         ({"queries": np.full(16, np.inf)}, "infinity"),
