@@ -126,7 +126,7 @@ def test_metadata_comes_back_as_it_was(index: str, sql_url: str, prefix: str) ->
     said: list[str] = []
     done = export_sql(index, config, deep=True, progress=said.append)
     assert done.ok
-    assert (done.rows, done.present, done.compared) == (ROWS, ROWS, ROWS)
+    assert (done.rows, done.there, done.compared) == (ROWS, ROWS, ROWS)
     assert said[-1] == f"{ROWS} rows written"
     table = f"{prefix}_{current_version(Store(index))}"
     with Sql(sql_url, prefix) as sql, sql.engine.connect() as connection, Searcher(index) as searcher:

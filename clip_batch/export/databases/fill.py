@@ -56,13 +56,13 @@ class Target(Protocol):
 class ExportCheck:
     """How the rows of a table or collection agree with the index.
 
-    It should have `rows` rows and has `present`; the values of `compared` rows were compared. `missing`, `surplus` and
-    `different` count rows, and `examples` has up to EXAMPLES ids of each.
+    It should have `rows` rows and has `there` rows, of which the values of `compared` were compared. `missing`,
+    `surplus` and `different` count rows, and `examples` has up to EXAMPLES ids of each.
     """
 
     where: str
     rows: int
-    present: int
+    there: int
     compared: int
     missing: int
     surplus: int
@@ -81,7 +81,7 @@ def describe(check: ExportCheck) -> str:
         for what, ids in check.examples.items()
         if getattr(check, what)
     ]
-    text = f"{check.present:,} of {check.rows:,} rows in {check.where}, {check.compared:,} compared"
+    text = f"{check.there:,} of {check.rows:,} rows in {check.where}, {check.compared:,} compared"
     return f"{text}: {'; '.join(differences) or 'all as in the index'}"
 
 
