@@ -9,6 +9,8 @@ import inspect
 import textwrap
 from typing import Any, TypeVar
 
+from clip_batch.errors import ConfigError
+
 
 @functools.cache
 def helps(section: type) -> dict[str, str]:
@@ -30,6 +32,16 @@ def _helps(node: ast.ClassDef) -> dict[str, str]:
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             texts[field.target.id] = " ".join(str(text.value.value).split())
     return texts
+
+
+class Options:
+    """Base of the sections, which also programs make: a list of one text is refused where that text alone is given."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, str) and str(field.type).startswith("list["):
+                raise ConfigError(f"{type(self).__name__}: {field.name} is {value!r}: it must be a list, [{value!r}]")
 
 
 Section = TypeVar("Section")

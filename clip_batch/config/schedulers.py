@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clip_batch.config.fields import documented
+from clip_batch.config.fields import Options, documented
 
 
 @documented
 @dataclass(frozen=True)
-class SubmitConfig:
+class SubmitConfig(Options):
     """How the missing partitions are distributed to the tasks of a scheduler, SLURM or Spark."""
 
     tasks: int = 0
@@ -25,7 +25,7 @@ class SubmitConfig:
 
 @documented
 @dataclass(frozen=True)
-class SlurmConfig:
+class SlurmConfig(Options):
     """The resources of SLURM jobs; an empty value means the cluster's own default."""
 
     logs: str = ""
@@ -96,7 +96,7 @@ class SlurmConfig:
 
 @documented
 @dataclass(frozen=True)
-class SparkConfig:
+class SparkConfig(Options):
     """How spark-submit is called; what is not given here comes from Spark's own spark-defaults.conf."""
 
     master: str = ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from clip_batch.config.fields import documented
+from clip_batch.config.fields import Options, documented
 
 
 @documented
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Options):
     """Search an index from the shell, in process."""
 
     k: int = field(default=10, metadata={"short": "-k"})
@@ -51,7 +51,7 @@ class SearchConfig:
 
 @documented
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Options):
     """Serve indices over HTTP, with a web page."""
 
     host: str = "127.0.0.1"
@@ -114,7 +114,7 @@ class ServeConfig:
 
 @documented
 @dataclass(frozen=True)
-class DatabaseConfig:
+class DatabaseConfig(Options):
     """Databases that `export` fills, and that `serve` answers from if both are given."""
 
     milvus: str = ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clip_batch.config.fields import documented
+from clip_batch.config.fields import Options, documented
 
 
 @documented
 @dataclass(frozen=True)
-class StorageConfig:
+class StorageConfig(Options):
     """How stores are opened; every command takes these."""
 
     storage_options: dict[str, Any] = field(default_factory=dict)
@@ -21,7 +21,7 @@ class StorageConfig:
 
 @documented
 @dataclass(frozen=True)
-class DownloadConfig:
+class DownloadConfig(Options):
     """Download the images of a URL list with img2dataset; see docs/end2end.md."""
 
     urls: str = ""
@@ -54,7 +54,7 @@ class DownloadConfig:
 
 @documented
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Options):
     """Freeze which input is embedded, by which encoder, in which partitions."""
 
     input: list[str] = field(default_factory=list)
@@ -83,7 +83,7 @@ class PlanConfig:
 
 @documented
 @dataclass(frozen=True)
-class EmbedConfig:
+class EmbedConfig(Options):
     """Embed the planned partitions that are not committed yet."""
 
     batch_size: int = 0
@@ -112,7 +112,7 @@ class EmbedConfig:
 
 @documented
 @dataclass(frozen=True)
-class MergeConfig:
+class MergeConfig(Options):
     """Build sharded indices, and Arrow metadata in their order."""
 
     modalities: list[Literal["image", "text"]] = field(default_factory=lambda: ["image", "text"])
@@ -151,7 +151,7 @@ class MergeConfig:
 
 @documented
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Options):
     """Try index keys on a sample of OUT, before a merge."""
 
     keys_to_try: list[str] = field(default_factory=list)

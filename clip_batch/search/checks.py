@@ -26,21 +26,23 @@ def checked_search(manifest: Manifest, queries: npt.ArrayLike, k: int, modality:
         raise ConfigError("queries contain NaN or infinity")
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise ConfigError(f"k is {k!r}: it must be 1 or more")
-    if effort is not None and effort < 1:
-        raise ConfigError(f"effort is {effort}: it must be 1 or more")
+    if effort is not None and (isinstance(effort, bool) or not isinstance(effort, (int, np.integer)) or effort < 1):
+        raise ConfigError(f"effort is {effort!r}: it must be 1 or more")
     check_modality(manifest, modality)
     return vectors
 
 
 def check_modality(manifest: Manifest, modality: str) -> None:
     """Raise ConfigError if the index lacks a modality."""
-    if modality not in manifest.key:
+    if not isinstance(modality, str) or modality not in manifest.key:
         raise ConfigError(f"modality {modality!r} is not in this index: it has {', '.join(manifest.key)}")
 
 
 def check_columns(schema: pa.Schema, columns: Sequence[str]) -> None:
-    """Raise ConfigError if the metadata schema lacks a column."""
-    if unknown := [name for name in columns if name not in schema.names]:
+    """Raise ConfigError if the metadata schema lacks a column, or `columns` is one text in place of a list."""
+    if isinstance(columns, str):
+        raise ConfigError(f"columns is {columns!r}: it must be a list of names")
+    if unknown := [str(name) for name in columns if name not in schema.names]:
         raise ConfigError(f"no metadata column {', '.join(unknown)}: there are {', '.join(schema.names)}")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -49,10 +51,10 @@ class QueryTerm:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_subject(self.text, self.image, self.id)
         if bool(self.text) + bool(self.image) + (self.embedding is not None) + (self.id is not None) != 1:
             raise ConfigError("a query is one of text, image, embedding and id: give just one")
-        if not math.isfinite(self.weight):
-            raise ConfigError(f"the weight of a query's term is {self.weight}: it must be finite")
+        _check_number("weight", self.weight, finite=True)
 
     def describe(self) -> dict[str, Any]:
         """The term for JSON; of an image's bytes and of a vector, the sha256."""
@@ -94,12 +96,18 @@ class Criteria:
     aesthetic: float | None = None
 
     def __post_init__(self) -> None:
-        if self.k is not None and self.k < 1:
-            raise ConfigError(f"a query's k is {self.k}: it must be 1 or more")
-        if not 0 <= self.unique_threshold <= 1:
-            raise ConfigError(f"a query's unique_threshold is {self.unique_threshold}: it must be from 0 to 1")
-        if self.aesthetic is not None and not math.isfinite(self.aesthetic):
-            raise ConfigError(f"a query's aesthetic weight is {self.aesthetic}: it must be finite")
+        for field, count in (("k", self.k), ("effort", self.effort)):
+            _check(field, count, count is None or (_is_whole(count) and count >= 1), "1 or more, a whole number")
+        if self.threshold is not None:
+            _check_number("threshold", self.threshold)
+        if self.aesthetic is not None:
+            _check_number("aesthetic", self.aesthetic, finite=True)
+        _check_number("unique_threshold", self.unique_threshold)
+        _check("unique_threshold", self.unique_threshold, 0 <= self.unique_threshold <= 1, "from 0 to 1")
+        _check("modality", self.modality, isinstance(self.modality, str), "image or text")
+        for field in ("unique", "safe", "nonviolent"):
+            switch = getattr(self, field)
+            _check(field, switch, isinstance(switch, bool | np.bool_), "True or False")
         _ = self.condition
 
     @cached_property
@@ -133,12 +141,15 @@ class Query(Criteria):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_subject(self.text, self.image, self.id)
+        listed = isinstance(self.terms, list | tuple) and all(isinstance(term, QueryTerm) for term in self.terms)
+        _check("terms", self.terms, listed, "a list of QueryTerm")
         alone = bool(self.text) or bool(self.image) or self.embedding is not None or self.id is not None
         if self.terms and alone:
             raise ConfigError("a query has either terms, or one of text, image, embedding and id: leave out the others")
         self.all_terms()
-        if not 0 < self.weight < math.inf:
-            raise ConfigError(f"a query's weight is {self.weight}: it must be over 0, and finite")
+        _check_number("weight", self.weight, finite=True)
+        _check("weight", self.weight, self.weight > 0, "over 0")
 
     def all_terms(self) -> Sequence[QueryTerm]:
         """What is looked for, as one or more terms."""
@@ -160,3 +171,27 @@ class Query(Criteria):
             "aesthetic": None if self.aesthetic is None else float(self.aesthetic),
         }
         return about | {name: value for name, value in later.items() if value is not None}
+
+
+def _check_subject(text: object, image: object, id: object) -> None:
+    """ConfigError: what is looked for is of another type than its field's."""
+    _check("text", text, isinstance(text, str), "one text")
+    _check("image", image, isinstance(image, str | bytes), "a path, a URL or the bytes of an image file")
+    _check("id", id, id is None or _is_whole(id), "the whole number of a row")
+
+
+def _check_number(field: str, value: float, finite: bool = False) -> None:
+    """ConfigError: a field is no number, is NaN, or is infinite where it must not be."""
+    _check(field, value, isinstance(value, Real) and not isinstance(value, bool), "a number")
+    _check(field, value, not finite or math.isfinite(value), "finite")
+    _check(field, value, not math.isnan(value), "a number")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check(field: str, value: object, good: bool, rule: str) -> None:
+    """ConfigError, which names the rule, unless a field of a query or of a term is good."""
+    if not good:
+        raise ConfigError(f"a query's {field} is {reprlib.repr(value)}: it must be {rule}")

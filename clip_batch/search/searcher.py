@@ -5,6 +5,7 @@ A Searcher holds no state that a request changes, so any number of threads may s
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -185,7 +186,11 @@ class Searcher:
             return self._encoder
 
     def encode_text(self, texts: Sequence[str]) -> Vectors:
-        """Query vectors float32 (n, d) of texts."""
+        """Query vectors float32 (n, d) of texts. ConfigError: `texts` is no list of them."""
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"texts is {reprlib.repr(texts)}: it must be a list of texts")
+        if not len(texts):
+            return np.empty((0, self.manifest.dim), np.float32)
         return text_vectors(self, texts)
 
     def encode_image(self, data: bytes) -> Vectors:
@@ -343,6 +348,8 @@ class Searcher:
 
     def metadata(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> list[dict[str, Any]]:
         """The metadata of rows (n,), in the order of `ids`. ConfigError: an id or a column is not in the index."""
+        if columns is not None and not len(columns):  # a table without columns has no rows
+            return [{} for _ in checked_ids(self.manifest, self.removed, ids)]
         rows: list[dict[str, Any]] = self.table(ids, columns).to_pylist()
         return rows
 

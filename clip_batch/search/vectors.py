@@ -61,9 +61,12 @@ def row_vector(backend: Backend, id: int) -> Vectors:
 
 
 def checked_vector(values: npt.ArrayLike, dim: int, field: str) -> Vectors:
-    """A vector float32 (dim,). QueryError: it has another length, or numbers that are not finite."""
-    with np.errstate(over="ignore"):
-        vector = np.asarray(values, np.float32).reshape(-1)
+    """A vector float32 (dim,). QueryError: it has another length, or holds anything but finite numbers."""
+    try:
+        with np.errstate(over="ignore"):
+            vector = np.asarray(values, np.float32).reshape(-1)
+    except (TypeError, ValueError):
+        raise QueryError(field, "it is not a list of numbers") from None
     if len(vector) != dim:
         raise QueryError(field, f"it has {len(vector)} numbers, this index has {dim}")
     if not np.isfinite(vector).all():

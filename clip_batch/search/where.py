@@ -17,7 +17,8 @@ The words are taken in upper or lower case. `not` binds before `and`, and `and` 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn, TypeAlias
 
 from clip_batch.errors import ConfigError
@@ -65,6 +66,8 @@ def as_condition(where: Where | None) -> Condition | None:
         return where
     if isinstance(where, str):
         return parse_where(where) if where.strip() else None
+    if isinstance(where, bytes | Mapping) or not isinstance(where, Iterable):
+        raise ConfigError(f"where is {reprlib.repr(where)}: it must be a condition as text, or a list of filters")
     return all_of(parse_filter(one).condition() for one in where)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import typing
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -243,3 +243,12 @@ def test_every_help_stands_by_itself(section: type) -> None:
 
 WORDS = {"open_clip's", "faiss", "recall@10", "spark://host:7077"}
 """Names that begin a help text in lower case."""
+
+
+@pytest.mark.parametrize("section", options.SECTIONS.values())
+def test_a_text_in_place_of_a_list_is_refused(section: type) -> None:
+    """`list("jpg")` would be the extensions j, p and g."""
+    for name, kind in get_type_hints(section).items():
+        if get_origin(kind) is list:
+            with pytest.raises(ConfigError, match=f"{section.__name__}: {name} is 'jpg': it must be a list"):
+                section(**{name: "jpg"})

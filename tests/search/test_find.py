@@ -156,6 +156,20 @@ def test_a_text_is_a_query_and_finds_ten(searcher: Searcher) -> None:
     assert (len(result.hits), result.complete) == (10, True)
 
 
+def test_no_columns_are_hits_without_metadata(searcher: Searcher) -> None:
+    assert [hit.metadata for hit in searcher.find(Query(text="a", k=3), columns=[]).hits] == [{}, {}, {}]
+
+
+def test_texts_columns_and_effort_of_the_wrong_type_are_refused(searcher: Searcher) -> None:
+    with pytest.raises(ConfigError, match="texts is 'a dog': it must be a list of texts"):
+        searcher.encode_text("a dog")
+    assert searcher.encode_text([]).shape == (0, searcher.manifest.dim)
+    with pytest.raises(ConfigError, match="columns is 'caption': it must be a list of names"):
+        searcher.find("a", columns="caption")
+    with pytest.raises(ConfigError, match="effort is '5': it must be 1 or more"):
+        searcher.search(searcher.encode_text(["a"]), effort="5")  # type: ignore[arg-type]
+
+
 def test_what_bounds_leave_is_told(searcher: Searcher) -> None:
     rare = Query(text="a", where=f'key = "{searcher.find(Query(text="a", k=ROWS)).hits[-1].metadata["key"]}"')
     left = best_rows(searcher, rare, bounds=Bounds(prefilter_rows=0, scan=12))
@@ -187,6 +201,8 @@ def test_conditions_see_nulls_and_all_kinds(searcher: Searcher) -> None:
         ({"text": "a", "unique": True, "k": 10_001}, "k: 10000 at most where near duplicates"),
         ({"id": ROWS}, f"ids are whole numbers from 0 to {ROWS - 1}"),
         ({"embedding": [1, 2]}, "embedding: it has 2 numbers, this index has 8"),
+        ({"embedding": "abc"}, "embedding: it is not a list of numbers"),
+        ({"embedding": [[1], [1, 2]]}, "embedding: it is not a list of numbers"),
         ({"embedding": [0.0] * 8}, "embedding: it gives a vector of length 0"),
         ({"terms": [QueryTerm(text="a"), QueryTerm(text="a", weight=-1)]}, "queries: it gives a vector of length 0"),
     ],
