@@ -1,4 +1,4 @@
-"""Exports to SQLite, MariaDB, PostgreSQL and Milvus, all of them real, and the service that answers from them."""
+"""Exports to real SQLite, MariaDB, PostgreSQL and Milvus databases, and the service that searches them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ DATABASES = ("sqlite", "mariadb", "postgres")
 
 
 def sidecar(row: int) -> dict[str, Any]:
-    """Fields whose names and values are awkward in SQL."""
+    """Return fields whose names and values are awkward in SQL."""
     return {
         "select": f"🦊 {row}" if row % 3 else None,
         "id": f"theirs {row}",
@@ -72,7 +72,7 @@ def sidecar(row: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two tars, three index shards; every fifth row has no caption."""
+    """An index of two tars in three index shards; every fifth row has no caption."""
     folder = tmp_path_factory.mktemp("databases")
     tars = []
     for tar in range(2):
@@ -87,7 +87,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def copied(index: str, tmp_path: Path) -> str:
-    """The index, to change."""
+    """A copy of the index that a test may change."""
     import shutil
 
     return str(shutil.copytree(index, tmp_path / "copied"))
@@ -102,7 +102,7 @@ def sql_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def prefix(request: pytest.FixtureRequest) -> str:
-    """Of tables that no other test uses: the servers are the session's."""
+    """A table prefix that no other test uses, because the servers are shared by the session."""
     return "t_" + re.sub(r"\W", "_", request.node.name)[-35:]
 
 
@@ -115,7 +115,7 @@ def run(*arguments: str, code: int = 0) -> tuple[str, str]:
 
 
 def table_of(config: DatabaseConfig, index: str) -> tuple[Sql, sa.Table]:
-    """The database, and an export's table as it stands there."""
+    """Return the database and an exported table, as the database describes it."""
     sql = Sql(config.sql, config.table_prefix)
     name = f"{config.table_prefix}_{current_version(Store(index))}"
     return sql, sa.Table(name, sa.MetaData(), autoload_with=sql.engine)
@@ -123,11 +123,11 @@ def table_of(config: DatabaseConfig, index: str) -> tuple[Sql, sa.Table]:
 
 def test_metadata_comes_back_as_it_was(index: str, sql_url: str, prefix: str) -> None:
     config = DatabaseConfig(sql=sql_url, table_prefix=prefix)
-    said: list[str] = []
-    done = export_sql(index, config, deep=True, progress=said.append)
+    log: list[str] = []
+    done = export_sql(index, config, deep=True, progress=log.append)
     assert done.ok
     assert (done.rows, done.there, done.compared) == (ROWS, ROWS, ROWS)
-    assert said[-1] == f"{ROWS} rows written"
+    assert log[-1] == f"{ROWS} rows written"
     table = f"{prefix}_{current_version(Store(index))}"
     with Sql(sql_url, prefix) as sql, sql.engine.connect() as connection, Searcher(index) as searcher:
         rows = connection.execute(sa.text(f"SELECT * FROM {table} ORDER BY id")).mappings().all()
@@ -203,7 +203,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def killed(*arguments: str, blocks: int = 2) -> None:
-    """Run a command and kill -9 it when it tells of so many blocks of rows."""
+    """Run a command, and kill -9 it when it has reported that many blocks of rows."""
     process = subprocess.Popen([sys.executable, "-m", "clip_batch", *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -216,7 +216,7 @@ def killed(*arguments: str, blocks: int = 2) -> None:
 
 
 @pytest.mark.slow
-def test_sql_goes_on_after_a_kill_finds_what_is_wrong_and_mends_it(larger: str, sql_url: str, prefix: str) -> None:
+def test_sql_resumes_after_a_kill_finds_what_is_wrong_and_repairs_it(larger: str, sql_url: str, prefix: str) -> None:
     flags = ["export", "sql", "--index", larger, "--sql", sql_url, "--table-prefix", prefix]
     killed(*flags)
     config = DatabaseConfig(sql=sql_url, table_prefix=prefix)
@@ -234,12 +234,12 @@ def test_sql_goes_on_after_a_kill_finds_what_is_wrong_and_mends_it(larger: str, 
         rows, done = sa.select(sa.func.count()).select_from(table), sa.text(f"SELECT done FROM {prefix}_exports")
         assert 2_000 <= value(rows) < 10_000
         assert value(done) == value(rows)
-        found = export_sql(larger, config, verify=True)
-        assert (found.ok, found.missing) == (False, 10_000 - value(rows))
+        check = export_sql(larger, config, verify=True)
+        assert (check.ok, check.missing) == (False, 10_000 - value(rows))
         run(*flags)
         assert value(rows) == value(done) == 10_000
-        _, said = run(*flags, "--deep")
-        assert "0 rows written" in said
+        _, log = run(*flags, "--deep")
+        assert "0 rows written" in log
         write(table.delete().where(table.c.id.in_([3, 7_500])))
         write(table.insert().values(id=10_000, key="no row"))
         write(table.update().where(table.c.id == 12).values(caption="Caption"))
@@ -250,16 +250,16 @@ def test_sql_goes_on_after_a_kill_finds_what_is_wrong_and_mends_it(larger: str, 
 
 
 @pytest.mark.slow
-def test_milvus_goes_on_after_a_kill_finds_what_is_wrong_and_mends_it(larger: str, tmp_path: Path) -> None:
+def test_milvus_resumes_after_a_kill_finds_what_is_wrong_and_repairs_it(larger: str, tmp_path: Path) -> None:
     path = str(tmp_path / "vectors.db")
     flags = ["export", "milvus", "--index", larger, "--milvus", path]
     killed(*flags, blocks=8)
-    found = export_milvus(larger, DatabaseConfig(milvus=path), verify=True)
-    assert 0 < found.missing < 10_000  # not only what was not sent: milvus-lite itself may lose its last writes
+    check = export_milvus(larger, DatabaseConfig(milvus=path), verify=True)
+    assert 0 < check.missing < 10_000  # including rows that were sent: milvus-lite may lose its last writes
     text, _ = run(*flags, "--deep", "--json")
     assert json.loads(text)["compared"] == json.loads(text)["there"] == 10_000
-    _, said = run(*flags)
-    assert "0 rows written" in said
+    _, log = run(*flags)
+    assert "0 rows written" in log
     name = f"clip_batch_{current_version(Store(larger))}"
     with Milvus(path) as milvus:
         collection = milvus.open(name, ["image", "text"], "AUTOINDEX")
@@ -267,10 +267,10 @@ def test_milvus_goes_on_after_a_kill_finds_what_is_wrong_and_mends_it(larger: st
         wrong = {kind: np.eye(8, dtype=np.float32)[:1] for kind in ("image", "text")}
         collection.add(np.array([12]), wrong)
         collection.add(np.array([10_000]), wrong)
-    found = export_milvus(larger, DatabaseConfig(milvus=path), verify=True, deep=True)
-    assert (found.missing, found.surplus, found.different) == (2, 1, 1)
-    assert found.examples == {"missing": [3, 7_500], "surplus": [], "different": [12]}
-    assert describe(found).endswith("2 missing (3, 7500); 1 surplus; 1 different (12)")
+    check = export_milvus(larger, DatabaseConfig(milvus=path), verify=True, deep=True)
+    assert (check.missing, check.surplus, check.different) == (2, 1, 1)
+    assert check.examples == {"missing": [3, 7_500], "surplus": [], "different": [12]}
+    assert describe(check).endswith("2 missing (3, 7500); 1 surplus; 1 different (12)")
 
 
 def test_two_exports_at_once_do_not_mix(index: str, sql_url: str, prefix: str) -> None:
@@ -318,7 +318,7 @@ def test_vectors_are_those_of_out(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def exported(index: str, tmp_path_factory: pytest.TempPathFactory) -> DatabaseConfig:
-    """The index in milvus-lite's file, by exact search, and in SQLite."""
+    """The index in a file of milvus-lite, with exact search, and in SQLite."""
     folder = tmp_path_factory.mktemp("exported")
     config = DatabaseConfig(milvus=str(folder / "v.db"), milvus_index="FLAT", sql=str(folder / "m.sqlite"))
     assert export_milvus(index, config, deep=True).ok
@@ -372,13 +372,13 @@ FILTERS: list[list[dict[str, Any]]] = [
 def test_the_service_answers_the_same(clients: tuple[TestClient, TestClient], path: str, body: dict[str, Any]) -> None:
     one, other = (client.post(f"/{path}", json=body) for client in clients)
     assert one.status_code == other.status_code
-    wanted, found = one.json(), other.json()
+    expected, actual = one.json(), other.json()
     scores: list[list[float]] = []
-    for answer in (wanted, found):
+    for answer in (expected, actual):
         hits = answer["hits"] if "hits" in answer else answer if isinstance(answer, list) else []
         scores.append([hit.pop(name) for hit in hits for name in ("score", "similarity") if name in hit])
     assert scores[0] == pytest.approx(scores[1], abs=5e-6)
-    assert wanted == found
+    assert expected == actual
 
 
 def test_what_the_service_says_of_itself(clients: tuple[TestClient, TestClient]) -> None:
@@ -456,7 +456,7 @@ def test_removed_rows_are_in_no_answer_and_leave_the_databases(copied: str, tmp_
         first = [hit.metadata["key"] for hit in searcher.search(query, 3)[0]]
     (tmp_path / "keys.txt").write_text("\n".join(first))
     remove(copied, str(tmp_path / "keys.txt"))
-    for count in (ROWS, ROWS - 3):  # as it was exported; then exported again
+    for count in (ROWS, ROWS - 3):  # first as exported, then after another export
         backend = DatabaseBackend(copied, config)
         with Searcher(copied) as searcher:
             assert backend.search_ids(query, 60)[1].tolist() == searcher.search_ids(query, 60)[1].tolist()
@@ -509,9 +509,9 @@ def test_a_password_is_in_no_message(index: str, kind: str) -> None:
         f"{kind}://someone:{PASSWORD}@127.0.0.1:9/there",
         f"{kind}://someone@127.0.0.1:9/x?password={PASSWORD}",
     ):
-        _, said = run("export", "sql", "--index", index, "--sql", url, code=1)
-        assert f"{kind}+" in said and "127.0.0.1" in said
-        assert len(said.splitlines()) == 1
+        _, log = run("export", "sql", "--index", index, "--sql", url, code=1)
+        assert f"{kind}+" in log and "127.0.0.1" in log
+        assert len(log.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -520,18 +520,18 @@ def test_urls_that_are_not_understood(index: str) -> None:
         ("oracle://a:topsecretvalue@b/c", "kind oracle"),
         ("mysql://a:topsecretvalue@b:x/c", "understood"),
     ):
-        _, said = run("export", "sql", "--index", index, "--sql", url, code=2)
-        assert what in said
+        _, log = run("export", "sql", "--index", index, "--sql", url, code=2)
+        assert what in log
     for uri in (f"http://u:{PASSWORD}@127.0.0.1:9", "vectors.sqlite", "ftp://a.db"):
-        _, said = run("export", "milvus", "--index", index, "--milvus", uri, code=1 if "http" in uri else 2)
-        assert "--milvus is not understood" in said or "127.0.0.1:9" in said
+        _, log = run("export", "milvus", "--index", index, "--milvus", uri, code=1 if "http" in uri else 2)
+        assert "--milvus is not understood" in log or "127.0.0.1:9" in log
     for flags in (["sql"], ["milvus"], ["sql", "--sql", "x.sqlite", "--table-prefix", "a b"]):
         run("export", *flags, "--index", index, code=2)
 
 
 @pytest.mark.slow
 def test_milvus_finds_what_exact_search_finds_on_the_demo(tmp_path: Path) -> None:
-    """Pictures and captions in one space: ten of ten by FLAT, by text and by image; what the other kinds find."""
+    """FLAT finds all ten nearest pictures by text and by image; the other kinds reach the documented recall."""
     run("demo", str(tmp_path / "demo"), "--no-serve")
     out, index = str(tmp_path / "demo/embeddings"), str(tmp_path / "demo/index")
     with Searcher(index) as searcher:

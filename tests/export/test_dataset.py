@@ -1,4 +1,4 @@
-"""FilteredDataset: which rows, in which order, whose, how far; their images, and what becomes of those without one."""
+"""FilteredDataset: the rows of an epoch, their order and division, resuming, images, and rows that fail."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ ROWS = 60
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """60 rows of two tars; every fifth has no caption."""
+    """An index of 60 rows from two tars; every fifth row has no caption."""
     return make_index(tmp_path_factory.mktemp("index"), ROWS)
 
 
 @pytest.fixture(scope="module")
 def selection(index: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """All 60 rows, selected once for the module."""
+    """A selection of all 60 rows, which the tests of this module share."""
     folder = str(tmp_path_factory.mktemp("selection") / "all")
     FilteredDataset(index, "anything", amount=ROWS, selection=folder)
     return folder
@@ -82,7 +82,7 @@ def batches(loader: Any) -> list[list[int]]:
     return [batch["id"].tolist() for batch in loader]
 
 
-# Order, shares, phases: numbers alone.
+# Order, shares and phases, which are computed from numbers alone.
 
 
 @given(st.integers(0, 400), st.integers(1, 7), st.integers(1, 9), st.integers(1, 70), st.integers(0, 3), st.booleans())
@@ -116,7 +116,7 @@ def test_an_epoch_keeps_neighbours_near_and_differs_from_the_next() -> None:
     st.integers(0, 200), st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=5), max_size=4), st.integers(1, 5)
 )
 def test_what_phases_leave_and_what_they_took_is_everything(count: int, counts: list[list[int]], now: int) -> None:
-    """However often the number of workers changes, nobody takes a position twice, and none is lost."""
+    """However often the number of workers changes, every position is read exactly once."""
     phases: list[list[int]] = []
     taken: list[int] = []
     for wanted in [*counts, [10**6] * now]:
@@ -153,7 +153,7 @@ def test_a_mixture_has_each_row_once_by_turns(found: list[list[int]], data: st.D
     for id, score, owner in zip(got.tolist(), scores, query, strict=True):
         assert owner == min(turn[id] for turn in turns if id in turn)[1]
         assert score == -found[owner].index(id)
-    if amount is not None and len(got) == amount:  # a query's rows are its best ones, and the parts are as the weights
+    if amount is not None and len(got) == amount:  # each query has its best rows, in proportion to its weight
         for number in range(len(found)):
             owned = [id for id in found[number] if min(t[id] for t in turns if id in t)[1] == number]
             assert set(got[query == number]) == set(owned[: np.count_nonzero(query == number)])
@@ -279,7 +279,7 @@ def test_a_filtered_folder_is_a_source(index: str, tmp_path: Path) -> None:
 def test_files_that_only_foreign_metadata_names_are_never_opened(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where a tar with just that member lies there."""
+    """The tar exists and has exactly the member that the metadata names, and yet it is not read."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     secret = corpus.good_tar(str(tmp_path / "secret.tar"), 4)
     with tarfile.open(secret) as tar:
@@ -287,9 +287,9 @@ def test_files_that_only_foreign_metadata_names_are_never_opened(
     vectors = np.eye(4, 8, dtype=np.float32)
     folder = tmp_path / "theirs"
     (folder / "metadata").mkdir(parents=True)
-    made = faiss_index.train("Flat", vectors)
-    faiss_index.add(made, vectors, np.arange(4))
-    faiss_index.write(made, str(folder / "image.index"))
+    flat_index = faiss_index.train("Flat", vectors)
+    faiss_index.add(flat_index, vectors, np.arange(4))
+    faiss_index.write(flat_index, str(folder / "image.index"))
     columns = {
         "key": [member.name.split(".")[0] for member in members],
         "caption": ["x"] * 4,
@@ -359,7 +359,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
 
 @pytest.mark.parametrize(("workers", "after"), [(0, 0), (2, 2), (2, 1), (2, 0), (0, 2)])
 def test_a_loader_resumes_with_any_number_of_workers(index: str, selection: str, workers: int, after: int) -> None:
-    """In the same batches, if their number stays; without a row twice or lost in any case."""
+    """With the same number of workers the batches are the same; with any number no row is repeated or lost."""
     options = {"block": 4, "seed": 1}
     uninterrupted = batches(whole(index, selection, **options).loader(7, workers))
     assert sorted(flat(uninterrupted)) == list(range(ROWS))
@@ -376,7 +376,7 @@ def test_a_loader_resumes_with_any_number_of_workers(index: str, selection: str,
         if workers == after:
             assert first + rest == uninterrupted
         assert sorted(flat(first + rest)) == list(range(ROWS))
-        assert batches(resumed.loader(7, workers)) == uninterrupted  # a state counts once
+        assert batches(resumed.loader(7, workers)) == uninterrupted  # a loaded state is used for one pass only
 
 
 def test_a_spawned_worker_gets_a_path_not_the_rows(index: str, selection: str) -> None:
@@ -457,7 +457,7 @@ def _train(rank: int, port: int, index: str, selection: str, results: str) -> No
 
 
 def test_ranks_take_as_many_steps_together(index: str, selection: str, tmp_path: Path) -> None:
-    """Rank 0 has 3 batches, rank 1 has 5 smaller ones."""
+    """Rank 0 has 3 batches, and rank 1 has 5 smaller ones, so both train on 3."""
     from tests.servers.processes import free_ports
 
     [port] = free_ports(1)
@@ -469,12 +469,12 @@ def test_ranks_take_as_many_steps_together(index: str, selection: str, tmp_path:
     assert len(set(seen)) == len(seen) == 30 + 18
 
 
-# What fails.
+# Rows that fail.
 
 
 @pytest.fixture
 def broken(tmp_path: Path) -> str:
-    """40 rows, of which 10 are in a tar that goes away, 10 in one that is written anew, and 1 is cut."""
+    """An index of 40 rows: 10 in a tar that is deleted, 10 in one that is replaced, and 1 whose image is overwritten."""
     tars = [corpus.good_tar(str(tmp_path / f"{i}.tar"), 10, seed=i) for i in range(4)]
     index = index_of(tars, tmp_path)
     os.unlink(tars[1])
@@ -531,7 +531,7 @@ def test_a_killed_worker_surfaces(index: str, selection: str) -> None:
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """Images by number, and what the web has besides."""
+    """A web server of images by number, and of answers that are not images."""
 
     asked: ClassVar[Counter[str]] = Counter()
     now = most = 0
@@ -619,7 +619,7 @@ def test_images_by_their_urls(tmp_path: Path, web: str) -> None:
     assert not Web.asked
     either = FilteredDataset(index, "x", private=True, **{**options, "via": "either"})
     assert len(list(either)) == 20
-    assert not Web.asked  # all lie in a tar
+    assert not Web.asked  # all rows are in a tar
     os.unlink(tmp_path / "0.tar")
     assert len(list(FilteredDataset(index, "x", private=True, **options))) == 8
 
@@ -698,12 +698,12 @@ def index_of_remote(tar: str, folder: Path, storage: StorageConfig) -> str:
     return index
 
 
-# What the documents show.
+# The examples in the documents.
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """INDEX of 239 pictures of the demo (flags, most of them), by the demo's model."""
+    """An INDEX of 239 pictures of the demo, mostly flags, made with the demo's model."""
     folder = tmp_path_factory.mktemp("demo")
     return index_of(data.write_tars(str(folder / "tars"))[-1:], folder, "demo")
 

@@ -1,4 +1,4 @@
-"""clip-retrieval's folders read, and folders that it reads written; against clip-retrieval itself where it is here."""
+"""Reading folders of clip-retrieval and writing folders for it, checked with clip-retrieval where it is installed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SIZES = (300, 0, 120, 80)
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """An embeddings folder as clip-retrieval writes it: eleven parts, unpadded numbers, types that differ by part."""
+    """Write an embeddings folder like clip-retrieval's: eleven parts, unpadded numbers, types that differ by part."""
     images, texts = clustered(550, DIM, 8)
     for folder in ("img_emb", "text_emb", "metadata"):
         (tmp_path / "theirs" / folder).mkdir(parents=True)
@@ -327,7 +327,7 @@ def test_an_index_on_disk_is_exported_as_one_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def their_index(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An index folder as clip-retrieval writes it, of rows in the order of the files' names."""
+    """Write an index folder like clip-retrieval's, with rows in the order of the files' names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(theirs / "metadata", tmp_path / "their_index/metadata")
     for kind in ("img", "text"):
@@ -428,7 +428,7 @@ def test_the_encoder_of_what_clip_retrieval_made_can_be_named_later(theirs: Path
 
 @pytest.fixture(scope="session")
 def clip_retrieval() -> str:
-    """The interpreter that has clip-retrieval; see `make clip-retrieval`."""
+    """The interpreter of the environment that `make clip-retrieval` creates."""
     python = os.environ.get("CLIP_RETRIEVAL_PYTHON") or str(ROOT / ".clip-retrieval/bin/python")
     if not Path(python).exists():
         pytest.skip("no clip-retrieval: name its interpreter in CLIP_RETRIEVAL_PYTHON, or make clip-retrieval")
@@ -472,7 +472,7 @@ Path("tiny.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": image, "
 open_clip.add_model_config("tiny.json")
 torch.save(open_clip.create_model("tiny").state_dict(), "tiny.pt")
 """
-"""A small random model, for clip-retrieval's own commands, which are then called as its command line does."""
+"""Replaces the model by a small random one. clip-retrieval's commands then run as from its command line."""
 
 BACK = f"""{TINY}
 from clip_retrieval.clip_back import clip_back
@@ -511,7 +511,7 @@ def test_embeddings_of_clip_retrieval_itself(clip_retrieval: str, tmp_path: Path
 
 @pytest.fixture
 def served(clip_retrieval: str, ours: Path, tmp_path: Path) -> Iterator[str]:
-    """The URL of clip-retrieval's own service of an export of `ours`."""
+    """The URL of clip-retrieval's service, which serves an export of `ours`."""
     export_clip_retrieval(str(ours), str(tmp_path / "export"))
     (tmp_path / "run").mkdir()
     with socket.socket() as free:

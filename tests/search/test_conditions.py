@@ -88,7 +88,7 @@ def kind(value: Any) -> str:
 
 
 def holds(condition: Condition, row: Mapping[str, Any]) -> bool | None:
-    """What a condition says of one row, in Python's own comparisons: true, false, or None for neither."""
+    """Evaluate a condition on one row with Python's comparisons: true, false, or None for neither."""
     if isinstance(condition, Not):
         inner = holds(condition.part, row)
         return None if inner is None else not inner
@@ -139,7 +139,7 @@ def test_one_comparison(column: str, operator: Any, value: Any, rows: list[dict[
 
 @given(rows, st.data())
 def test_a_filter_of_v1_means_what_it_did(rows: list[dict[str, Any]], data: st.DataObject) -> None:
-    """One of equals, in, contains, or a range; of a value of the same kind; never null."""
+    """A filter with equals, in, contains or a range, and a value of the column's kind, never null."""
     column = data.draw(st.sampled_from([name for name in COLUMNS if name != "float"]))
     bounds = constants.filter(lambda value: not isinstance(value, bool))
     given = data.draw(

@@ -1,4 +1,4 @@
-"""Near duplicates: the first row of each connected component is its representative."""
+"""Near duplicates: each connected component is represented by its first row."""
 
 from __future__ import annotations
 

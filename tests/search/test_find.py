@@ -1,4 +1,4 @@
-"""Conditions, near duplicates, heads and mixtures: the shell, Python, a filter and /v1 find the same rows."""
+"""With conditions, near duplicates, heads and mixtures, the shell, Python, filters and /v1 find the same rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Linear heads for the encoder's 8 dimensions, by the names of their options."""
+    """Write linear heads for the encoder's 8 dimensions; return their files by the names of their options."""
     folder = tmp_path_factory.mktemp("heads")
     rng = np.random.default_rng(1)
     for name in ("safety", "violence", "aesthetic"):
@@ -36,8 +36,8 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def client(index: str, heads: dict[str, str]) -> Iterator[TestClient]:
-    with served(index, **heads) as found:
-        yield found
+    with served(index, **heads) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_shell_python_and_v1_answer_the_same(
 
 
 def test_every_row_over_a_threshold_meets_what_is_asked(searcher: Searcher) -> None:
-    """`rows_over` finds what the k best rows are among all."""
+    """`rows_over` finds the same rows as a search for as many best rows."""
     for fields in ({"where": "number != 3"}, {"safe": True, "nonviolent": True}, {"unique": True, "safe": True}):
         query = Query(text="a", threshold=0.1, **fields)  # type: ignore[arg-type]
         parts = list(rows_over(searcher, query, searcher.heads))

@@ -1,4 +1,4 @@
-"""Heads: their layers and activations, and files that are no heads."""
+"""Heads: their layers and activations, and files that are not heads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_layers_of_a_head(tmp_path: Path) -> None:
 
 
 def test_a_head_without_activation_before_its_last_layer(tmp_path: Path) -> None:
-    """As LAION's for ViT-H-14."""
+    """Return a head like LAION's for ViT-H-14."""
     import torch
 
     linear, relu = torch.nn.Linear, torch.nn.ReLU()

@@ -29,14 +29,14 @@ from tests.servers.flaky import Flaky
 
 
 def sources(manifest: Manifest, *outputs: str) -> Manifest:
-    """The manifest, with these OUTs as what it was merged from."""
+    """Return the manifest as if it had been merged from these OUTs."""
     plans = [load_plan(Store(output)).digest for output in outputs]
     return replace(manifest, sources=tuple(MergedOutput(*pair, "", 0) for pair in zip(outputs, plans, strict=True)))
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four real tars, one compressed, embedded in three partitions and merged in shards of 25 rows."""
+    """An index of four real tars, one compressed, in three partitions, which is merged in shards of 25 rows."""
     faiss_index.use_threads(1)
     root = tmp_path_factory.mktemp("lineage")
     for number in range(3):
@@ -52,18 +52,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def members(root: Path) -> dict[str, bytes]:
-    """The JPEGs of all tars, by key, as the standard library reads them."""
-    found = {}
+    """Return the JPEGs of all tars by key, as the standard library reads them."""
+    jpegs = {}
     for path in root.glob("*.tar"):
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.name.endswith(".jpg"):
-                    found[member.name[:-4]] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    return found
+                    jpegs[member.name[:-4]] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return jpegs
 
 
 def committed(root: Path) -> dict[tuple[int, str], np.ndarray]:
-    """The matrices of all commits, by partition and kind, as numpy reads them."""
+    """Return the matrices of all commits by partition and kind, as numpy reads them."""
     commits = read_commits(Store(f"{root}/out"))
     return {
         (number, kind): np.load(f"{root}/out/{commit.file(folder)}")
@@ -96,16 +96,16 @@ def test_every_row_leads_back_to_its_vectors_and_its_image(home: Path) -> None:
                     assert (kind, row["caption"]) == ("text", None)
             packed = row["shard"].endswith("3.tar")  # compressed: no byte range
             assert image(row) == (None if packed else images[row["key"]])
-            found = where(manifest, id, row)
-            assert found == Lineage(
+            lineage = where(manifest, id, row)
+            assert lineage == Lineage(
                 f"{home}/out", row["partition"], row["row"], row["shard"], row["offset"], row["length"]
             )
-            assert json.loads(json.dumps(asdict(found)))["row"] == row["row"]
+            assert json.loads(json.dumps(asdict(lineage)))["row"] == row["row"]
 
 
 @pytest.fixture
 def remote(home: Path) -> StorageConfig:
-    """OUT and the first tar on a remote store, `flaky://home/...`."""
+    """Copy OUT and the first tar to a remote store, `flaky://home/...`."""
     Flaky.reset()
     fs = fsspec.filesystem("flaky")
     for path in [*(home / "out").rglob("*"), home / "0.tar"]:
@@ -128,10 +128,10 @@ def test_a_remote_row_costs_no_more_than_its_bytes(home: Path, remote: StorageCo
     read = [stop - start for what, path, start, stop in Flaky.calls if what == "read" and path.endswith(".npy")]
     assert read == [256, 16]
     Flaky.calls.clear()
-    there = {**row, "shard": "flaky://home/0.tar"}
-    assert image(there, remote) == members(home)[row["key"]]
+    remote_row = {**row, "shard": "flaky://home/0.tar"}
+    assert image(remote_row, remote) == members(home)[row["key"]]
     assert [stop - start for what, _, start, stop in Flaky.calls if what == "read"] == [row["length"]]
-    assert image({**there, "shard": "flaky://home/gone.tar"}, remote) is None
+    assert image({**remote_row, "shard": "flaky://home/gone.tar"}, remote) is None
 
 
 def test_an_image_that_is_not_there_is_none(tmp_path: Path) -> None:
@@ -163,24 +163,24 @@ def test_the_shard_of_a_row() -> None:
 
 
 def test_two_outs_are_told_apart(tmp_path: Path) -> None:
-    """Partition 1, row 2 of one is not that of the other; partition names are as wide as each plan's."""
+    """Two OUTs have different vectors at partition 1, row 2, and partition names of different widths."""
     images, texts = clustered(24, 8, 3)
     for name, part in (("a", slice(0, 12)), ("b", slice(12, 24))):
         make_out(tmp_path / name, images[part], texts[part], [4, 8])
-    made = Manifest("v", 0.0, 8, 24, ENCODER, "", {}, {}, {}, 0.95, (), False, ())
-    made = sources(made, str(tmp_path / "a"), str(tmp_path / "b"))
+    manifest = Manifest("v", 0.0, 8, 24, ENCODER, "", {}, {}, {}, 0.95, (), False, ())
+    manifest = sources(manifest, str(tmp_path / "a"), str(tmp_path / "b"))
     for source in (0, 1):
-        found = embedding(made, {"partition": 1, "row": 2}, source)
-        np.testing.assert_array_equal(found, images[12 * source + 6].astype(np.float16))
+        vector = embedding(manifest, {"partition": 1, "row": 2}, source)
+        np.testing.assert_array_equal(vector, images[12 * source + 6].astype(np.float16))
 
 
 def test_an_out_that_changed_is_refused_by_name(tmp_path: Path) -> None:
     images, texts = clustered(12, 8, 3)
     out = str(tmp_path / "out")
     make_out(out, images, texts, [4, 8])
-    made = sources(Manifest("v", 0.0, 8, 12, ENCODER, "", {}, {}, {}, 0.95, (), False, ()), out)
+    manifest = sources(Manifest("v", 0.0, 8, 12, ENCODER, "", {}, {}, {}, 0.95, (), False, ()), out)
     row, store = {"partition": 1, "row": 7}, Store(out)
-    assert embedding(made, row, 0).any()
+    assert embedding(manifest, row, 0).any()
     path = read_commits(store)[1].file("img_emb") or ""
     whole = store.read(path)
     others = []
@@ -190,20 +190,20 @@ def test_an_out_that_changed_is_refused_by_name(tmp_path: Path) -> None:
     for data in (whole[:-1], b"", *(other.getvalue() for other in others), None):
         store.remove(path) if data is None else store.replace(path, data)
         with pytest.raises(CorruptError, match=r"npy has no row 7 .*run clip-batch verify, then repair"):
-            embedding(made, row, 0)
+            embedding(manifest, row, 0)
     store.replace(path, whole)
     with pytest.raises(CorruptError, match="has no row 8"):
-        embedding(made, {"partition": 1, "row": 8}, 0)
+        embedding(manifest, {"partition": 1, "row": 8}, 0)
     with pytest.raises(ConfigError, match="no vectors of 'sound': kinds are image, text"):
-        embedding(made, row, 0, kind="sound")
+        embedding(manifest, row, 0, kind="sound")
     with pytest.raises(ConfigError, match="does not record its OUT"):
-        embedding(made, row, 1)
-    other = replace(made, sources=(replace(made.sources[0], plan="0" * 64),))
+        embedding(manifest, row, 1)
+    other = replace(manifest, sources=(replace(manifest.sources[0], plan="0" * 64),))
     with pytest.raises(CorruptError, match="was planned anew since it was merged"):
         embedding(other, row, 0)
     store.remove(f"{paths.COMMITS}/0001.json")
     with pytest.raises(CorruptError, match="partition 1 is no longer committed"):
-        embedding(made, row, 0)
+        embedding(manifest, row, 0)
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4"])
@@ -214,14 +214,14 @@ def test_a_folder_without_commits(tmp_path: Path, dtype: str, name: str) -> None
     for number in range(12):
         np.save(tmp_path / "img_emb" / name.format(number), images[10 * number : 10 * number + 10].astype(dtype))
     source = MergedOutput(str(tmp_path), "", "", 120, verified=False)
-    made = Manifest("v", 0.0, 8, 120, ENCODER, "", {}, {}, {}, 0.95, (), False, (), (source,))
+    manifest = Manifest("v", 0.0, 8, 120, ENCODER, "", {}, {}, {}, 0.95, (), False, (), (source,))
     for number, row in ((0, 0), (1, 9), (11, 3)):
-        found = embedding(made, {"partition": number, "row": row}, 0)
-        np.testing.assert_array_equal(found, images[10 * number + row].astype(dtype))
+        vector = embedding(manifest, {"partition": number, "row": row}, 0)
+        np.testing.assert_array_equal(vector, images[10 * number + row].astype(dtype))
     with pytest.raises(CorruptError, match="img_emb has 0 files of number 12"):
-        embedding(made, {"partition": 12, "row": 0}, 0)
+        embedding(manifest, {"partition": 12, "row": 0}, 0)
     with pytest.raises(CorruptError, match="has no row 10"):
-        embedding(made, {"partition": 1, "row": 10}, 0)
+        embedding(manifest, {"partition": 1, "row": 10}, 0)
 
 
 def test_which_ids_our_planner_located(home: Path) -> None:

@@ -180,7 +180,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def remote(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The same index in a remote store, and an empty cache."""
+    """The same index in a remote store, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "pieces", functools.partial(download.pieces, size=5_000))
     monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
@@ -192,7 +192,7 @@ def remote(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def fetched() -> list[tuple[str, int]]:
-    """(file, first byte) of each piece of an index or metadata file that was read."""
+    """Collect (file, first byte) of each piece of an index or metadata file that is read."""
     return [(path, at) for what, path, at, _ in Flaky.calls if what == "read" and path.endswith((".index", ".arrow"))]
 
 

@@ -1,4 +1,4 @@
-"""The text of a condition: what it means, that every condition has one, and what is said of a wrong one."""
+"""The text form of conditions: its meaning, its round trip, and the errors of wrong texts."""
 
 from __future__ import annotations
 
