@@ -474,7 +474,7 @@ def test_ranks_take_as_many_steps_together(index: str, selection: str, tmp_path:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> str:
-    """An index of 40 rows: 10 in a tar that is deleted, 10 in one that is replaced, and 1 whose image is overwritten."""
+    """An index of 40 rows: 10 in a tar that is deleted, 10 in one that is replaced, and 1 whose image was zeroed."""
     tars = [corpus.good_tar(str(tmp_path / f"{i}.tar"), 10, seed=i) for i in range(4)]
     index = index_of(tars, tmp_path)
     os.unlink(tars[1])

@@ -46,8 +46,8 @@ def left(count: int, phases: Phases) -> Rows:
     """Return the ascending positions int64 (n,), of 0 to count - 1, that no worker of these phases has read."""
     positions = np.arange(count)
     for read in phases:
-        rank = np.arange(len(positions))
-        positions = positions[rank // len(read) >= np.asarray(read)[rank % len(read)]]
+        ordinal = np.arange(len(positions))
+        positions = positions[ordinal // len(read) >= np.asarray(read)[ordinal % len(read)]]
     return positions
 
 
