@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,8 @@ def test_metadata_comes_back_as_it_was(index: str, sql_url: str, prefix: str) ->
     done = export_sql(index, config, deep=True, progress=log.append)
     assert done.ok
     assert (done.rows, done.there, done.compared) == (ROWS, ROWS, ROWS)
+    fields = "where rows there compared missing surplus different examples"
+    assert list(asdict(done)) == fields.split()  # the keys that --json prints
     assert log[-1] == f"{ROWS} rows written"
     table = f"{prefix}_{current_version(Store(index))}"
     with Sql(sql_url, prefix) as sql, sql.engine.connect() as connection, Searcher(index) as searcher:
