@@ -93,8 +93,11 @@ class GcArguments(JsonArguments, OutputArguments):
 def gc(arguments: GcArguments, storage: StorageConfig) -> int:
     """Remove the files of OUT that no commit names."""
     from clip_batch.embeddings.repair import gc
+    from clip_batch.plan.plan import count_partitions
     from clip_batch.storage.store import Store
 
-    removed = gc(Store(arguments.output, storage.storage_options), arguments.everything)
+    store = Store(arguments.output, storage.storage_options)
+    count_partitions(store)  # refuses a folder without a plan, such as a mistyped one
+    removed = gc(store, arguments.everything)
     answer(arguments, removed, f"{len(removed)} files removed")
     return 0

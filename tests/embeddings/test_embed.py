@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch import encoders
+from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings.commits import committed, read_commits
 from clip_batch.embeddings.embed import Outcome, embed
@@ -345,6 +346,11 @@ def test_damage_is_found_and_repaired(tars: list[str], out: str) -> None:
     gc(store)
     assert verify_output(store, deep=True).ok
     assert rows(out) == before
+
+
+def test_gc_refuses_a_folder_without_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gc", "--output", str(tmp_path / "mistyped")]) == 2
+    assert f"no plan at {tmp_path / 'mistyped'}: clip-batch plan" in capsys.readouterr().err
 
 
 def test_gc_keeps_what_may_be_at_work(tars: list[str], out: str) -> None:
