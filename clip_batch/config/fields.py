@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import textwrap
+import typing
 from typing import Any, TypeVar
 
 from clip_batch.errors import ConfigError
@@ -35,13 +36,22 @@ def _helps(node: ast.ClassDef) -> dict[str, str]:
 
 
 class Options:
-    """Base of the sections, which also programs make: a list of one text is refused where that text alone is given."""
+    """Base of the sections, which also programs make: refuses a text in place of a list, and an unknown choice."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, str) and str(field.type).startswith("list["):
-                raise ConfigError(f"{type(self).__name__}: {field.name} is {value!r}: it must be a list, [{value!r}]")
+        section: type = type(self)
+        for name, kind in _hints(section).items():
+            value = getattr(self, name)
+            if typing.get_origin(kind) is list and isinstance(value, str):
+                raise ConfigError(f"{section.__name__}: {name} is {value!r}: it must be a list, [{value!r}]")
+            if typing.get_origin(kind) is typing.Literal and value not in typing.get_args(kind):
+                choices = ", ".join(map(str, typing.get_args(kind)))
+                raise ConfigError(f"{section.__name__}: {name} is {value!r}: it must be one of {choices}")
+
+
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
 
 
 Section = TypeVar("Section")

@@ -252,3 +252,12 @@ def test_a_text_in_place_of_a_list_is_refused(section: type) -> None:
         if get_origin(kind) is list:
             with pytest.raises(ConfigError, match=f"{section.__name__}: {name} is 'jpg': it must be a list"):
                 section(**{name: "jpg"})
+
+
+@pytest.mark.parametrize("section", options.SECTIONS.values())
+def test_an_unknown_choice_is_refused(section: type) -> None:
+    """A plan of an unknown format would be frozen otherwise."""
+    for name, kind in get_type_hints(section).items():
+        if get_origin(kind) is typing.Literal:
+            with pytest.raises(ConfigError, match=f"{section.__name__}: {name} is 'zip': it must be one of "):
+                section(**{name: "zip"})

@@ -430,6 +430,7 @@ def test_states_and_selections_of_something_else_are_refused(index: str, selecti
         ({"queries": ()}, "no query"),
         ({"queries": "x", "amount": 5, "columns": ["nonsense"]}, "no metadata column 'nonsense'"),
         ({"queries": "x", "amount": 5, "columns": ["image"]}, "something else"),
+        ({"queries": "x", "amount": 5, "columns": "number"}, "columns is 'number': it must be a list of names"),
         ({"queries": "x", "amount": 5, "via": "url"}, "no metadata column 'url'"),
         ({"queries": "x", "amount": 5, "via": "ftp"}, "there are tar, url and either"),
         ({"queries": "x", "amount": 5, "decode": "jpeg"}, "tensor, pil and raw"),

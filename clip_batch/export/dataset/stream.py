@@ -104,6 +104,8 @@ class FilteredDataset(IterableDataset[Row]):
         for name, value in (("ahead", ahead), ("block", block), ("amount", 1 if amount is None else amount)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}: it must be 1 or more")
+        if isinstance(columns, str):
+            raise ConfigError(f"columns is {columns!r}: it must be a list of names")
         self.rank, self.world = _rank(rank, world)
         self.columns, self.shuffle, self.seed, self.block = list(columns), shuffle, seed, block
         self._decoding: Callable[[], Callable[[bytes], Any]] = partial(pictures, decode, size, max_pixels, transform)
