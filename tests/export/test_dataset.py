@@ -425,6 +425,10 @@ def test_states_and_selections_of_something_else_are_refused(index: str, selecti
         FilteredDataset(index, "anything", amount=5, selection=selection)
     with pytest.raises(ConfigError, match="name a selection folder"):
         FilteredDataset(index, "anything", amount=5, rank=0, world=2)
+    dataset = FilteredDataset(index, "x", amount=5)
+    for options in ({"batch_size": 0}, {"batch_size": "4"}, {"workers": -1}):
+        with pytest.raises(ConfigError, match=r"it must be a whole number, [01] or more"):
+            dataset.loader(**options)  # type: ignore[arg-type]
     for wrong, match in [
         ({"queries": "x"}, "a k or a threshold, or an amount"),
         ({"queries": ()}, "no query"),

@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
+from clip_batch.errors import ConfigError
 from clip_batch.export.dataset.failures import Failures
 from clip_batch.export.dataset.progress import PassProgress
 
@@ -39,6 +40,9 @@ class Loader:
         collate: Callable[[list[dict[str, Any]]], Any],
         options: dict[str, Any],
     ) -> None:
+        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}: it must be a whole number, {least} or more")
         self.batch_size, self.workers = batch_size, workers
         self._read, self._rows, self._progress = read, rows, progress
         self._drop_last, self._collate, self._options = drop_last, collate, options

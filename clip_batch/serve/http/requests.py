@@ -48,4 +48,6 @@ async def read_body(request: Request, model: type[Model], limit: int) -> Model:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"])) or None
-        raise Refused(422, f"{field or 'request'}: {first['msg'].removeprefix('Value error, ')}", field) from None
+        unknown = first["type"] == "extra_forbidden"
+        reason = "a request has no such field; /openapi.json lists those it has" if unknown else first["msg"]
+        raise Refused(422, f"{field or 'request'}: {reason.removeprefix('Value error, ')}", field) from None

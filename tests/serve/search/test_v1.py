@@ -242,6 +242,12 @@ def test_a_bad_request_names_its_field(client: TestClient, body: Any, status: in
     assert "\n" not in answer.json()["detail"]
 
 
+def test_an_unknown_field_of_a_request_is_told_where_the_known_ones_are(client: TestClient) -> None:
+    answer = client.post("/v1/search", json={"text": "a", "where": "number = 1"})
+    told = "where: a request has no such field; /openapi.json lists those it has"
+    assert (answer.status_code, answer.json()) == (422, {"detail": told, "field": "where"})
+
+
 def test_vectors_are_compared_only_up_to_a_bound(index: str) -> None:
     with served(index, max_k=20_000) as client:
         answer = client.post("/v1/search", json={"text": "a", "k": 10_001, "deduplicate": True})
