@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
     """Add a flag for each field (or those of `only`): --a-field, and --no-a-field for a bool.
 
     A field's metadata may say that it has a short flag too ("short"), is given by its place ("positional"), or is a
-    list of which each flag gives one value ("repeat").
+    list of which each flag gives one value ("repeat"), or is refused where it is given again ("once").
     """
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
@@ -65,8 +65,19 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
         else:
             choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
             settings["metavar"] = "{" + ",".join(choices) + "}" if choices else field.name.upper()
+        if field.metadata.get("once"):
+            settings["action"] = _Once
         short = [field.metadata["short"]] if "short" in field.metadata else []
         parser.add_argument(*short, _flag(field.name), dest=field.name, **settings)
+
+
+class _Once(argparse.Action):
+    """Stores a value, and refuses a second: it would replace the first, though a reader may think that both hold."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"{self.option_strings[-1]} is given more than once: give it once, and join conditions by and")
+        setattr(namespace, self.dest, values)
 
 
 def _flag(name: str) -> str:

@@ -261,3 +261,9 @@ def test_an_unknown_choice_is_refused(section: type) -> None:
         if get_origin(kind) is typing.Literal:
             with pytest.raises(ConfigError, match=f"{section.__name__}: {name} is 'zip': it must be one of "):
                 section(**{name: "zip"})
+
+
+def test_a_second_condition_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """The second would replace the first."""
+    assert main(["search", "--index", "x", "--text", "a", "--where", "a = 1", "--where", "b = 2"]) == 2
+    assert "--where is given more than once: give it once, and join conditions by and" in capsys.readouterr().err
