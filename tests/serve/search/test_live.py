@@ -164,7 +164,7 @@ def test_not_ready_until_the_index_can_be_opened(index: str) -> None:
     with served(index, poll=0.05) as client:
         answer = client.get("/readyz")
         assert answer.status_code == 503
-        assert "not of" in answer.json()["problems"]["index"]
+        assert "does not have the recorded size" in answer.json()["problems"]["index"]
         assert client.post("/v1/search", json={"text": "a"}).status_code == 503
         assert client.get("/healthz").status_code == 200
         assert client.get("/v1/indices").json()["indices"] == []
