@@ -11,6 +11,7 @@ from clip_batch.errors import ConfigError, DecodeError
 from clip_batch.search.backend import Backend
 from clip_batch.search.query import Query, QueryError, QueryTerm
 from clip_batch.search.rows import Vectors
+from clip_batch.storage.retry import redact
 from clip_batch.storage.store import read_url
 
 MAX_PIXELS = 50_000_000
@@ -20,7 +21,7 @@ MAX_PIXELS = 50_000_000
 def query_vector(backend: Backend, query: Query) -> Vectors:
     """The unit vector (d,) of a query.
 
-    ConfigError: a term is not of the index, cannot be decoded, or the terms cancel out. EncoderError: the encoder that
+    ConfigError: a term is not of the index, is absent, cannot be decoded, or the terms cancel out. EncoderError: the encoder that
     made the index is not here, or cannot read texts. OSError: an image cannot be read.
     """
     terms = query.all_terms()
@@ -31,13 +32,19 @@ def _term_vector(backend: Backend, term: QueryTerm) -> Vectors:
     if term.text:
         return text_vectors(backend, [term.text]).reshape(-1)
     if term.image:
-        options = backend.storage.storage_options
-        data = read_url(term.image, options) if isinstance(term.image, str) else term.image
+        data = _read_image(backend, term.image) if isinstance(term.image, str) else term.image
         return image_vectors(backend, data).reshape(-1)
     if term.embedding is not None:
         return unit_vector(checked_vector(term.embedding, backend.manifest.dim, "embedding"), "embedding")
     assert term.id is not None
     return unit_vector(row_vector(backend, term.id), "id")
+
+
+def _read_image(backend: Backend, url: str) -> bytes:
+    try:
+        return read_url(url, backend.storage.storage_options)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise ConfigError(f"image: {redact(url)} is no file: give the path or URL of an image file") from None
 
 
 def text_vectors(backend: Backend, texts: Sequence[str]) -> Vectors:

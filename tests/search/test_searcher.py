@@ -17,6 +17,7 @@ from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
 from clip_batch.index.merge.merge import merge
+from clip_batch.search.query import Query
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage import download, retry
 from clip_batch.storage.store import Store
@@ -269,3 +270,10 @@ def test_old_versions_make_room_unless_they_are_in_use(remote: str, tmp_path: Pa
         assert (home / "used").is_dir() and not (home / "newer").exists()
     finally:
         os.close(used)
+
+
+def test_an_image_that_is_absent_is_named(searcher: Searcher, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"image: .*/no\.jpg is no file: give the path or URL"):
+        searcher.find(Query(image=f"{tmp_path}/no.jpg"))
+    with pytest.raises(ConfigError, match="is no file"):
+        searcher.find(Query(image=str(tmp_path)))
