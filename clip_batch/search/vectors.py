@@ -21,8 +21,8 @@ MAX_PIXELS = 50_000_000
 def query_vector(backend: Backend, query: Query) -> Vectors:
     """The unit vector (d,) of a query.
 
-    ConfigError: a term is not of the index, is absent, cannot be decoded, or the terms cancel out. EncoderError: the encoder that
-    made the index is not here, or cannot read texts. OSError: an image cannot be read.
+    ConfigError: a term is not of the index, is absent, cannot be decoded, or the terms cancel out. EncoderError: the
+    encoder that made the index is not here, or cannot read texts. OSError: an image cannot be read.
     """
     terms = query.all_terms()
     return mixed_vector([term.weight for term in terms], [_term_vector(backend, term) for term in terms])
