@@ -108,13 +108,13 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 MEASURED = """
 import sys
-from clip_batch.index.ann import faiss_index as index
+from clip_batch.index.ann import faiss_index, ondisk
 def anonymous():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 template, path, *shards = sys.argv[1:]
-index.read(template)
+faiss_index.read(template)
 before = anonymous()
-index.join(template, [(shard, 50_000 * at) for at, shard in enumerate(shards)], path)
+ondisk.join(template, [(shard, 50_000 * at) for at, shard in enumerate(shards)], path)
 print(anonymous() - before)
 """
 
