@@ -71,7 +71,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16 RealMemory=128000 Gres=gpu:2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=16 RealMemory=128000 Gres=gpu:2
 PartitionName=debug Nodes=ALL Default=YES PriorityTier=1 GraceTime=20
-PartitionName=short Nodes=ALL MaxTime=1 PriorityTier=1 PreemptMode=OFF
+PartitionName=short Nodes=ALL MaxTime=2 PriorityTier=1 PreemptMode=OFF
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 
