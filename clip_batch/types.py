@@ -7,7 +7,7 @@ as fast: there is one for each sample that is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
 
@@ -123,6 +123,7 @@ class Plan:
       (any other value, kept as JSON text).
     - `image_extensions`, `caption_extensions`: without a dot; of several that a sample has, the first one here is used.
     - `digest`: sha256 (hex) of the plan's content.
+    - `passed_over`: number of files in the input's folders that are no input, by extension; no part of the digest.
     """
 
     partitions: tuple[Partition, ...]
@@ -132,6 +133,7 @@ class Plan:
     image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
     caption_extensions: tuple[str, ...] = ("txt",)
     digest: str = ""
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Short, however many partitions there are."""
@@ -178,6 +180,20 @@ class Failure:
     message: str
 
 
+class PassedOver(NamedTuple):
+    """The files of one slice that are part of no row and of no failure.
+
+    - `shard`: the URL of their shard.
+    - `files`: their number by extension, in lower case (see `extension`).
+    """
+
+    shard: str
+    files: dict[str, int]
+
+
+Item = Sample | Failure | PassedOver
+"""What reading a slice yields."""
+
 SHARD_REASONS = frozenset({"not_a_tar", "empty_file", "empty_shard", "truncated_tar", "corrupt_header", "bad_gzip"})
 """Reasons of failures that concern a shard."""
 
@@ -207,6 +223,7 @@ class Commit:
     - `shards`: by the URL of each slice's shard, the number of samples "seen", "embedded" and "failed".
     - `failed`: number of failures by reason.
     - `warnings`: number of rows by what was wrong with them: missing_caption, bad_json, bad_utf8.
+    - `passed_over`: number of files in its slices that are part of no row and of no failure, by extension.
     - `started`, `finished`: Unix seconds, for display only.
     - `worker`: the name of the machine.
     """
@@ -224,6 +241,7 @@ class Commit:
     started: float
     finished: float
     worker: str
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     def file(self, folder: str) -> str | None:
         """The path below OUT of the file in a folder (img_emb, text_emb, metadata, ...); None if there is none."""
@@ -273,3 +291,25 @@ def format_numbers(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def extension(name: str) -> str:
+    """What counts of files that are passed over call a file: its extension in lower case, "no extension", or "hidden".
+
+    >>> extension("a/b.c/scan.TIF"), extension("a/README"), extension(".DS_Store")
+    ('tif', 'no extension', 'hidden')
+    """
+    base = name.rpartition("/")[2]
+    if base.startswith("."):
+        return "hidden"
+    return base.rpartition(".")[2].lower() if "." in base else "no extension"
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Counts as text, the largest first.
+
+    >>> format_counts({"gif": 1, "bmp": 1200})
+    '1,200 bmp, 1 gif'
+    """
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {name}" for name, count in ordered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from clip_batch.cli.arguments import JsonArguments, Only, OutputArguments, answer, say
 from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig
 from clip_batch.errors import ConfigError
+from clip_batch.types import format_counts
 
 if TYPE_CHECKING:
     from clip_batch.embeddings.embed import Outcome
@@ -145,5 +147,7 @@ def report(arguments: JsonArguments, outcomes: Sequence[Outcome]) -> int:
         print(f"partition {outcome.partition} failed: {outcome.error}", file=sys.stderr)
     rows, bad = sum(outcome.rows for outcome in outcomes), sum(outcome.failed for outcome in outcomes)
     text = f"{len(outcomes) - len(failed)} partitions done, {rows:,} samples embedded, {bad:,} listed as failed"
+    if passed_over := sum((Counter(outcome.passed_over) for outcome in outcomes), Counter[str]()):
+        text += f", passed over: {format_counts(passed_over)}"
     answer(arguments, [asdict(outcome) for outcome in outcomes], text)
     return 1 if failed else 0

@@ -9,6 +9,7 @@ from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArgume
 from clip_batch.cli.embed import report
 from clip_batch.config import EmbedConfig, StorageConfig
 from clip_batch.errors import ConfigError
+from clip_batch.types import format_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ def verify(arguments: VerifyArguments, storage: StorageConfig) -> int:
     proof = "deep" if arguments.deep else "quick"
     text = f"{report.checked - len(report.problems)} of {report.checked} sound ({proof}), {report.rows:,} rows"
     text += f", {report.failed:,} listed as failed" if report.failed else ""
+    text += f", passed over: {format_counts(report.passed_over)}" if report.passed_over else ""
     answer(arguments, {"ok": report.ok, **asdict(report)}, text)
     return 0 if report.ok else 1
 

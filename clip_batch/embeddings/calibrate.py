@@ -25,7 +25,7 @@ from clip_batch.samples import read_slice
 from clip_batch.samples.decode import JPEGS, decode_caption, read_header
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage.store import Store
-from clip_batch.types import Failure, Plan, Sample, Slice
+from clip_batch.types import Failure, Item, PassedOver, Plan, Sample, Slice
 
 if TYPE_CHECKING:
     from clip_batch.encoders.encoder import Encoder, Pixels
@@ -160,7 +160,7 @@ def _short(piece: Slice, format: str, samples: int) -> Slice:
     return piece if end is None or end <= most else replace(piece, stop=most)
 
 
-def _read_piece(read: _Read, items: Iterable[Sample | Failure], start: int, listed: bool, cut: bool, keep: int) -> None:
+def _read_piece(read: _Read, items: Iterable[Item], start: int, listed: bool, cut: bool, keep: int) -> None:
     """Read the items of a slice, with every byte of their images, and keep the first `keep` samples.
 
     `start` is the slice's first byte. `listed` says that its folder is listed before the first item, and `cut` that
@@ -170,6 +170,8 @@ def _read_piece(read: _Read, items: Iterable[Sample | Failure], start: int, list
     failure: Failure | None = None
     started = time.perf_counter()
     for item in items:
+        if isinstance(item, PassedOver):
+            continue
         if isinstance(item, Failure):
             if item.key is None:
                 read.trouble, damaged = f"{item.shard}: {item.message}", True

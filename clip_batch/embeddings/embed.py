@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_batch import encoders
@@ -31,7 +31,7 @@ from clip_batch.samples import read_slice
 from clip_batch.samples.decode import decode_caption, decode_json
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.storage.store import Store
-from clip_batch.types import SHARD_REASONS, Failure, Partition, Plan, Sample, Slice, StrPath
+from clip_batch.types import SHARD_REASONS, Failure, Item, Partition, PassedOver, Plan, Sample, Slice, StrPath
 
 if TYPE_CHECKING:
     from clip_batch.encoders.encoder import Array, Encoder, Pixels
@@ -52,8 +52,9 @@ _CHUNK = 4
 class Outcome:
     """What became of one partition; "lost" means that another attempt committed it first.
 
-    `rows` and `failed` count samples. `again` says that the machine or the store failed, not the data, so that another
-    attempt, preferably on another machine, may succeed.
+    `rows` and `failed` count samples, and `passed_over` counts files that are part of neither, by extension. `again`
+    says that the machine or the store failed, not the data, so that another attempt, preferably on another machine, may
+    succeed.
     """
 
     partition: int
@@ -62,6 +63,7 @@ class Outcome:
     failed: int = 0
     error: str = ""
     again: bool = False
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     @property
     def line(self) -> str:
@@ -79,12 +81,16 @@ class _Decoded:
     warnings: list[str]
 
 
+_Ready = _Decoded | Failure | PassedOver
+"""What becomes of an item that was read."""
+
+
 @dataclass
 class _Batch:
     """Decoded samples of one partition on their way to the encoder; `last` ends the partition."""
 
     partition: int
-    items: list[_Decoded | Failure]
+    items: list[_Ready]
     last: bool = False
     error: Exception | None = None
 
@@ -207,7 +213,7 @@ class _Worker:
 
     def _decode(self, queue: PartitionQueue, files: Prefetcher, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
         """Decode samples in a pool, up to `_BATCHES_AHEAD` batches ahead of the consumer; batches keep their order."""
-        window: deque[tuple[_Batch, list[Future[list[_Decoded | Failure]]]]] = deque()
+        window: deque[tuple[_Batch, list[Future[list[_Ready]]]]] = deque()
         for batch, samples in self._read(queue, files):
             chunks = [samples[at : at + _CHUNK] for at in range(0, len(samples), _CHUNK)]
             window.append((batch, [pool.submit(self._decode_chunk, chunk) for chunk in chunks]))
@@ -226,7 +232,7 @@ class _Worker:
         """Whether any worker has committed a partition by now."""
         return self.store.exists(paths.commit(self.plan.name(partition.id)))
 
-    def _read(self, queue: PartitionQueue, files: Prefetcher) -> Iterator[tuple[_Batch, list[Sample | Failure]]]:
+    def _read(self, queue: PartitionQueue, files: Prefetcher) -> Iterator[tuple[_Batch, list[Item]]]:
         """Read the samples of each partition in batches. An error ends only the partition in which it occurs."""
         for partition in queue:
             if self._committed(partition):
@@ -234,7 +240,7 @@ class _Worker:
                 queue.jump()
                 continue
             self.run.running.add(partition.id)
-            batch: list[Sample | Failure] = []
+            batch: list[Item] = []
             error: Exception | None = None
             try:
                 for piece in partition.slices:
@@ -249,8 +255,8 @@ class _Worker:
                 error = caught
             yield _Batch(partition.id, [], last=True, error=error), batch
 
-    def _decode_chunk(self, samples: list[Sample | Failure]) -> list[_Decoded | Failure]:
-        return [sample if isinstance(sample, Failure) else self._decode_one(sample) for sample in samples]
+    def _decode_chunk(self, samples: list[Item]) -> list[_Ready]:
+        return [self._decode_one(sample) if isinstance(sample, Sample) else sample for sample in samples]
 
     def _decode_one(self, sample: Sample) -> _Decoded | Failure:
         try:
@@ -303,7 +309,8 @@ class _Worker:
                 commit = writer.commit(self.plan.encoder.fingerprint)
                 if commit:
                     self.run.committed.append(commit)
-                return Outcome(number, "committed" if commit else "lost", writer.rows, failed)
+                state: Literal["committed", "lost"] = "committed" if commit else "lost"
+                return Outcome(number, state, writer.rows, failed, passed_over=dict(writer.passed_over))
         except Preempted:
             raise
         except (ClipBatchError, OSError, RuntimeError) as error:
@@ -318,6 +325,9 @@ class _Worker:
         failures = [item for item in batch.items if isinstance(item, Failure)]
         for failure in failures:
             writer.fail(failure)
+        for item in batch.items:
+            if isinstance(item, PassedOver):
+                writer.passed_over.update(item.files)
         if decoded:
             assert images is not None
             writer.add([item.row for item in decoded], images, texts)
@@ -349,7 +359,7 @@ class _Worker:
         return Outcome(number, "failed", error=message, again=again)
 
 
-def _finish(batch: _Batch, futures: list[Future[list[_Decoded | Failure]]]) -> _Batch:
+def _finish(batch: _Batch, futures: list[Future[list[_Ready]]]) -> _Batch:
     """The batch with its decoded items, once they are all decoded."""
     batch.items = [item for future in futures for item in future.result()]
     return batch

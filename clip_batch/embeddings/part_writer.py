@@ -44,6 +44,7 @@ class PartWriter:
         self.rows = 0
         self.failed: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()
+        self.passed_over: Counter[str] = Counter()
         self.shards = {
             piece.shard.url: {"seen": 0, "embedded": 0, "failed": 0} for piece in plan.partitions[partition].slices
         }
@@ -118,6 +119,7 @@ class PartWriter:
             started=self._started,
             finished=time.time(),
             worker=socket.gethostname(),
+            passed_over=dict(self.passed_over),
         )
         text = json.dumps(asdict(commit), indent=1, sort_keys=True)
         name = self.plan.name(self.partition)

@@ -16,20 +16,22 @@ from clip_batch.samples import read_slice
 from clip_batch.storage.npy import open_matrix, read_npy_header
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
-from clip_batch.types import Commit, Plan, Sample, StoredFile
+from clip_batch.types import Commit, PassedOver, Plan, Sample, StoredFile
 
 
 @dataclass
 class VerifyReport:
     """The result of `verify`: how many partitions (or index shards) were checked, and their rows and failed samples.
 
-    `problems` maps the name of each partition (or index shard) that is not sound to what is wrong with it.
+    `passed_over` counts the files of the input that are part of no row and of no failure, by extension. `problems` maps
+    the name of each partition (or index shard) that is not sound to what is wrong with it.
     """
 
     checked: int = 0
     rows: int = 0
     failed: int = 0
     problems: dict[str, str] = field(default_factory=dict)
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -58,6 +60,8 @@ def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | No
         report.problems = {plan.name(number): problem for number, problem in enumerate(problems) if problem}
     report.rows = sum(commit.rows for commit in commits.values())
     report.failed = sum(sum(commit.failed.values()) for commit in commits.values())
+    passed_over = [plan.passed_over, *(commit.passed_over for commit in commits.values())]
+    report.passed_over = dict(sum(map(Counter, passed_over), Counter()))
     return report
 
 
@@ -146,6 +150,8 @@ def _check_input(store: Store, plan: Plan, commit: Commit, options: dict[str, An
     order: list[tuple[str | None, str, int | None]] = []
     for piece in plan.partitions[commit.partition].slices:
         for item in read_slice(piece, plan, options):
+            if isinstance(item, PassedOver):
+                continue
             identity = (item.key, item.shard, item.offset)
             expected[identity] += 1
             if isinstance(item, Sample):

@@ -157,6 +157,7 @@ def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: PartitionT
         "fields": plan.fields,
         "image_extensions": plan.image_extensions,
         "caption_extensions": plan.caption_extensions,
+        "passed_over": plan.passed_over,
         "target": {target.unit: target.value},
         "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
     }
@@ -219,9 +220,8 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
         )
     encoder = EncoderSpec(**{name: value for name, value in head["encoder"].items() if name != "fingerprint"})
     images, captions = tuple(head["image_extensions"]), tuple(head["caption_extensions"])
-    return Plan(
-        _read_partitions(table), encoder, head["format_"], head["fields"], images, captions, head["digest"]
-    ), head
+    plan = Plan(_read_partitions(table), encoder, head["format_"], head["fields"], images, captions, head["digest"])
+    return replace(plan, passed_over=head.get("passed_over", {})), head
 
 
 def _read_partitions(table: bytes) -> tuple[Partition, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from clip_batch.types import Failure, Plan, Sample, Slice
+from clip_batch.types import Item, Plan, Slice
 
 if TYPE_CHECKING:
     from clip_batch.samples.prefetch import Prefetcher
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 def read_slice(
     piece: Slice, plan: Plan, options: dict[str, Any] | None = None, files: Prefetcher | None = None
-) -> Iterator[Sample | Failure]:
+) -> Iterator[Item]:
     """Read every sample of a slice, in the order of their first members, and what is broken in its shard.
+
+    At most one PassedOver, the last, counts the files that are part of neither.
 
     A sample without a readable image is a Failure; a Failure whose key is None concerns the shard. `files` fetches
     remote tars ahead; without it a remote tar is fetched when its first sample is requested.

@@ -12,13 +12,13 @@ from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.storage.store import Store
-from clip_batch.types import Failure, Plan, Sample, Shard, Slice
+from clip_batch.types import Failure, Item, Plan, Sample, Shard, Slice
 
 Listing = list[tuple[str, dict[str, str]]]
 """Each sample's key, and its files' names by their lower-case extension; sorted by key."""
 
 
-def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Sample | Failure]:
+def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Item]:
     """Read the samples [start, stop) of a folder's sorted listing; see `clip_batch.samples.read_slice`."""
     url = piece.shard.url
     store = Store(url, options)

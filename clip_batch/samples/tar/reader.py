@@ -14,12 +14,12 @@ from clip_batch.samples.tar.headers import member_runs
 from clip_batch.samples.tar.mapping import map_tar
 from clip_batch.samples.tar.samples import group_members
 from clip_batch.storage.paths import is_local
-from clip_batch.types import Failure, Plan, Sample, Slice
+from clip_batch.types import Failure, Item, Plan, Sample, Slice
 
 
 def read_tar(
     piece: Slice, plan: Plan, options: dict[str, Any] | None = None, files: Prefetcher | None = None
-) -> Iterator[Sample | Failure]:
+) -> Iterator[Item]:
     """Read the samples of a tar's bytes [piece.start, piece.stop), then its damage; see `read_slice`.
 
     A gzipped tar (recognised by its first bytes, whatever its name) is decompressed to a temporary file and read
