@@ -226,6 +226,7 @@ class Commit:
     - `passed_over`: number of files in its slices that are part of no row and of no failure, by extension.
     - `started`, `finished`: Unix seconds, for display only.
     - `worker`: the name of the machine.
+    - `empty`: why it has failures and no row, in one line; "" for all other partitions.
     """
 
     partition: int
@@ -242,6 +243,7 @@ class Commit:
     finished: float
     worker: str
     passed_over: dict[str, int] = field(default_factory=dict)
+    empty: str = ""
 
     def file(self, folder: str) -> str | None:
         """The path below OUT of the file in a folder (img_emb, text_emb, metadata, ...); None if there is none."""

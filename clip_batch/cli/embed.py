@@ -87,7 +87,7 @@ def embed(arguments: EmbedArguments, embed: EmbedConfig, plan: PlanConfig, stora
         say(_plan(arguments.output, plan, storage)[1])
     workers = processes(arguments.workers, embed)
     if workers <= 1:
-        return report(arguments, local.run_worker(arguments.output, None, embed, storage))
+        return report(arguments, local.run_worker(arguments.output, None, embed, storage), embed.allow_empty)
     return local.run_workers(arguments.output, workers, embed, storage)
 
 
@@ -119,7 +119,7 @@ def worker(arguments: WorkerArguments, embed: EmbedConfig, storage: StorageConfi
     if bool(arguments.partitions) == (arguments.slot is not None):
         raise ConfigError("worker needs either --partitions 0,3-5, or --slot I with --slots N or --submission ID")
     work = _numbers(arguments.partitions) if arguments.slot is None else _slot(arguments, arguments.slot)
-    return report(arguments, local.run_worker(arguments.output, work, embed, storage))
+    return report(arguments, local.run_worker(arguments.output, work, embed, storage), embed.allow_empty)
 
 
 def _numbers(text: str) -> list[int]:
@@ -140,14 +140,19 @@ def _slot(arguments: WorkerArguments, number: int) -> Slot:
     return Slot(number, arguments.slots or 0, arguments.submission)
 
 
-def report(arguments: JsonArguments, outcomes: Sequence[Outcome]) -> int:
-    """Print what became of partitions; the exit code, 1 if some failed."""
+def report(arguments: JsonArguments, outcomes: Sequence[Outcome], allow_empty: bool) -> int:
+    """Print what became of partitions; the exit code, 1 if some failed or, unless `allow_empty`, have no row."""
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:
         print(f"partition {outcome.partition} failed: {outcome.error}", file=sys.stderr)
+    empty = [outcome for outcome in outcomes if outcome.empty]
+    for outcome in empty:
+        print(f"partition {outcome.partition} is committed without a row: {outcome.empty}", file=sys.stderr)
+    if empty and not allow_empty:
+        print("look at its input and options; --allow-empty accepts partitions without a row", file=sys.stderr)
     rows, bad = sum(outcome.rows for outcome in outcomes), sum(outcome.failed for outcome in outcomes)
     text = f"{len(outcomes) - len(failed)} partitions done, {rows:,} samples embedded, {bad:,} listed as failed"
     if passed_over := sum((Counter(outcome.passed_over) for outcome in outcomes), Counter[str]()):
         text += f", passed over: {format_counts(passed_over)}"
     answer(arguments, [asdict(outcome) for outcome in outcomes], text)
-    return 1 if failed else 0
+    return 1 if failed or (empty and not allow_empty) else 0

@@ -53,12 +53,13 @@ def verify(arguments: VerifyArguments, storage: StorageConfig) -> int:
         report = verify_output(Store(arguments.output, options), arguments.deep, options)
     else:
         raise ConfigError("--output OUT or --index INDEX is needed: the folder to verify")
-    for name, problem in report.problems.items():
+    for name, problem in (*report.problems.items(), *report.empty.items()):
         print(f"{name}: {problem}", file=sys.stderr)
     proof = "deep" if arguments.deep else "quick"
     text = f"{report.checked - len(report.problems)} of {report.checked} sound ({proof}), {report.rows:,} rows"
     text += f", {report.failed:,} listed as failed" if report.failed else ""
     text += f", passed over: {format_counts(report.passed_over)}" if report.passed_over else ""
+    text += f", {len(report.empty):,} partitions without a row" if report.empty else ""
     answer(arguments, {"ok": report.ok, **asdict(report)}, text)
     return 0 if report.ok else 1
 
@@ -81,7 +82,7 @@ def repair(arguments: RepairArguments, embed: EmbedConfig, storage: StorageConfi
     options = storage.storage_options
     store = Store(arguments.output, options)
     numbers = repair(store, verify_output(store, arguments.deep, options).problems)
-    return report(arguments, local.run_worker(arguments.output, numbers, embed, storage))
+    return report(arguments, local.run_worker(arguments.output, numbers, embed, storage), embed.allow_empty)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,8 @@ class EmbedConfig(Options):
     """Largest fraction of failed samples that a partition may have before it fails itself; 1.0: it never does."""
     broken_shard: Literal["record", "fail"] = "record"
     """What an unreadable tar does. record: it is listed among the failures; fail: its partition fails."""
+    allow_empty: bool = False
+    """Exit with 0 even if no sample of a partition could be embedded. Such a partition is committed in either case."""
     compression: Literal["zstd", "snappy", "none"] = "zstd"
     """Compression of the metadata Parquet files."""
     progress: bool = True

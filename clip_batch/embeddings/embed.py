@@ -54,7 +54,7 @@ class Outcome:
 
     `rows` and `failed` count samples, and `passed_over` counts files that are part of neither, by extension. `again`
     says that the machine or the store failed, not the data, so that another attempt, preferably on another machine, may
-    succeed.
+    succeed. `empty` says why the partition was committed without a row; "" otherwise.
     """
 
     partition: int
@@ -64,12 +64,13 @@ class Outcome:
     error: str = ""
     again: bool = False
     passed_over: dict[str, int] = field(default_factory=dict)
+    empty: str = ""
 
     @property
     def line(self) -> str:
         """The outcome as one line of text."""
         counts = f"{self.rows:,} samples embedded, {self.failed:,} listed as failed"
-        return f"partition {self.partition} {self.state}: {self.error or counts}"
+        return f"partition {self.partition} {self.state}: {self.error or self.empty or counts}"
 
 
 @dataclass(frozen=True)
@@ -307,10 +308,11 @@ class _Worker:
                 failed = sum(writer.failed.values())
                 self._check_policy(writer)
                 commit = writer.commit(self.plan.encoder.fingerprint)
-                if commit:
-                    self.run.committed.append(commit)
-                state: Literal["committed", "lost"] = "committed" if commit else "lost"
-                return Outcome(number, state, writer.rows, failed, passed_over=dict(writer.passed_over))
+                if commit is None:
+                    return Outcome(number, "lost", writer.rows, failed)
+                self.run.committed.append(commit)
+                passed_over = dict(writer.passed_over)
+                return Outcome(number, "committed", writer.rows, failed, passed_over=passed_over, empty=commit.empty)
         except Preempted:
             raise
         except (ClipBatchError, OSError, RuntimeError) as error:

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from clip_batch.embeddings.commits import read_commit
 from clip_batch.embeddings.metadata import metadata_schema
+from clip_batch.errors import one_line
 from clip_batch.plan import paths
 from clip_batch.storage.npy import half_header
 from clip_batch.storage.store import Store, stream_digest
@@ -45,6 +46,7 @@ class PartWriter:
         self.failed: Counter[str] = Counter()
         self.warnings: Counter[str] = Counter()
         self.passed_over: Counter[str] = Counter()
+        self._messages: dict[str, str] = {}
         self.shards = {
             piece.shard.url: {"seen": 0, "embedded": 0, "failed": 0} for piece in plan.partitions[partition].slices
         }
@@ -91,6 +93,7 @@ class PartWriter:
     def fail(self, failure: Failure) -> None:
         """Record one sample, or one stretch of a shard, that is not embedded."""
         self.failed[failure.reason] += 1
+        self._messages.setdefault(failure.reason, failure.message)
         if failure.key is not None:
             self.shards[failure.shard]["seen"] += 1
             self.shards[failure.shard]["failed"] += 1
@@ -120,6 +123,7 @@ class PartWriter:
             finished=time.time(),
             worker=socket.gethostname(),
             passed_over=dict(self.passed_over),
+            empty=self._empty(),
         )
         text = json.dumps(asdict(commit), indent=1, sort_keys=True)
         name = self.plan.name(self.partition)
@@ -129,6 +133,14 @@ class PartWriter:
             return commit
         self._published = published
         return None
+
+    def _empty(self) -> str:
+        """Why there are failures and no row: the most frequent reason, with the first message; "" otherwise."""
+        if self.rows or not self.failed:
+            return ""
+        [(reason, count)] = self.failed.most_common(1)
+        total = self.failed.total()
+        return f"none of {total:,} embedded; {reason} {count:,}, such as: {one_line(self._messages[reason], 500)}"
 
     def _publish(self) -> dict[str, StoredFile]:
         """Move the spools to their names; the size and sha256 of each file."""

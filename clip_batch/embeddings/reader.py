@@ -58,6 +58,8 @@ class Embeddings:
     missing: tuple[int, ...]
     verified: bool = True
     """Whether the commits carry the sha256 of their files."""
+    empty: tuple[Commit, ...] = ()
+    """The commits of partitions that have failures and no row; `commits` has only those with rows."""
 
     @property
     def rows(self) -> int:
@@ -267,6 +269,7 @@ def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Em
             "or merge with --allow-partial"
         )
     nonempty = tuple(commits[number] for number in sorted(commits) if commits[number].rows)
+    empty = tuple(commits[number] for number in sorted(commits) if commits[number].empty)
     for commit in nonempty:
         for what, committed, expected in (
             ("plan", commit.plan, plan.digest),
@@ -279,9 +282,10 @@ def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Em
                     f"remove its commit and run clip-batch embed --output {store.url}"
                 )
     if not nonempty:
-        raise CorruptError(f"{store.url} has no embedded row: there is nothing to merge; see clip-batch status")
+        why = f" (partition {empty[0].partition}: {empty[0].empty})" if empty else ""
+        raise CorruptError(f"{store.url} has no embedded row{why}: there is nothing to merge; see clip-batch status")
     starts = tuple(int(start) for start in np.cumsum([0, *(commit.rows for commit in nonempty)]))
-    return Embeddings(store, plan, nonempty, starts, missing)
+    return Embeddings(store, plan, nonempty, starts, missing, empty=empty)
 
 
 def blocks(count: int) -> list[slice]:

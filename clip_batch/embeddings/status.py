@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from clip_batch.embeddings import submission, workers
@@ -23,7 +23,7 @@ LONGEST_COMMAND = 2000
 """A relaunch command names the missing partitions if their numbers take at most this many characters."""
 
 MOST_ERRORS = 20
-"""Partitions whose errors `describe` shows."""
+"""Partitions that `describe_partitions` names."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class LiveWorker:
 class OutputStatus:
     """The state of OUT; the JSON of `clip-batch status --json` has the same keys.
 
-    `failed` are the missing partitions whose last attempt failed, and `errors` what it said, by partition. `failures`
-    and `warnings` count samples by reason. `images_per_second` is the rate of the live workers, or if there are none,
-    that of the whole run so far. `gpu_hours` is the time that workers held a GPU, idle or not. `relaunch` is the
-    command that runs what is missing, None where nothing is.
+    `failed` are the missing partitions whose last attempt failed, and `errors` what it said, by partition. `empty` says
+    why committed partitions have no row, by partition. `failures` and `warnings` count samples by reason.
+    `images_per_second` is the rate of the live workers, or if there are none, that of the whole run so far. `gpu_hours`
+    is the time that workers held a GPU, idle or not. `relaunch` is the command that runs what is missing, None where
+    nothing is.
     """
 
     partitions: int
@@ -55,6 +56,7 @@ class OutputStatus:
     failures: dict[str, int]
     warnings: dict[str, int]
     errors: dict[str, str]
+    empty: dict[str, str]
     images_per_second: float
     eta_seconds: int | None
     gpu_hours: float
@@ -83,6 +85,7 @@ def status(store: Store) -> OutputStatus:
         failures=_total(count["failed"] for count in counts.values()),
         warnings=_total(count["warnings"] for count in counts.values()),
         errors={str(number): error for number, error in sorted(errors.items())},
+        empty={str(number): empty for number, count in sorted(counts.items()) if (empty := count.get("empty"))},
         images_per_second=round(rate or _past_rate(counts), 1),
         eta_seconds=round(rows_left / rate) if rate else None,
         gpu_hours=round(sum(record.gpus * (record.beat - record.started) for record in records) / 3600, 3),
@@ -138,12 +141,18 @@ def describe(status: OutputStatus) -> str:
     for title, counts in (("failures", status.failures), ("warnings", status.warnings)):
         if counts:
             lines.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.items()))
-    lines += [f"partition {number}: {error}" for number, error in list(status.errors.items())[:MOST_ERRORS]]
-    if len(status.errors) > MOST_ERRORS:
-        lines.append(f"... and {len(status.errors) - MOST_ERRORS:,} more partitions that failed: --json lists them")
+    lines += describe_partitions(status.errors, "that failed: --json lists them")
+    lines += describe_partitions(status.empty, "without a row: --json lists them")
     if status.relaunch:
         lines.append(f"to run what is missing: {status.relaunch}")
     return "\n".join(lines)
+
+
+def describe_partitions(texts: Mapping[str, str], others: str) -> list[str]:
+    """One line for each partition with its text, for at most `MOST_ERRORS` of them, and one that counts the others."""
+    lines = [f"partition {number}: {text}" for number, text in list(texts.items())[:MOST_ERRORS]]
+    more = len(texts) - len(lines)
+    return [*lines, f"... and {more:,} more partitions {others}"] if more else lines
 
 
 def _duration(seconds: int) -> str:

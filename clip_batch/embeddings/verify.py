@@ -24,7 +24,8 @@ class VerifyReport:
     """The result of `verify`: how many partitions (or index shards) were checked, and their rows and failed samples.
 
     `passed_over` counts the files of the input that are part of no row and of no failure, by extension. `problems` maps
-    the name of each partition (or index shard) that is not sound to what is wrong with it.
+    the name of each partition (or index shard) that is not sound to what is wrong with it. `empty` maps the name of
+    each partition that was committed without a row to the reason; it is sound, and `repair` leaves it.
     """
 
     checked: int = 0
@@ -32,6 +33,7 @@ class VerifyReport:
     failed: int = 0
     problems: dict[str, str] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
+    empty: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -58,6 +60,7 @@ def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | No
     with ThreadPoolExecutor(8) as pool:
         problems = pool.map(check, range(len(plan.partitions)))
         report.problems = {plan.name(number): problem for number, problem in enumerate(problems) if problem}
+    report.empty = {plan.name(number): commit.empty for number, commit in sorted(commits.items()) if commit.empty}
     report.rows = sum(commit.rows for commit in commits.values())
     report.failed = sum(sum(commit.failed.values()) for commit in commits.values())
     passed_over = [plan.passed_over, *(commit.passed_over for commit in commits.values())]

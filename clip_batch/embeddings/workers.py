@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from clip_batch.embeddings.slots import Slot
 from clip_batch.plan import paths
@@ -37,6 +37,7 @@ class CommitCounts(TypedDict):
     warnings: dict[str, int]
     started: float
     finished: float
+    empty: NotRequired[str]
 
 
 def counts_of(commit: Commit) -> CommitCounts:
@@ -47,6 +48,7 @@ def counts_of(commit: Commit) -> CommitCounts:
         warnings=commit.warnings,
         started=commit.started,
         finished=commit.finished,
+        empty=commit.empty,
     )
 
 

@@ -148,13 +148,16 @@ def drive(
         failed = [status for status in statuses if status.state == "failed"]
         for status in failed:
             print(f"partition {status.partition} failed: {status.error}", file=sys.stderr)
+        empty = [status for status in statuses if status.empty]
+        for status in empty:
+            print(f"partition {status.partition} is committed without a row: {status.empty}", file=sys.stderr)
         rows, bad = sum(status.rows for status in statuses), sum(status.failed for status in statuses)
         done = f"{len(statuses) - len(failed)} of {len(statuses)} partitions committed"
         print(f"{done}, {rows:,} samples embedded, {bad:,} listed as failed", flush=True)
         if index:
             manifest = merge_on_spark(spark, output, index, merge, storage, submit.merge_tasks)
             print(f"merged {manifest.rows:,} rows into {len(manifest.shards)} index shards: {index}", flush=True)
-        return 1 if failed else 0
+        return 1 if failed or (empty and not embed.allow_empty) else 0
     finally:
         spark.stop()
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class PartitionStatus:
     """One partition after a Spark task: whether it is committed, by whichever attempt.
 
-    `rows`, `failed` (samples) and `seconds` are those of the commit, and `worker` is the host that made it. `again`
-    says that the data is not to blame, so that another attempt may succeed.
+    `rows`, `failed` (samples), `seconds` and `empty` are those of the commit, and `worker` is the host that made it.
+    `again` says that the data is not to blame, so that another attempt may succeed.
     """
 
     partition: int
@@ -45,6 +45,7 @@ class PartitionStatus:
     worker: str = ""
     error: str = ""
     again: bool = False
+    empty: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def _committed(store: Store, plan: Plan, partitions: Iterable[int]) -> dict[int,
         except FileNotFoundError:
             continue
         failed, seconds = sum(commit.failed.values()), commit.finished - commit.started
-        statuses[partition] = PartitionStatus(partition, "committed", commit.rows, failed, seconds, commit.worker)
+        statuses[partition] = PartitionStatus(
+            partition, "committed", commit.rows, failed, seconds, commit.worker, empty=commit.empty
+        )
     return statuses
 
 

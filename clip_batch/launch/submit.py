@@ -127,7 +127,7 @@ def _complete(request: SubmitRequest, say: Say) -> int:
 
     state = status(request.store)
     say(describe(state))
-    if state.missing:
+    if state.missing or (state.empty and not request.embed.allow_empty):
         return 1
     if request.index and not finished(open_job(request.output, request.index, request.merge, request.storage)):
         say(f"{request.index} is not merged: see the logs of the merge tasks")

@@ -509,3 +509,46 @@ def test_a_worker_that_is_done_helps_a_slow_one(share: bool, tmp_path: Path) -> 
     assert set(fast) - second == (first - at if share else set())
     assert not set(fast) & set(late)
     assert set(fast) | set(late) == first | second == committed(store)
+
+
+def test_a_partition_without_a_row_is_committed_and_told(
+    tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus.good_tar(str(tmp_path / "0.tar"), 10)
+    corpus.good_tar(str(tmp_path / "1.tar"), 8, seed=1, broken=[True] * 8)
+    plan([f"{tmp_path}/*.tar"], out, partition_samples=10)
+    why = "none of 8 embedded; undecodable_image 8, such as: "
+
+    assert main(["embed", "--output", out, "--device", "cpu"]) == 1
+    told = capsys.readouterr()
+    assert f"partition 1 is committed without a row: {why}" in told.err
+    assert "--allow-empty" in told.err
+    assert "partition 0 is" not in told.err
+    assert "2 partitions done, 10 samples embedded, 8 listed as failed" in told.out
+    assert sorted(committed(Store(out))) == [0, 1]
+
+    assert status(Store(out)).empty["1"].startswith(why)
+    assert main(["status", "--output", out]) == 0
+    assert f"partition 1: {why}" in capsys.readouterr().out
+    assert main(["verify", "--output", out, "--deep"]) == 0
+    told = capsys.readouterr()
+    assert f"0001: {why}" in told.err
+    assert "2 of 2 sound (deep), 10 rows, 8 listed as failed, 1 partitions without a row" in told.out
+    assert main(["merge", "--output", out, "--index", f"{tmp_path}/index"]) == 0
+    assert f"partition 1: {why}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_partitions_without_a_row_are_accepted_on_request(
+    tmp_path: Path, out: str, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "0.tar").write_bytes(b"<html>404</html>")
+    plan([f"{tmp_path}/0.tar"], out, partition_samples=10)
+    command = ["embed", "--output", out, "--device", "cpu", "--workers", str(workers)]
+    assert main(command) == 1
+    assert "without a row: none of 1 embedded; not_a_tar 1, such as: " in capfd.readouterr().err
+    Store(out).remove("_clip_batch/commits/0000.json")
+    assert main([*command, "--allow-empty"]) == 0
+    assert "without a row" in capfd.readouterr().err
+    assert main(["merge", "--output", out, "--index", f"{tmp_path}/index"]) == 1
+    assert "no embedded row (partition 0: none of 1 embedded; not_a_tar" in capfd.readouterr().err

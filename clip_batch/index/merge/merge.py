@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from clip_batch.config import MergeConfig, StorageConfig
+from clip_batch.embeddings.status import describe_partitions
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.index import removals, removed_rows
 from clip_batch.index.ann import ondisk
@@ -88,6 +89,9 @@ def train(job: MergeJob, progress: Say = lambda line: None, every_row: bool = Fa
     """
     if job.source.missing:
         progress(f"merging without partitions {format_numbers(job.source.missing)}")
+    empty = {str(commit.partition): commit.empty for commit in job.source.empty}
+    for line in describe_partitions(empty, "without a row: clip-batch status lists them"):
+        progress(line)
     if job.template_record():
         progress(f"version {job.version} is trained already")
         return

@@ -6,6 +6,7 @@ The stages write DIR/urls, images, embeddings and index. DIR/failures.parquet an
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from clip_batch.config import DownloadConfig, EmbedConfig, MergeConfig, PlanConfig, StorageConfig
 from clip_batch.errors import IncompleteError, InputError, Preempted
@@ -54,7 +55,11 @@ def end2end(
 
 
 def _embed(output: str, config: EmbedConfig, storage: StorageConfig, workers: int, say: Say) -> None:
-    """Embed what is not committed. Raises IncompleteError if partitions fail."""
+    """Embed what is not committed. Raises IncompleteError if partitions fail.
+
+    Partitions without a row are no error here: the account says of each URL what became of it.
+    """
+    config = replace(config, allow_empty=True)
     if workers > 1:
         code = local.run_workers(output, workers, config, storage)
         if code == Preempted.exit_code:
