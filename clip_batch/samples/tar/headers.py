@@ -19,6 +19,7 @@ import numpy as np
 
 from clip_batch.samples.tar.fast_headers import BLOCK, MOST, Fields, plain_run
 
+_LARGEST = 2**62  # bytes; a member that claims more is damage
 _LONGEST_EXTENDED = 2**20  # bytes; a PAX or long-name record that claims more is damage
 _HEADER = struct.Struct("100s24x12s12x8ss100x8s80x155s12x")  # name, size, checksum, type, magic, prefix
 _MAGIC_AT = 257
@@ -114,6 +115,8 @@ def member_runs(
                     name = name.partition(b"\0")[0]
                     if prefix[0] and magic[:6] == b"ustar\0":
                         name = prefix.partition(b"\0")[0] + b"/" + name
+                if size > _LARGEST:
+                    raise ValueError(f"a member of {size} bytes")
                 if name[-1:] != b"/":  # else a directory of v7 tar
                     yield ((name.decode("utf-8", "replace"), body, size, position if header < 0 else header),)
                 elif kind == b"\0":

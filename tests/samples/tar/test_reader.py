@@ -372,3 +372,15 @@ def test_remote_slices_keep_the_offsets_of_the_tar(tar: str) -> None:
         assert summary(corpus.read(url, start, stop)) == summary(corpus.read(tar, start, stop))
     with pytest.raises(InputError, match="cannot read"):
         corpus.read("memory://clip-batch-tests/none.tar")
+
+
+def test_a_size_beyond_64_bits_is_damage(tar: str) -> None:
+    corpus.write_tar(tar, [("a.jpg", b"x"), ("b.jpg", b"y"), ("c.jpg", b"z")])
+    data = bytearray(Path(tar).read_bytes())
+    with tarfile.open(tar) as archive:
+        at = archive.getmember("b.jpg").offset
+    data[at + 124 : at + 136] = b"\x80" + b"\xff" * 11
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    Path(tar).write_bytes(data)
+    assert bodies(tar) == [("a", b"x", None), ("c", b"z", None), (None, "corrupt_header", None)]

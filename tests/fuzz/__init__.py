@@ -1,0 +1,1 @@
+"""Hostile input by the thousand, and every shape of input that people have."""
