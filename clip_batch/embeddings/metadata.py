@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.errors import CorruptError
-from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.arrow import ParquetFile, caption_column
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Sample
@@ -29,21 +29,23 @@ def _open(store: Store, path: str) -> Iterator[ParquetFile]:
 
 
 def count(store: Store, path: str) -> tuple[int, int]:
-    """(rows, rows with a caption) of a part's Parquet file, from the footer if it has null counts."""
+    """(rows, rows with a caption) of a part's Parquet file, from the footer if it has null counts of strings."""
     with _open(store, path) as file:
-        column = file.schema.names.index("caption")
-        groups = [file.metadata.row_group(i).column(column) for i in range(file.metadata.num_row_groups)]
-        if all(group.is_stats_set and group.statistics.has_null_count for group in groups):
-            missing = sum(group.statistics.null_count for group in groups)
-        else:
-            missing = file.read(["caption"])["caption"].null_count
-        return file.metadata.num_rows, file.metadata.num_rows - missing
+        rows: int = file.metadata.num_rows
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        if not (pa.types.is_string(file.schema.field("caption").type) and groups):
+            return rows, rows - caption_column(file.read(["caption"])["caption"]).null_count
+        paths = [groups[0].column(i).path_in_schema for i in range(groups[0].num_columns)]
+        columns = [group.column(paths.index("caption")) for group in groups]
+        if all(column.is_stats_set and column.statistics.has_null_count for column in columns):
+            return rows, rows - sum(column.statistics.null_count for column in columns)
+        return rows, rows - file.read(["caption"])["caption"].null_count
 
 
 def without_caption(store: Store, path: str) -> npt.NDArray[np.bool_]:
     """Which rows (n,) of a part's Parquet file have no caption."""
     with _open(store, path) as file:
-        missing: npt.NDArray[np.bool_] = file.read(["caption"])["caption"].is_null().to_numpy()
+        missing: npt.NDArray[np.bool_] = caption_column(file.read(["caption"])["caption"]).is_null().to_numpy()
     return missing
 
 

@@ -6,7 +6,6 @@ and null in a third. So the schema is the union of all files' schemas, and each 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_batch.embeddings import metadata
-from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.arrow import ParquetFile, caption_column, text_column
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import KEY_COLUMNS
@@ -91,6 +90,8 @@ class Tables:
             else pa.nulls(len(table), field.type)
             for field in self.schema
         }
+        if "caption" in table.column_names:
+            columns["caption"] = caption_column(table["caption"])
         image_path = _cast(table["image_path"], TEXT) if "image_path" in table.column_names else columns["key"]
         columns["key"] = pc.coalesce(columns["key"], image_path, table[metadata.LINEAGE[1]].cast(TEXT))
         if not self._own:
@@ -128,13 +129,12 @@ def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column cast to a type. Values that Arrow cannot write as text (lists, structs, times of day) become JSON."""
+    """A column cast to a type; whole numbers that a double cannot hold are rounded, as pandas does."""
+    if kind == TEXT:
+        return text_column(column)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     try:
-        return column.cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        if kind != TEXT:  # an offset that is not a number: clip-batch did not write the file
-            return pa.chunked_array([pa.nulls(len(column), kind)])
-        values = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
-        return pa.chunked_array([pa.array(values, TEXT)])
+        return column.cast(kind, safe=not pa.types.is_floating(kind))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # an offset that is no number: clip-batch did not write it
+        return pa.chunked_array([pa.nulls(len(column), kind)])

@@ -1,4 +1,4 @@
-"""Parquet and Arrow IPC files, read from Python file objects by the calling thread alone.
+"""Parquet and Arrow IPC files, read from Python file objects by the calling thread alone; and columns as text.
 
 `pq.read_table` and `ipc.open_file` read ahead in threads of pyarrow. If such a thread still holds a Python buffer
 when the interpreter ends, the process aborts, after the right result: now and then, in short commands. Reading
@@ -7,11 +7,14 @@ from paths and memory maps is safe, and so is writing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from clip_batch.storage.text import as_caption, as_text
 
 _MAGIC = b"ARROW1\0\0"
 
@@ -53,3 +56,41 @@ def ipc_schema(file: IO[bytes]) -> pa.Schema:
     if file.read(len(_MAGIC)) != _MAGIC:
         raise pa.ArrowInvalid("not an Arrow file")
     return pa.ipc.open_stream(file).schema
+
+
+def text_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column as strings, each row by itself: undecodable bytes become U+FFFD, NaN null, lists JSON."""
+    return _strings(column, as_text)
+
+
+def caption_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column as `text_column` does, but of a list its first text that is not blank, and null for objects."""
+    return _strings(column, as_caption)
+
+
+def _strings(column: pa.ChunkedArray, convert: Callable[[Any], str | None]) -> pa.ChunkedArray:
+    """Return a column as strings; rows that Arrow cannot convert are given to `convert`."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    raw = column.cast(_undecoded(column.type))  # readers do not check that what a file calls a string is UTF-8
+    if pa.types.is_floating(raw.type):
+        raw = pc.if_else(pc.is_nan(raw), None, raw)
+    try:
+        return raw.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.chunked_array([pa.array(map(convert, raw.to_pylist()), pa.string())])
+
+
+def _undecoded(kind: pa.DataType) -> pa.DataType:
+    """Return a type with binary in place of strings."""
+    if pa.types.is_string(kind) or pa.types.is_string_view(kind):
+        return pa.binary()
+    if pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
+        return pa.list_(_undecoded(kind.value_type))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_undecoded(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _undecoded(field.type)) for field in kind])
+    return kind
