@@ -30,6 +30,8 @@ class DownloadConfig(Options):
     """The list's column of URLs."""
     caption_column: str = "caption"
     """The list's column of captions. If it has no column `caption`, samples have no captions."""
+    list_quotes: Literal["auto", "yes", "no"] = "auto"
+    """Whether quotes enclose the cells of a CSV or TSV, or are text like any other; auto: yes in CSV, no in TSV."""
     save_columns: list[str] = field(default_factory=list)
     """Other columns of the list that go into the metadata."""
     img2dataset: str = "img2dataset"

@@ -285,24 +285,28 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n"), max_si
 
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(TEXT, st.none() | TEXT), min_size=1, max_size=30), st.sampled_from(range(6)), st.booleans())
+@given(st.lists(st.tuples(TEXT, st.none() | TEXT), min_size=1, max_size=30), st.sampled_from(range(8)), st.booleans())
 def test_a_list_is_frozen_alike_in_every_format(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str | None]], kind: int, zipped: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("list")
     rows = [(f"http://a/{text}" if number % 3 else text, caption) for number, (text, caption) in enumerate(rows)]
+    if kind == 7:  # TSV without quotes cannot have tabs in its cells
+        rows = [(url.replace("\t", " "), caption and caption.replace("\t", " ")) for url, caption in rows]
     name, data = formats(rows)[kind]
-    zipped = zipped and kind < 5
+    zipped = zipped and kind != 5
+    quotes: Any = {"list_quotes": "yes" if kind == 2 else "auto"}
     path = folder / (name + ".gz" * zipped)
     path.write_bytes(gzip.compress(data) if zipped else data)
     home = Store(str(folder / "dir"))
     expected = [(url.strip(), caption) for url, caption in rows if kind or url.strip()]
+    config = DownloadConfig(urls=str(path), shard_samples=7, **quotes)
     if not expected:
         with pytest.raises(InputError, match="lists no URL"):
-            freeze(DownloadConfig(urls=str(path), shard_samples=7), home, {})
+            freeze(config, home, {})
         return
-    url_list = freeze(DownloadConfig(urls=str(path), shard_samples=7), home, {})
-    assert freeze(DownloadConfig(urls=str(path), shard_samples=7), home, {}) == url_list
+    url_list = freeze(config, home, {})
+    assert freeze(config, home, {}) == url_list
     assert (url_list.urls, url_list.shards) == (len(expected), -(-len(expected) // 7))
     [(start, table)] = read_frozen(home, url_list)
     assert start == 0
@@ -330,6 +334,8 @@ def formats(rows: list[tuple[str, str | None]]) -> list[tuple[str, bytes]]:
         ("list.json", json.dumps(objects).encode()),
         ("list.jsonl", "\n".join(map(json.dumps, objects)).encode()),
         ("list.parquet", parquet.getvalue().to_pybytes()),
+        ("list.csv", (heads[0] + tables[0]).encode("utf-16")),
+        ("list.tsv", (heads[1] + "".join(f"{url}\t{caption or ''}\r\n" for url, caption in rows)).encode("utf-8-sig")),
     ]
 
 
@@ -367,15 +373,27 @@ def test_a_folder_of_files_of_many_types_and_sizes(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("name", "data", "options", "said"),
     [
-        ("a.csv", b"URL,TEXT\nhttp://a,b\n", {}, "no column 'url'.*it has URL, TEXT"),
-        ("a.csv", b"url,caption\nhttp://a\n", {}, "1 cells, the header 2"),
-        ("a.csv", b'url\n"http://a\n', {}, "unexpected end"),
+        ("a.csv", b"URL,TEXT\nhttp://a,b\n", {}, "no column 'url', but URL, TEXT: give --url-column URL"),
+        ("a.csv", b"link,TEXT\nhttp://a,b\n", {}, "no column 'url', but link, TEXT: correct --url-column"),
+        ("a.csv", b"url,Caption\nhttp://a,b\n", {}, "no column 'caption', but url, Caption: give --caption-column Cap"),
+        ("a.tsv", b'"url"\t"caption"\n"http://a"\t"b"\n', {}, "in quotes, so give --list-quotes yes"),
+        ("a.csv", b"url,url\nhttp://a,b\n", {}, "the column 'url' 2 times"),
+        ("a.csv", b'url,caption\n\nhttp://a,"b\nc"\nhttp://a\n', {}, "line 5 has 1 cells, the header 2.*--list-q"),
+        ("a.csv", b'url\nhttp://a\n"http://a\n', {}, "line 3: unexpected end.*--list-quotes no"),
+        ("a.csv", b"url\nhttp://a/caf\xe9\n", {}, "line 2 is not UTF-8.*iconv"),
+        ("a.tsv", b"http://a\ta cat\t1\n", {}, "line 1 holds a URL.*put a line before it"),
+        ("a.csv", b"http://a,http://b\n", {}, "line 1 holds a URL"),
+        ("a.jsonl", b'{"url": "http://a"}\n\n{"url": \n', {}, "line 3 is no JSON"),
+        ("a.jsonl", b'{"url": "http://a"}\n' + b"[" * 100_000, {}, "line 2 is no JSON"),
+        ("a.jsonl", b'{"url": "http://a"}\n[1]\n', {}, "line 2 is .1., no object"),
+        ("a.json", b"[" * 100_000, {}, "recursion"),
+        ("a.json", b"7", {}, "no array"),
         ("a.csv", b"url\n", {}, "lists no URL"),
         ("a.json", b"[1]", {}, "no object"),
         ("a.json", b"[null]", {}, "no object"),
         ("a.json", b"{", {}, "a.json cannot be read"),
         ("a.parquet", b"PAR1", {}, "a.parquet cannot be read"),
-        ("a.txt", b"\xff\xfe", {}, "decode"),
+        ("a.txt", b"http://a\n\xff\xff", {}, "line 2 is not UTF-8"),
         ("a.txt.gz", b"plain", {}, "not a gzip|Not a gzip"),
         ("a.txt", b"", {}, "lists no URL"),
         ("a.csv", b"url\nhttp://a\n", {"caption_column": "text"}, "no column 'text'"),
@@ -392,6 +410,91 @@ def test_what_is_no_list_is_refused_by_name(
     assert not (tmp_path / "dir/urls.json").exists()
     with pytest.raises(InputError, match="no URL list"):
         freeze(DownloadConfig(urls=str(tmp_path / "absent")), Store(str(tmp_path / "dir")), {})
+
+
+def frozen(folder: Path, name: str, data: bytes, **options: Any) -> tuple[list[Any], list[Any], list[str]]:
+    """Return the URLs, the captions and the notes of a list."""
+    (folder / name).write_bytes(data)
+    url_list = freeze(DownloadConfig(urls=str(folder / name), **options), Store(str(folder / "dir")), {})
+    table = pq.read_table(folder / "dir/urls")
+    captions = table["caption"].to_pylist() if url_list.captions else []
+    return table["url"].to_pylist(), captions, url_list.notes
+
+
+CAPTIONS = ["a red bicycle", '"quoted" words', '"an open quote', "between", 'closes here" or not', "last, with comma"]
+
+
+@pytest.mark.parametrize("columns", [["url", "caption"], ["caption", "url"]])
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quotes_in_tsv_are_text(tmp_path: Path, columns: list[str], header: bool, coding: str, end: str) -> None:
+    rows = [{"url": f"http://a/{number}", "caption": caption} for number, caption in enumerate(CAPTIONS)]
+    lines = ["\t".join(row[name] for name in columns) for row in rows]
+    text = end.join((["\t".join(columns)] if header else []) + lines)
+    urls, captions, notes = frozen(tmp_path, "list.tsv", text.encode(coding))
+    assert (urls, captions, notes) == ([row["url"] for row in rows], CAPTIONS, [])
+
+
+def test_quotes_are_read_as_they_are_told_to_be(tmp_path: Path) -> None:
+    quoted = b'url\tcaption\nhttp://a\t"say ""hi"""\n'
+    assert frozen(tmp_path, "list.tsv", quoted, list_quotes="yes")[1] == ['say "hi"']
+    assert frozen(tmp_path, "list.tsv", quoted)[1] == ['"say ""hi"""']
+    assert frozen(tmp_path, "list.csv", b'url,caption\nhttp://a,"b\n', list_quotes="no")[1] == ['"b']
+    assert frozen(tmp_path, "list.csv", b'a cat,http://a\n"b, c",http://b\n')[1] == ["a cat", "b, c"]
+    renamed = {"url_column": "URL", "caption_column": "TEXT"}
+    assert frozen(tmp_path, "list.csv", b"http://a,a cat\n", **renamed)[:2] == (["http://a"], ["a cat"])
+    assert frozen(tmp_path, "list.txt", b"http://a\n", url_column="URL")[0] == ["http://a"]
+
+
+def test_bytes_of_parquet_concern_their_own_row(tmp_path: Path) -> None:
+    cells = [b"a cat", b"caf\xe9", None, "猫".encode()]
+    urls = [b"http://a/0", b"http://a/1", b"http://a/\xe9", b"http://a/3"]
+    for kind in (pa.binary(), pa.string()):
+        arrays = [pa.Array.from_buffers(kind, 4, pa.array(one, pa.binary()).buffers()) for one in (urls, cells, cells)]
+        table = pa.table(dict(zip(("url", "caption", "note"), arrays, strict=True)))
+        pq.write_table(table, tmp_path / "made.parquet")
+        data = (tmp_path / "made.parquet").read_bytes()
+        read, captions, notes = frozen(tmp_path, "list.parquet", data, save_columns=["note"])
+        assert read == ["http://a/0", "http://a/1", "http://a/\ufffd", "http://a/3"]
+        assert captions == ["a cat", "caf\ufffd", None, "猫"]
+        assert pq.read_table(tmp_path / "dir/urls")["note"].to_pylist() == captions
+        assert notes == [f"1 cells of {name} have bytes that are not UTF-8" for name in ("url", "caption", "note")]
+
+
+def test_of_a_list_of_captions_the_first_text_is_taken_and_nan_is_none(tmp_path: Path) -> None:
+    captions = [["", "a cat", "a pet"], [], None, ["a dog"]]
+    urls = [f"http://a/{number}" for number in range(4)]
+    pq.write_table(pa.table({"url": urls, "caption": captions}), tmp_path / "made.parquet")
+    assert frozen(tmp_path, "list.parquet", (tmp_path / "made.parquet").read_bytes())[1] == [
+        "a cat",
+        None,
+        None,
+        "a dog",
+    ]
+    pq.write_table(pa.table({"url": urls, "caption": [float("nan"), None, 1.0, 2.5]}), tmp_path / "made.parquet")
+    assert frozen(tmp_path, "list.parquet", (tmp_path / "made.parquet").read_bytes())[1] == [None, None, "1", "2.5"]
+    values = [*captions, float("nan"), "NaN", {"en": "a cat"}, "half \ud83d", 7]
+    lines = [json.dumps({"url": f"http://a/{n}", "caption": value}) for n, value in enumerate(values)]
+    expected = ["a cat", None, None, "a dog", None, "NaN", None, "half \ufffd\ufffd\ufffd", "7"]
+    assert frozen(tmp_path, "list.jsonl", "\n".join(lines).encode("utf-8"))[1] == expected
+    assert frozen(tmp_path, "list.json", f"[{','.join(lines)}]".encode("utf-16"))[1] == expected
+
+
+def test_a_list_without_captions_says_which_columns_it_has(tmp_path: Path) -> None:
+    [note] = frozen(tmp_path, "list.csv", b"url,TEXT\nhttp://a,a cat\n")[2]
+    assert "no captions" in note and "TEXT" in note and "--caption-column" in note
+    assert frozen(tmp_path, "list.csv", b"url\nhttp://a\n")[2] == []
+
+
+def test_numbers_of_two_files_meet_as_doubles(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    for number, values in enumerate(([2**53 + 1], [0.5])):
+        table = pa.table({"url": ["http://a"], "n": values})
+        pq.write_table(table, tmp_path / f"lists/{number}.parquet")
+    config = DownloadConfig(urls=str(tmp_path / "lists"), save_columns=["n"])
+    freeze(config, Store(str(tmp_path / "dir")), {})
+    assert pq.read_table(tmp_path / "dir/urls")["n"].to_pylist() == [float(2**53), 0.5]
 
 
 def test_another_list_is_refused_where_shards_stand(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def end2end(
     with exclusive(home) as lock:
         url_list = freeze(download_config, home, options)
         say(f"list: {url_list.urls:,} URLs in {url_list.shards:,} shards")
+        for note in url_list.notes:
+            say(f"list: {note}")
         images = download(download_config, home, url_list, lock, embed_config.max_pixels, options, say)
     store = Store(output, options)
     if inputs := tars(home, images):

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -24,14 +25,17 @@ from clip_batch.config import DownloadConfig
 from clip_batch.errors import ConfigError, InputError
 from clip_batch.launch.end2end import paths
 from clip_batch.launch.end2end.formats import READERS, format_of, read_tables, unreadable
-from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.arrow import ParquetFile, caption_column, text_column
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
 
 FILE_URLS = 1_000_000
 """URLs in a frozen file, rounded up to whole shards, because img2dataset starts a new shard with each file."""
 
-FIXED_OPTIONS = ("url_column", "caption_column", "save_columns", "image_size", "resize_mode", "img2dataset_options")
+FIXED_OPTIONS = (
+    *("url_column", "caption_column", "list_quotes", "save_columns"),
+    *("image_size", "resize_mode", "img2dataset_options"),
+)
 """Options that change what is downloaded, so a resumed download must have the same."""
 
 RESERVED_COLUMNS = frozenset(
@@ -45,7 +49,8 @@ RESERVED_COLUMNS = frozenset(
 class UrlList:
     """A frozen list. Shard s has its URLs [s * shard_samples, (s + 1) * shard_samples).
 
-    `files` has [name, size, modification time] of each source file; `options` has the values of FIXED_OPTIONS.
+    `files` has [name, size, modification time] of each source file; `options` has the values of FIXED_OPTIONS. `notes`
+    are lines for people about what was mended or missed.
     """
 
     urls: int
@@ -53,6 +58,7 @@ class UrlList:
     captions: bool
     files: list[list[Any]]
     options: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def shards(self) -> int:
@@ -87,21 +93,23 @@ def freeze(config: DownloadConfig, home: Store, options: dict[str, Any]) -> UrlL
     if home.exists(paths.URL_LIST) and any(name.endswith(paths.STATS_SUFFIX) for name in home.list(paths.IMAGES)):
         earlier = UrlList(**home.read_json(paths.URL_LIST))
         new = {**settings, "files": files, "shard_samples": config.shard_samples}
-        old = {**earlier.options, "files": earlier.files, "shard_samples": earlier.shard_samples}
+        old = {"list_quotes": "auto", **earlier.options, "files": earlier.files, "shard_samples": earlier.shard_samples}
         if different := [name for name in new if new[name] != old[name]]:
             raise ConfigError(
                 f"{home.url} holds another download: {', '.join(different)} differ; give another --output"
             )
         return earlier
-    schema = _schema(config, store, names)
+    schema, notes = _schema(config, store, names)
     home.remove(paths.URL_LIST)
     home.remove_folder(paths.URLS)
     draft = UrlList(0, config.shard_samples, "caption" in schema.names, files, settings)
-    tables = (_normalized(table, config, schema) for table in read_tables(store, names))
+    undecodable = Counter[str]()
+    tables = (_normalized(table, config, schema, undecodable) for table in read_tables(store, names, config))
     urls = _write(home, schema, tables, draft.rows_of_file)
     if not urls:
         raise InputError(f"{config.urls} lists no URL: give another list")
-    url_list = UrlList(urls, draft.shard_samples, draft.captions, files, settings)
+    notes += [f"{count:,} cells of {name} have bytes that are not UTF-8" for name, count in undecodable.items()]
+    url_list = UrlList(urls, draft.shard_samples, draft.captions, files, settings, notes)
     home.replace(paths.URL_LIST, json.dumps(asdict(url_list), indent=1).encode())
     return url_list
 
@@ -136,24 +144,20 @@ def _list_files(urls: str, options: dict[str, Any]) -> tuple[Store, list[str]]:
     return store, [base]
 
 
-def _schema(config: DownloadConfig, store: Store, names: Sequence[str]) -> pa.Schema:
-    """Return the schema of the frozen list: url, caption if there is one, refused, and the saved columns.
+def _schema(config: DownloadConfig, store: Store, names: Sequence[str]) -> tuple[pa.Schema, list[str]]:
+    """Return the schema of the frozen list (url, caption if there is one, refused, the saved columns), and notes.
 
     A saved column has the type that holds its values in all files, or text where JSON has no such type.
     """
     types: dict[str, pa.DataType] = {}
     for name in names:
-        columns = _file_schema(store, name)
-        for column in (config.url_column, *config.save_columns):
-            if columns.names and column not in columns.names:
-                existing = ", ".join(columns.names[:20])
-                raise ConfigError(
-                    f"{store.display(name)} has no column {column!r} (see --url-column); it has {existing}"
-                )
-        if config.caption_column not in ("caption", *columns.names):
-            raise ConfigError(
-                f"{store.display(name)} has no column {config.caption_column!r}: correct --caption-column"
-            )
+        columns = _file_schema(store, name, config)
+        where = f"{store.display(name)} has no column"
+        _require(config.url_column, columns.names, "--url-column", where)
+        for column in config.save_columns:
+            _require(column, columns.names, "--save-columns", where)
+        if config.caption_column != "caption" or _alike("caption", columns.names):
+            _require(config.caption_column, columns.names, "--caption-column", where)
         for column in columns.names:
             types[column] = _common_type(types.get(column, pa.null()), columns.field(column).type)
     captions = [("caption", pa.string())] if config.caption_column in types else []
@@ -161,14 +165,32 @@ def _schema(config: DownloadConfig, store: Store, names: Sequence[str]) -> pa.Sc
         (name, types[name] if name in types and types[name] != pa.null() else pa.string())
         for name in config.save_columns
     ]
-    return pa.schema([("url", pa.string()), *captions, ("refused", pa.string()), *saved])
+    notes = []
+    if not captions and (others := [name for name in types if name != config.url_column]):
+        notes.append(f"no captions: there is no column 'caption', but {', '.join(others[:20])}: see --caption-column")
+    return pa.schema([("url", pa.string()), *captions, ("refused", pa.string()), *saved]), notes
 
 
-def _file_schema(store: Store, name: str) -> pa.Schema:
+def _require(column: str, names: Sequence[str], option: str, where: str) -> None:
+    """Raise ConfigError, with the columns that there are, if a file of rows lacks a column."""
+    if names and column not in names:
+        alike = _alike(column, names)
+        remedy = f"correct {option}" if alike is None else f"give {option} {alike}"
+        if f'"{column}"' in names:
+            remedy = "its cells are in quotes, so give --list-quotes yes"
+        raise ConfigError(f"{where} {column!r}, but {', '.join(names[:20])}: {remedy}")
+
+
+def _alike(column: str, names: Sequence[str]) -> str | None:
+    """Return a name that differs from a column's only by case or spaces, or by quotes; None if there is none."""
+    return next((name for name in names if name.strip('" ').lower() == column.lower()), None)
+
+
+def _file_schema(store: Store, name: str, config: DownloadConfig) -> pa.Schema:
     """Return the columns of one file of the list and their types."""
     if format_of(name) != "parquet":
         schema = pa.schema([])
-        with contextlib.closing(read_tables(store, [name])) as tables:
+        with contextlib.closing(read_tables(store, [name], config)) as tables:
             for table in tables:
                 schema = table.schema
                 if "json" not in format_of(name):  # a later JSON object may have further fields, so all are read
@@ -197,14 +219,20 @@ def _json_type(arrow_type: pa.DataType) -> pa.DataType:
     return arrow_type if pa.types.is_boolean(arrow_type) else pa.string()
 
 
-def _normalized(table: pa.Table, config: DownloadConfig, schema: pa.Schema) -> pa.Table:
-    """Return a piece of the list in the schema of the frozen list."""
+def _normalized(table: pa.Table, config: DownloadConfig, schema: pa.Schema, undecodable: Counter[str]) -> pa.Table:
+    """Return a piece of the list in the schema of the frozen list, and count the cells with U+FFFD by column."""
     sources = {"url": config.url_column, "caption": config.caption_column}
     columns: dict[str, Any] = {}
-    for field in schema:
-        name = sources.get(field.name, field.name)
-        exists = name in table.column_names
-        columns[field.name] = _cast(table[name], field.type) if exists else pa.nulls(len(table), field.type)
+    for column in schema:
+        name = sources.get(column.name, column.name)
+        if name not in table.column_names:
+            columns[column.name] = pa.nulls(len(table), column.type)
+        elif column.name == "caption":
+            columns[column.name] = caption_column(table[name])
+        else:
+            columns[column.name] = _cast(table[name], column.type)
+        if column.type == pa.string() and (count := pc.sum(pc.match_substring(columns[column.name], "\ufffd")).as_py()):
+            undecodable[name] += count
     url = pc.utf8_trim_whitespace(columns["url"])
     valid = pc.fill_null(pc.match_substring_regex(url, r"^(?i)https?://[^/]"), False)
     columns["url"] = pc.if_else(valid, url, None)
@@ -213,14 +241,12 @@ def _normalized(table: pa.Table, config: DownloadConfig, schema: pa.Schema) -> p
 
 
 def _cast(column: pa.ChunkedArray, arrow_type: pa.DataType) -> pa.ChunkedArray:
-    """Return the column cast to a type; lists and structs, which have no cast to string, become JSON texts."""
+    """Return the column cast to a type; whole numbers that a double cannot hold are rounded, as pandas does."""
+    if arrow_type == pa.string():
+        return text_column(column)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    try:
-        return column.cast(arrow_type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        values = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
-        return pa.chunked_array([pa.array(values, pa.string())])
+    return column.cast(arrow_type, safe=not pa.types.is_floating(arrow_type))
 
 
 def _write(home: Store, schema: pa.Schema, tables: Iterable[pa.Table], rows_of_file: int) -> int:
