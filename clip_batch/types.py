@@ -147,7 +147,7 @@ class Plan:
 class Sample(NamedTuple):
     """One sample as it was read.
 
-    - `key`: its key, unique in well-formed shards only.
+    - `key`: its key as `clip_batch.storage.names.name_text` writes it, unique in well-formed shards only.
     - `shard`: the URL of its shard.
     - `offset`, `length`: the place of the image file in the tar, in bytes; None in a compressed tar or a folder.
     - `image`, `caption`, `json`: the files' bytes; None where absent.
@@ -222,7 +222,8 @@ class Commit:
     - `files`: its files by their path below OUT; a partition of 0 rows has its failures file alone, or none.
     - `shards`: by the URL of each slice's shard, the number of samples "seen", "embedded" and "failed".
     - `failed`: number of failures by reason.
-    - `warnings`: number of rows by what was wrong with them: missing_caption, bad_json, bad_utf8.
+    - `warnings`: number of rows by what was wrong with them: missing_caption, bad_json, bad_utf8,
+      name_not_utf8.
     - `passed_over`: number of files in its slices that are part of no row and of no failure, by extension.
     - `started`, `finished`: Unix seconds, for display only.
     - `worker`: the name of the machine.

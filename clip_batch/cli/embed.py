@@ -154,5 +154,7 @@ def report(arguments: JsonArguments, outcomes: Sequence[Outcome], allow_empty: b
     text = f"{len(outcomes) - len(failed)} partitions done, {rows:,} samples embedded, {bad:,} listed as failed"
     if passed_over := sum((Counter(outcome.passed_over) for outcome in outcomes), Counter[str]()):
         text += f", passed over: {format_counts(passed_over)}"
+    if warnings := sum((Counter(outcome.warnings) for outcome in outcomes), Counter[str]()):
+        text += f", warnings: {format_counts(warnings)}"
     answer(arguments, [asdict(outcome) for outcome in outcomes], text)
     return 1 if failed or (empty and not allow_empty) else 0

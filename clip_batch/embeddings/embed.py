@@ -30,6 +30,7 @@ from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
 from clip_batch.samples.decode import decode_caption, decode_json
 from clip_batch.samples.prefetch import Prefetcher
+from clip_batch.storage.names import is_utf8, text_name
 from clip_batch.storage.store import Store
 from clip_batch.types import SHARD_REASONS, Failure, Item, Partition, PassedOver, Plan, Sample, Slice, StrPath
 
@@ -52,9 +53,10 @@ _CHUNK = 4
 class Outcome:
     """What became of one partition; "lost" means that another attempt committed it first.
 
-    `rows` and `failed` count samples, and `passed_over` counts files that are part of neither, by extension. `again`
-    says that the machine or the store failed, not the data, so that another attempt, preferably on another machine, may
-    succeed. `empty` says why the partition was committed without a row; "" otherwise.
+    `rows` and `failed` count samples, `passed_over` counts files that are part of neither, by extension, and `warnings`
+    counts rows by what was wrong with them. `again` says that the machine or the store failed, not the data, so that
+    another attempt, preferably on another machine, may succeed. `empty` says why the partition was committed without a
+    row; "" otherwise.
     """
 
     partition: int
@@ -64,6 +66,7 @@ class Outcome:
     error: str = ""
     again: bool = False
     passed_over: dict[str, int] = field(default_factory=dict)
+    warnings: dict[str, int] = field(default_factory=dict)
     empty: str = ""
 
     @property
@@ -268,7 +271,8 @@ class _Worker:
         caption, warnings = decode_caption(sample.caption)
         values, more = decode_json(sample.json)
         row = metadata_row(sample, caption, values, self.plan.fields)
-        return _Decoded(row, pixels, warnings + more)
+        names = [] if is_utf8(text_name(sample.key)) else ["name_not_utf8"]
+        return _Decoded(row, pixels, names + warnings + more)
 
     def _encode(self, batches: Iterator[_Batch], device: ThreadPoolExecutor, lanes: int) -> Iterator[Encoded]:
         """Encode up to `lanes` batches at once, while this thread collects the next; batches keep their order."""
@@ -311,8 +315,15 @@ class _Worker:
                 if commit is None:
                     return Outcome(number, "lost", writer.rows, failed)
                 self.run.committed.append(commit)
-                passed_over = dict(writer.passed_over)
-                return Outcome(number, "committed", writer.rows, failed, passed_over=passed_over, empty=commit.empty)
+                return Outcome(
+                    number,
+                    "committed",
+                    writer.rows,
+                    failed,
+                    passed_over=commit.passed_over,
+                    warnings=commit.warnings,
+                    empty=commit.empty,
+                )
         except Preempted:
             raise
         except (ClipBatchError, OSError, RuntimeError) as error:

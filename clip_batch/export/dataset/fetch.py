@@ -11,6 +11,7 @@ from clip_batch.errors import ClipBatchError, InputError, Preempted, one_line
 from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import name_and_size
 from clip_batch.storage import web
+from clip_batch.storage.names import text_name
 from clip_batch.storage.paths import is_local, local_path
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
 
@@ -120,5 +121,5 @@ def _is_member(data: bytes, place: Place) -> bool:
     if len(data) != BLOCK + (place.length or 0) or size != place.length:
         return False
     # the name of a long key, or one that is not ASCII, may be in an extended header before this one
-    unchecked = place.key is None or not place.key.isascii() or len(place.key) > _NAME
-    return unchecked or name.startswith(f"{place.key}.")
+    key = None if place.key is None else text_name(place.key)
+    return key is None or not key.isascii() or len(key) > _NAME or name.startswith(f"{key}.")

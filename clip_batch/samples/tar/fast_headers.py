@@ -56,7 +56,7 @@ def plain_run(view: memoryview, start: int, end: int, scratch: npt.NDArray[np.ui
     # A name that ends in a slash is a directory of v7 tar. More zero bytes than names: bytes follow a name's end.
     if count == 0 or b"/\0" in text or text.count(b"\0") > count:
         return HeaderRun(iter(()), start, strict_until)
-    names = text.decode("utf-8", "replace").split("\0")[:-1]
+    names = text.decode("utf-8", "surrogateescape").split("\0")[:-1]
     offsets = [header + BLOCK for header in headers]
     after = headers[count] if count < len(headers) else strict_until
     return HeaderRun(zip(names, offsets, sizes, headers, strict=False), after, strict_until)

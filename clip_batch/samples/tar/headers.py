@@ -28,7 +28,10 @@ _NOT_ZERO = re.compile(rb"[^\0]")
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: `size` bytes at `offset`; its headers start at `header` (bytes)."""
+    """A regular file in a tar: `size` bytes at `offset`; its headers start at `header` (bytes).
+
+    `name` is as `clip_batch.storage.names` says: no two names of different bytes are equal.
+    """
 
     name: str
     offset: int
@@ -118,7 +121,7 @@ def member_runs(
                 if size > _LARGEST:
                     raise ValueError(f"a member of {size} bytes")
                 if name[-1:] != b"/":  # else a directory of v7 tar
-                    yield ((name.decode("utf-8", "replace"), body, size, position if header < 0 else header),)
+                    yield ((name.decode("utf-8", "surrogateescape"), body, size, position if header < 0 else header),)
                 elif kind == b"\0":
                     after = body
             elif kind in b"xX":
@@ -159,7 +162,7 @@ def name_and_size(block: bytes) -> tuple[str, int]:
     name = name.partition(b"\0")[0]
     if prefix[0] and magic[:6] == b"ustar\0":
         name = prefix.partition(b"\0")[0] + b"/" + name
-    return name.decode("utf-8", "replace"), _number(size)
+    return name.decode("utf-8", "surrogateescape"), _number(size)
 
 
 def _number(field: bytes) -> int:

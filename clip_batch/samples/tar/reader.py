@@ -13,6 +13,7 @@ from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.headers import member_runs
 from clip_batch.samples.tar.mapping import map_tar
 from clip_batch.samples.tar.samples import group_members
+from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import is_local
 from clip_batch.types import Failure, Item, Plan, Sample, Slice
 
@@ -23,7 +24,7 @@ def read_tar(
     """Read the samples of a tar's bytes [piece.start, piece.stop), then its damage; see `read_slice`.
 
     A gzipped tar (recognised by its first bytes, whatever its name) is decompressed to a temporary file and read
-    whole; its samples have no offset.
+    whole; its samples have no offset. Keys are grouped by the bytes of their names, and written as `name_text` does.
     """
     url = piece.shard.url
     data, base, problem = _open(piece, options, files)
@@ -31,10 +32,13 @@ def read_tar(
     inside = (0, None) if gzipped or base else (piece.start, piece.stop)
     samples = group_members(member_runs(data, *inside), plan.image_extensions, plan.caption_extensions, ("json",))
     for key, header, offset, size, caption, caption_size, fields, fields_size in samples.rows():
+        key = name_text(key)
         if not offset:
             message = "no member with an image extension"
             if header in samples.dotted:
-                message += f", but one with {samples.dotted[header]!r}: a key ends at the first dot; rename it"
+                message += (
+                    f", but one with {name_text(samples.dotted[header])!r}: a key ends at the first dot; rename it"
+                )
             yield Failure(key, url, None if gzipped else base + header, "missing_image", message)
         elif offset + size > end:
             message = f"{max(0, end - offset)} of the image's {size} bytes are there; copy or download the tar again"

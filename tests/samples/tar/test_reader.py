@@ -19,6 +19,7 @@ from clip_batch.errors import InputError
 from clip_batch.samples import read_slice
 from clip_batch.samples.tar.cuts import cuts
 from clip_batch.samples.tar.headers import Damage, Member, members
+from clip_batch.storage.names import text_name
 from clip_batch.types import Failure, Sample, Shard, Slice
 from tests import corpus
 
@@ -179,9 +180,28 @@ def test_extensions_in_any_case_and_by_rank(tar: str) -> None:
     assert bodies(tar, caption_extensions=("cap", "txt"))[0][2] == b"t"
 
 
-def test_names_that_are_not_utf8_are_mended(tar: str) -> None:
-    corpus.write_tar(tar, [("caf\udce9.jpg", b"1")], tarfile.GNU_FORMAT)
-    assert bodies(tar) == [("caf\ufffd", b"1", None)]
+@pytest.mark.parametrize("format", ["ustar", "gnu", "pax"])
+@pytest.mark.parametrize("stem", ["caf", "long/" * 30 + "caf"])
+@pytest.mark.parametrize("count", [1, 20])  # 20: enough for a run of plain headers
+def test_names_that_are_not_utf8_stay_apart(tar: str, format: str, stem: str, count: int) -> None:
+    names = [f"{stem}{number}{end}" for number in range(count) for end in ("\udce9", "\udce8", "é", "")]
+    files = [
+        (f"{name}.{end}", f"{name}.{end}".encode(errors="surrogateescape")) for end in ("JPG", "txt") for name in names
+    ]
+    corpus.write_tar(tar, files, FORMATS[format])
+    found = bodies(tar)
+    assert [image.removesuffix(b".JPG") for _, image, _ in found] == [n.encode(errors="surrogateescape") for n in names]
+    assert [caption.removesuffix(b".txt") for *_, caption in found] == [image[:-4] for _, image, _ in found]
+    assert [text_name(key) for key, *_ in found] == names
+    assert found[0][0] == f"{stem}0\\xe9"
+    assert [before for _, before in cuts(tar)] == [0, 4 * count]
+
+
+def test_failures_of_names_that_are_not_utf8_can_be_written(tar: str) -> None:
+    corpus.write_tar(tar, [("a\udce9.txt", b"1"), ("b.\udce9.jpg", b"2")], tarfile.GNU_FORMAT)
+    for item in corpus.read(tar):
+        assert isinstance(item, Failure)
+        assert f"{item.key} {item.message}".encode()
 
 
 def test_hidden_and_macos_members_are_passed_over(tar: str) -> None:
