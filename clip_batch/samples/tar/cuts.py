@@ -6,7 +6,7 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 
-from clip_batch.samples.tar.headers import Damage, Member, member_runs
+from clip_batch.samples.tar.headers import Member, Record, member_runs
 from clip_batch.samples.tar.mapping import map_tar
 from clip_batch.samples.tar.samples import TarSamples, group_members
 
@@ -32,9 +32,9 @@ def cuts(tar: str | memoryview | mmap.mmap | bytes, extensions: Sequence[str] = 
     return places if problem is None else [(0, 0), (size, places[-1][1])]
 
 
-def cuts_by_headers(headers: Iterable[Member | Damage], size: int, extensions: Sequence[str] = EXTENSIONS) -> Cuts:
+def cuts_by_headers(headers: Iterable[Record], size: int, extensions: Sequence[str] = EXTENSIONS) -> Cuts:
     """`cuts` of a tar of `size` bytes, from its headers."""
-    return _cuts(group_members((item if isinstance(item, Damage) else (item,) for item in headers), extensions), size)
+    return _cuts(group_members(((item,) if isinstance(item, Member) else item for item in headers), extensions), size)
 
 
 def _cuts(samples: TarSamples, size: int) -> Cuts:

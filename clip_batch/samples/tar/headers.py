@@ -2,8 +2,9 @@
 
 It knows POSIX ustar and PAX, GNU long names and base-256 sizes, and old v7 headers, and verifies every checksum;
 only headers are copied. After a broken header it searches for the next good one, and reports the bytes that were
-lost. Zero blocks are skipped, so tars that were joined by `cat` are read whole; a tar without the closing zero
-blocks is whole too. Plain headers are verified many at once (`plain_run`), with the same result.
+lost. Tars that were joined by `cat` are read whole: behind two or more zero blocks, which end a tar, another one
+begins. A tar without the closing zero blocks is whole too. Plain headers are verified many at once (`plain_run`),
+with the same result.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import numpy as np
 from clip_batch.samples.tar.fast_headers import BLOCK, MOST, Fields, plain_run
 
 _LARGEST = 2**62  # bytes; a member that claims more is damage
+END_BLOCKS = 2
+"""Zero blocks that end a tar. One alone ends nothing: some programs leave one between members."""
+
 _LONGEST_EXTENDED = 2**20  # bytes; a PAX or long-name record that claims more is damage
 _HEADER = struct.Struct("100s24x12s12x8ss100x8s80x155s12x")  # name, size, checksum, type, magic, prefix
 _MAGIC_AT = 257
@@ -48,22 +52,30 @@ class Damage(NamedTuple):
     message: str
 
 
-def members(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int | None = None) -> Iterator[Member | Damage]:
-    """Every regular member of the bytes [start, stop), in order, and every Damage between them.
+class NextTar(NamedTuple):
+    """Another tar begins at byte `offset`, behind the zero blocks that end the one before it."""
+
+    offset: int
+
+
+Record = Member | Damage | NextTar
+Run = Iterable[Fields] | Damage | NextTar
+
+
+def members(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+    """Every regular member of the bytes [start, stop), in order, and every Damage and NextTar between them.
 
     A last member that is cut off has the size that its header states, and a Damage follows it. Directories, links and
     devices are skipped; so are the contents of global PAX headers, which would give all members the same name.
     """
     for run in member_runs(data, start, stop):
-        if isinstance(run, Damage):
+        if isinstance(run, (Damage, NextTar)):
             yield run
         else:
             yield from map(Member._make, run)
 
 
-def member_runs(
-    data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int | None = None
-) -> Iterator[Iterable[Fields] | Damage]:
+def member_runs(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int | None = None) -> Iterator[Run]:
     """`members` in runs of as many as are parsed at once, each member as a plain tuple of its fields."""
     view = memoryview(data)
     end = len(view) if stop is None else min(stop, len(view))
@@ -93,7 +105,11 @@ def member_runs(
             nonzero = _NOT_ZERO.search(view, position, end)
             if nonzero is None:
                 return
-            position += (nonzero.start() - position) // BLOCK * BLOCK
+            zeros = (nonzero.start() - position) // BLOCK
+            position += zeros * BLOCK
+            if zeros >= END_BLOCKS:
+                yield NextTar(position)
+                header, long_name, pax = -1, None, {}
             continue
         try:
             if _number(sum_field) != left + right + 255 - (adler32(sum_field) & 0xFFFF):
@@ -139,6 +155,8 @@ def member_runs(
         except ValueError as error:
             yield (damage := _bad_header(view, position, end, start, str(error)))
             position += damage.length
+            if position < end and not any(view[max(position - END_BLOCKS * BLOCK, damage.offset) : position]):
+                yield NextTar(position)
             header, long_name, pax = -1, None, {}
             continue
         if after > end and body + size > end:

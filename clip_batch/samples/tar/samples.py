@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from clip_batch.samples.tar.fast_headers import BLOCK, Fields
-from clip_batch.samples.tar.headers import Damage
+from clip_batch.samples.tar.fast_headers import BLOCK
+from clip_batch.samples.tar.headers import Damage, NextTar, Run
 
 _WIDTH = 7
 _UNUSED = (0, 0, 0)  # the place of extensions that belong to no part
@@ -36,14 +36,14 @@ class TarSamples(NamedTuple):
         return zip(self.keys, *[iter(self.table)] * _WIDTH, strict=True)
 
 
-def group_members(runs: Iterable[Iterable[Fields] | Damage], *parts: Sequence[str]) -> TarSamples:
+def group_members(runs: Iterable[Run], *parts: Sequence[str]) -> TarSamples:
     """Group members into samples; takes about 300 bytes of memory a sample.
 
     webdataset's rule: the key is the path up to the first dot of the base name, and the extension is the rest,
     lower-cased. A member joins the latest sample of its key, wherever it is in the tar, unless that sample has
-    a member of its extension. Names without a dot, hidden files and what macOS adds (`._x`, `__MACOSX`) belong to no
-    sample. `parts` are at most three lists of extensions; of several members for a part, the one whose extension is
-    listed first is used.
+    a member of its extension; of tars that were joined, each has its own samples. Names without a dot, hidden files and
+    what macOS adds (`._x`, `__MACOSX`) belong to no sample. `parts` are at most three lists of extensions; of several
+    members for a part, the one whose extension is listed first is used.
     """
     places = _places(parts)
     keys: list[str] = []
@@ -59,6 +59,10 @@ def group_members(runs: Iterable[Iterable[Fields] | Damage], *parts: Sequence[st
         if isinstance(run, Damage):
             damage.append(run)
             end = run.offset + run.length
+            continue
+        if isinstance(run, NextTar):
+            numbers.clear()
+            prefix, number = "\0", -1
             continue
         offset = size = -1
         for name, offset, size, header in run:

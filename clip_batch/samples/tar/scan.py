@@ -12,7 +12,7 @@ from clip_batch.errors import InputError
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.cuts import Cuts, cuts, cuts_by_headers
 from clip_batch.samples.tar.fast_headers import BLOCK
-from clip_batch.samples.tar.headers import Damage, Member, members, next_header
+from clip_batch.samples.tar.headers import END_BLOCKS, Damage, Member, Record, members, next_header
 from clip_batch.samples.tar.mapping import GZIP_MAGIC
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
@@ -49,10 +49,8 @@ def scan_tar(tar: Shard, options: dict[str, Any] | None = None) -> tuple[Cuts, i
     return places, places[-1][1]
 
 
-def read_headers(
-    read: Read, size: int, short: int = SHORT, long: int = LONG, far: int = JUMP
-) -> Iterator[Member | Damage]:
-    """`members` of a tar of `size` bytes, read in blocks; one Damage may come in parts.
+def read_headers(read: Read, size: int, short: int = SHORT, long: int = LONG, far: int = JUMP) -> Iterator[Record]:
+    """`members` of a tar of `size` bytes, read in blocks; one Damage may come in parts, without a NextTar behind it.
 
     Each block begins where the last member ends, so that no header is cut; a block without a member is read again,
     longer. `short` and `long` are multiples of BLOCK.
@@ -77,6 +75,8 @@ def read_headers(
             if isinstance(item, Member):
                 after = item.offset + -(-item.size // BLOCK) * BLOCK
                 yield item._replace(header=position + item.header)
+            elif not isinstance(item, Damage):
+                yield item
             elif stop < size and item.offset + item.length == stop:
                 if item.reason != "truncated_tar":  # else the block ends here, not the tar
                     after = max(item.offset, stop - BLOCK + 1)  # no header begins before that
@@ -90,7 +90,7 @@ def read_headers(
         if after > position:
             length = short if after > stop + far else min(2 * length, long)
             position = after
-        elif data.count(0) == len(data):
-            position = stop
+        elif len(data) > END_BLOCKS * BLOCK and data.count(0) == len(data):
+            position = stop - END_BLOCKS * BLOCK  # the next block begins with as many as end a tar
         else:
             length *= 2

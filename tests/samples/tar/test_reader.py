@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import gzip
 import io
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,14 @@ name = st.builds(
 entries = st.lists(st.tuples(name, st.integers(0, 1100), st.sampled_from("ffffdl")), max_size=14)
 
 
+tars = st.lists(st.tuples(entries, st.sampled_from(sorted(FORMATS)), st.integers(2, 20)), min_size=1, max_size=3)
+"""Tars to be joined, each with its members, its format, and the number of zero blocks that end it."""
+
+
+def join(archives: list[tuple[list[tuple[str, int, str]], str, int]]) -> bytes:
+    return b"".join(build(items, FORMATS[format], False) + bytes(512 * zeros) for items, format, zeros in archives)
+
+
 def build(items: list[tuple[str, int, str]], format: int, ends: bool = True) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format, pax_headers={"comment": "global"}) as archive:
@@ -93,12 +103,12 @@ def test_members_are_those_of_tarfile(items: list[tuple[str, int, str]], format:
 
 
 @settings(max_examples=100)
-@given(entries, st.sampled_from(sorted(FORMATS)))
+@given(tars)
 def test_any_cut_gives_the_samples_of_the_whole(
-    tmp_path_factory: pytest.TempPathFactory, items: list[tuple[str, int, str]], format: str
+    tmp_path_factory: pytest.TempPathFactory, archives: list[tuple[list[tuple[str, int, str]], str, int]]
 ) -> None:
     path = str(tmp_path_factory.mktemp("cut") / "a.tar")
-    Path(path).write_bytes(build(items, FORMATS[format]))
+    Path(path).write_bytes(join(archives))
     whole = [item for item in summary(corpus.read(path)) if item[-1] != "empty_shard"]
     places = cuts(path)
     assert places[0] == (0, 0)
@@ -244,6 +254,69 @@ def test_joined_tars_are_read_whole(tar: str, tmp_path: Path) -> None:
     Path(tar).write_bytes(first + second)
     assert len(list(corpus.samples(tar))) == 6
     assert not corpus.failures(corpus.read(tar))
+
+
+@settings(max_examples=100)
+@given(tars)
+def test_joined_tars_have_the_samples_of_each(
+    tmp_path_factory: pytest.TempPathFactory, archives: list[tuple[list[tuple[str, int, str]], str, int]]
+) -> None:
+    path, one = (str(tmp_path_factory.mktemp("join") / name) for name in ("a.tar", "b.tar"))
+    Path(path).write_bytes(join(archives))
+    expected, start = [], 0
+    for archive in archives:
+        Path(one).write_bytes(join([archive]))
+        whole = [item for item in corpus.read(one) if not (isinstance(item, Failure) and item.reason == "empty_shard")]
+        expected += summary([replace_offset(item, start) for item in whole])
+        start += os.path.getsize(one)
+    assert [item for item in summary(corpus.read(path)) if item[-1] != "empty_shard"] == expected
+
+
+def replace_offset(item: Sample | Failure, start: int) -> Sample | Failure:
+    assert item.offset is not None
+    if isinstance(item, Sample):
+        return item._replace(offset=start + item.offset)
+    return dataclasses.replace(item, offset=start + item.offset)
+
+
+def test_a_joined_tar_takes_no_caption_of_another(tar: str) -> None:
+    first = build([("0.txt", 1, "f"), ("1.jpg", 2, "f"), ("1.txt", 3, "f")], 0)
+    second = build([("0.jpg", 4, "f"), ("1.jpg", 5, "f"), ("1.txt", 6, "f")], 0)
+    Path(tar).write_bytes(first + second)
+    expected = [("0", "missing_image"), ("1", 2, 3), ("0", 4, None), ("1", 5, 6)]
+    found = [(key, len(image), caption and len(caption)) for key, image, caption in bodies(tar)]
+    assert [found[0][0], bodies(tar)[0][1]] == list(expected[0])
+    assert found[1:] == expected[1:]
+    at = len(first)
+    assert (at, 2) in cuts(tar)
+    assert cuts(tar) == cuts(first + second)
+
+
+def test_what_tar_appends_belongs_to_the_same_tar(tar: str, tmp_path: Path) -> None:
+    corpus.write_tar(tar, [("0.jpg", b"1")])
+    (tmp_path / "0.txt").write_bytes(b"later")
+    subprocess.run(["tar", "-C", tmp_path, "-rf", tar, "0.txt"], check=True)
+    assert bodies(tar) == [("0", b"1", b"later")]
+
+
+def test_a_lone_zero_block_ends_nothing(tar: str) -> None:
+    first, second = build([("0.jpg", 9, "f")], 0, False), build([("0.txt", 1, "f")], 0)
+    Path(tar).write_bytes(first + bytes(512) + second)
+    assert [key for key, *_ in bodies(tar)] == ["0"]
+    Path(tar).write_bytes(first + bytes(1024) + second)
+    assert [key for key, *_ in bodies(tar)] == ["0", "0"]
+
+
+def test_damage_that_hides_the_end_of_a_tar_ends_it(tar: str) -> None:
+    first, second = build([("0.jpg", 9, "f"), ("1.jpg", 9, "f")], 0), build([("0.txt", 1, "f")], 0)
+    broken = bytearray(first + second)
+    broken[1024 + 130] ^= 1
+    Path(tar).write_bytes(broken)
+    assert [(item.key, getattr(item, "reason", None)) for item in corpus.read(tar)] == [
+        ("0", None),
+        ("0", "missing_image"),
+        (None, "corrupt_header"),
+    ]
 
 
 @pytest.mark.parametrize("lost", [0, 512, 5000])
