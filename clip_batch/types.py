@@ -124,6 +124,7 @@ class Plan:
     - `image_extensions`, `caption_extensions`: without a dot; of several that a sample has, the first one here is used.
     - `digest`: sha256 (hex) of the plan's content.
     - `passed_over`: number of files in the input's folders that are no input, by extension; no part of the digest.
+    - `caption_field`: the field of JSON side-cars that has the captions; "" where only caption files have them.
     """
 
     partitions: tuple[Partition, ...]
@@ -134,6 +135,7 @@ class Plan:
     caption_extensions: tuple[str, ...] = ("txt",)
     digest: str = ""
     passed_over: dict[str, int] = field(default_factory=dict)
+    caption_field: str = ""
 
     def __repr__(self) -> str:
         """Short, however many partitions there are."""
@@ -151,6 +153,7 @@ class Sample(NamedTuple):
     - `shard`: the URL of its shard.
     - `offset`, `length`: the place of the image file in the tar, in bytes; None in a compressed tar or a folder.
     - `image`, `caption`, `json`: the files' bytes; None where absent.
+    - `beside`: its caption by the plan's `caption_field` in the Parquet file beside its tar; None without one.
     """
 
     key: str
@@ -160,6 +163,7 @@ class Sample(NamedTuple):
     image: bytes | memoryview | None
     caption: bytes | None
     json: bytes | None
+    beside: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,8 @@ class Commit:
     - `files`: its files by their path below OUT; a partition of 0 rows has its failures file alone, or none.
     - `shards`: by the URL of each slice's shard, the number of samples "seen", "embedded" and "failed".
     - `failed`: number of failures by reason.
-    - `warnings`: number of rows by what was wrong with them: missing_caption, bad_json, bad_utf8,
-      name_not_utf8.
+    - `warnings`: number of rows by what was wrong with them: missing_caption, bad_json, bad_utf8, repeated_field,
+      infinite_number, name_not_utf8.
     - `passed_over`: number of files in its slices that are part of no row and of no failure, by extension.
     - `started`, `finished`: Unix seconds, for display only.
     - `worker`: the name of the machine.

@@ -22,8 +22,9 @@ from clip_batch.encoders.device import cores, pick_device, torch_threads, use_to
 from clip_batch.errors import DecodeError, EncoderError, InputError, one_line
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
-from clip_batch.samples.decode import JPEGS, decode_caption, read_header
+from clip_batch.samples.decode import JPEGS, read_header
 from clip_batch.samples.prefetch import Prefetcher
+from clip_batch.samples.texts import decode_texts
 from clip_batch.storage.store import Store
 from clip_batch.types import Failure, Item, PassedOver, Plan, Sample, Slice
 
@@ -91,7 +92,9 @@ def calibrate(
     finally:
         use_torch_threads(forward_threads)
     pairs = [
-        (pixels, decode_caption(sample.caption)[0]) for sample, pixels in decoded if not isinstance(pixels, DecodeError)
+        (pixels, decode_texts(sample, plan.caption_field).caption)
+        for sample, pixels in decoded
+        if not isinstance(pixels, DecodeError)
     ]
     if not pairs:
         sample, error = decoded[0]

@@ -28,8 +28,8 @@ from clip_batch.errors import ClipBatchError, DecodeError, PartitionFailed, Plan
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.samples import read_slice
-from clip_batch.samples.decode import decode_caption, decode_json
 from clip_batch.samples.prefetch import Prefetcher
+from clip_batch.samples.texts import decode_texts
 from clip_batch.storage.names import is_utf8, text_name
 from clip_batch.storage.store import Store
 from clip_batch.types import SHARD_REASONS, Failure, Item, Partition, PassedOver, Plan, Sample, Slice, StrPath
@@ -268,11 +268,10 @@ class _Worker:
             pixels = self.encoder.preprocess(sample.image, self.config.max_pixels)
         except DecodeError as error:
             return Failure(sample.key, sample.shard, sample.offset, error.reason, error.message)
-        caption, warnings = decode_caption(sample.caption)
-        values, more = decode_json(sample.json)
+        caption, values, warnings = decode_texts(sample, self.plan.caption_field)
         row = metadata_row(sample, caption, values, self.plan.fields)
         names = [] if is_utf8(text_name(sample.key)) else ["name_not_utf8"]
-        return _Decoded(row, pixels, names + warnings + more)
+        return _Decoded(row, pixels, names + warnings)
 
     def _encode(self, batches: Iterator[_Batch], device: ThreadPoolExecutor, lanes: int) -> Iterator[Encoded]:
         """Encode up to `lanes` batches at once, while this thread collects the next; batches keep their order."""

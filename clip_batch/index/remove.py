@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from clip_batch.index import removals, removed_rows
 from clip_batch.index.manifest import load_manifest
 from clip_batch.index.paths import removal_list
 from clip_batch.storage.store import Store, read_url
+from clip_batch.storage.text import encoding
 
 EXAMPLES = 5
 """Values without a row that a report names."""
@@ -77,12 +78,25 @@ def read_values(keys: str, column: str, storage: StorageConfig = StorageConfig()
 def _parse(data: bytes, keys: str, column: str) -> list[str]:
     if keys.lower().endswith(".parquet"):
         return _parquet_values(data, keys, column)
-    lines = io.StringIO(data.decode("utf-8-sig"), newline="" if keys.lower().endswith(".csv") else None)
+    lines = io.StringIO(data.decode(encoding(data[:4])), newline="" if keys.lower().endswith(".csv") else None)
     if keys.lower().endswith(".csv"):
-        rows = csv.DictReader(lines)
+        rows = csv.DictReader(lines, strict=True)
         _check_column(column, list(rows.fieldnames or ()), keys)
-        return [row[column] or "" for row in rows]
+        return list(_csv_values(rows, column))
     return [line.rstrip("\n") for line in lines if line.strip()]
+
+
+def _csv_values(rows: csv.DictReader[str], column: str) -> Iterator[str]:
+    """The values of a column. ValueError, with the line, if a row has other cells than the header or an open quote."""
+    line = rows.line_num + 1
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError(f"the row of line {line} has not as many cells as the header")
+            yield row[column]
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"the row of line {line}: {error}") from None
 
 
 def _parquet_values(data: bytes, keys: str, column: str) -> list[str]:

@@ -21,7 +21,7 @@ from clip_batch.plan import paths, specs
 from clip_batch.plan.counts import count_folder, count_samples
 from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
-from clip_batch.plan.schema import sample_fields
+from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice, StrPath
 
@@ -65,12 +65,15 @@ def make_plan(
         shards = [count_folder(shard, images, captions, options) for shard in shards]
     say(f"{len(shards):,} inputs found")
     encoder = encoders.resolve(config.model, config.pretrained, config.preprocess, config.precision, options)
-    draft = Plan((), encoder, config.format, {}, images, captions)
+    draft = Plan((), encoder, config.format, {}, images, captions, caption_field=config.caption_field)
     if not store.exists(paths.PLAN):
         if config.format == "tar":
             shards = count_samples(shards, target.unit == "samples", options)
         partitions = _partitions(shards, target, config.format, options)
-        plan = replace(draft, partitions=partitions, fields=sample_fields(shards, draft, options))
+        look = look_at_samples(shards, draft, options)
+        if advice := caption_advice(look, config.caption_field):
+            say(advice)
+        plan = replace(draft, partitions=partitions, fields=infer_fields(look.records))
         plan = replace(plan, digest=_digest(plan))
         if _write(store, plan, shards, target, config):
             say(f"{len(partitions):,} partitions planned")
@@ -127,8 +130,9 @@ def _partitions(
 
 
 def _digest(plan: Plan) -> str:
-    """sha256 over everything that changes the result: slices in order, encoder, schema, extensions."""
+    """sha256 over everything that changes the result: slices in order, encoder, schema, extensions, caption field."""
     head = [FORMAT, plan.encoder.fingerprint, plan.format, plan.fields, plan.image_extensions, plan.caption_extensions]
+    head += [{"caption_field": plan.caption_field}] if plan.caption_field else []  # older plans keep their digests
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for partition in plan.partitions:
         rows = [(s.shard.url, s.shard.size, s.shard.etag, s.start, s.stop) for s in partition.slices]
@@ -157,6 +161,7 @@ def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: PartitionT
         "fields": plan.fields,
         "image_extensions": plan.image_extensions,
         "caption_extensions": plan.caption_extensions,
+        "caption_field": plan.caption_field,
         "passed_over": plan.passed_over,
         "target": {target.unit: target.value},
         "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
@@ -221,7 +226,8 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
     encoder = EncoderSpec(**{name: value for name, value in head["encoder"].items() if name != "fingerprint"})
     images, captions = tuple(head["image_extensions"]), tuple(head["caption_extensions"])
     plan = Plan(_read_partitions(table), encoder, head["format_"], head["fields"], images, captions, head["digest"])
-    return replace(plan, passed_over=head.get("passed_over", {})), head
+    plan = replace(plan, passed_over=head.get("passed_over", {}), caption_field=head.get("caption_field", ""))
+    return plan, head
 
 
 def _read_partitions(table: bytes) -> tuple[Partition, ...]:
@@ -250,7 +256,7 @@ def _differences(
         phrases += [
             f"{name} {str(was[name])[:40]!r} -> {str(now[name])[:40]!r}" for name in was if was[name] != now[name]
         ]
-    names = ("format", "image_extensions", "caption_extensions")
+    names = ("format", "image_extensions", "caption_extensions", "caption_field")
     settings = [(name, getattr(plan, name), getattr(draft, name)) for name in names]
     [(unit, value)] = head["target"].items()
     settings.append(("partition target", PartitionTarget(unit, value), target))

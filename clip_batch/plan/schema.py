@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from clip_batch.plan.specs import Options
 from clip_batch.plan.threads import map_in_threads
@@ -22,31 +22,76 @@ SCHEMA_BYTES = 8 * 2**20
 
 MOST_FIELDS = 256
 
+CAPTION_FIELDS = ("caption", "captions", "text", "TEXT")
+"""Fields of JSON side-cars that are captions in the data sets of others."""
+
 _RESERVED = {*KEY_COLUMNS, EXTRA_COLUMN, "partition", "row"}
 
 
-def sample_fields(shards: Sequence[Shard], draft: Plan, options: Options) -> dict[str, str]:
-    """The schema inferred from the first samples of shards that are spread over the input.
+class Look(NamedTuple):
+    """What some samples of the input have beside their images.
+
+    - `samples`: how many were looked at.
+    - `captions`: how many of them have a caption file that is not blank.
+    - `beside`: how many have a caption in the Parquet file beside their tar.
+    - `records`: the JSON of those that have an object.
+    """
+
+    samples: int
+    captions: int
+    beside: int
+    records: list[dict[str, Any]]
+
+
+def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> Look:
+    """Read the first samples of shards that are spread over the input.
 
     `draft` is the plan without partitions. Samples that cannot be read are skipped here: `embed` reports them.
     """
     from clip_batch.samples import read_slice
+    from clip_batch.samples.texts import decode_caption
+    from clip_batch.storage.text import decode
 
-    def records(shard: Shard) -> list[dict[str, Any]]:
-        values = []
+    def look(shard: Shard) -> list[tuple[bool, bool, Any]]:
+        found: list[tuple[bool, bool, Any]] = []
         # Only the first bytes of a remote tar are requested; a gzipped one has to be read from its start anyway.
         whole = is_local(shard.url) or shard.url.endswith("gz") or (shard.size or 0) <= SCHEMA_BYTES
         stop = SCHEMA_SAMPLES if draft.format == "files" else None if whole else SCHEMA_BYTES
         with contextlib.suppress(Exception):
             for sample in islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES):
-                if isinstance(sample, Sample) and sample.json:
+                if isinstance(sample, Sample):
+                    record = None
                     with contextlib.suppress(ValueError, RecursionError):
-                        values.append(json.loads(sample.json))
-        return [value for value in values if isinstance(value, dict)]
+                        record = json.loads(decode(sample.json or b"")[0])
+                    found.append((decode_caption(sample.caption)[0] is not None, sample.beside is not None, record))
+        return found
 
     count = min(len(shards), SCHEMA_SHARDS)
     spread = [shards[(len(shards) - 1) * k // max(count - 1, 1)] for k in range(count)]
-    return infer_fields(record for some in map_in_threads(records, spread) for record in some)
+    found = [sample for samples in map_in_threads(look, spread) for sample in samples]
+    records = [record for _, _, record in found if isinstance(record, dict)]
+    return Look(len(found), sum(caption for caption, _, _ in found), sum(beside for _, beside, _ in found), records)
+
+
+def caption_advice(look: Look, caption_field: str) -> str | None:
+    """A line that says where the captions are, if no sample that was looked at has one where the options say."""
+    from clip_batch.samples.texts import field_caption
+
+    def present(names: Iterable[str]) -> list[str]:
+        return [name for name in names if any(field_caption(record, name) for record in look.records)]
+
+    if caption_field and look.samples and not look.beside and not present([caption_field]):
+        fields = ", ".join(present(dict.fromkeys(name for record in look.records for name in record))[:20])
+        return (
+            f"none of {look.samples} samples that were looked at has the caption field {caption_field!r}; "
+            f"their fields with text are: {fields or 'none'}"
+        )
+    if not caption_field and not look.captions and (names := present(CAPTION_FIELDS)):
+        return (
+            f"none of {look.samples} samples that were looked at has a caption file, but their JSON has the field "
+            f"{names[0]!r}: --caption-field {names[0]} takes it"
+        )
+    return None
 
 
 def infer_fields(records: Iterable[dict[str, Any]]) -> dict[str, str]:

@@ -9,6 +9,7 @@ SPECs; the shards of a brace pattern are in its order, those of a glob or a fold
 from __future__ import annotations
 
 import glob
+import io
 import os
 import shlex
 import stat
@@ -23,6 +24,7 @@ from clip_batch.storage.filesystem import filesystem
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.retry import call_store
 from clip_batch.storage.store import Store
+from clip_batch.storage.text import encoding
 from clip_batch.storage.transfer import etag_of
 from clip_batch.types import Shard
 
@@ -99,18 +101,23 @@ def unpiped(spec: str) -> str:
 
 
 def _read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
-    """The SPECs, with each list file replaced by its lines; a list in a list is not read."""
+    """The SPECs, with each list file replaced by its lines; a list in a list is not read.
+
+    Lists are UTF-8, or UTF-16 with its byte-order mark. Names in them may have any bytes, as those of files may.
+    """
     for spec in specs:
         if not (spec.startswith("@") or spec.endswith((".txt", ".list"))):
             yield spec
             continue
         folder, _, name = absolute(spec.removeprefix("@")).rpartition("/")
         try:
-            text = Store(folder or "/", options).read(name).decode()
+            raw = Store(folder or "/", options).read(name)
+            lines = io.StringIO(
+                raw.decode(encoding(raw[:4]), "surrogateescape"), newline=None
+            )  # names may be any bytes
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"list {spec} cannot be read: {error}; name a text file with one SPEC a line") from None
-        lines = [line.strip() for line in text.splitlines()]
-        listed = [line for line in lines if line and not line.startswith("#")]
+        listed = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
         if not listed:
             raise InputError(f"list {spec} names no input: write one SPEC a line")
         yield from listed

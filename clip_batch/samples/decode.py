@@ -1,15 +1,12 @@
-"""Decoding images, captions and JSON side-cars, with a rule for each kind of bad input."""
+"""Decoding images, with a rule for each kind of bad input; `texts` decodes what lies beside them."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,9 +25,6 @@ FORMATS = tuple(name for name in _RASTER if name in Image.OPEN)
 
 JPEGS = ("JPEG", "MPO")
 """Pillow's names for a JPEG: phones write MPO, a JPEG with a preview or a depth map after it."""
-
-MAX_DEPTH = 100
-"""Deepest nesting of a JSON side-car; deeper ones would exceed Python's recursion limit when written again."""
 
 MAX_ASPECT = 1000
 """Largest ratio of the sides: a transform that resizes the shorter side would make gigabytes of longer images."""
@@ -89,52 +83,3 @@ def _scaled(image: Image.Image, white: float) -> Image.Image:
     """8-bit greyscale, in which `white` becomes 255; values outside 0 to `white` are clipped."""
     values = np.asarray(image, dtype=np.float64) * (255.0 / white)
     return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).round().astype(np.uint8))
-
-
-def decode_caption(raw: bytes | None) -> tuple[str | None, list[str]]:
-    """A caption, None if it is absent or blank, and its warnings: "missing_caption", "bad_utf8"."""
-    if raw is None:
-        return None, ["missing_caption"]
-    try:
-        text, problems = raw.decode("utf-8-sig"), []
-    except UnicodeDecodeError:
-        text, problems = raw.decode("utf-8-sig", "replace"), ["bad_utf8"]
-    text = text.strip()
-    return (text, problems) if text else (None, [*problems, "missing_caption"])
-
-
-def decode_json(raw: bytes | None) -> tuple[dict[str, Any], list[str]]:
-    """The fields of a JSON side-car, and its warnings: "bad_utf8", "bad_json".
-
-    Text that is not a JSON object, or is nested deeper than MAX_DEPTH, is kept under "_raw". NaN and infinities, which
-    Python writes but JSON lacks, become null; lone surrogates, which UTF-8 cannot encode, become U+FFFD.
-
-    >>> decode_json(b'{"width": 640, "score": NaN}')
-    ({'width': 640, 'score': None}, [])
-    """
-    if raw is None:
-        return {}, []
-    try:
-        text, problems = raw.decode("utf-8-sig"), []
-    except UnicodeDecodeError:
-        text, problems = raw.decode("utf-8-sig", "replace"), ["bad_utf8"]
-    try:
-        value = _clean(json.loads(text))
-    except (ValueError, RecursionError):
-        value = None
-    return (value, problems) if isinstance(value, dict) else ({"_raw": text}, [*problems, "bad_json"])
-
-
-def _clean(value: Any, depth: int = 0) -> Any:
-    """A parsed value without what strict JSON and UTF-8 lack; RecursionError if it is nested too deep."""
-    if depth > MAX_DEPTH:
-        raise RecursionError
-    if isinstance(value, str):
-        return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [_clean(item, depth + 1) for item in value]
-    if isinstance(value, dict):
-        return {_clean(name): _clean(item, depth + 1) for name, item in value.items()}
-    return value

@@ -33,7 +33,7 @@ def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) 
             data = [store.read(name) if name else None for name in (image, caption, names.get("json"))]
         except FileNotFoundError:
             raise InputError(f"{url} lost files of {key} since it was planned: plan again") from None
-        yield Sample(key, url, None, None, *data)
+        yield Sample(key, url, None, None, data[0], data[1], data[2])
 
 
 def list_samples(

@@ -552,3 +552,45 @@ def test_partitions_without_a_row_are_accepted_on_request(
     assert "without a row" in capfd.readouterr().err
     assert main(["merge", "--output", out, "--index", f"{tmp_path}/index"]) == 1
     assert "no embedded row (partition 0: none of 1 embedded; not_a_tar" in capfd.readouterr().err
+
+
+def captions_of(out: str) -> dict[str, tuple[str | None, bool]]:
+    """The caption of each key, and whether its text vector is of unit norm."""
+    found = {}
+    store = Store(out)
+    for commit in read_commits(store).values():
+        texts = np.load(store.path(commit.file("text_emb") or ""))
+        table = pq.read_table(store.path(commit.file("metadata") or ""))
+        for row, vector in zip(table.to_pylist(), texts, strict=True):
+            found[row["key"]] = row["caption"], bool(np.any(vector))
+    return found
+
+
+def test_captions_of_a_json_field_and_of_parquet_beside_the_tar(tmp_path: Path, out: str) -> None:
+    records = {"a": '{"text": "in JSON"}', "b": '{"text": ["", "first", "second"]}', "c": '{"text": NaN}', "d": "{}"}
+    files = [item for key, text in records.items() for item in ((f"{key}.jpg", corpus.jpeg()), (f"{key}.json", text))]
+    members = [(name, data if isinstance(data, bytes) else data.encode()) for name, data in files]
+    members += [("e.jpg", corpus.jpeg()), ("e.txt", "in the file".encode("utf-16")), ("f.jpg", corpus.jpeg())]
+    corpus.write_tar(f"{tmp_path}/x.tar", members)
+    beside = {"key": ["a", "c", "gone", "d"], "text": [b"not this", b"caf\xe9", b"x", None]}
+    pq.write_table(pa.table(beside), f"{tmp_path}/x.parquet")
+    expected = {"a": "in JSON", "b": "first", "c": "caf\ufffd", "d": None, "e": "in the file", "f": None}
+
+    plan([f"{tmp_path}/x.tar"], out, caption_field="text")
+    assert [outcome.state for outcome in embed(out, SMALL)] == ["committed"]
+    assert captions_of(out) == {key: (text, text is not None) for key, text in expected.items()}
+    [commit] = read_commits(Store(out)).values()
+    assert commit.warnings == {"missing_caption": 2}
+
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    plan([f"{tmp_path}/x.tar"], f"{out}2", caption_field="text")
+    [outcome] = embed(f"{out}2", SMALL)
+    assert outcome.state == "failed" and "captions cannot be read from" in outcome.error
+
+    (tmp_path / "x.parquet").unlink()
+    plan([f"{tmp_path}/x.tar"], f"{out}3", caption_field="text")
+    embed(f"{out}3", SMALL)
+    assert captions_of(f"{out}3")["c"] == (None, False)
+    plan([f"{tmp_path}/x.tar"], f"{out}4")
+    embed(f"{out}4", SMALL)
+    assert [key for key, (text, _) in captions_of(f"{out}4").items() if text] == ["e"]

@@ -220,6 +220,7 @@ def test_key_files(tmp_path: Path) -> None:
 
     assert values("a.txt", b"\xef\xbb\xbfone\r\n\r\n  \n two\nthree") == ["one", " two", "three"]
     assert values("a", b"007\n") == ["007"]
+    assert values("a.txt", "one\r\n猫\n".encode("utf-16")) == ["one", "猫"]
     assert values("a.csv", b'\xef\xbb\xbfkey,note\r\n"a,b\nc",x\r\n,y\r\n007,\r\n') == ["a,b\nc", "007"]
     assert values("a.parquet", pa.table({"key": ["a", None, "", "b"], "x": [1, 2, 3, 4]})) == ["a", "b"]
     assert values("b.parquet", pa.table({"id": pa.array([1, 2**62])}), "id") == ["1", str(2**62)]
@@ -228,6 +229,9 @@ def test_key_files(tmp_path: Path) -> None:
         ("x.txt", b"\n \n", "has no value"),
         ("x.txt", b"\xff\xfe\n", "cannot be read"),
         ("x.csv", b"", "no column 'key': there are"),
+        ("x.csv", b'key,n\na,1\n"b,2\nc,3\n', "the row of line 3: unexpected end"),
+        ("x.csv", b"n,key\n1,a\n2\n", "the row of line 3 has not as many cells"),
+        ("x.csv", b"key\na,b\n", "the row of line 2 has not as many cells"),
         ("x.csv", b"id\n3\n", "no column 'key': there are id"),
         ("x.csv", b'key\n"' + b"x" * 200_000 + b'"\n', "cannot be read"),
         ("x.parquet", b"PAR1", "cannot be read"),

@@ -14,9 +14,9 @@ import yaml  # type: ignore[import-untyped]
 
 from clip_batch.config import PlanConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError
-from clip_batch.plan.plan import load_plan, make_plan
+from clip_batch.plan.plan import _digest, load_plan, make_plan
 from clip_batch.storage.store import Store
-from clip_batch.types import Plan, Slice
+from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
 
 def slices_of(plan: Plan) -> list[Slice]:
@@ -60,6 +60,26 @@ def test_a_plan_is_read_back_as_it_was_made(config: PlanConfig, tmp_path: Path, 
     assert head["encoder"]["fingerprint"] == plan.encoder.fingerprint
     assert head["target"] == {"partitions": 2} and head["digest"] == plan.digest
     assert yaml.safe_load(store.read("_clip_batch/config.yaml"))["plan"]["input"] == config.input
+
+
+def test_the_caption_field_is_part_of_the_plan(config: PlanConfig, tmp_path: Path) -> None:
+    said: list[str] = []
+    without = make_plan(config.input, f"{tmp_path}/without", config)
+    with_field = replace(config, caption_field="width")
+    plan = make_plan(config.input, f"{tmp_path}/with", with_field, progress=said.append)
+    assert (without.caption_field, plan.caption_field) == ("", "width") and without.digest != plan.digest
+    assert load_plan(Store(f"{tmp_path}/with")) == plan == make_plan(config.input, f"{tmp_path}/with", with_field)
+    assert not any("caption field" in line for line in said)
+    with pytest.raises(PlanError, match="caption_field width -> text"):
+        make_plan(config.input, f"{tmp_path}/with", replace(config, caption_field="text"))
+    make_plan(config.input, f"{tmp_path}/typo", replace(config, caption_field="text"), progress=said.append)
+    assert any("has the caption field 'text'; their fields with text are: width" in line for line in said)
+
+
+def test_a_plan_without_a_caption_field_keeps_its_digest(tmp_path: Path) -> None:
+    shard = Shard("a.tar", 10240, "1")
+    plan = Plan((Partition(0, (Slice(shard),)),), EncoderSpec("fake:8", "", "0" * 64), fields={"n": "int64"})
+    assert _digest(plan) == "511523fcde899b3b3402520537792dad7f2cf6af7b22cb38ee25f1db9388c6eb"
 
 
 def test_storage_options_are_written_nowhere(config: PlanConfig, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clip_batch.plan.schema import infer_fields, sample_fields
+from clip_batch.plan.schema import Look, caption_advice, infer_fields, look_at_samples
 from clip_batch.types import EncoderSpec, Plan, Shard
 
 ENCODER = EncoderSpec("fake:8", "", "0" * 64)
@@ -59,5 +59,20 @@ def test_the_schema_is_sampled_over_all_shards_and_bad_ones_are_passed_over(tmp_
                     tar.addfile(member, io.BytesIO(body))
         shards.append(Shard(f"{tmp_path}/{number}.tar", (tmp_path / f"{number}.tar").stat().st_size))
     (tmp_path / "1.tar").write_bytes(b"<html>")
-    fields = sample_fields([*shards, Shard(f"{tmp_path}/none.tar", 1)], Plan((), ENCODER), {})
-    assert fields == {"all": "double", "f0": "int64", "f2": "int64"}
+    look = look_at_samples([*shards, Shard(f"{tmp_path}/none.tar", 1)], Plan((), ENCODER), {})
+    assert infer_fields(look.records) == {"all": "double", "f0": "int64", "f2": "int64"}
+
+
+def test_a_plan_without_captions_is_told_of_a_field_that_may_have_them() -> None:
+    records: list[dict[str, Any]] = [
+        {"url": "a", "text": None},
+        {"url": "b", "text": ["", "a cat"], "n": 1},
+        {"text": " "},
+    ]
+    assert "--caption-field text takes it" in str(caption_advice(Look(4, 0, 0, records), ""))
+    assert caption_advice(Look(4, 1, 0, records), "") is None
+    assert caption_advice(Look(4, 0, 0, [{"text": " "}, {"text": {"en": "a cat"}}]), "") is None
+    assert caption_advice(Look(4, 4, 0, records), "text") is None
+    assert caption_advice(Look(4, 4, 1, records), "txet") is None
+    assert "'txet'; their fields with text are: url, text, n" in str(caption_advice(Look(4, 4, 0, records), "txet"))
+    assert caption_advice(Look(0, 0, 0, []), "text") is None

@@ -84,6 +84,22 @@ def test_lists(folder: Path, at: str) -> None:
     assert names(expand_inputs([spec, f"{folder}/00.tar"]), folder) == ["01.tar", "sub/02.tar.gz", "00.tar"]
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lists_of_other_systems(folder: Path, coding: str, end: str) -> None:
+    (folder / "猫.tar").write_bytes(b"x")
+    text = end.join([f"{folder}/猫.tar", "", f"{folder}/01.tar"])
+    (folder / "list.txt").write_bytes(text.encode(coding))
+    assert names(expand_inputs([f"@{folder}/list.txt"]), folder) == ["猫.tar", "01.tar"]
+
+
+def test_a_list_may_hold_names_that_are_not_utf8(folder: Path) -> None:
+    name = os.fsencode(folder) + b"/caf\xe9.tar"
+    Path(os.fsdecode(name)).write_bytes(b"x")
+    (folder / "list.txt").write_bytes(name + b"\n")
+    assert [os.fsencode(shard.url) for shard in expand_inputs([f"@{folder}/list.txt"])] == [name]
+
+
 def test_missing_members_of_a_pattern_are_all_named(folder: Path) -> None:
     with pytest.raises(InputError) as caught:
         expand_inputs([f"{folder}/{{00..08}}.tar"])
@@ -109,6 +125,7 @@ def test_missing_members_of_a_pattern_are_all_named(folder: Path) -> None:
         (["pipe:aws s3 cp 's3://b/x.tar -"], "No closing quotation; name files"),
         (["@{}/none.txt"], "none.txt cannot be read"),
         (["{}/empty.list"], "names no input"),
+        (["{}/half.list"], "half.list cannot be read: .*utf-16"),
         (["nosuchscheme://x/y.tar"], "nosuchscheme"),
         (["memory://none/{{0..1}}.tar"], "2 of 2 inputs missing: memory://none/0.tar"),
     ],
@@ -116,6 +133,7 @@ def test_missing_members_of_a_pattern_are_all_named(folder: Path) -> None:
 def test_what_matches_nothing_is_refused_by_name(folder: Path, specs: list[str], says: str) -> None:
     (folder / "empty").mkdir()
     (folder / "empty.list").write_text("# nothing\n")
+    (folder / "half.list").write_bytes("a.tar".encode("utf-16") + b"!")
     with pytest.raises(InputError, match=says) as caught:
         expand_inputs([spec.format(folder) for spec in specs])
     assert "\n" not in str(caught.value)

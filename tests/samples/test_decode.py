@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_batch.errors import DecodeError
-from clip_batch.samples.decode import decode_caption, decode_json, open_image
+from clip_batch.samples.decode import open_image
 from tests import corpus
 
 LIMIT = 178_956_970
@@ -104,53 +103,3 @@ def test_threads_decode_what_one_decodes() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda name: rgb(ODD[name]), names))
     assert all(np.array_equal(array, rgb(ODD[name])) for array, name in zip(found, names, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("raw", "caption", "warnings"),
-    [
-        (b" a cat\n", "a cat", []),
-        (None, None, ["missing_caption"]),
-        (b"", None, ["missing_caption"]),
-        (b" \n\t", None, ["missing_caption"]),
-        (b"\xef\xbb\xbfbom", "bom", []),
-        (b"\xef\xbb\xbf", None, ["missing_caption"]),
-        (b"caf\xe9!", "caf\ufffd!", ["bad_utf8"]),
-        (b"a\0b", "a\0b", []),
-        (b"x" * 10_000, "x" * 10_000, []),
-        ("猫".encode(), "猫", []),
-    ],
-)
-def test_captions(raw: bytes | None, caption: str | None, warnings: list[str]) -> None:
-    assert decode_caption(raw) == (caption, warnings)
-
-
-@pytest.mark.parametrize(
-    ("raw", "fields", "warnings"),
-    [
-        (None, {}, []),
-        (b'{"a": 1, "b": null}', {"a": 1, "b": None}, []),
-        (b'\xef\xbb\xbf{"a": 1}', {"a": 1}, []),
-        (b'{"a": 1', {"_raw": '{"a": 1'}, ["bad_json"]),
-        (b"[1]", {"_raw": "[1]"}, ["bad_json"]),
-        (b"", {"_raw": ""}, ["bad_json"]),
-        (b'{"a": NaN, "b": -Infinity, "c": 1e999, "d": 1.5}', {"a": None, "b": None, "c": None, "d": 1.5}, []),
-        (b'{"a": "caf\xe9"}', {"a": "caf\ufffd"}, ["bad_utf8"]),
-        (b'{"a": ["\\ud83d\\ude00", "\\ud83d"]}', {"a": ["😀", "\ufffd\ufffd\ufffd"]}, []),
-        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", {"_raw": '{"a": ' + "[" * 200 + "]" * 200 + "}"}, ["bad_json"]),
-        (b"[" * 100_000, {"_raw": "[" * 100_000}, ["bad_json"]),
-        (b'{"a": ' + b"9" * 5000 + b"}", {"_raw": '{"a": ' + "9" * 5000 + "}"}, ["bad_json"]),
-    ],
-)
-def test_json(raw: bytes | None, fields: dict[str, object], warnings: list[str]) -> None:
-    assert decode_json(raw) == (fields, warnings)
-
-
-@settings(max_examples=150)
-@given(
-    st.binary(max_size=60)
-    | st.recursive(st.text() | st.floats(), st.lists).map(lambda v: json.dumps({"a": v}).encode())
-)
-def test_json_can_always_be_written_again(raw: bytes) -> None:
-    fields, _ = decode_json(raw)
-    json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()

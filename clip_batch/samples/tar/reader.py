@@ -10,6 +10,7 @@ from typing import Any
 
 from clip_batch.errors import ClipBatchError, InputError
 from clip_batch.samples.prefetch import Prefetcher
+from clip_batch.samples.tar.beside import captions_beside
 from clip_batch.samples.tar.headers import member_runs
 from clip_batch.samples.tar.mapping import map_tar
 from clip_batch.samples.tar.samples import group_members
@@ -31,6 +32,7 @@ def read_tar(
     gzipped, end = problem is not None, len(data)
     inside = (0, None) if gzipped or base else (piece.start, piece.stop)
     samples = group_members(member_runs(data, *inside), plan.image_extensions, plan.caption_extensions, ("json",))
+    beside = captions_beside(url, plan.caption_field, samples.keys, options) if plan.caption_field else {}
     for key, header, offset, size, caption, caption_size, fields, fields_size in samples.rows():
         key = name_text(key)
         if not offset:
@@ -52,6 +54,7 @@ def read_tar(
                 data[offset : offset + size],
                 data[caption : caption + caption_size].tobytes() if caption and caption + caption_size <= end else None,
                 data[fields : fields + fields_size].tobytes() if fields and fields + fields_size <= end else None,
+                beside.get(key),
             )
     if problem:
         yield Failure(None, url, None, "bad_gzip", f"{problem}; what could be decompressed was read")
