@@ -20,6 +20,9 @@ from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import KEY_COLUMNS
 
+VERSION = 2
+"""Version of the tables that a file becomes; raise it when they change, because they are kept in caches."""
+
 TEXT = pa.string()
 OURS = {"key": TEXT, "shard": TEXT, "offset": pa.int64(), "length": pa.int64(), "caption": TEXT}
 RESERVED = ("shard", "offset", "length")

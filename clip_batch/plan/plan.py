@@ -59,7 +59,7 @@ def make_plan(
     config = replace(config, input=[os.fspath(spec) for spec in _as_list(input)])
     store = Store(os.fspath(output), options)
     target = _target(config)
-    images, captions = _extensions(config.image_extensions), _extensions(config.caption_extensions)
+    images, captions = _extensions(config)
     shards = specs.expand_inputs(config.input, config.format, options)
     if config.format == "files":
         shards = [count_folder(shard, images, captions, options) for shard in shards]
@@ -99,9 +99,17 @@ def load_plan(store: Store) -> Plan:
     return _load(store)[0]
 
 
-def _extensions(names: Sequence[str]) -> tuple[str, ...]:
-    """File extensions in lower case, without their dot."""
-    return tuple(name.lower().lstrip(".") for name in names)
+def _extensions(config: PlanConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The extensions of images and of captions, in lower case, without their dot. ConfigError: a file would be two."""
+    images, captions = (
+        tuple(name.lower().lstrip(".") for name in names)
+        for names in (config.image_extensions, config.caption_extensions)
+    )
+    if "json" in captions:
+        raise ConfigError("--caption-extensions cannot have json: name the field of captions with --caption-field")
+    if both := {*images} & {*captions, "json"}:
+        raise ConfigError(f"--image-extensions has {min(both)}, which is the extension of other files: leave it out")
+    return images, captions
 
 
 def _target(config: PlanConfig) -> PartitionTarget:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from clip_batch.embeddings.clip_retrieval import version_tag
+from clip_batch.embeddings.tables import VERSION as TABLES
 from clip_batch.embeddings.tables import Tables
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import metadata_writer
@@ -76,7 +77,7 @@ def open_index(store: Store, model: str = "", pretrained: str = "") -> ClipRetri
         if index.metric_type != 0:  # faiss.METRIC_INNER_PRODUCT
             raise ConfigError(f"{where} is not of inner products: build it with clip-retrieval index, or merge again")
     tags = {path: version_tag(store, path) for path in (*names.values(), *(path for _, path in tables.files))}
-    digest = hashlib.sha256(repr([store.url, sorted(tags.items())]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr([TABLES, store.url, sorted(tags.items())]).encode()).hexdigest()[:12]
     names_of = VersionPaths()
     files = {names_of.index(modality, SHARD): path for modality, path in paths.items()}
     files[names_of.metadata(SHARD)] = _converted(tables, digest, rows)

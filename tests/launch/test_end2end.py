@@ -377,6 +377,8 @@ def test_a_folder_of_files_of_many_types_and_sizes(tmp_path: Path, monkeypatch: 
         ("a.csv", b"link,TEXT\nhttp://a,b\n", {}, "no column 'url', but link, TEXT: correct --url-column"),
         ("a.csv", b"url,Caption\nhttp://a,b\n", {}, "no column 'caption', but url, Caption: give --caption-column Cap"),
         ("a.tsv", b'"url"\t"caption"\n"http://a"\t"b"\n', {}, "in quotes, so give --list-quotes yes"),
+        ("a.csv", b"url;caption\nhttp://a;b\n", {}, "separated by ';'"),
+        ("a.csv", b"url\tcaption\nhttp://a\tb\n", {}, "separated by .*, .tsv tabs"),
         ("a.csv", b"url,url\nhttp://a,b\n", {}, "the column 'url' 2 times"),
         ("a.csv", b'url,caption\n\nhttp://a,"b\nc"\nhttp://a\n', {}, "line 5 has 1 cells, the header 2.*--list-q"),
         ("a.csv", b'url\nhttp://a\n"http://a\n', {}, "line 3: unexpected end.*--list-quotes no"),

@@ -228,9 +228,12 @@ def test_files_are_cut_by_samples(tmp_path: Path) -> None:
         ({"partition_samples": -1}, "give 1 or more"),
         ({"partition_count": 2, "partition_samples": 2}, "exclude each other"),
         ({"partition_bytes": "4 apples"}, "not understood"),
+        ({"caption_extensions": ["txt", ".JSON"]}, "--caption-field"),
+        ({"image_extensions": ["jpg", "txt"]}, "--image-extensions has txt"),
+        ({"image_extensions": ["json"]}, "--image-extensions has json"),
     ],
 )
-def test_wrong_targets(change: dict[str, object], says: str, tmp_path: Path) -> None:
+def test_wrong_options(change: dict[str, object], says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says):
         make_plan(["x.tar"], str(tmp_path), PlanConfig(model="fake:8", **change))  # type: ignore[arg-type]
 

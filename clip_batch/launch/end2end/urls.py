@@ -178,6 +178,8 @@ def _require(column: str, names: Sequence[str], option: str, where: str) -> None
         remedy = f"correct {option}" if alike is None else f"give {option} {alike}"
         if f'"{column}"' in names:
             remedy = "its cells are in quotes, so give --list-quotes yes"
+        elif len(names) == 1 and (found := [mark for mark in ("\t", ";", ",", "|") if mark in names[0]]):
+            remedy = f"its cells are separated by {found[0]!r}: .csv means commas, .tsv tabs"
         raise ConfigError(f"{where} {column!r}, but {', '.join(names[:20])}: {remedy}")
 
 
