@@ -1,13 +1,16 @@
-"""Folders of images with captions and JSON beside them: the same samples as in a tar, one file each.
+"""Folders of images with captions and JSON beside them: every image is a sample of its own.
 
 A sample's key is the path below the folder without its last extension. File names in the wild carry dots,
-so unlike in a tar the first dot does not end the key.
+so unlike in a tar the first dot does not end the key. Where that key would be another image's too, it is the whole
+path: cat.jpg and cat.png are two samples, not two views of one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 from clip_batch.errors import InputError
@@ -43,13 +46,50 @@ def list_samples(
     options: dict[str, Any] | None = None,
 ) -> Listing:
     """Every sample of a folder; hidden files and folders are left out. InputError if there is no such folder."""
-    extensions = {*image_extensions, *caption_extensions, "json"}
-    samples: dict[str, dict[str, str]] = {}
-    for name in Store(url, options).walk():
-        stem, dot, extension = name.rpartition(".")
-        if dot and extension.lower() in extensions and not any(part.startswith(".") for part in name.split("/")):
-            samples.setdefault(stem, {}).setdefault(extension.lower(), name)
-    return sorted(samples.items())
+    names = [name for name in Store(url, options).walk() if not any(part.startswith(".") for part in name.split("/"))]
+    return pair_files(names, image_extensions, caption_extensions)[0]
+
+
+def pair_files(
+    names: Iterable[str], image_extensions: Sequence[str], caption_extensions: Sequence[str]
+) -> tuple[Listing, list[str]]:
+    """The samples of a folder's files, which are given by their sorted names, and the files that are part of none.
+
+    A caption or JSON belongs to the image of which it has the full name ("cat.jpg.txt"), else to every image of its
+    stem. One without any image is a sample without image, but not img2dataset's NAME_stats.json. Keys are unique.
+
+    >>> pair_files(["a.JPG", "a.jpg", "a.jpg.txt", "a.txt", "b.jpg", "b.md", "c.txt"], ["jpg"], ["txt"])[0][1:]
+    [('a.jpg', {'jpg': 'a.jpg', 'txt': 'a.jpg.txt'}), ('b', {'jpg': 'b.jpg'}), ('c', {'txt': 'c.txt'})]
+    """
+    images: dict[str, tuple[str, str]] = {}
+    beside: dict[str, dict[str, str]] = {}
+    unused: set[str] = set()
+    for name in names:
+        stem, _, extension = name.rpartition(".")
+        extension = extension.lower()
+        if stem and extension in image_extensions:
+            images[name] = stem, extension
+        elif stem and (extension in caption_extensions or extension == "json"):
+            beside.setdefault(stem, {}).setdefault(extension, name)
+            unused.add(name)
+        else:
+            unused.add(name)
+    samples: Listing = []
+    of_stem = Counter(stem for stem, _ in images.values())
+    for name, (stem, extension) in images.items():
+        files = {extension: name}
+        for wanted in (caption_extensions, ("json",)):
+            sources = (beside.get(name, {}), beside.get(stem, {}))
+            if found := next((file for source in sources if (file := _first(source, wanted))), None):
+                files[found.rpartition(".")[2].lower()] = found
+        unused.difference_update(files.values())
+        key = name if of_stem[stem] > 1 or stem in images else stem
+        samples.append((key, dict(sorted(files.items(), key=itemgetter(1)))))
+    for stem, files in beside.items():
+        if not of_stem[stem] and stem not in images and not (stem.endswith("_stats") and list(files) == ["json"]):
+            unused.difference_update(files.values())
+            samples.append((stem, files))
+    return sorted(samples), sorted(unused)
 
 
 def listing_digest(samples: Listing) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_batch.errors import InputError
 from clip_batch.plan.counts import count_folder
 from clip_batch.samples import read_slice
-from clip_batch.samples.files import list_samples
+from clip_batch.samples.files import list_samples, pair_files
 from clip_batch.storage.store import Store
 from clip_batch.types import Failure, Sample, Shard, Slice
 from tests import corpus
@@ -66,10 +68,75 @@ def test_slices_join_to_the_whole(folder: str) -> None:
         assert read(folder, 0, cut, samples=4) + read(folder, cut, None, samples=4) == whole
 
 
-def test_of_several_images_the_first_listed_extension_is_taken(tmp_path: Path) -> None:
-    for name in ("a.png", "a.jpg", "b.PNG"):
+def test_images_of_one_stem_are_samples_of_their_own(tmp_path: Path) -> None:
+    for name in (
+        "a/cat.jpg",
+        "a/cat.JPG",
+        "a/cat.png",
+        "a/cat.txt",
+        "a/cat.JPG.txt",
+        "dog.jpg",
+        "dog.jpg.json",
+        "c.PNG",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
-    assert [item.image for item in read(str(tmp_path)) if isinstance(item, Sample)] == [b"a.jpg", b"b.PNG"]
+    samples = [item for item in read(str(tmp_path)) if isinstance(item, Sample)]
+    assert [(sample.key, sample.image, sample.caption, sample.json) for sample in samples] == [
+        ("a/cat.JPG", b"a/cat.JPG", b"a/cat.JPG.txt", None),
+        ("a/cat.jpg", b"a/cat.jpg", b"a/cat.txt", None),
+        ("a/cat.png", b"a/cat.png", b"a/cat.txt", None),
+        ("c", b"c.PNG", None, None),
+        ("dog", b"dog.jpg", None, b"dog.jpg.json"),
+    ]
+
+
+def test_a_stem_that_is_the_name_of_another_image_is_no_key() -> None:
+    samples, _ = pair_files(["x.jpg", "x.jpg.png", "x.jpg.txt"], IMAGES, CAPTIONS)
+    assert [key for key, _ in samples] == ["x", "x.jpg.png"]
+
+
+def test_of_several_captions_the_first_listed_extension_is_used() -> None:
+    samples, unused = pair_files(["a.cap", "a.jpg", "a.txt"], IMAGES, ("txt", "cap"))
+    assert (samples, unused) == ([("a", {"jpg": "a.jpg", "txt": "a.txt"})], ["a.cap"])
+
+
+def test_side_cars_of_img2dataset_are_no_samples() -> None:
+    names = ["00000.parquet", "00000/000000001.jpg", "00000_stats.json", "my_stats.jpg", "my_stats.json", "lone.json"]
+    samples, unused = pair_files(sorted(names), IMAGES, CAPTIONS)
+    assert [key for key, _ in samples] == ["00000/000000001", "lone", "my_stats"]
+    assert unused == ["00000.parquet", "00000_stats.json"]
+
+
+def test_dotted_names_keep_each_image(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"22.{number:02d}.png").write_bytes(b"image")
+        (tmp_path / f"22.{number:02d}.txt").write_text(f"caption {number}")
+    found = [(item.key, item.caption) for item in read(str(tmp_path)) if isinstance(item, Sample)]
+    assert found == [(f"22.{number:02d}", f"caption {number}".encode()) for number in range(20)]
+
+
+BASES = st.text("ab.é\udce9", min_size=1, max_size=4).filter(lambda text: not text.startswith("."))
+NAME_SETS = st.sets(
+    st.builds(
+        lambda folder, base, extension: f"{folder}{base}{extension}",
+        st.sampled_from(["", "a/", "a.jpg/"]),
+        BASES,
+        st.sampled_from(["", ".jpg", ".JPG", ".png", ".txt", ".TXT", ".json", ".jpg.txt", "_stats.json", ".bmp"]),
+    ),
+    max_size=12,
+)
+
+
+@given(NAME_SETS)
+def test_every_file_is_accounted_for_and_every_image_is_one_sample(names: set[str]) -> None:
+    samples, unused = pair_files(sorted(names), IMAGES, CAPTIONS)
+    keys = [key for key, _ in samples]
+    assert len(set(keys)) == len(keys) and keys == sorted(keys)
+    used = {name for _, files in samples for name in files.values()}
+    assert used | set(unused) == names and not used & set(unused)
+    images = [name for _, files in samples for extension, name in files.items() if extension in IMAGES]
+    assert sorted(images) == sorted(name for name in names if name.lower().endswith((".jpg", ".png")))
 
 
 def test_a_changed_folder_is_refused(folder: str) -> None:
