@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch.config import PlanConfig
 from clip_batch.embeddings.part_writer import PartWriter
 from clip_batch.plan import plan as plans
 from clip_batch.plan.pack import PartitionTarget
@@ -43,7 +42,7 @@ def make_plan(out: Place, partitions: int) -> Plan:
     shards = [Shard(f"s3://bucket/{number:05d}.tar", 1, None, None) for number in range(partitions)]
     draft = Plan(tuple(Partition(i, (Slice(shard),)) for i, shard in enumerate(shards)), ENCODER, fields={"n": "int64"})
     plan = replace(draft, digest=plans._digest(draft))
-    plans._write(store_of(out), plan, shards, PartitionTarget("partitions", partitions), PlanConfig())
+    plans._write(store_of(out), plan, shards, PartitionTarget("partitions", partitions), {})
     return plan
 
 

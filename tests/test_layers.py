@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.corpus import good_tar
 
 PACKAGE = ROOT / "clip_batch"
 
@@ -164,6 +165,16 @@ def test_no_two_classes_share_a_name() -> None:
     ],
 )
 def test_light_commands_load_nothing_heavy(code: str, tmp_path: Path) -> None:
+    _check_light(code, tmp_path)
+
+
+@pytest.mark.parametrize("model", [["fake:8"], ["demo", "--no-try-model"]])
+def test_plan_loads_nothing_heavy(model: list[str], tmp_path: Path) -> None:
+    words = ["plan", "--input", good_tar(f"{tmp_path}/a.tar", 2), "--output", f"{tmp_path}/out", "--model", *model]
+    _check_light(f"from clip_batch.cli import main; assert main({words}) == 0", tmp_path)
+
+
+def _check_light(code: str, tmp_path: Path) -> None:
     script = f"{code}\nimport sys\nprint('LOADED', sorted({set(HEAVY)} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "LOADED []" in done.stdout

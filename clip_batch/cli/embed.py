@@ -38,6 +38,7 @@ def _plan(output: str, config: PlanConfig, storage: StorageConfig) -> tuple[dict
     plan = make_plan(config.input, output, config, storage=storage, progress=say)
     shards = {piece.shard.url for partition in plan.partitions for piece in partition.slices}
     summary = {"partitions": len(plan.partitions), "shards": len(shards), "encoder": plan.encoder.fingerprint}
+    summary["preprocess"] = plan.encoder.preprocess
     return summary, f"planned {len(shards):,} shards in {len(plan.partitions):,} partitions: {output}"
 
 
@@ -65,9 +66,13 @@ def prefetch(
         spec = encoders.resolve(planned.model, planned.pretrained, planned.preprocess, planned.precision, options)
         encoders.check_weights(spec.weights, planned)
     else:
-        spec = encoders.resolve(plan.model, plan.pretrained, plan.preprocess, plan.precision, options)
+        mode = "fast" if plan.preprocess == "auto" else plan.preprocess
+        spec = encoders.resolve(plan.model, plan.pretrained, mode, plan.precision, options)
     text = f"{spec.model} {spec.pretrained}".strip() + f" is on this machine: {spec.weights[:12]}"
-    answer(arguments, {**asdict(spec), "fingerprint": spec.fingerprint}, text)
+    values = {**asdict(spec), "fingerprint": spec.fingerprint}
+    if plan.preprocess == "auto" and not arguments.output:  # only a trial of the model tells which it is
+        del values["preprocess"], values["fingerprint"]
+    answer(arguments, values, text)
     return 0
 
 

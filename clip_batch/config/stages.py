@@ -67,8 +67,10 @@ class PlanConfig(Options):
     """Model: open_clip's name, hf:..., timm:..., cn-clip:..., mclip:..., onnx:... or demo; see docs/models.md."""
     pretrained: str = ""
     """open_clip's tag of pretrained weights, or the path or URL of a checkpoint. Many model families need none."""
-    preprocess: Literal["fast", "exact", "scaled"] = "fast"
-    """Image transform. exact: the model's own; fast: nearly equal; scaled: for large JPEGs; see docs/formats.md."""
+    preprocess: Literal["auto", "fast", "exact", "scaled"] = "auto"
+    """Image transform. exact: the model's own; fast: nearly equal; scaled: for large JPEGs; auto: fast, else exact."""
+    try_model: bool = True
+    """Embed one sample before the plan is written, on this machine's CPU, so that an unfit model is refused here."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Number format of weights and arithmetic. int8 is for CPUs: it applies to images, and captions stay in fp32."""
     partition_bytes: str = "4GB"

@@ -27,6 +27,7 @@ from clip_batch.encoders.device import cores, pick_device, torch_threads, use_to
 from clip_batch.errors import ClipBatchError, DecodeError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
+from clip_batch.plan.replace import check_digest
 from clip_batch.samples import read_slice
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.texts import decode_texts
@@ -118,8 +119,8 @@ def embed(
 
     Example: `embed("out", EmbedConfig(batch_size=64), progress=print)`.
 
-    PlanError, EncoderError or ConfigError, before any work. Preempted once `run.stop` is set: everything committed so
-    far is kept, and nothing is half done.
+    PlanError, EncoderError or ConfigError, before any work; PlanError also where the plan was replaced meanwhile.
+    Preempted once `run.stop` is set: everything committed so far is kept, and nothing is half done.
     """
     store = Store(os.fspath(output), storage.storage_options)
     plan = load_plan(store)
@@ -310,6 +311,7 @@ class _Worker:
                     self._add(writer, batch, images, texts)
                 failed = sum(writer.failed.values())
                 self._check_policy(writer)
+                check_digest(self.store, self.plan.digest)
                 commit = writer.commit(self.plan.encoder.fingerprint)
                 if commit is None:
                     return Outcome(number, "lost", writer.rows, failed)
@@ -323,7 +325,7 @@ class _Worker:
                     warnings=commit.warnings,
                     empty=commit.empty,
                 )
-        except Preempted:
+        except (Preempted, PlanError):
             raise
         except (ClipBatchError, OSError, RuntimeError) as error:
             self.abandoned.add(number)

@@ -17,8 +17,9 @@ from typing import NamedTuple
 from clip_batch.embeddings.attempts import attempted
 from clip_batch.embeddings.commits import committed
 from clip_batch.embeddings.slots import partitions_of
-from clip_batch.embeddings.workers import BEAT, SILENT, read_records
+from clip_batch.embeddings.workers import BEAT, read_records
 from clip_batch.plan import paths
+from clip_batch.plan.replace import SILENT
 from clip_batch.storage.store import Store
 
 FEWEST = 3

@@ -19,14 +19,12 @@ from typing import NotRequired, TypedDict
 
 from clip_batch.embeddings.slots import Slot
 from clip_batch.plan import paths
+from clip_batch.plan.replace import SILENT
 from clip_batch.storage.store import Store
 from clip_batch.types import Commit
 
-BEAT = 20.0
+BEAT = SILENT / 3
 """Seconds between two writes of a record; fewer at the start of a run."""
-
-SILENT = 3 * BEAT
-"""Seconds without a write after which a worker is taken for dead."""
 
 
 class CommitCounts(TypedDict):

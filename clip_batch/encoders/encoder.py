@@ -21,6 +21,10 @@ NO_TEXT = "this index's model has no text side: search by image, embedding or id
 """Why a model cannot encode a text."""
 
 
+class NeedsExact(EncoderError):
+    """A model's transform is one that only `exact` preprocessing supports."""
+
+
 class Encoder(Protocol):
     """Encodes images and texts as vectors of one space. Several threads call its methods at the same time."""
 

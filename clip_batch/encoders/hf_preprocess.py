@@ -28,7 +28,7 @@ def load_processor(folder: str) -> Any:
     """The Pillow image processor that a local folder configures."""
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
 
 
 def from_processor(processor: Any, mode: str) -> Preprocessing:

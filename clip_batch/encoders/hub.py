@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -95,11 +96,26 @@ def file(name: str, inside: str) -> str:
 
 
 def folder_digest(path: str) -> str:
-    """sha256 over the names and contents of the relevant files of a local folder. EncoderError: it has no weights."""
+    """sha256 over the names and contents of the relevant files of a local folder.
+
+    EncoderError: it has no weights, or its model is code of its own.
+    """
+    refuse_code(path)
     if not _has_weights(path):
         raise EncoderError(f"no weights (.safetensors, .bin) in {path}: name a folder that has them")
     names = relevant(os.listdir(path))
     return combine([f"{name} {file_digest(os.path.join(path, name))}" for name in names])
+
+
+def refuse_code(path: str) -> None:
+    """EncoderError if a folder's configuration names code of its own, which transformers would import and run."""
+    for name in filter(lambda name: name.endswith(".json"), relevant(os.listdir(path))):
+        with contextlib.suppress(ValueError), open(os.path.join(path, name), encoding="utf-8") as file:
+            if name.endswith("config.json") and "auto_map" in json.load(file):
+                raise EncoderError(
+                    f"{os.path.join(path, name)} names code of its own (auto_map), which clip-batch never runs: take a "
+                    "model whose class is part of transformers, or its export (docs/models.md)"
+                )
 
 
 def combine(parts: Sequence[str]) -> str:

@@ -146,6 +146,11 @@ def _compile(model: Any, image_tower: ImageTower, blank: torch.Tensor) -> ImageT
 
 
 def _unit_rows(rows: torch.Tensor) -> Array:
-    """Rows of unit norm, float32 on the host, whatever the model computes in."""
+    """Rows of unit norm, float32 on the host, whatever the model computes in. EncoderError: they are not (n, d)."""
+    if rows.ndim != 2:
+        raise EncoderError(
+            f"the model answers with {' x '.join(map(str, rows.shape))} numbers, not with one vector for each input: "
+            "take another model, see docs/models.md"
+        )
     array: Array = torch.nn.functional.normalize(rows.float(), dim=-1).cpu().numpy()
     return array

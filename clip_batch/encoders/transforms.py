@@ -10,7 +10,7 @@ import torch
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from torchvision.transforms.v2.functional import center_crop_image
 
-from clip_batch.errors import EncoderError
+from clip_batch.encoders.encoder import NeedsExact
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +48,7 @@ def split(transform: Any) -> tuple[Steps, Normalize | None]:
 
 
 def resize_and_crop(steps: Steps, normalize: Normalize | None) -> ResizeCrop:
-    """What torch has to do in place of these steps. EncoderError: they do anything else than resize and crop."""
+    """What torch has to do in place of these steps. NeedsExact: they do anything else than resize and crop."""
     resize, centre = _parts(steps, normalize)
 
     def crop(pixels: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ def resize_and_crop(steps: Steps, normalize: Normalize | None) -> ResizeCrop:
 
 
 def describe(transform: Any) -> dict[str, Any]:
-    """A transform as plain values, from which `build` makes it again. EncoderError: it does more than resize and crop.
+    """A transform as plain values, from which `build` makes it again. NeedsExact: it does more than resize and crop.
 
     >>> from torchvision.transforms import Compose, Normalize, Resize, ToTensor
     >>> describe(Compose([Resize([8, 8]), to_rgb, ToTensor(), Normalize([0.5] * 3, [0.25] * 3)]))
@@ -89,15 +89,15 @@ def build(values: dict[str, Any]) -> Compose:
     return Compose([*steps, ToTensor(), Normalize(values["mean"], values["std"])])
 
 
-def unsupported(transform: Any) -> EncoderError:
+def unsupported(transform: Any) -> NeedsExact:
     """The error about a transform that only `exact` preprocessing supports."""
-    return EncoderError(
+    return NeedsExact(
         f"fast and scaled preprocessing do not know this model's transform {transform}: plan with --preprocess exact"
     )
 
 
 def _parts(steps: Steps, normalize: Normalize | None) -> tuple[Resize, CenterCrop | None]:
-    """The resize and the crop among the steps. EncoderError: there are other steps, or a limit to the longer side."""
+    """The resize and the crop among the steps. NeedsExact: there are other steps, or a limit to the longer side."""
     every = list(getattr(steps, "transforms", []))
     parts = [step for step in every if _name(step) not in _RGB_STEPS]
     if normalize is None or [type(part) for part in parts] not in ([Resize], [Resize, CenterCrop]) or parts[0].max_size:

@@ -9,6 +9,7 @@
     _clip_batch/submissions/<id>.json                 what was handed to a scheduler
     _clip_batch/workers/<id>.json                     what each worker is doing and has done
     _clip_batch/look.json                             which partitions could be taken from slow workers
+    _clip_batch/replacing.json                        that a planner is replacing the plan
     _clip_batch/logs/                                 the logs of SLURM jobs
 
 <partition> is zero-padded (see `Plan.name`); <attempt> is random, so that no two attempts share a file.
@@ -28,6 +29,7 @@ ATTEMPTS = f"{FAILURES}/attempts"
 SUBMISSIONS = f"{HOME}/submissions"
 WORKERS = f"{HOME}/workers"
 LOOK = f"{HOME}/look.json"
+REPLACING = f"{HOME}/replacing.json"
 LOGS = f"{HOME}/logs"
 
 VECTORS = {"image": "img_emb", "text": "text_emb"}

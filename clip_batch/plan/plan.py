@@ -1,7 +1,8 @@
 """Makes the plan, writes it to OUT/_clip_batch and loads it: which shards, in which partitions, by which encoder.
 
 `plan.parquet` has one row per slice, and `plan.json` everything else. plan.json is written last and has the sha256 of
-plan.parquet, so that a plan is complete or does not exist. Neither file ever changes.
+plan.parquet, so that a plan is complete or does not exist. Neither file ever changes, unless another plan takes the
+place of one of which nothing is committed (see `replace`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -21,15 +23,19 @@ from clip_batch.plan import paths, specs
 from clip_batch.plan.counts import count_folder, count_samples
 from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
+from clip_batch.plan.replace import obstacle, replaced
 from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples
 from clip_batch.storage.store import Store
-from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice, StrPath
+from clip_batch.types import EncoderSpec, Partition, Plan, Sample, Shard, Slice, StrPath
 
 FORMAT = 1
 """The version of the plan's files; a plan of another one is refused."""
 
 FILES_SAMPLES = 10_000
 """Samples per partition with `--format files`, unless an option says otherwise."""
+
+AUTO = ("fast", "exact")
+"""What `preprocess` auto stands for: the first of these that supports the model's transform."""
 
 Progress = Callable[[str], None]
 """Takes one line of text about each step."""
@@ -45,12 +51,13 @@ def make_plan(
 ) -> Plan:
     """Freeze a plan of `input` at `output`, or return the plan that exists there if nothing differs.
 
-    `input` is one path, URL, glob or brace pattern, or several of them, and takes the place of `config.input`.
+    `input` is one path, URL, glob or brace pattern, or several of them, and takes the place of `config.input`. Another
+    plan at `output` is replaced as long as no partition of it is committed and no worker is at work on it.
 
     Example: `make_plan("tars/{000..127}.tar", "out", PlanConfig(model="ViT-B-32", pretrained="openai"))`.
 
-    ConfigError: an option is wrong. InputError: an input is missing or named twice. EncoderError:
-    the weights cannot be found. PlanError: another plan exists at `output`; it lists the differences.
+    ConfigError: an option is wrong. InputError: an input is missing or named twice. EncoderError: the weights cannot be
+    found, or the model cannot embed. PlanError: another plan exists at `output` and stays; it lists the differences.
     """
     from clip_batch import encoders
 
@@ -64,25 +71,75 @@ def make_plan(
     if config.format == "files":
         shards = [count_folder(shard, images, captions, options) for shard in shards]
     say(f"{len(shards):,} inputs found")
-    encoder = encoders.resolve(config.model, config.pretrained, config.preprocess, config.precision, options)
+    modes = AUTO if config.preprocess == "auto" else (config.preprocess,)
+    encoder = encoders.resolve(config.model, config.pretrained, modes[0], config.precision, options)
     draft = Plan((), encoder, config.format, {}, images, captions, caption_field=config.caption_field)
-    if not store.exists(paths.PLAN):
-        if config.format == "tar":
-            shards = count_samples(shards, target.unit == "samples", options)
-        partitions = _partitions(shards, target, config.format, options)
-        look = look_at_samples(shards, draft, options)
-        if advice := caption_advice(look, config.caption_field):
-            say(advice)
-        plan = replace(draft, partitions=partitions, fields=infer_fields(look.records))
-        plan = replace(plan, digest=_digest(plan))
-        if _write(store, plan, shards, target, config):
-            say(f"{len(partitions):,} partitions planned")
-            return plan
-    existing, head = _load(store)
-    if differences := _differences(existing, head, draft, shards, target):
-        raise PlanError(f"another plan exists at {store.url}: {'; '.join(differences)}; give another --output")
+
+    def differences(existing: Plan, head: dict[str, Any]) -> list[str]:
+        """How the plan to be made differs from the one that exists, one phrase each."""
+        mode = existing.encoder.preprocess if existing.encoder.preprocess in modes else modes[0]
+        encoder = replace(draft.encoder, preprocess=mode)
+        return _differences(existing, head, replace(draft, encoder=encoder), shards, target)
+
+    old = _load(store) if store.exists(paths.PLAN) else None
+    if old and not (phrases := differences(*old)):
+        say("unchanged")
+        return old[0]
+    if old and (why := obstacle(store)):
+        raise PlanError(f"another plan exists at {store.url} ({'; '.join(phrases)}), and {why}")
+    if config.format == "tar":
+        shards = count_samples(shards, target.unit == "samples", options)
+    partitions = _partitions(shards, target, config.format, options)
+    look = look_at_samples(shards, draft, options)
+    if advice := caption_advice(look, config.caption_field):
+        say(advice)
+    encoder = _tried(encoder, look.firsts, config, modes, options, say)
+    plan = replace(draft, partitions=partitions, fields=infer_fields(look.records), encoder=encoder)
+    plan = replace(plan, digest=_digest(plan))
+    settings = {**asdict(config), "preprocess": encoder.preprocess}
+    with replaced(store, old[0].digest) if old else nullcontext():
+        written = _write(store, plan, shards, target, settings)
+    if written:
+        say(f"{len(partitions):,} partitions planned")
+        if old:
+            say(f"they replace the plan that was there, of which nothing was committed: {'; '.join(phrases)}")
+        return plan
+    existing, head = _load(store)  # another planner was faster
+    if phrases := differences(existing, head):
+        raise PlanError(f"another plan was made at {store.url} meanwhile: {'; '.join(phrases)}; plan again")
     say("unchanged")
     return existing
+
+
+def _tried(
+    encoder: EncoderSpec,
+    samples: Sequence[Sample],
+    config: PlanConfig,
+    modes: Sequence[str],
+    options: dict[str, Any],
+    say: Progress,
+) -> EncoderSpec:
+    """The encoder with the first of `modes` that it supports, once it has embedded a sample; with the first, untried.
+
+    It is not tried where the config says so, and where this machine lacks a library that it needs.
+    """
+    from clip_batch import encoders
+
+    why = "as --no-try-model says"
+    if config.try_model:
+        images = [sample.image for sample in samples if sample.image is not None]
+        try:
+            from clip_batch.samples.texts import decode_caption
+
+            texts = (decode_caption(sample.caption)[0] for sample in samples)
+            tried = encoders.try_model(encoder, images, next(filter(None, texts), "a picture"), options, modes)
+        except ModuleNotFoundError as error:
+            why = f"as {error.name} is not installed here"
+        else:
+            say(f"the model embeds a sample; preprocessing: {tried.preprocess}")
+            return tried
+    say(f"the model is not tried, {why}; preprocessing: {encoder.preprocess}")
+    return encoder
 
 
 def _as_list(input: StrPath | Iterable[StrPath]) -> list[StrPath]:
@@ -148,7 +205,9 @@ def _digest(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: PartitionTarget, config: PlanConfig) -> bool:
+def _write(
+    store: Store, plan: Plan, shards: Sequence[Shard], target: PartitionTarget, settings: dict[str, Any]
+) -> bool:
     """Write the plan's files, plan.json last; False if another process wrote a plan first."""
     from datetime import UTC, datetime
 
@@ -174,8 +233,8 @@ def _write(store: Store, plan: Plan, shards: Sequence[Shard], target: PartitionT
         "target": {target.unit: target.value},
         "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
     }
-    settings = yaml.safe_dump({"plan": asdict(config)}, sort_keys=False, allow_unicode=True).encode()
-    for name, data in ((paths.SLICES, table), (paths.CONFIG, settings)):
+    config = yaml.safe_dump({"plan": settings}, sort_keys=False, allow_unicode=True).encode()
+    for name, data in ((paths.SLICES, table), (paths.CONFIG, config)):
         if not store.create(name, data) and not store.exists(paths.PLAN) and store.read(name) != data:
             raise PlanError(
                 f"{store.display(name)} was left by a planner that died, or another one is at work: "

@@ -35,12 +35,14 @@ class Look(NamedTuple):
     - `captions`: how many of them have a caption file that is not blank.
     - `beside`: how many have a caption in the Parquet file beside their tar.
     - `records`: the JSON of those that have an object.
+    - `firsts`: the first sample of each shard that was looked at.
     """
 
     samples: int
     captions: int
     beside: int
     records: list[dict[str, Any]]
+    firsts: Sequence[Sample] = ()
 
 
 def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> Look:
@@ -52,6 +54,8 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
     from clip_batch.samples.texts import decode_caption
     from clip_batch.storage.text import decode
 
+    firsts: list[Sample] = []
+
     def look(shard: Shard) -> list[tuple[bool, bool, Any]]:
         found: list[tuple[bool, bool, Any]] = []
         # Only the first bytes of a remote tar are requested; a gzipped one has to be read from its start anyway.
@@ -60,6 +64,8 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
         with contextlib.suppress(Exception):
             for sample in islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES):
                 if isinstance(sample, Sample):
+                    if not found and sample.image is not None:
+                        firsts.append(sample._replace(image=bytes(sample.image)))  # a view would keep the whole tar
                     record = None
                     with contextlib.suppress(ValueError, RecursionError):
                         record = json.loads(decode(sample.json or b"")[0])
@@ -70,7 +76,8 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
     spread = [shards[(len(shards) - 1) * k // max(count - 1, 1)] for k in range(count)]
     found = [sample for samples in map_in_threads(look, spread) for sample in samples]
     records = [record for _, _, record in found if isinstance(record, dict)]
-    return Look(len(found), sum(caption for caption, _, _ in found), sum(beside for _, beside, _ in found), records)
+    captions, beside = sum(caption for caption, _, _ in found), sum(beside for _, beside, _ in found)
+    return Look(len(found), captions, beside, records, firsts)
 
 
 def caption_advice(look: Look, caption_field: str) -> str | None:

@@ -33,8 +33,9 @@ import fsspec
 from clip_batch.config import EmbedConfig, PlanConfig, SlurmConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings import spare, submission
 from clip_batch.embeddings.partition_queue import PartitionQueue
-from clip_batch.embeddings.workers import BEAT, SILENT
+from clip_batch.embeddings.workers import BEAT
 from clip_batch.plan.plan import make_plan
+from clip_batch.plan.replace import SILENT
 from clip_batch.storage.download import PIECE
 from clip_batch.types import Partition, Plan
 from tests.bench import result

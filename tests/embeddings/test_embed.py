@@ -34,6 +34,7 @@ from clip_batch.embeddings.verify import verify_output
 from clip_batch.embeddings.workers import WorkerRun, read_records
 from clip_batch.errors import EncoderError, PlanError, Preempted
 from clip_batch.plan.plan import load_plan, make_plan
+from clip_batch.plan.replace import replaced
 from clip_batch.storage.store import Store
 from clip_batch.types import Plan
 from tests import corpus
@@ -594,3 +595,26 @@ def test_captions_of_a_json_field_and_of_parquet_beside_the_tar(tmp_path: Path, 
     plan([f"{tmp_path}/x.tar"], f"{out}4")
     embed(f"{out}4", SMALL)
     assert [key for key, (text, _) in captions_of(f"{out}4").items() if text] == ["e"]
+
+
+def test_a_worker_whose_plan_was_replaced_stops_and_commits_nothing(tars: list[str], out: str) -> None:
+    planned = plan(tars, out)
+    encoder = encoders.load(planned.encoder)
+    encode = encoder.encode_images
+
+    def encode_late(batch: Any) -> Any:
+        store = Store(out)
+        if load_plan(store).digest == planned.digest:
+            with replaced(store, planned.digest):
+                pass
+            plan(tars, out, model="fake:8")
+        return encode(batch)
+
+    encoder.encode_images = encode_late  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clip_batch.plan.replace._at_work", lambda store: [])
+        with pytest.raises(PlanError, match="was replaced while this worker ran: start it again"):
+            embed(out, SMALL, encoder=encoder)
+    assert committed(Store(out)) == set()
+    assert [outcome.state for outcome in embed(out, SMALL)] == ["committed"] * 6
+    assert verify_output(Store(out), deep=True).problems == {}

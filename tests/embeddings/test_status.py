@@ -19,6 +19,7 @@ from clip_batch.embeddings.status import OutputStatus, describe, status
 from clip_batch.embeddings.workers import WorkerRecord
 from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
+from clip_batch.plan.replace import SILENT
 from clip_batch.storage.store import Store
 from tests import corpus
 
@@ -68,7 +69,7 @@ def test_what_is_not_committed_any_more_does_not_count(store: Store) -> None:
 def test_a_silent_worker_is_not_running(store: Store) -> None:
     name, kept = record(store)
     now = time.time()
-    for ended, beat, running in ((False, now, [3]), (False, now - workers.SILENT - 1, []), (True, now, [])):
+    for ended, beat, running in ((False, now, [3]), (False, now - SILENT - 1, []), (True, now, [])):
         changed = replace(kept, ended=ended, beat=beat, started=beat - 3600, gpus=2, running=[2, 3], job="slurm 7_1")
         store.replace(name, json.dumps(vars(changed)).encode())
         state = status(store)

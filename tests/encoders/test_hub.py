@@ -101,7 +101,7 @@ def test_the_plan_node_fetches_what_is_relevant_and_no_more(
 def test_prefetch_tells_whether_it_is_the_planned_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = write(tmp_path / "model", FILES), str(tmp_path / "out")
     tar = corpus.good_tar(str(tmp_path / "a.tar"), 3)
-    assert main(["plan", "--input", tar, "--output", out, "--model", f"hf:{folder}"]) == 0
+    assert main(["plan", "--input", tar, "--output", out, "--model", f"hf:{folder}", "--no-try-model"]) == 0
     assert main(["prefetch", "--model", f"hf:{folder}", "--json"]) == 0
     assert main(["prefetch", "--output", out]) == 0
     write(tmp_path / "model", {"vocab.txt": "b"})

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from clip_batch.config import PlanConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError
 from clip_batch.plan.plan import _digest, load_plan, make_plan
+from clip_batch.plan.replace import replaced
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
 
@@ -46,6 +48,11 @@ def config(tars: Path) -> PlanConfig:
     return PlanConfig(input=[f"{tars}/*.tar"], model="fake:8", partition_count=2)
 
 
+def commit_one(output: str) -> None:
+    """Let a partition be committed, so that the plan stays."""
+    assert Store(output).create("_clip_batch/commits/0000.json", b"{}")
+
+
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_plan_is_read_back_as_it_was_made(config: PlanConfig, tmp_path: Path, remote: bool) -> None:
     output = f"memory:/{tmp_path}/out" if remote else f"{tmp_path}/out"
@@ -70,6 +77,7 @@ def test_the_caption_field_is_part_of_the_plan(config: PlanConfig, tmp_path: Pat
     assert (without.caption_field, plan.caption_field) == ("", "width") and without.digest != plan.digest
     assert load_plan(Store(f"{tmp_path}/with")) == plan == make_plan(config.input, f"{tmp_path}/with", with_field)
     assert not any("caption field" in line for line in said)
+    commit_one(f"{tmp_path}/with")
     with pytest.raises(PlanError, match="caption_field width -> text"):
         make_plan(config.input, f"{tmp_path}/with", replace(config, caption_field="text"))
     make_plan(config.input, f"{tmp_path}/typo", replace(config, caption_field="text"), progress=said.append)
@@ -113,6 +121,7 @@ def test_the_digest_covers_what_changes_the_result(config: PlanConfig, tmp_path:
 
 def test_a_changed_input_is_refused_by_name(config: PlanConfig, tars: Path, tmp_path: Path) -> None:
     make_plan(config.input, f"{tmp_path}/out", config)
+    commit_one(f"{tmp_path}/out")
     (tars / "0.tar").unlink()
     write_tar(tars / "1.tar", 9)
     os.utime(tars / "2.tar", ns=(5, 5))
@@ -140,12 +149,14 @@ def test_a_changed_option_is_refused_by_name(
     config: PlanConfig, tmp_path: Path, change: dict[str, object], says: str
 ) -> None:
     make_plan(config.input, f"{tmp_path}/out", config)
+    commit_one(f"{tmp_path}/out")
     with pytest.raises(PlanError, match=says):
         make_plan(config.input, f"{tmp_path}/out", replace(config, **change))  # type: ignore[arg-type]
 
 
 def test_another_order_is_refused(config: PlanConfig, tars: Path, tmp_path: Path) -> None:
     make_plan(config.input, f"{tmp_path}/out", config)
+    commit_one(f"{tmp_path}/out")
     with pytest.raises(PlanError, match="another order"):
         make_plan([f"{tars}/{{3..0}}.tar"], f"{tmp_path}/out", config)
 
@@ -217,6 +228,7 @@ def test_files_are_cut_by_samples(tmp_path: Path) -> None:
     assert load_plan(Store(f"{tmp_path}/out")) == plan
     assert len(make_plan(config.input, f"{tmp_path}/whole", replace(config, partition_samples=None)).partitions) == 1
     (tmp_path / "in" / "25.jpg").write_bytes(b"\xff")
+    commit_one(f"{tmp_path}/out")
     with pytest.raises(PlanError, match=r"1 inputs changed: .*/in \(rewritten\)"):
         make_plan(config.input, f"{tmp_path}/out", config)
 
@@ -253,3 +265,84 @@ def test_a_frozen_plan_is_a_value(config: PlanConfig, tmp_path: Path) -> None:
 def test_the_repr_of_a_plan_is_short(config: PlanConfig, tmp_path: Path) -> None:
     plan = make_plan(config.input, f"{tmp_path}/out", config)
     assert repr(plan) == f"<Plan {plan.digest[:12]}: 2 partitions of tar, fake:8>"
+
+
+def test_a_plan_of_which_nothing_is_committed_is_replaced(config: PlanConfig, tmp_path: Path) -> None:
+    out = f"{tmp_path}/out"
+    make_plan(config.input, out, config)
+    store, said = Store(out), list[str]()
+    for name in ("submissions/1.json", "failures/attempts/0000-1.json", "look.json"):
+        store.create(f"_clip_batch/{name}", b"{}")
+    plan = make_plan(config.input, out, replace(config, partition_count=4), progress=said.append)
+    assert load_plan(store) == plan and len(plan.partitions) == 4
+    assert "partition target 2 partitions -> 4 partitions" in said[-1] and "nothing was committed" in said[-1]
+    assert store.list("_clip_batch/submissions") == store.list("_clip_batch/failures/attempts") == []
+    assert not store.exists("_clip_batch/look.json") and not store.exists("_clip_batch/replacing.json")
+    commit_one(out)
+    with pytest.raises(PlanError, match=r"another plan exists .*partition target.*1 partitions are committed: give"):
+        make_plan(config.input, out, config)
+
+
+def test_a_plan_that_workers_are_at_work_on_stays(config: PlanConfig, tmp_path: Path) -> None:
+    out = f"{tmp_path}/out"
+    plan = make_plan(config.input, out, config)
+    record = {"worker": "node7:12", "ended": False, "beat": time.time()}
+    other = replace(config, partition_count=4)
+    Store(out).create("_clip_batch/workers/a.json", json.dumps(record).encode())
+    with pytest.raises(PlanError, match="node7:12 is at work on it: stop the workers"):
+        make_plan(config.input, out, other)
+    assert load_plan(Store(out)) == plan
+    for change in ({"ended": True}, {"beat": time.time() - 61}):
+        Store(out).replace("_clip_batch/workers/a.json", json.dumps({**record, **change}).encode())
+        make_plan(config.input, out, other)
+        make_plan(config.input, out, config)
+
+
+def test_of_planners_at_once_one_replaces_the_plan(config: PlanConfig, tmp_path: Path) -> None:
+    out = f"{tmp_path}/out"
+    digest = make_plan(config.input, out, config).digest
+    with replaced(Store(out), digest):
+        with pytest.raises(PlanError, match=r"no plan"):
+            load_plan(Store(out))
+        with (
+            pytest.raises(PlanError, match=r"another planner is replacing .*delete .*replacing\.json"),
+            replaced(Store(out), digest),
+        ):
+            pass
+        plan = make_plan(config.input, out, replace(config, partition_count=4))
+    with pytest.raises(PlanError, match="another planner has replaced it"), replaced(Store(out), digest):
+        pass
+    assert load_plan(Store(out)) == plan
+
+
+def test_a_commit_that_comes_while_a_plan_is_removed_brings_it_back(
+    config: PlanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/out"
+    plan = make_plan(config.input, out, config)
+    remove = Store.remove
+
+    def racing(store: Store, name: str) -> None:
+        remove(store, name)
+        if name == "_clip_batch/plan.json":
+            commit_one(out)
+
+    monkeypatch.setattr(Store, "remove", racing)
+    with pytest.raises(PlanError, match="1 partitions are committed"):
+        make_plan(config.input, out, replace(config, partition_count=4))
+    assert load_plan(Store(out)) == plan and make_plan(config.input, out, config) == plan
+
+
+def test_auto_is_recorded_as_what_it_is(config: PlanConfig, tmp_path: Path) -> None:
+    out, said = f"{tmp_path}/out", list[str]()
+    plan = make_plan(config.input, out, config, progress=said.append)
+    assert plan.encoder.preprocess == "fast"
+    assert "the model embeds a sample; preprocessing: fast" in said
+    assert yaml.safe_load(Store(out).read("_clip_batch/config.yaml"))["plan"]["preprocess"] == "fast"
+    commit_one(out)
+    for mode in ("auto", "fast"):
+        assert make_plan(config.input, out, replace(config, preprocess=mode)) == plan  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="preprocess 'fast' -> 'exact'"):
+        make_plan(config.input, out, replace(config, preprocess="exact"))
+    make_plan(config.input, f"{tmp_path}/untried", replace(config, try_model=False), progress=said.append)
+    assert "the model is not tried, as --no-try-model says; preprocessing: fast" in said

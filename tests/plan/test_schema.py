@@ -61,6 +61,8 @@ def test_the_schema_is_sampled_over_all_shards_and_bad_ones_are_passed_over(tmp_
     (tmp_path / "1.tar").write_bytes(b"<html>")
     look = look_at_samples([*shards, Shard(f"{tmp_path}/none.tar", 1)], Plan((), ENCODER), {})
     assert infer_fields(look.records) == {"all": "double", "f0": "int64", "f2": "int64"}
+    assert sorted(first.shard for first in look.firsts) == [shards[0].url, shards[2].url]
+    assert {(first.key, first.image) for first in look.firsts} == {("0", b"x")}
 
 
 def test_a_plan_without_captions_is_told_of_a_field_that_may_have_them() -> None:

@@ -52,13 +52,16 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
 
     folder = hub.folder(spec.model.removeprefix("hf:"))
     placement = place(spec, device, compiled)
-    model = load_model(folder).to(placement.device, placement.dtype)
     try:
         processor = hf_preprocess.load_processor(folder)
+    except Exception as error:
+        raise EncoderError(f"transformers cannot load the processor of {spec.model}: {hub.line(error)}") from None
+    preprocessing = hf_preprocess.from_processor(processor, spec.preprocess)
+    model = load_model(folder).to(placement.device, placement.dtype)
+    try:
         texts = text_tower(model, folder, placement.device) if hasattr(model, "get_text_features") else None
     except Exception as error:
         raise EncoderError(f"transformers cannot load {spec.model}: {hub.line(error)}") from None
-    preprocessing = hf_preprocess.from_processor(processor, spec.preprocess)
     return TorchEncoder(model, image_tower(model), texts, preprocessing, placement)
 
 
@@ -68,8 +71,9 @@ def load_model(folder: str) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    options = {"output_loading_info": True, "local_files_only": True, "trust_remote_code": False}
     try:
-        model, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        model, report = _model_class(folder).from_pretrained(folder, **options)
     except Exception as error:
         raise EncoderError(f"transformers cannot load {folder}: {hub.line(error)}") from None
     missing = {name for name in report["missing_keys"] if not name.endswith("position_ids")}
@@ -78,6 +82,16 @@ def load_model(folder: str) -> Any:
     elif missing:
         raise EncoderError(f"the weights in {folder} lack {min(missing)}, which would be random: take complete ones")
     return model.eval()
+
+
+def _model_class(folder: str) -> Any:
+    """The class of a folder's model: AutoModel, or that of a tower with its projection, which AutoModel would drop."""
+    import transformers
+
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        architecture = "".join((json.load(file).get("architectures") or [])[:1])
+    projected = architecture.endswith("VisionModelWithProjection")
+    return getattr(transformers, architecture if projected else "AutoModel")
 
 
 def image_tower(model: Any) -> ImageTower:
@@ -110,7 +124,7 @@ def load_tokenizer(model: Any, folder: str) -> tuple[Any, int]:
     """The folder's tokenizer, and the most tokens that the model takes."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return tokenizer, context(tokenizer, model.config.text_config)
 
 
@@ -129,11 +143,14 @@ def context(tokenizer: Any, config: Any) -> int:
 
 
 def rows(output: Any) -> torch.Tensor:
-    """The rows (n, d) in a model's output: the output itself, its pooled output, or the first token's."""
+    """The rows (n, d) in a model's output: the output itself, its projection or pooled output, or the first token's."""
     import torch
 
     if isinstance(output, torch.Tensor):
         return output
-    pooled = getattr(output, "pooler_output", None)
-    features: torch.Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
-    return features
+    features: torch.Tensor | None = getattr(output, "image_embeds", None)
+    if features is None:
+        features = getattr(output, "pooler_output", None)
+    if features is None:
+        features = output.last_hidden_state[:, 0]
+    return features.flatten(1) if features.shape[2:].numel() == 1 else features

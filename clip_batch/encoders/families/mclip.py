@@ -78,16 +78,17 @@ def _text_tower(folder: str, device: torch.device, dtype: torch.dtype) -> TextTo
     from clip_batch.encoders.families.hf import context
 
     config = _config(folder)
-    base = AutoConfig.from_pretrained(os.path.dirname(hub.file(config["modelBase"], "config.json")))
+    base_folder = os.path.dirname(hub.file(config["modelBase"], "config.json"))
+    base = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
     modules = torch.nn.ModuleDict({
-        "transformer": AutoModel.from_config(base),
+        "transformer": AutoModel.from_config(base, trust_remote_code=False),
         "LinearTransformation": torch.nn.Linear(config["transformerDimSize"], config["imageDimSize"]),
     })  # fmt: skip
     missing = modules.load_state_dict(_weights(folder), strict=False).missing_keys
     if missing := [name for name in missing if "position_ids" not in name and ".pooler." not in name]:
         raise EncoderError(f"the weights in {folder} lack {missing[0]}: take complete ones")
     modules = modules.eval().to(device, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     length = context(tokenizer, base)
 
     def tower(texts: Sequence[str]) -> torch.Tensor:

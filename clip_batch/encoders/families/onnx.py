@@ -143,6 +143,6 @@ def _text_tower(folder: str, config: dict[str, Any], graph: Graph) -> TextTower:
         return lambda texts: graph({"input_ids": tokenizer(list(texts)).numpy()})
     from transformers import AutoTokenizer
 
-    tokenize = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenize = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     options = {"padding": "max_length", "truncation": True, "max_length": tokens["length"], "return_tensors": "np"}
     return lambda texts: graph(dict(tokenize(list(texts), **options)))

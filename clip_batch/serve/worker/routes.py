@@ -55,7 +55,10 @@ def router(stages: Stages) -> APIRouter:
 
     @routes.post("/plan", openapi_extra=takes(PlanWork))
     async def plan(request: Request) -> Response:
-        """Freeze which tars are embedded, in which partitions and by which encoder. Repeating it changes nothing."""
+        """Freeze which tars are embedded, in which partitions and by which encoder. Repeating it changes nothing.
+
+        Another plan takes the place of one of which nothing is committed.
+        """
         body = await _body(request, PlanWork)
         stages.allowed.check(body.output, "output")
         for number, spec in enumerate(body.input):

@@ -71,7 +71,7 @@ class Stages:
         return Store(url, self.storage.storage_options)
 
     def plan(self, output: str, config: PlanConfig) -> PlanAnswer:
-        """Freeze a plan in OUT. If the same plan is frozen there already, return that."""
+        """Freeze a plan in OUT. Return the one that is there if it is the same; replace it if nothing is committed."""
         plan = make_plan(config.input, output, config, storage=self.storage)
         return {"partitions": len(plan.partitions), "digest": plan.digest, "encoder": plan.encoder.fingerprint}
 

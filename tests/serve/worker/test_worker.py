@@ -109,8 +109,9 @@ def test_each_stage_answers_the_reference_of_what_it_committed_and_so_again(tmp_
         plan = client.post("/v1/plan", json=body).json()
         assert (plan["state"], plan["partitions"]) == ("done", 4)
         assert client.post("/v1/plan", json=body).json() == plan
-        other = client.post("/v1/plan", json={**body, "model": "fake:9"})
-        assert other.status_code == 400 and "fake:9" in other.json()["detail"]
+        other = client.post("/v1/plan", json={**body, "model": "fake:9"}).json()
+        assert other["encoder"] != plan["encoder"], "nothing is committed, so the plan is replaced"
+        assert client.post("/v1/plan", json=body).json() == plan
 
         early = client.post("/v1/merge", json={"output": out, "index": index})
         assert early.status_code == 409 and "\n" not in early.json()["detail"]
@@ -121,6 +122,9 @@ def test_each_stage_answers_the_reference_of_what_it_committed_and_so_again(tmp_
             assert len(answer["commit"]["files"][name]["sha256"]) == 64 and os.path.exists(f"{out}/{name}")
             assert client.post("/v1/embed", json={"output": out, "partition": partition}).json() == answer
         assert client.post("/v1/embed", json={"output": out, "partition": 4}).status_code == 400
+        other = client.post("/v1/plan", json={**body, "model": "fake:9"})
+        assert other.status_code == 400 and "fake:9" in other.json()["detail"]
+        assert client.post("/v1/plan", json=body).json() == plan
         assert client.get("/v1/status", params={"output": out}).json()["done"] == 4
         assert len(os.listdir(f"{out}/img_emb")) == 4
 

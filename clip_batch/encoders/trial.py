@@ -1,0 +1,101 @@
+"""The first forward pass of a model: `plan` makes one, so that what every worker would refuse is refused there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from clip_batch.encoders.encoder import Encoder, NeedsExact
+from clip_batch.encoders.registry import load
+from clip_batch.errors import ClipBatchError, DecodeError, EncoderError, one_line
+from clip_batch.types import EncoderSpec
+
+if TYPE_CHECKING:
+    from clip_batch.encoders.encoder import Array, Pixels
+
+_MOST_PIXELS = 178_956_970
+"""Larger pictures are not tried; this is Pillow's own limit."""
+
+_TOLERANCE = 1e-3
+"""How far two vectors of one input may be apart in each number."""
+
+_GREY = b"P5 32 32 255\n" + bytes([128]) * 32**2
+"""The picture that is tried where none of the input can be decoded."""
+
+
+def try_model(
+    spec: EncoderSpec,
+    images: Iterable[bytes | memoryview],
+    caption: str = "a picture",
+    options: dict[str, Any] | None = None,
+    modes: Sequence[str] = (),
+) -> EncoderSpec:
+    """Embed the first of some image files that can be decoded, and a caption; return the spec that this worked with.
+
+    The first of the preprocessing `modes` (default: the spec's) that supports the model's transform is taken. All runs
+    on the CPU, and in fp32 instead of fp16 and bf16, so that a machine that only plans needs no GPU. Storage `options`
+    are for weights at a URL.
+
+    EncoderError: the model cannot be loaded, cannot embed, or gives no vectors that can be compared.
+    ModuleNotFoundError: a library is missing.
+    """
+    *others, last = modes or (spec.preprocess,)
+    for mode in others:
+        try:
+            return _try(replace(spec, preprocess=mode), images, caption, options)
+        except NeedsExact:
+            pass
+    return _try(replace(spec, preprocess=last), images, caption, options)
+
+
+def _try(
+    spec: EncoderSpec, images: Iterable[bytes | memoryview], caption: str, options: dict[str, Any] | None
+) -> EncoderSpec:
+    tried = replace(spec, precision="fp32") if spec.precision in ("fp16", "bf16") else spec
+    name = f"{spec.model} {spec.pretrained}".strip()
+    try:
+        encoder = load(tried, "cpu", options, check=False)
+        _check_vectors(name, encoder, _pixels(encoder, images), caption)
+    except (ClipBatchError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # models raise errors of any class
+        raise EncoderError(
+            f"{name} cannot embed a picture ({type(error).__name__}: {one_line(error, 300)}): take a model that "
+            "docs/models.md lists, or plan with --no-try-model if only this machine cannot run it"
+        ) from None
+    return spec
+
+
+def _pixels(encoder: Encoder, images: Iterable[bytes | memoryview]) -> Pixels:
+    """The pixels of the first image that can be decoded; of a grey one where none can."""
+    for image in images:
+        try:
+            return encoder.preprocess(image, _MOST_PIXELS)
+        except DecodeError:
+            continue
+    return encoder.preprocess(_GREY, _MOST_PIXELS)
+
+
+def _check_vectors(model: str, encoder: Encoder, pixels: Pixels, caption: str) -> None:
+    """EncoderError if the vectors of a picture and a caption have no norm, or differ in length or from pass to pass."""
+    import numpy as np
+
+    batch = np.stack([pixels, pixels])
+    passes = {"picture": [encoder.encode_images(batch), encoder.encode_images(batch)]}
+    if encoder.has_text:
+        passes["caption"] = [encoder.encode_texts([caption, caption]), encoder.encode_texts([caption, caption])]
+    for kind, (first, second) in passes.items():
+        if first.shape != (2, encoder.dim):
+            raise EncoderError(
+                f"{model} gives a {kind} {first[0].size} numbers, and its dimension is {encoder.dim}: pictures and "
+                "captions are not in one space; take another model, see docs/models.md"
+            )
+        rows: Array = np.concatenate([first, second])
+        if not np.allclose(np.linalg.norm(rows, axis=1), 1, atol=5 * _TOLERANCE):
+            raise EncoderError(f"{model} gives a {kind} a vector of zeros or NaN: check its weights")
+        if not np.allclose(rows, rows[0], atol=_TOLERANCE):
+            raise EncoderError(
+                f"{model} gives the same {kind} another vector each time (cosine {rows.dot(rows[0]).min():.3f}), as "
+                "models do that mask at random (ViT-MAE): take another model, see docs/models.md"
+            )

@@ -1,0 +1,83 @@
+"""Replacing the plan of an OUT in which nothing is committed.
+
+A planner holds `replacing.json`, created only if it is absent, from before it removes the old plan until the new one is
+written. Before each commit, a worker compares the digest in plan.json with that of its own plan (`check_digest`). A
+commit that is created between that look and the removal carries the old plan's digest, which verify and merge refuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+from clip_batch.errors import PlanError
+from clip_batch.plan import paths
+from clip_batch.storage.store import Store
+
+SILENT = 60.0
+"""Seconds without a write of its record after which a worker is taken for dead."""
+
+
+def check_digest(store: Store, digest: str) -> None:
+    """PlanError if the plan of an output is not the one with this digest any more."""
+    if _digest(store) != digest:
+        raise PlanError(f"the plan of {store.url} was replaced while this worker ran: start it again for the new plan")
+
+
+def obstacle(store: Store) -> str:
+    """Why the plan of an output may not be replaced: partitions are committed, or workers are at work; "" if it may."""
+    if commits := [name for name in store.list(paths.COMMITS) if name.endswith(".json") and name[:-5].isdigit()]:
+        return f"{len(commits):,} partitions are committed: give another --output"
+    if names := _at_work(store):
+        return f"{names[0]} is at work on it: stop the workers and wait a minute, or give another --output"
+    return ""
+
+
+@contextlib.contextmanager
+def replaced(store: Store, digest: str) -> Iterator[None]:
+    """Remove the plan with this digest, and what belongs to it, while the block writes another one.
+
+    PlanError: the plan may not be replaced, or another planner is replacing it; then nothing is removed.
+    """
+    us = f"{socket.gethostname()}:{os.getpid()}"
+    if not store.create(paths.REPLACING, json.dumps({"planner": us}).encode()):
+        raise PlanError(
+            f"another planner is replacing the plan of {store.url}, or died at it: if none is at work, delete "
+            f"{store.display(paths.REPLACING)} and plan again"
+        )
+    try:
+        files = {name: store.read(name) for name in (paths.CONFIG, paths.SLICES, paths.PLAN) if store.exists(name)}
+        if (why := obstacle(store)) or _digest(store) != digest:
+            raise PlanError(f"the plan of {store.url} stays: {why or 'another planner has replaced it; plan again'}")
+        for name in reversed(files):
+            store.remove(name)
+        if why := obstacle(store):  # a worker was faster
+            for name, data in files.items():
+                store.create(name, data)
+            raise PlanError(f"the plan of {store.url} stays: {why}")
+        for folder in (paths.SUBMISSIONS, paths.WORKERS, paths.ATTEMPTS):
+            store.remove_folder(folder)
+        store.remove(paths.LOOK)
+        yield
+    finally:
+        store.remove(paths.REPLACING)
+
+
+def _digest(store: Store) -> str | None:
+    """The digest in plan.json; None where there is no plan."""
+    try:
+        return str(store.read_json(paths.PLAN)["digest"])
+    except FileNotFoundError:
+        return None
+
+
+def _at_work(store: Store) -> list[str]:
+    """The names of workers that have not ended and wrote their record in the last `SILENT` seconds."""
+    names = [f"{paths.WORKERS}/{name}" for name in store.list(paths.WORKERS) if not name.startswith(".")]
+    records = [json.loads(data) for data in store.read_all(names)]
+    now = time.time()
+    return [record["worker"] for record in records if not record["ended"] and now - record["beat"] < SILENT]
