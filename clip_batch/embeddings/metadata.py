@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.errors import CorruptError
-from clip_batch.storage.arrow import ParquetFile, caption_column
+from clip_batch.storage.arrow import UNREADABLE, ParquetFile, caption_column
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Sample
@@ -24,7 +24,7 @@ LINEAGE = ("partition", "row")
 @contextmanager
 def _open(store: Store, path: str) -> Iterator[ParquetFile]:
     what = f"{store.display(path)} is not readable"
-    with corrupt_unless_unavailable(what, "run clip-batch verify", pa.ArrowInvalid), store.open(path) as file:
+    with corrupt_unless_unavailable(what, "run clip-batch verify", *UNREADABLE), store.open(path) as file:
         yield ParquetFile(file)
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clip_batch.embeddings import metadata
-from clip_batch.storage.arrow import ParquetFile, caption_column, text_column
+from clip_batch.storage.arrow import UNREADABLE, ParquetFile, caption_column, text_column
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.types import KEY_COLUMNS
@@ -57,7 +57,7 @@ class Tables:
 
     def _footer(self, path: str) -> tuple[str, Footer]:
         what = f"{self.store.display(path)} is not readable Parquet"
-        with corrupt_unless_unavailable(what, "copy it again", pa.ArrowInvalid), self.store.open(path) as file:
+        with corrupt_unless_unavailable(what, "copy it again", *UNREADABLE), self.store.open(path) as file:
             parquet = ParquetFile(file)
             groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
             return path, Footer(tuple(groups), parquet.schema)

@@ -19,7 +19,7 @@ from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import Manifest
 from clip_batch.index.paths import VersionPaths
 from clip_batch.index.removals import RemovalList, load, names
-from clip_batch.storage.arrow import ipc_schema
+from clip_batch.storage.arrow import UNREADABLE, ipc_schema
 from clip_batch.storage.npy import read_npy_header
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
@@ -39,7 +39,7 @@ class RemovedRows(NamedTuple):
 def read_schema(store: Store, name: str) -> pa.Schema:
     """The columns of a metadata file. CorruptError if it is not readable."""
     what = f"{store.display(name)} is not a readable Arrow file"
-    with corrupt_unless_unavailable(what, "merge again", pa.ArrowInvalid), store.open(name) as file:
+    with corrupt_unless_unavailable(what, "merge again", *UNREADABLE), store.open(name) as file:
         return ipc_schema(file)
 
 

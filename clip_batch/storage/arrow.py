@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 
 from clip_batch.storage.text import as_caption, as_text
 
+UNREADABLE = (pa.ArrowException, UnicodeDecodeError)
+"""The errors, besides OSError, that reading a damaged file raises."""
+
 _MAGIC = b"ARROW1\0\0"
 
 
@@ -23,7 +26,7 @@ class ParquetFile:
     """An open Parquet file: its rows, and `metadata` and `schema` from its footer.
 
     Row groups are read one by one, in file order; reading column by column would request the blocks of a remote
-    file more than once. pa.ArrowInvalid: the file is not Parquet, or damaged.
+    file more than once. OSError or one of UNREADABLE: the file is not Parquet, or damaged.
     """
 
     def __init__(self, file: IO[bytes]) -> None:

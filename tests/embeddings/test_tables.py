@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from clip_batch.embeddings import metadata
 from clip_batch.embeddings.tables import Tables
+from clip_batch.errors import ClipBatchError
+from clip_batch.samples.tar.beside import captions_beside
 from clip_batch.storage.arrow import caption_column, text_column
 from clip_batch.storage.store import Store
 
@@ -90,3 +95,17 @@ def test_values_inside_lists_and_objects_are_strict_json() -> None:
     column = pq.read_table(stored)["c"]
     assert text_column(column).to_pylist() == ['["a cat", "caf\ufffd"]', '[null, "猫"]']
     assert caption_column(column).to_pylist() == ["a cat", "猫"]
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 1), st.binary(min_size=1, max_size=8))
+def test_a_damaged_file_is_read_or_refused(tmp_path: Path, place: float, noise: bytes) -> None:
+    stored = io.BytesIO()
+    pq.write_table(pa.table({"key": TEXTS, "caption": [[text] for text in TEXTS], "exif": [{"a": 1}] * 4}), stored)
+    data, at = stored.getvalue(), int(place * len(stored.getvalue()))
+    (tmp_path / "x.parquet").write_bytes(data[:at] + noise + data[at + len(noise) :])
+    with contextlib.suppress(ClipBatchError):
+        tables = Tables(Store(str(tmp_path)), [(0, "x.parquet")])
+        tables.read(0, "x.parquet", 0, tables.rows("x.parquet"))
+    with contextlib.suppress(ClipBatchError):
+        captions_beside(f"{tmp_path}/x.tar", "caption", ["a cat"], None)

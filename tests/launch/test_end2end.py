@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clip_batch.cli import main
@@ -497,6 +497,19 @@ def test_numbers_of_two_files_meet_as_doubles(tmp_path: Path) -> None:
     config = DownloadConfig(urls=str(tmp_path / "lists"), save_columns=["n"])
     freeze(config, Store(str(tmp_path / "dir")), {})
     assert pq.read_table(tmp_path / "dir/urls")["n"].to_pylist() == [float(2**53), 0.5]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(range(8)), st.booleans(), st.floats(0, 1), st.binary(min_size=1, max_size=8))
+def test_a_damaged_list_is_read_or_refused(tmp_path: Path, kind: int, zipped: bool, place: float, noise: bytes) -> None:
+    name, data = formats([(f"http://a/{number}", f"caption {number}") for number in range(20)])[kind]
+    data = gzip.compress(data) if zipped and kind != 5 else data
+    at = int(place * len(data))
+    with contextlib.suppress(ClipBatchError):
+        urls, _, _ = frozen(
+            tmp_path, name + ".gz" * (zipped and kind != 5), data[:at] + noise + data[at + len(noise) :]
+        )
+        assert urls
 
 
 def test_another_list_is_refused_where_shards_stand(tmp_path: Path) -> None:

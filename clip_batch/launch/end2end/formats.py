@@ -5,11 +5,13 @@ Text is UTF-8, or UTF-16 with its byte-order mark. An error names the line.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain, islice
 from typing import IO, Any
@@ -17,8 +19,8 @@ from typing import IO, Any
 import pyarrow as pa
 
 from clip_batch.config import DownloadConfig
-from clip_batch.errors import InputError, one_line
-from clip_batch.storage.arrow import ParquetFile
+from clip_batch.errors import InputError, StorageUnavailable, one_line
+from clip_batch.storage.arrow import UNREADABLE, ParquetFile
 from clip_batch.storage.store import Store
 from clip_batch.storage.text import as_caption, as_text, encodable, encoding
 
@@ -38,26 +40,29 @@ Row = tuple[int, list[str]]
 def read_tables(store: Store, names: Iterable[str], config: DownloadConfig) -> Generator[pa.Table]:
     """Yield the rows of the files in pieces. Raises InputError, which names the file, if one cannot be read."""
     for name in names:
-        try:
-            with store.open(name) as raw, _unzipped(raw, name) as file:
-                for table in READERS.get(format_of(name), _read_text)(file, config):
-                    if len(table):
-                        yield table
-        except (ValueError, RecursionError, EOFError, gzip.BadGzipFile) as error:
-            raise unreadable(store, name, error) from None
+        with readable(store, name), store.open(name) as raw, _unzipped(raw, name) as file:
+            for table in READERS.get(format_of(name), _read_text)(file, config):
+                if len(table):
+                    yield table
+
+
+@contextlib.contextmanager
+def readable(store: Store, name: str) -> Iterator[None]:
+    """Raise InputError if the block finds that a file cannot be read in the format of its name."""
+    try:
+        yield
+    except StorageUnavailable:
+        raise
+    except (ValueError, RecursionError, EOFError, OSError, zlib.error, *UNREADABLE) as error:
+        where, reason = store.display(name), one_line(error, 300)
+        raise InputError(
+            f"{where} cannot be read as a {format_of(name)} list: {reason}; correct it or its name"
+        ) from None
 
 
 def format_of(name: str) -> str:
     """Return a file name's extension in lower case, without .gz."""
     return name.lower().removesuffix(".gz").rpartition(".")[2]
-
-
-def unreadable(store: Store, name: str, error: Exception) -> InputError:
-    """Return the error for a file that cannot be read in the format of its name."""
-    reason = one_line(error, 300)
-    return InputError(
-        f"{store.display(name)} cannot be read as a {format_of(name)} list: {reason}; correct it or its name"
-    )
 
 
 def _unzipped(file: IO[bytes], name: str) -> Any:

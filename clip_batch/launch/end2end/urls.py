@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from clip_batch.config import DownloadConfig
 from clip_batch.errors import ConfigError, InputError
 from clip_batch.launch.end2end import paths
-from clip_batch.launch.end2end.formats import READERS, format_of, read_tables, unreadable
+from clip_batch.launch.end2end.formats import READERS, format_of, read_tables, readable
 from clip_batch.storage.arrow import ParquetFile, caption_column, text_column
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
@@ -198,11 +198,8 @@ def _file_schema(store: Store, name: str, config: DownloadConfig) -> pa.Schema:
                 if "json" not in format_of(name):  # a later JSON object may have further fields, so all are read
                     break
         return schema
-    with store.open(name) as file:
-        try:
-            return ParquetFile(file).schema
-        except pa.ArrowInvalid as error:
-            raise unreadable(store, name, error) from None
+    with readable(store, name), store.open(name) as file:
+        return ParquetFile(file).schema
 
 
 def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from clip_batch.errors import InputError
+from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 
 _ROWS = 10_000
@@ -19,27 +19,25 @@ def captions_beside(url: str, field: str, keys: Collection[str], options: dict[s
     """The captions of a tar's samples by key: column `field` of NAME.parquet beside NAME.tar.
 
     It is empty if there is no such file, or if it lacks that column or `key`. Only the captions of `keys` are kept.
-    InputError: the file is not readable Parquet. OSError: the store does not answer.
+    CorruptError: the file is not readable Parquet. OSError: the store does not answer.
     """
-    import pyarrow as pa
 
-    from clip_batch.storage.arrow import ParquetFile, caption_column, text_column
+    from clip_batch.storage.arrow import UNREADABLE, ParquetFile, caption_column, text_column
 
     folder, _, name = url.rpartition("/")
     store, path = Store(folder or "/", options), _SUFFIX.sub("", name) + ".parquet"
     wanted, captions = set(keys), dict[str, str]()
     try:
-        with store.open(path) as file:
-            parquet = ParquetFile(file)
-            if not {"key", field} <= set(parquet.schema.names):
-                return {}
-            for piece in parquet.pieces(_ROWS, ["key", field]):
-                pairs = zip(
-                    text_column(piece["key"]).to_pylist(), caption_column(piece[field]).to_pylist(), strict=True
-                )
-                captions.update((key, text.strip()) for key, text in pairs if key in wanted and text and text.strip())
+        opened = store.open(path)
     except FileNotFoundError:
         return {}
-    except pa.ArrowInvalid as error:
-        raise InputError(f"captions cannot be read from {store.display(path)}: {error}; copy it again") from None
+    what = f"captions cannot be read from {store.display(path)}"
+    with opened as file, corrupt_unless_unavailable(what, "copy it again", *UNREADABLE):
+        parquet = ParquetFile(file)
+        if not {"key", field} <= set(parquet.schema.names):
+            return {}
+        for piece in parquet.pieces(_ROWS, ["key", field]):
+            texts = text_column(piece["key"]), caption_column(piece[field])
+            pairs = zip(*(column.to_pylist() for column in texts), strict=True)
+            captions.update((key, text.strip()) for key, text in pairs if key in wanted and text and text.strip())
     return captions
