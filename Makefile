@@ -13,6 +13,7 @@ $(STAMP): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'cn_clip==1.6.0' # it pins an lmdb that nothing here needs
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[heif]'
 	touch $@
 
 demo: $(STAMP)          ## the whole line on embedded pictures, then the web page

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypedDict
 
 StrPath = str | os.PathLike[str]
@@ -16,6 +16,9 @@ StrPath = str | os.PathLike[str]
 
 KEY_COLUMNS = ("key", "shard", "offset", "length", "caption")
 """Metadata columns of every row, before the pinned JSON fields (see docs/formats.md)."""
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jpe", "heic", "heif")
+"""Extensions of images, without a dot, unless an option names others."""
 
 EXTRA_COLUMN = "extra"
 """Metadata column (JSON text, null where empty) for side-car fields outside the pinned schema."""
@@ -79,6 +82,7 @@ class EncoderSpec:
       the names are known.
     - `preprocess`: how images are decoded and resized.
     - `precision`: the number type that the model computes in.
+    - `exif_rotation`: whether images are turned upright by their EXIF orientation first.
     """
 
     model: str
@@ -86,15 +90,25 @@ class EncoderSpec:
     weights: str
     preprocess: str = "exact"
     precision: str = "fp32"
+    exif_rotation: bool = False
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits, a digest of `weights` (of the two names if that is ""), `preprocess` and `precision`."""
+        """16 hex digits, a digest of `weights` (of the two names if that is "") and the fields after it."""
         import hashlib
 
         what = self.weights or f"{self.model} {self.pretrained}"
-        text = "\n".join((what, self.preprocess, self.precision))
+        rotation = ("exif_rotation",) if self.exif_rotation else ()
+        text = "\n".join((what, self.preprocess, self.precision, *rotation))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def record(self) -> dict[str, Any]:
+        """What plans and manifests record: the fields and the fingerprint.
+
+        `exif_rotation` is left out where it is False, as in records of before, which older versions read.
+        """
+        fields = {name: value for name, value in asdict(self).items() if name != "exif_rotation" or value}
+        return {**fields, "fingerprint": self.fingerprint}
 
     def agrees(self, other: EncoderSpec) -> bool:
         """Whether vectors of the two may be compared: by fingerprint, or by the names if one has no weights."""
@@ -131,7 +145,7 @@ class Plan:
     encoder: EncoderSpec
     format: str = "tar"
     fields: dict[str, str] = field(default_factory=dict)
-    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
     caption_extensions: tuple[str, ...] = ("txt",)
     digest: str = ""
     passed_over: dict[str, int] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from clip_batch.cli.arguments import JsonArguments, Only, OutputArguments, answer, say
@@ -65,11 +65,12 @@ def prefetch(
         planned = load_plan(Store(arguments.output, options)).encoder
         spec = encoders.resolve(planned.model, planned.pretrained, planned.preprocess, planned.precision, options)
         encoders.check_weights(spec.weights, planned)
+        spec = replace(spec, exif_rotation=planned.exif_rotation)
     else:
         mode = "fast" if plan.preprocess == "auto" else plan.preprocess
         spec = encoders.resolve(plan.model, plan.pretrained, mode, plan.precision, options)
     text = f"{spec.model} {spec.pretrained}".strip() + f" is on this machine: {spec.weights[:12]}"
-    values = {**asdict(spec), "fingerprint": spec.fingerprint}
+    values = spec.record()
     if plan.preprocess == "auto" and not arguments.output:  # only a trial of the model tells which it is
         del values["preprocess"], values["fingerprint"]
     answer(arguments, values, text)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clip_batch.config.fields import Options, documented
+from clip_batch.types import IMAGE_EXTENSIONS
 
 
 @documented
@@ -69,6 +70,8 @@ class PlanConfig(Options):
     """open_clip's tag of pretrained weights, or the path or URL of a checkpoint. Many model families need none."""
     preprocess: Literal["auto", "fast", "exact", "scaled"] = "auto"
     """Image transform. exact: the model's own; fast: nearly equal; scaled: for large JPEGs; auto: fast, else exact."""
+    exif_rotation: Literal["auto", "apply", "ignore"] = "auto"
+    """Whether EXIF orientation turns images. auto: apply with --format files; ignore in tars, as open_clip does."""
     try_model: bool = True
     """Embed one sample before the plan is written, on this machine's CPU, so that an unfit model is refused here."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
@@ -79,7 +82,7 @@ class PlanConfig(Options):
     """Target number of samples per partition, instead of a size."""
     partition_count: int | None = None
     """Number of partitions, instead of a target size."""
-    image_extensions: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
+    image_extensions: list[str] = field(default_factory=lambda: list(IMAGE_EXTENSIONS))
     """Extensions of image members, in upper or lower case. If a sample has several, the first listed is used."""
     caption_extensions: list[str] = field(default_factory=lambda: ["txt"])
     """Extensions of caption members, in upper or lower case. If a sample has several, the first listed is used."""

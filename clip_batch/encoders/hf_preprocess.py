@@ -31,12 +31,12 @@ def load_processor(folder: str) -> Any:
     return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
 
 
-def from_processor(processor: Any, mode: str) -> Preprocessing:
+def from_processor(processor: Any, mode: str, upright: bool = False) -> Preprocessing:
     """An image processor in one of `preprocess.MODES`. EncoderError: only `exact` supports this processor.
 
-    Pixels are uint8 if the processor's rescaling and normalizing equal `normalizer` bit for bit over all 256 values,
-    otherwise float32. Patches are one float32 array (n, p + 3): each patch, whether it is there, and the grid's height
-    and width.
+    With `upright`, EXIF orientation is applied before it. Pixels are uint8 if the processor's rescaling and normalizing
+    equal `normalizer` bit for bit over all 256 values, otherwise float32. Patches are one float32 array (n, p + 3):
+    each patch, whether it is there, and the grid's height and width.
     """
     normalize = _normalize(processor)
     settings = {"do_rescale": False, "do_normalize": False} if normalize else {}
@@ -52,7 +52,7 @@ def from_processor(processor: Any, mode: str) -> Preprocessing:
     shape = _resize_and_crop(processor) if mode != "exact" and normalize else None
     if mode != "exact" and not shape:
         raise unsupported(type(processor).__name__)
-    return from_steps(steps, normalize, mode, shape)
+    return from_steps(steps, normalize, mode, upright, shape)
 
 
 def patch_inputs(pixels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import resize_image
 from clip_batch.encoders.transforms import ResizeCrop, resize_and_crop, split, unsupported
 from clip_batch.errors import EncoderError
 from clip_batch.samples.decode import JPEGS, load_image, open_image, read_header
+from clip_batch.samples.metadata import orientation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +36,12 @@ MODES = ("exact", "fast", "scaled")
 GAP = 2.0
 """`scaled` decodes a JPEG to at least this many times its size after the resize; another value is another encoder."""
 
+STRIP = 2**22
+"""Pixels that Pillow hands over at a time."""
+
+_FLIPS = ((), (2,), (1, 2), (1,), (), (2,), (1, 2), (1,))
+"""The axes to flip for each EXIF orientation, after a transposition of 5 to 8."""
+
 GREY_SIDE = 8
 GREY = b"P5 8 8 255\n" + bytes([128]) * GREY_SIDE**2
 """A small picture, whose pixels have the shape of all images of a model."""
@@ -48,23 +55,28 @@ class Preprocessing(NamedTuple):
     """What `normalizer` has to do with the uint8 pixels of `prepare`; None if they are float32 and complete."""
 
 
-def from_transform(transform: Any, mode: str) -> Preprocessing:
-    """A model's torchvision transform in one of `MODES`. EncoderError: only `exact` supports this transform."""
-    return from_steps(*split(transform), mode)
+def from_transform(transform: Any, mode: str, upright: bool = False) -> Preprocessing:
+    """A model's torchvision transform in one of `MODES`. EncoderError: only `exact` supports this transform.
+
+    With `upright`, EXIF orientation is applied before it.
+    """
+    return from_steps(*split(transform), mode, upright)
 
 
-def from_steps(steps: Steps, normalize: Normalize | None, mode: str, shape: ResizeCrop | None = None) -> Preprocessing:
+def from_steps(
+    steps: Steps, normalize: Normalize | None, mode: str, upright: bool = False, shape: ResizeCrop | None = None
+) -> Preprocessing:
     """The same from the steps on Pillow images and the Normalize; `shape` replaces steps that are not torchvision's."""
     if mode == "exact":
-        return Preprocessing(partial(exact, steps), normalize)
+        return Preprocessing(partial(exact, steps, upright=upright), normalize)
     if mode not in MODES:
         raise EncoderError(f"no preprocessing is called {mode!r}: there are {', '.join(MODES)}")
     shape = shape or resize_and_crop(steps, normalize)
     if mode == "fast":
-        return Preprocessing(partial(fast, steps, shape), normalize)
+        return Preprocessing(partial(fast, steps, shape, upright=upright), normalize)
     if shape.interpolation not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
         raise unsupported(steps)
-    return Preprocessing(partial(scaled, steps, shape), normalize)
+    return Preprocessing(partial(scaled, steps, shape, upright=upright), normalize)
 
 
 def normalizer(normalize: Normalize, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -80,25 +92,33 @@ def normalizer(normalize: Normalize, device: torch.device) -> Callable[[torch.Te
     return normalized
 
 
-def exact(steps: Steps, data: bytes | memoryview, max_pixels: int) -> Pixels:
+def exact(steps: Steps, data: bytes | memoryview, max_pixels: int, upright: bool = False) -> Pixels:
     """The result of the steps: uint8 (3, h, w), or float32 if they end in a tensor. DecodeError."""
-    return _array(steps(open_image(data, max_pixels)))
+    return _array(steps(open_image(data, max_pixels, upright)))
 
 
-def fast(steps: Steps, shape: ResizeCrop, data: bytes | memoryview, max_pixels: int) -> Pixels:
+def fast(steps: Steps, shape: ResizeCrop, data: bytes | memoryview, max_pixels: int, upright: bool = False) -> Pixels:
     """uint8 (3, h, w), nearly those of `exact`: torch resizes RGB and grey images. DecodeError.
 
     The whole image is resized, then cropped: resizing only what the crop keeps gives other pixels. Images with a
     palette or transparency go through the steps, because Pillow resizes them differently.
     """
-    return _resized(steps, shape, data, read_header(data, max_pixels))
+    return _resized(steps, shape, data, read_header(data, max_pixels), upright)
 
 
-def scaled(steps: Steps, shape: ResizeCrop, data: bytes | memoryview, max_pixels: int, gap: float = GAP) -> Pixels:
+def scaled(
+    steps: Steps,
+    shape: ResizeCrop,
+    data: bytes | memoryview,
+    max_pixels: int,
+    gap: float = GAP,
+    upright: bool = False,
+) -> Pixels:
     """As `fast`, but a large JPEG is decoded to fewer pixels: at least `gap` times its size after the resize."""
     image = read_header(data, max_pixels)
     if _is_plain_jpeg(image):
-        size = resized_size(shape.size, image.height, image.width)
+        turn = orientation(image) if upright else 1
+        size = _size_before_turn(shape, image.height, image.width, turn)
         n = eighths(image.height, image.width, size, gap)
         pixels = _decode_jpeg(data, -(-image.height * n // 8), -(-image.width * n // 8)) if n < 8 else None
         if pixels is not None:
@@ -107,8 +127,8 @@ def scaled(steps: Steps, shape: ResizeCrop, data: bytes | memoryview, max_pixels
             scale = [8 * new / (n * old) + 1e-7 for new, old in zip(size, (image.height, image.width), strict=True)]
             mode = shape.interpolation.value
             result = interpolate(pixels[None], None, scale, mode, antialias=True, recompute_scale_factor=False)
-            return _array(shape.crop(result[0]))
-    return _resized(steps, shape, data, image)
+            return _array(shape.crop(_turned(result[0], turn)))
+    return _resized(steps, shape, data, image, upright)
 
 
 def resized_size(size: Sequence[int], height: int, width: int) -> list[int]:
@@ -131,15 +151,44 @@ def eighths(height: int, width: int, size: Sequence[int], gap: float) -> int:
     return next((n for n in (1, 2, 4) if height * n >= 8 * gap * size[0] and width * n >= 8 * gap * size[1]), 8)
 
 
-def _resized(steps: Steps, shape: ResizeCrop, data: bytes | memoryview, image: Image) -> Pixels:
-    """The result of `fast` for an image whose header was read."""
+def _resized(steps: Steps, shape: ResizeCrop, data: bytes | memoryview, image: Image, upright: bool) -> Pixels:
+    """The result of `fast` for an image whose header was read. A JPEG is turned when it is small, after the resize."""
+    turn = 1
     pixels = _decode_jpeg(data) if _is_plain_jpeg(image) else None
     if pixels is None:
-        image = load_image(image)
+        image = load_image(image, data, upright)
         if image.mode not in ("RGB", "L"):
             return _array(steps(image))
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return _array(shape.crop(resize_image(pixels, list(shape.size), shape.interpolation, antialias=True)))
+        pixels = _rgb(image)
+    elif upright:
+        turn = orientation(image)
+    size = _size_before_turn(shape, pixels.shape[1], pixels.shape[2], turn)
+    return _array(shape.crop(_turned(resize_image(pixels, size, shape.interpolation, antialias=True), turn)))
+
+
+def _size_before_turn(shape: ResizeCrop, height: int, width: int, turn: int) -> list[int]:
+    """The height and width to which an image is resized so that it has the right size once it is turned."""
+    if turn < 5:
+        return resized_size(shape.size, height, width)
+    return resized_size(shape.size, width, height)[::-1]
+
+
+def _turned(pixels: torch.Tensor, turn: int) -> torch.Tensor:
+    """Pixels (3, h, w) of an EXIF orientation, made upright."""
+    if turn >= 5:
+        pixels = pixels.transpose(1, 2)
+    axes = _FLIPS[turn - 1]
+    return pixels.flip(axes) if axes else pixels
+
+
+def _rgb(image: Image) -> torch.Tensor:
+    """The pixels of an image of mode RGB or L, (3, h, w); in strips, since Pillow copies twice what it hands over."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = np.asarray(strip.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _is_plain_jpeg(image: Image) -> bool:

@@ -59,6 +59,7 @@ def resolve(
     preprocess: str = "exact",
     precision: str = "fp32",
     options: dict[str, Any] | None = None,
+    exif_rotation: bool = False,
 ) -> EncoderSpec:
     """The identity of a model, with the digest of its weights; a local model is not loaded, others may be downloaded.
 
@@ -74,7 +75,7 @@ def resolve(
         pretrained = os.path.abspath(pretrained)
     located = locate_model(model)
     weights = _family(located).weights_digest(located, _local_weights(pretrained, options))
-    return EncoderSpec(model, pretrained, weights, preprocess, precision)
+    return EncoderSpec(model, pretrained, weights, preprocess, precision, exif_rotation)
 
 
 def load(

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clip_batch.samples import kinds
 from clip_batch.search import lineage
 from clip_batch.search.checks import check_columns
 from clip_batch.search.find import THOROUGH, best_rows, rows_over
@@ -130,8 +131,9 @@ def _copy_images(searcher: Searcher, table: pa.Table, store: Store, name: str) -
     return copied
 
 
+_EXTENSIONS = {"PNG": "png", "WebP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif", "HEIC": "heic"}
+
+
 def _extension(image: bytes) -> str:
     """Return the extension that fits an image's first bytes; jpg if they are of another format."""
-    if image.startswith(b"\x89PNG"):
-        return "png"
-    return "webp" if image[8:12] == b"WEBP" else "jpg"
+    return _EXTENSIONS.get(kinds.picture(image) or "", "jpg")

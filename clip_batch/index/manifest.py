@@ -117,7 +117,7 @@ class Manifest:
     def to_json(self) -> str:
         """JSON text; the encoder carries its fingerprint."""
         data = asdict(self)
-        data["encoder"]["fingerprint"] = self.encoder.fingerprint
+        data["encoder"] = self.encoder.record()
         return json.dumps(data, indent=1, sort_keys=True)
 
     @classmethod

@@ -72,13 +72,16 @@ def make_plan(
         shards = [count_folder(shard, images, captions, options) for shard in shards]
     say(f"{len(shards):,} inputs found")
     modes = AUTO if config.preprocess == "auto" else (config.preprocess,)
-    encoder = encoders.resolve(config.model, config.pretrained, modes[0], config.precision, options)
+    names = config.model, config.pretrained, modes[0], config.precision
+    encoder = encoders.resolve(*names, options, exif_rotation=_upright(config))
     draft = Plan((), encoder, config.format, {}, images, captions, caption_field=config.caption_field)
 
     def differences(existing: Plan, head: dict[str, Any]) -> list[str]:
         """How the plan to be made differs from the one that exists, one phrase each."""
         mode = existing.encoder.preprocess if existing.encoder.preprocess in modes else modes[0]
         encoder = replace(draft.encoder, preprocess=mode)
+        if config.exif_rotation == "auto":  # a plan from before there was this option ignores it
+            encoder = replace(encoder, exif_rotation=existing.encoder.exif_rotation)
         return _differences(existing, head, replace(draft, encoder=encoder), shards, target)
 
     old = _load(store) if store.exists(paths.PLAN) else None
@@ -169,6 +172,11 @@ def _extensions(config: PlanConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return images, captions
 
 
+def _upright(config: PlanConfig) -> bool:
+    """Whether EXIF orientation is applied: unless an option says otherwise, to photographs in folders."""
+    return config.format == "files" if config.exif_rotation == "auto" else config.exif_rotation == "apply"
+
+
 def _target(config: PlanConfig) -> PartitionTarget:
     """What partitions are packed by. ConfigError: it is below 1, or two options contradict each other."""
     if config.partition_count is not None and config.partition_samples is not None:
@@ -223,7 +231,7 @@ def _write(
         "shards": len(shards),
         "samples": None if None in counts else sum(filter(None, counts)),
         "bytes": None if None in sizes else sum(filter(None, sizes)),
-        "encoder": {**asdict(plan.encoder), "fingerprint": plan.encoder.fingerprint},
+        "encoder": plan.encoder.record(),
         "format_": plan.format,
         "fields": plan.fields,
         "image_extensions": plan.image_extensions,

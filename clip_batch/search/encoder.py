@@ -15,5 +15,5 @@ def load_encoder(spec: EncoderSpec, config: SearchConfig, storage: StorageConfig
     names = config.model or spec.model, config.pretrained or spec.pretrained
     if not spec.weights or names != (spec.model, spec.pretrained):
         found = encoders.resolve(*names, spec.preprocess, spec.precision, storage.storage_options)
-        spec = replace(found, weights=spec.weights or found.weights)
+        spec = replace(found, weights=spec.weights or found.weights, exif_rotation=spec.exif_rotation)
     return encoders.load(spec, config.device, storage.storage_options)

@@ -39,4 +39,5 @@ def load(spec, device, compiled):
         return layer(torch.tensor(np.stack(counts)).to(placement.device, placement.dtype))
 
     transform = Compose([Resize((SIDE, SIDE)), to_rgb, ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
-    return TorchEncoder(layer, image_tower, text_tower, from_transform(transform, spec.preprocess), placement)
+    preprocessing = from_transform(transform, spec.preprocess, spec.exif_rotation)
+    return TorchEncoder(layer, image_tower, text_tower, preprocessing, placement)

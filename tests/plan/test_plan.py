@@ -18,7 +18,7 @@ from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError
 from clip_batch.plan.plan import _digest, load_plan, make_plan
 from clip_batch.plan.replace import replaced
 from clip_batch.storage.store import Store
-from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
+from clip_batch.types import IMAGE_EXTENSIONS, EncoderSpec, Partition, Plan, Shard, Slice
 
 
 def slices_of(plan: Plan) -> list[Slice]:
@@ -87,6 +87,7 @@ def test_the_caption_field_is_part_of_the_plan(config: PlanConfig, tmp_path: Pat
 def test_a_plan_without_a_caption_field_keeps_its_digest(tmp_path: Path) -> None:
     shard = Shard("a.tar", 10240, "1")
     plan = Plan((Partition(0, (Slice(shard),)),), EncoderSpec("fake:8", "", "0" * 64), fields={"n": "int64"})
+    plan = replace(plan, image_extensions=("jpg", "jpeg", "png", "webp"))  # the default of then
     assert _digest(plan) == "511523fcde899b3b3402520537792dad7f2cf6af7b22cb38ee25f1db9388c6eb"
 
 
@@ -152,6 +153,42 @@ def test_a_changed_option_is_refused_by_name(
     commit_one(f"{tmp_path}/out")
     with pytest.raises(PlanError, match=says):
         make_plan(config.input, f"{tmp_path}/out", replace(config, **change))  # type: ignore[arg-type]
+
+
+def test_exif_orientation_is_applied_to_folders_of_files_unless_told_otherwise(tars: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.jpg").write_bytes(b"x")
+    for format, source in (("tar", tars), ("files", pictures)):
+        for choice, expected in (("auto", format == "files"), ("apply", True), ("ignore", False)):
+            config = PlanConfig(model="fake:8", format=format, exif_rotation=choice)  # type: ignore[arg-type]
+            output = f"{tmp_path}/{format}-{choice}"
+            plan = make_plan(str(source), output, config)
+            assert plan.encoder.exif_rotation == expected == load_plan(Store(output)).encoder.exif_rotation
+    with pytest.raises(PlanError, match="exif_rotation 'True' -> 'False'"):
+        make_plan(
+            str(pictures), f"{tmp_path}/files-auto", PlanConfig(model="fake:8", format="files", exif_rotation="ignore")
+        )
+
+
+def test_a_plan_of_before_ignores_exif_orientation_and_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"x")
+    old = PlanConfig(model="fake:8", format="files", exif_rotation="ignore")
+    plan = make_plan(f"{tmp_path}/in", f"{tmp_path}/out", old)
+    store = Store(f"{tmp_path}/out")
+    head = store.read_json("_clip_batch/plan.json")
+    assert "exif_rotation" not in head["encoder"]
+    assert make_plan(f"{tmp_path}/in", f"{tmp_path}/out", replace(old, exif_rotation="auto")) == plan
+
+
+def test_common_formats_of_pictures_are_planned_by_default(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number, kind in enumerate(IMAGE_EXTENSIONS):
+        (tmp_path / "in" / f"{number}.{kind.upper()}").write_bytes(b"x")
+    plan = make_plan(f"{tmp_path}/in", f"{tmp_path}/out", PlanConfig(model="fake:8", format="files"))
+    assert plan.image_extensions[:4] == ("jpg", "jpeg", "png", "webp")
+    assert sum(piece.shard.samples or 0 for piece in slices_of(plan)) == len(IMAGE_EXTENSIONS) == 13
 
 
 def test_another_order_is_refused(config: PlanConfig, tars: Path, tmp_path: Path) -> None:

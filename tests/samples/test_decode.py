@@ -56,19 +56,14 @@ def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
     assert np.array_equal(np.asarray(image).ravel(), np.arange(256))
 
 
-@pytest.mark.parametrize(("dtype", "top", "white"), [("i4", 65535, 255), ("i4", 10**6, 255)])
-def test_thirty_two_bits_are_scaled_by_their_range(dtype: str, top: int, white: int) -> None:
-    values = np.array([[0, top]], dtype)
-    assert np.asarray(open_image(corpus.encode(Image.fromarray(values), "TIFF"), LIMIT)).tolist() == [[0, white]]
-
-
 @pytest.mark.parametrize("name", ["gif.jpg", "animated.webp", "animated.png"])
 def test_the_first_frame_of_an_animation(name: str) -> None:
     assert (rgb(ODD[name]) == (255, 0, 0)).all()
 
 
-def test_exif_rotation_is_not_applied() -> None:
+def test_exif_rotation_is_applied_by_choice() -> None:
     assert open_image(ODD["rotated.jpg"], LIMIT).size == (64, 32)
+    assert open_image(ODD["rotated.jpg"], LIMIT, upright=True).size == (32, 64)
 
 
 @pytest.mark.parametrize("name", sorted(BAD))

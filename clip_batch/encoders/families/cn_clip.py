@@ -76,7 +76,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
         tokens = tokenize(list(texts), return_tensors="pt", **options).to(placement.device)
         return encode_text(model, tokens["input_ids"], tokens["attention_mask"])
 
-    preprocessing = preprocess.from_transform(transform, spec.preprocess)
+    preprocessing = preprocess.from_transform(transform, spec.preprocess, spec.exif_rotation)
     return TorchEncoder(model, model["visual"], text_tower, preprocessing, placement)
 
 

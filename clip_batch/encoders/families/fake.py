@@ -31,7 +31,7 @@ def weights_digest(model: str, pretrained: str) -> str:
 
 def load(spec: EncoderSpec, device: str, compiled: int) -> FakeEncoder:
     """The encoder; `device` and `compiled` have no effect."""
-    return FakeEncoder(int(spec.model.removeprefix("fake:")))
+    return FakeEncoder(int(spec.model.removeprefix("fake:")), spec.exif_rotation)
 
 
 class FakeEncoder:
@@ -39,12 +39,12 @@ class FakeEncoder:
 
     has_text = True
 
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
+    def __init__(self, dim: int, upright: bool = False) -> None:
+        self.dim, self._upright = dim, upright
         self._projection = np.random.default_rng(0).standard_normal((3 * _SIDE * _SIDE, dim), dtype=np.float32)
 
     def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
-        image = open_image(data, max_pixels).convert("RGB").resize((_SIDE, _SIDE))
+        image = open_image(data, max_pixels, self._upright).convert("RGB").resize((_SIDE, _SIDE))
         return np.asarray(image).transpose(2, 0, 1)
 
     def encode_images(self, batch: Pixels) -> Array:

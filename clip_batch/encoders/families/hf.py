@@ -56,7 +56,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
         processor = hf_preprocess.load_processor(folder)
     except Exception as error:
         raise EncoderError(f"transformers cannot load the processor of {spec.model}: {hub.line(error)}") from None
-    preprocessing = hf_preprocess.from_processor(processor, spec.preprocess)
+    preprocessing = hf_preprocess.from_processor(processor, spec.preprocess, spec.exif_rotation)
     model = load_model(folder).to(placement.device, placement.dtype)
     try:
         texts = text_tower(model, folder, placement.device) if hasattr(model, "get_text_features") else None

@@ -60,7 +60,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     placement = place(spec, device, compiled)
     text, image = _names(spec.model)
     model, transform, _ = open_clip.load_model(image, spec.pretrained, spec.precision, placement.device)
-    preprocessing = preprocess.from_transform(transform, spec.preprocess)
+    preprocessing = preprocess.from_transform(transform, spec.preprocess, spec.exif_rotation)
     try:
         text_tower = _text_tower(hub.folder(text), placement.device, placement.dtype)
     except EncoderError:

@@ -86,9 +86,13 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
         if config.get("text"):
             text_tower = _text_tower(folder, config, _graph(runtime, os.path.join(folder, config["text"]), device))
         if "pixels" in config:
-            preprocessing = preprocess.from_transform(transforms.build(config["pixels"]), spec.preprocess)
+            preprocessing = preprocess.from_transform(
+                transforms.build(config["pixels"]), spec.preprocess, spec.exif_rotation
+            )
         else:
-            preprocessing = hf_preprocess.from_processor(hf_preprocess.load_processor(folder), spec.preprocess)
+            preprocessing = hf_preprocess.from_processor(
+                hf_preprocess.load_processor(folder), spec.preprocess, spec.exif_rotation
+            )
     except (EncoderError, ImportError):
         raise
     except Exception as error:  # runtimes raise errors of any class

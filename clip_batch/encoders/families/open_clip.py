@@ -114,7 +114,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     placement = place(spec, device, compiled)
     model, transform, tokenizer = load_model(spec.model, spec.pretrained, spec.precision, placement.device)
     trimmed = TrimmedTextTower(model)
-    preprocessing = preprocess.from_transform(transform, spec.preprocess)
+    preprocessing = preprocess.from_transform(transform, spec.preprocess, spec.exif_rotation)
 
     def text_tower(texts: Sequence[str]) -> torch.Tensor:
         rows: torch.Tensor = trimmed(tokenizer(texts).to(placement.device))

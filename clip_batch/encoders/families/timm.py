@@ -54,7 +54,9 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     placement = place(spec, device, compiled)
     model, transform = load_model(spec.model, spec.pretrained)
     model = model.to(placement.device, placement.dtype)
-    return TorchEncoder(model, model, None, preprocess.from_transform(transform, spec.preprocess), placement)
+    return TorchEncoder(
+        model, model, None, preprocess.from_transform(transform, spec.preprocess, spec.exif_rotation), placement
+    )
 
 
 def load_model(model: str, pretrained: str) -> tuple[Any, Any]:

@@ -55,7 +55,8 @@ class FilteredDataset(IterableDataset[Row]):
     `source` is an INDEX, or the folder that `clip-batch filter` wrote, which takes no queries. A query is a text or
     a Query; `amount` is the number of rows in all, mixed by the queries' weights (see `select.mix`). `where` and
     `unique` narrow every query. A sample is a dict: id, score, query (its number), key, caption (or None), `columns`,
-    and image (see `pictures` for `decode`, `size`, `max_pixels` and `transform`, which runs on the reading threads).
+    and image (see `pictures` for `decode`, `size`, `max_pixels`, `upright` and `transform`, which runs on the reading
+    threads).
 
     `via` says where images come from: "tar", "url" or "either" (see `fetch`). `timeout` in seconds, `max_bytes`, and
     `private`, which allows addresses that are not public, apply to URLs. Each process reads with `threads` threads
@@ -80,6 +81,7 @@ class FilteredDataset(IterableDataset[Row]):
         size: int = 224,
         transform: Callable[[Any], Any] | None = None,
         max_pixels: int = 50_000_000,
+        upright: bool = False,
         via: str = "tar",
         timeout: float = 10.0,
         max_bytes: str = "20MB",
@@ -108,7 +110,9 @@ class FilteredDataset(IterableDataset[Row]):
             raise ConfigError(f"columns is {columns!r}: it must be a list of names")
         self.rank, self.world = _rank(rank, world)
         self.columns, self.shuffle, self.seed, self.block = list(columns), shuffle, seed, block
-        self._decoding: Callable[[], Callable[[bytes], Any]] = partial(pictures, decode, size, max_pixels, transform)
+        self._decoding: Callable[[], Callable[[bytes], Any]] = partial(
+            pictures, decode, size, max_pixels, transform, upright
+        )
         self._decoding()
         self._fetching = partial(Fetch, via, storage.storage_options, timeout, parse_bytes(max_bytes), private)
         self._threads, self._ahead, self.progress = threads, ahead, PassProgress(max_failures)

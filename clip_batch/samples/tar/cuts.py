@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from clip_batch.samples.tar.headers import Member, Record, member_runs
 from clip_batch.samples.tar.mapping import map_tar
 from clip_batch.samples.tar.samples import TarSamples, group_members
+from clip_batch.types import IMAGE_EXTENSIONS
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "txt", "json")
+EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
 
 Cuts = list[tuple[int, int]]
 """(byte, samples before it) of each place, from (0, 0) to (where the last member ends, all samples)."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from clip_batch.samples import kinds
 from clip_batch.search import lineage
 
 if TYPE_CHECKING:
     from clip_batch.serve.search.live import OpenVersion
 
-_MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+SHOWN = ("jpeg", "png", "webp", "gif", "bmp", "avif")
+"""Formats that browsers show."""
 
 COLUMNS = ("shard", "offset", "length")
 """The metadata columns that locate a row's image."""
@@ -33,7 +35,8 @@ def original(version: OpenVersion, row: int) -> bytes | None:
 
 def media_type(data: bytes) -> str:
     """Return the media type of an image's bytes; never a type whose content a browser would execute."""
-    return next((kind for magic, kind in _MEDIA.items() if data.startswith(magic)), "application/octet-stream")
+    name = (kinds.picture(data) or "").lower()
+    return f"image/{name}" if name in SHOWN else "application/octet-stream"
 
 
 def image_path(index: str, version: OpenVersion, row: int) -> str:

@@ -14,7 +14,7 @@ from clip_batch.serve.http.openapi import REFUSALS, takes
 from clip_batch.serve.http.requests import read_body
 from clip_batch.serve.http.responses import json_response
 from clip_batch.serve.search.find import check, ranked
-from clip_batch.serve.search.images import image_path, media_type, original
+from clip_batch.serve.search.images import SHOWN, image_path, media_type, original
 from clip_batch.serve.search.live import OpenVersion
 from clip_batch.serve.search.metadata import metadata, shown_columns
 from clip_batch.serve.search.metrics import REQUEST
@@ -138,9 +138,7 @@ def router(service: Service) -> APIRouter:
 
 
 _IMAGE: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {f"image/{kind}": {} for kind in ("jpeg", "png", "webp", "gif")} | {"application/octet-stream": {}}
-    },
+    200: {"content": {f"image/{kind}": {} for kind in SHOWN} | {"application/octet-stream": {}}},
     304: {"description": "The image has not changed."},
 }
 
