@@ -165,6 +165,7 @@ def test_exif_orientation_is_applied_to_folders_of_files_unless_told_otherwise(t
             output = f"{tmp_path}/{format}-{choice}"
             plan = make_plan(str(source), output, config)
             assert plan.encoder.exif_rotation == expected == load_plan(Store(output)).encoder.exif_rotation
+    commit_one(f"{tmp_path}/files-auto")
     with pytest.raises(PlanError, match="exif_rotation 'True' -> 'False'"):
         make_plan(
             str(pictures), f"{tmp_path}/files-auto", PlanConfig(model="fake:8", format="files", exif_rotation="ignore")
