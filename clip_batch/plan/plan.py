@@ -132,9 +132,9 @@ def _tried(
     if config.try_model:
         images = [sample.image for sample in samples if sample.image is not None]
         try:
-            from clip_batch.samples.texts import decode_caption
+            from clip_batch.samples.texts import decode_texts
 
-            texts = (decode_caption(sample.caption)[0] for sample in samples)
+            texts = (decode_texts(sample, config.caption_field).caption for sample in samples)
             tried = encoders.try_model(encoder, images, next(filter(None, texts), "a picture"), options, modes)
         except ModuleNotFoundError as error:
             why = f"as {error.name} is not installed here"

@@ -88,7 +88,10 @@ def caption_advice(look: Look, caption_field: str) -> str | None:
         return [name for name in names if any(field_caption(record, name) for record in look.records)]
 
     if caption_field and look.samples and not look.beside and not present([caption_field]):
-        fields = ", ".join(present(dict.fromkeys(name for record in look.records for name in record))[:20])
+        texts = {
+            name: None for record in look.records for name, value in record.items() if isinstance(value, str | list)
+        }
+        fields = ", ".join(present(texts)[:20])
         return (
             f"none of {look.samples} samples that were looked at has the caption field {caption_field!r}; "
             f"their fields with text are: {fields or 'none'}"

@@ -81,7 +81,7 @@ def test_the_caption_field_is_part_of_the_plan(config: PlanConfig, tmp_path: Pat
     with pytest.raises(PlanError, match="caption_field width -> text"):
         make_plan(config.input, f"{tmp_path}/with", replace(config, caption_field="text"))
     make_plan(config.input, f"{tmp_path}/typo", replace(config, caption_field="text"), progress=said.append)
-    assert any("has the caption field 'text'; their fields with text are: width" in line for line in said)
+    assert any("has the caption field 'text'; their fields with text are: none" in line for line in said)
 
 
 def test_a_plan_without_a_caption_field_keeps_its_digest(tmp_path: Path) -> None:
