@@ -50,7 +50,8 @@ class Backend(Protocol):
     ) -> tuple[Vectors, Ids]:
         """Return scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id.
 
-        If there are fewer hits, scores are padded with -inf and ids with -1.
+        A k beyond the rows counts as the number of rows. If there are fewer hits, scores are padded with -inf and ids
+        with -1.
         """
 
     def where(self, condition: Condition) -> Ids:

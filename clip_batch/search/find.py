@@ -95,9 +95,10 @@ def check_criteria(backend: Backend, criteria: Criteria, heads: Heads, bounds: B
         raise QueryError("modality", f"{criteria.modality} is not in this index; it has {there}")
     if criteria.condition is not None:
         check_columns(backend.schema, columns_in(criteria.condition))
-    if criteria.k is not None and criteria.k > backend.most:
+    k = min(criteria.k or K, backend.manifest.rows)
+    if k > backend.most:
         raise QueryError("k", f"{backend.most} at most in this index")
-    if criteria.k is not None and criteria.judged and criteria.k > bounds.compared:
+    if criteria.k is not None and criteria.judged and k > bounds.compared:
         raise QueryError("k", f"{bounds.compared} at most where near duplicates, or what heads refuse, are left out")
     for field, asked, head in (
         ("safe", criteria.safe, heads.safety),

@@ -253,20 +253,21 @@ class Searcher:
     ) -> tuple[Vectors, Ids]:
         """Scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id.
 
-        Places without a hit have -inf and -1. With `among`, only its rows can be hits: up to `EXACT` rows are all
-        scored; of more, those in the lists that `effort` makes the index visit. Errors as `search`.
+        A k beyond the rows of the index counts as the number of its rows. Places without a hit have -inf and -1. With
+        `among`, only its rows can be hits: up to `EXACT` rows are all scored; of more, those in the lists that `effort`
+        makes the index visit. Errors as `search`.
         """
         vectors = checked_search(self.manifest, queries, k, modality, effort)
-        shards = self.indices[modality]
+        shards, k = self.indices[modality], min(int(k), self.manifest.rows)
         effort = self.manifest.effort[modality] if effort is None else effort
 
-        stored, depth = self._stored.get(modality), int(k)
+        stored, depth = self._stored.get(modality), k
         if stored is not None:
             depth = candidates(depth, self.manifest.rerank)
 
         if among and len(among.ids) <= EXACT:
             with suppress(ConfigError):  # some kinds of index give no vectors back
-                return self._exact(vectors, among.ids, int(k), modality)
+                return self._exact(vectors, among.ids, k, modality)
 
         def search_shard(shard: OpenedIndex) -> tuple[Vectors, Ids]:
             removed = among.others(shard.offset, shard.rows) if among else shard.removed
@@ -276,7 +277,7 @@ class Searcher:
         parts = list(self._pool.map(search_shard, shards))
         # All shards are copies of one template, so their scores can be compared.
         scores, ids = best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), depth)
-        return (scores, ids) if stored is None else rerank(vectors, ids, stored, int(k))
+        return (scores, ids) if stored is None else rerank(vectors, ids, stored, k)
 
     def _exact(self, queries: Vectors, ids: Ids, k: int, modality: str) -> tuple[Vectors, Ids]:
         """Search a few rows, as `search_ids` does, by scoring all of them."""

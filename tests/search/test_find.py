@@ -198,7 +198,6 @@ def test_conditions_see_nulls_and_all_kinds(searcher: Searcher) -> None:
         ({"text": "a", "where": "nowhere = 1"}, "no metadata column nowhere: there are"),
         ({"text": "a", "where": "number ="}, "where, at its end: expected a value"),
         ({"text": "a", "modality": "sound"}, "modality: sound is not in this index; it has image, text"),
-        ({"text": "a", "unique": True, "k": 10_001}, "k: 10000 at most where near duplicates"),
         ({"id": ROWS}, f"ids are whole numbers from 0 to {ROWS - 1}"),
         ({"embedding": [1, 2]}, "embedding: it has 2 numbers, this index has 8"),
         ({"embedding": "abc"}, "embedding: it is not a list of numbers"),
@@ -210,6 +209,13 @@ def test_conditions_see_nulls_and_all_kinds(searcher: Searcher) -> None:
 def test_a_query_that_cannot_be_answered(searcher: Searcher, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         searcher.find(Query(**fields))
+
+
+def test_more_hits_than_can_be_compared_are_refused_unless_the_rows_are_fewer(searcher: Searcher) -> None:
+    query = Query(text="a", unique=True, k=10**9)
+    with pytest.raises(ConfigError, match="k: 5 at most where near duplicates"):
+        best_rows(searcher, query, bounds=Bounds(compared=5))
+    assert len(best_rows(searcher, query).ids) <= ROWS
 
 
 @pytest.mark.parametrize(

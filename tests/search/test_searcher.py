@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from clip_batch.cli import main
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
@@ -61,10 +63,25 @@ def test_more_hits_than_rows(searcher: Searcher) -> None:
     (line,) = searcher.search(IMAGES[0], k=1000, effort=8)
     assert sorted(hit.id for hit in line) == list(range(400))
     scores, ids = searcher.search_ids(IMAGES[0], 1000, effort=8)
-    assert ids.shape == (1, 1000)
-    assert (ids[0, 400:] == -1).all()
-    assert np.isneginf(scores[0, 400:]).all()
-    assert len(searcher.search(IMAGES[0], k=1000, effort=1)[0]) < 400  # three lists of 24
+    assert ids.shape == scores.shape == (1, 400)
+    scores, ids = searcher.search_ids(IMAGES[0], 1000, effort=1)  # three lists of 24
+    few = len(searcher.search(IMAGES[0], k=1000, effort=1)[0])
+    assert few < 400 and (ids[0, few:] == -1).all() and np.isneginf(scores[0, few:]).all()
+
+
+@pytest.mark.parametrize("k", [10**9, 2**31, 10**12])
+def test_any_k_costs_what_the_rows_cost(folder: str, searcher: Searcher, k: int) -> None:
+    tracemalloc.start()
+    try:
+        assert len(searcher.search(IMAGES[0], k=k)[0]) <= 400
+        assert len(searcher.search(IMAGES[0], k=k, where="row >= 0")[0]) == 400
+        assert len(searcher.find(Query(embedding=IMAGES[0], k=k, unique=True)).hits) <= 400
+        assert searcher.search_ids(IMAGES[:3], k, among=searcher.select([1, 2]))[1].shape == (3, 400)
+        command = ["search", "--index", f"{folder}/index", "--id", "3", "--no-unique", "--json", "-k", str(k)]
+        assert main(command) == 0
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_equal_scores_come_by_ascending_id(tmp_path: Path) -> None:
@@ -133,6 +150,7 @@ def test_only_selected_rows_are_found(folder: str, some: set[int], exact: bool, 
         patch.setattr("clip_batch.search.searcher.EXACT", 10_000 if exact else -1)
         scores, ids = searcher.search_ids(IMAGES[row], 400, effort=8)
         kept = np.isin(ids[0], list(some))
+        k = min(k, 400)
         wanted = np.concatenate([ids[0][kept], np.full(k, -1)])[:k]
         found, places = searcher.search_ids(IMAGES[row], k, effort=8, among=searcher.select(sorted(some)))
         np.testing.assert_allclose(found[0], np.concatenate([scores[0][kept], np.full(k, -np.inf)])[:k], atol=1e-6)

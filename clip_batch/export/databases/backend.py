@@ -118,6 +118,7 @@ class DatabaseBackend:
     ) -> tuple[Vectors, Ids]:
         """Search as `Searcher.search_ids` does. `effort` is nprobe or ef; None uses Milvus's default."""
         vectors = checked_search(self.manifest, queries, k, modality, effort)
+        k = min(int(k), self.manifest.rows)
         if k > self.most:
             raise ConfigError(f"k is {k}: Milvus gives {self.most} at the most")
         if among is not None and not len(among.ids):
