@@ -22,6 +22,8 @@ PermissionError, from remote stores too. ValueError and TypeError are mistakes o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ClipBatchError(Exception):
     """Base of every error that clip-batch raises on purpose."""
@@ -114,3 +116,9 @@ def one_line(error: object, limit: int | None = None) -> str:
     """
     text = " ".join(str(error).split())
     return (text or (type(error).__name__ if isinstance(error, BaseException) else ""))[:limit]
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` names of a list as text, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -24,6 +24,10 @@ EXTRA_COLUMN = "extra"
 """Metadata column (JSON text, null where empty) for side-car fields outside the pinned schema."""
 
 
+UNREADABLE = "unreadable"
+"""The etag of a Shard that stands for a folder which could not be listed when the plan was made."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One input: a tar, or with `--format files` a folder of images.
@@ -31,7 +35,7 @@ class Shard:
     - `url`: its path or URL.
     - `size`: bytes; None for a folder, or where the store does not tell.
     - `etag`: its version: etag, generation or modification time; for a folder, a digest of its files' names. None where
-      the store does not tell.
+      the store does not tell; UNREADABLE for a folder that could not be listed.
     - `samples`: number of samples, from a side-car or a scan of the headers; None where it was not counted.
     """
 
@@ -212,11 +216,13 @@ class PassedOver(NamedTuple):
 Item = Sample | Failure | PassedOver
 """What reading a slice yields."""
 
-SHARD_REASONS = frozenset({"not_a_tar", "empty_file", "empty_shard", "truncated_tar", "corrupt_header", "bad_gzip"})
+SHARD_REASONS = frozenset(
+    {"not_a_tar", "empty_file", "empty_shard", "truncated_tar", "corrupt_header", "bad_gzip", "unreadable_folder"}
+)
 """Reasons of failures that concern a shard."""
 
 SAMPLE_REASONS = frozenset(
-    {"missing_image", "truncated_member", "undecodable_image", "too_many_pixels", "extreme_aspect"}
+    {"missing_image", "unreadable_file", "truncated_member", "undecodable_image", "too_many_pixels", "extreme_aspect"}
 )
 """Reasons of failures that concern one sample."""
 

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from clip_batch.samples import read_slice
+from clip_batch.storage.store import Store
+from clip_batch.storage.tree import list_tree
 from clip_batch.types import EncoderSpec, Failure, Partition, Plan, Sample, Shard, Slice
 
 Files = Sequence[tuple[str, bytes]]
@@ -180,6 +187,20 @@ def samples(path: str) -> Iterator[Sample]:
 def failures(items: Iterable[Sample | Failure]) -> list[tuple[str | None, str]]:
     """(key, reason) of each failure."""
     return [(item.key, item.reason) for item in items if isinstance(item, Failure)]
+
+
+def unprivileged(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run Python as a user whom the modes of files bind, as they do not bind root."""
+    root = os.geteuid() == 0
+    if root and not shutil.which("setpriv"):
+        pytest.skip("root, and no setpriv to give up root's rights")
+    drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if root else []
+    return subprocess.run([*drop, sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def names_in(store: Store) -> list[str]:
+    """The sorted names of all files in a store that are not hidden."""
+    return [entry.url.removeprefix(f"{store.url}/") for entry in list_tree(store.url, store.options).entries]
 
 
 def tar_keys(path: str) -> list[str]:

@@ -39,7 +39,9 @@ def _plan(output: str, config: PlanConfig, storage: StorageConfig) -> tuple[dict
     shards = {piece.shard.url for partition in plan.partitions for piece in partition.slices}
     summary = {"partitions": len(plan.partitions), "shards": len(shards), "encoder": plan.encoder.fingerprint}
     summary["preprocess"] = plan.encoder.preprocess
-    return summary, f"planned {len(shards):,} shards in {len(plan.partitions):,} partitions: {output}"
+    text = f"planned {len(shards):,} shards in {len(plan.partitions):,} partitions: {output}"
+    text += f", passed over: {format_counts(plan.passed_over)}" if plan.passed_over else ""
+    return {**summary, "passed_over": plan.passed_over}, text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,8 @@ class PlanConfig(Options):
     """Tars: paths, URLs, globs, brace patterns ({000..999}) or @FILE lists. With --format files, folders of images."""
     format: Literal["tar", "files"] = "tar"
     """Kind of input. tar: webdataset tars; files: folder trees of images with .txt and .json files beside them."""
+    unreadable: Literal["fail", "record"] = "fail"
+    """What a folder that may not be listed does. fail: the plan is refused; record: it is among the failures."""
     model: str = "ViT-B-32"
     """Model: open_clip's name, hf:..., timm:..., cn-clip:..., mclip:..., onnx:... or demo; see docs/models.md."""
     pretrained: str = ""

@@ -33,7 +33,18 @@ from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.texts import decode_texts
 from clip_batch.storage.names import is_utf8, text_name
 from clip_batch.storage.store import Store
-from clip_batch.types import SHARD_REASONS, Failure, Item, Partition, PassedOver, Plan, Sample, Slice, StrPath
+from clip_batch.types import (
+    SHARD_REASONS,
+    UNREADABLE,
+    Failure,
+    Item,
+    Partition,
+    PassedOver,
+    Plan,
+    Sample,
+    Slice,
+    StrPath,
+)
 
 if TYPE_CHECKING:
     from clip_batch.encoders.encoder import Array, Encoder, Pixels
@@ -231,7 +242,7 @@ class _Worker:
         """The slices to prefetch, in order, without those of partitions that are committed by now."""
         for partition in queue:
             if not self._committed(partition):
-                yield from partition.slices
+                yield from (piece for piece in partition.slices if piece.shard.etag != UNREADABLE)
 
     def _committed(self, partition: Partition) -> bool:
         """Whether any worker has committed a partition by now."""

@@ -20,6 +20,7 @@ from clip_batch.embeddings.commits import read_commit
 from clip_batch.embeddings.metadata import metadata_schema
 from clip_batch.errors import one_line
 from clip_batch.plan import paths
+from clip_batch.storage.names import name_text
 from clip_batch.storage.npy import half_header
 from clip_batch.storage.store import Store, stream_digest
 from clip_batch.types import Commit, Failure, Plan, StoredFile
@@ -48,7 +49,8 @@ class PartWriter:
         self.passed_over: Counter[str] = Counter()
         self._messages: dict[str, str] = {}
         self.shards = {
-            piece.shard.url: {"seen": 0, "embedded": 0, "failed": 0} for piece in plan.partitions[partition].slices
+            name_text(piece.shard.url): {"seen": 0, "embedded": 0, "failed": 0}
+            for piece in plan.partitions[partition].slices
         }
         self._compression = compression
         self._started = time.time()

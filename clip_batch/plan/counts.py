@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.plan.specs import SIDE_CARS, TAR_SUFFIXES, Options
 from clip_batch.plan.threads import map_in_threads
-from clip_batch.samples.files import list_samples, listing_digest
+from clip_batch.samples.files import Folder, listing_digest
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.store import Store
-from clip_batch.types import Shard
+from clip_batch.types import UNREADABLE, Shard, format_counts
 
 CHEAP_COUNTS = 100_000
 """Side-cars of up to this many local tars are read even if no counts are needed: 20 us each."""
@@ -36,21 +36,59 @@ def count_tars(tars: Sequence[Shard], options: Options, scan: Callable[[Shard], 
     """The tars with `samples` from img2dataset's side-cars, or from `scan` where there are none."""
 
     def count(tar: Shard) -> Shard:
+        if tar.etag == UNREADABLE:
+            return tar
         samples = _side_car_count(tar.url, options)
         return replace(tar, samples=scan(tar) if samples is None else samples)
 
     return list(map_in_threads(count, tars))
 
 
-def count_folder(folder: Shard, images: Sequence[str], captions: Sequence[str], options: Options) -> Shard:
+def count_folder(folder: Shard, listed: Folder, images: Sequence[str]) -> Shard:
     """The folder of files with its number of samples, and a digest of their names as its version.
 
     InputError: no file has one of the extensions of `images`.
     """
-    samples = list_samples(folder.url, tuple(images), tuple(captions), options)
-    if not samples:
-        raise InputError(f"{folder.url} holds no sample with extensions {' '.join(images)}: name another folder")
-    return replace(folder, samples=len(samples), etag=listing_digest(samples))
+    if not (listed.samples or listed.unreadable):
+        found = f", but {format_counts(listed.passed_over)}" if listed.passed_over else ""
+        remedy = image_advice(listed.passed_over, images) or "name another folder"
+        tars = ", or --format tar" if "tar" in listed.passed_over else ""
+        raise InputError(f"{folder.url} holds no sample with extensions {' '.join(images)}{found}: {remedy}{tars}")
+    return replace(folder, samples=len(listed.samples), etag=listing_digest(listed.samples))
+
+
+PICTURES = frozenset(
+    {
+        "avif",
+        "bmp",
+        "dds",
+        "dng",
+        "gif",
+        "heic",
+        "heif",
+        "j2k",
+        "jfif",
+        "jp2",
+        "jpe",
+        "jpeg",
+        "jpg",
+        "pbm",
+        "pcx",
+        "pgm",
+    }
+    | {"png", "pnm", "ppm", "psd", "tga", "tif", "tiff", "webp"}
+)
+"""Extensions of pictures that Pillow can read, some of them with a plugin."""
+
+
+def image_advice(passed_over: Mapping[str, int], images: Sequence[str]) -> str:
+    """The flag that takes the pictures among the files that were passed over; "" where there are none.
+
+    >>> image_advice({"dng": 3, "md": 1}, ["jpg"])
+    'add --image-extensions jpg dng'
+    """
+    pictures = sorted(PICTURES.intersection(passed_over).difference(images))
+    return f"add --image-extensions {' '.join([*images, *pictures])}" if pictures else ""
 
 
 def _side_car_count(url: str, options: Options) -> int | None:

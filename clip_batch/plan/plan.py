@@ -18,15 +18,17 @@ from functools import partial
 from typing import Any
 
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
-from clip_batch.errors import ConfigError, CorruptError, PlanError
+from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError, some
 from clip_batch.plan import paths, specs
-from clip_batch.plan.counts import count_folder, count_samples
+from clip_batch.plan.counts import count_folder, count_samples, image_advice
 from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
 from clip_batch.plan.replace import obstacle, replaced
 from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples
+from clip_batch.samples.files import list_samples
+from clip_batch.storage.names import name_text, text_name
 from clip_batch.storage.store import Store
-from clip_batch.types import EncoderSpec, Partition, Plan, Sample, Shard, Slice, StrPath
+from clip_batch.types import UNREADABLE, EncoderSpec, Partition, Plan, Sample, Shard, Slice, StrPath, format_counts
 
 FORMAT = 1
 """The version of the plan's files; a plan of another one is refused."""
@@ -67,14 +69,18 @@ def make_plan(
     store = Store(os.fspath(output), options)
     target = _target(config)
     images, captions = _extensions(config)
-    shards = specs.expand_inputs(config.input, config.format, options)
+    inputs = specs.expand_inputs(config.input, config.format, options)
     if config.format == "files":
-        shards = [count_folder(shard, images, captions, options) for shard in shards]
+        _count_folders(inputs, images, captions, options)
+    _check_unreadable(inputs, config)
+    shards, passed_over = inputs.shards, dict(inputs.passed_over)
     say(f"{len(shards):,} inputs found")
+    if passed_over:
+        say("; ".join(filter(None, [f"passed over: {format_counts(passed_over)}", image_advice(passed_over, images)])))
     modes = AUTO if config.preprocess == "auto" else (config.preprocess,)
     names = config.model, config.pretrained, modes[0], config.precision
     encoder = encoders.resolve(*names, options, exif_rotation=_upright(config))
-    draft = Plan((), encoder, config.format, {}, images, captions, caption_field=config.caption_field)
+    draft = Plan((), encoder, config.format, {}, images, captions, "", passed_over, config.caption_field)
 
     def differences(existing: Plan, head: dict[str, Any]) -> list[str]:
         """How the plan to be made differs from the one that exists, one phrase each."""
@@ -147,6 +153,26 @@ def _tried(
 
 def _as_list(input: StrPath | Iterable[StrPath]) -> list[StrPath]:
     return [input] if isinstance(input, (str, os.PathLike)) else list(input)
+
+
+def _count_folders(
+    inputs: specs.Inputs, images: Sequence[str], captions: Sequence[str], options: specs.Options
+) -> None:
+    """Count the samples of folders of files, and what is none."""
+    for number, folder in enumerate(inputs.shards):
+        listed = list_samples(folder.url, images, captions, options)
+        inputs.shards[number] = count_folder(folder, listed, images)
+        inputs.passed_over.update(listed.passed_over)
+        inputs.unreadable.update(listed.unreadable)
+
+
+def _check_unreadable(inputs: specs.Inputs, config: PlanConfig) -> None:
+    """Add the folders that cannot be listed as shards, for a worker to record. InputError: they are to be refused."""
+    if inputs.unreadable and config.unreadable == "fail":
+        names = [f"{name} ({why})" for name, why in sorted(inputs.unreadable.items())]
+        raise InputError(f"cannot be listed: {some(names)}; mend the permissions, or plan with --unreadable record")
+    size = None if config.format == "files" else 0
+    inputs.shards += [Shard(url, size, UNREADABLE, 0) for url in sorted(inputs.unreadable)]
 
 
 def count_partitions(store: Store) -> int:
@@ -259,7 +285,7 @@ def _parquet(partitions: Sequence[Partition]) -> bytes:
     slices = [piece for partition in partitions for piece in partition.slices]
     columns = {
         "partition": pa.array([part.id for part in partitions for _ in part.slices], pa.int32()),
-        "url": pa.array([piece.shard.url for piece in slices], pa.string()),
+        "url": pa.array([name_text(piece.shard.url) for piece in slices], pa.string()),
         "size": pa.array([piece.shard.size for piece in slices], pa.int64()),
         "etag": pa.array([piece.shard.etag for piece in slices], pa.string()),
         "shard_samples": pa.array([piece.shard.samples for piece in slices], pa.int64()),
@@ -311,10 +337,10 @@ def _read_partitions(table: bytes) -> tuple[Partition, ...]:
 
     columns = [column.to_pylist() for column in ParquetFile(io.BytesIO(table)).read().columns]
     slices: list[list[Slice]] = []
-    shard = Shard("")
+    last, shard = "", Shard("")
     for partition, url, size, etag, total, start, stop, samples in zip(*columns, strict=True):
-        if url != shard.url:
-            shard = Shard(url, size, etag, total)
+        if url != last:
+            last, shard = url, Shard(text_name(url), size, etag, total)
         if partition == len(slices):
             slices.append([])
         slices[-1].append(Slice(shard, start, stop, samples))
@@ -351,5 +377,5 @@ def _input_differences(plan: Plan, shards: Sequence[Shard]) -> list[str]:
             if url in old and (old[url].size, old[url].etag) != (shard.size, shard.etag)
         ],
     }
-    phrases = [f"{len(urls)} inputs {kind}: {specs.some(urls, 3)}" for kind, urls in inputs.items() if urls]
+    phrases = [f"{len(urls)} inputs {kind}: {some(urls, 3)}" for kind, urls in inputs.items() if urls]
     return phrases or (["inputs in another order"] if list(old) != list(new) else [])

@@ -8,16 +8,16 @@ SPECs; the shards of a brace pattern are in its order, those of a glob or a fold
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import shlex
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-from clip_batch.errors import ConfigError, InputError
+from clip_batch.errors import ConfigError, InputError, some
 from clip_batch.plan.braces import expand_braces
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.storage.filesystem import filesystem
@@ -25,8 +25,8 @@ from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.retry import call_store
 from clip_batch.storage.store import Store
 from clip_batch.storage.text import encoding
-from clip_batch.storage.transfer import etag_of
-from clip_batch.types import Shard
+from clip_batch.storage.tree import Entry, Tree, entry_of, list_glob, list_tree
+from clip_batch.types import Shard, extension, format_counts
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 """Suffixes of the files in a folder that are its tars."""
@@ -41,35 +41,44 @@ _QUIET = {"--quiet", "--no-progress", "--only-show-errors"}
 """Switches of the AWS command line that do not change what a command copies."""
 
 
-class Entry(NamedTuple):
-    """What a store tells about one file or folder."""
+@dataclass
+class Inputs:
+    """What SPECs name.
 
-    url: str
-    size: int | None
-    etag: str | None
-    folder: bool
+    - `shards`: tars, or folders with format "files".
+    - `passed_over`: the number of files in listed folders, and of matches of globs, that are no input, by extension.
+    - `unreadable`: folders that cannot be listed, and why.
+    """
+
+    shards: list[Shard] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def entries(self, tree: Tree) -> list[Entry]:
+        """The entries of a tree, after taking note of what it passed over."""
+        self.passed_over.update(tree.passed_over)
+        self.unreadable.update(tree.unreadable)
+        return tree.entries
+
+    def leave(self, entries: Iterable[Entry]) -> None:
+        """Count entries that are no input."""
+        self.passed_over.update("folder" if entry.folder else extension(entry.url) for entry in entries)
 
 
-def expand_inputs(specs: Sequence[str], format: str = "tar", options: Options | None = None) -> list[Shard]:
+def expand_inputs(specs: Sequence[str], format: str = "tar", options: Options | None = None) -> Inputs:
     """The shards that SPECs name: tars, or folders with format "files".
 
     ConfigError: there is no SPEC. InputError: an input is missing, matches nothing, or is named twice.
     """
     if not specs:
         raise ConfigError("no input: name tars or folders with --input SPEC")
-    shards = [
-        shard for spec in _read_lists(specs, options) for shard in _expand_spec(spec, format == "files", options or {})
-    ]
-    if len({shard.url for shard in shards}) < len(shards):
-        repeated = [url for url, times in Counter(shard.url for shard in shards).items() if times > 1]
+    inputs = Inputs()
+    for spec in _read_lists(specs, options):
+        _expand_spec(spec, format == "files", options or {}, inputs)
+    if len({shard.url for shard in inputs.shards}) < len(inputs.shards):
+        repeated = [url for url, times in Counter(shard.url for shard in inputs.shards).items() if times > 1]
         raise InputError(f"named more than once: {some(repeated)}; name each input once")
-    return shards
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first `most` names of a list as text, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return inputs
 
 
 def unpiped(spec: str) -> str:
@@ -123,16 +132,15 @@ def _read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
         yield from listed
 
 
-def _expand_spec(spec: str, folders: bool, options: Options) -> list[Shard]:
-    """The shards of one SPEC; `folders` tells that they are folders of files, not tars."""
+def _expand_spec(spec: str, folders: bool, options: Options, inputs: Inputs) -> None:
+    """Add the shards of one SPEC; `folders` tells that they are folders of files, not tars."""
     names = [absolute(name) for name in expand_braces(unpiped(spec))]
     if not any(map(_is_glob, names)):
-        return _shards(_entries(names, options), folders, options)
-    shards = []
+        _add(_entries(names, options), folders, options, inputs)
+        return
     for name in names:
-        entries = _glob(name, folders, options) if _is_glob(name) else _entries([name], options)
-        shards += _shards(entries, folders, options)
-    return shards
+        entries = _glob(name, folders, options, inputs) if _is_glob(name) else _entries([name], options)
+        _add(entries, folders, options, inputs)
 
 
 def _is_glob(name: str) -> bool:
@@ -142,17 +150,16 @@ def _is_glob(name: str) -> bool:
     return any(character in name for character in "*?[") and not (is_local(name) and os.path.exists(name))
 
 
-def _shards(entries: Iterable[Entry], folders: bool, options: Options) -> list[Shard]:
-    """Entries as shards; a folder that is not a shard itself is searched for tars."""
-    shards: list[Shard] = []
+def _add(entries: Iterable[Entry], folders: bool, options: Options, inputs: Inputs) -> None:
+    """Add entries as shards; a folder that is not a shard itself is searched for tars."""
     for url, size, etag, folder in entries:
         if folders and not folder:
-            raise InputError(f"{url} is a file: --format files takes folders (for tars: --format tar)")
+            place = url.rpartition("/")[0]
+            raise InputError(f"{url} is a file: --format files takes folders, such as {place} (for tars: --format tar)")
         if folder and not folders:
-            shards += [Shard(*entry[:3]) for entry in _tars_under(url, options)]
+            inputs.shards += [Shard(*entry[:3]) for entry in _tars_under(url, options, inputs)]
         else:
-            shards.append(Shard(url) if folder else Shard(url, size, etag))
-    return shards
+            inputs.shards.append(Shard(url) if folder else Shard(url, size, etag))
 
 
 def _entries(names: Sequence[str], options: Options) -> Iterable[Entry]:
@@ -186,7 +193,7 @@ def _remote_entry(example: str, options: Options) -> Callable[[str], Entry | Non
 
     def info(url: str) -> Entry | None:
         try:
-            return _entry(url, call_store(lambda: fs.info(fs._strip_protocol(url)), f"asking for {url}", options))
+            return entry_of(url, call_store(lambda: fs.info(fs._strip_protocol(url)), f"asking for {url}", options))
         except FileNotFoundError:
             return None
         except Exception as error:
@@ -195,33 +202,59 @@ def _remote_entry(example: str, options: Options) -> Callable[[str], Entry | Non
     return info
 
 
-def _entry(url: str, info: dict[str, Any]) -> Entry:
-    return Entry(url, info.get("size"), etag_of(info), info.get("type") == "directory")
+def _glob(pattern: str, folders: bool, options: Options, inputs: Inputs) -> list[Entry]:
+    """The folders, or the tars, that a glob matches, sorted; what else it matches is counted.
 
-
-def _glob(pattern: str, folders: bool, options: Options) -> list[Entry]:
-    """The folders, or the files except img2dataset's side-cars, that a glob matches, sorted; no hidden ones."""
-    if is_local(pattern):
-        entries = list(_entries(paths, options)) if (paths := sorted(glob.glob(pattern, recursive=True))) else []
+    Names without a tar's suffix are taken for tars where no match has one, and folders where no file matches.
+    """
+    tree = list_glob(pattern, options)
+    matches = [entry for entry in inputs.entries(tree) if not _base(entry).startswith(".")]
+    if folders:
+        taken = [entry for entry in matches if entry.folder]
     else:
-        entries = _listing(pattern, "glob", options)
-    visible = [entry for entry in entries if entry.folder == folders and not _base(entry).startswith(".")]
-    matches = [entry for entry in visible if folders or not entry.url.endswith(SIDE_CARS)]
-    if not matches:
-        raise InputError(f"{pattern} matches no {'folder' if folders else 'file'}: correct the pattern, or quote it")
-    return matches
+        files = [entry for entry in matches if not entry.folder and not entry.url.endswith(SIDE_CARS)]
+        taken = [entry for entry in files if _is_tar(_base(entry))] or files
+        taken = taken or [entry for entry in matches if entry.folder]
+    if not taken and not tree.unreadable:
+        raise InputError(f"{pattern} matches no {'folder' if folders else 'file'}: {_hint(pattern, folders, matches)}")
+    kept = set(taken)
+    inputs.leave(entry for entry in matches if entry not in kept)
+    return _with_versions(taken, options)
 
 
-def _tars_under(folder: str, options: Options) -> list[Entry]:
+def _hint(pattern: str, folders: bool, matches: Sequence[Entry]) -> str:
+    """What to do about a glob without a match of the kind that is wanted."""
+    if matches and folders:
+        return f"it matches files, and --format files takes folders, such as {matches[0].url.rpartition('/')[0]}"
+    return "correct the pattern, or quote it"
+
+
+def _tars_under(folder: str, options: Options, inputs: Inputs) -> list[Entry]:
     """All tars in a folder and below, sorted; hidden ones are skipped, since most are still being copied."""
-    if is_local(folder):
-        walk = ((place, name) for place, _, names in os.walk(folder) for name in names)
-        paths = sorted(os.path.join(place, name) for place, name in walk if _is_tar(name))
-        entries = list(_entries(paths, options)) if paths else []
-    else:
-        entries = [entry for entry in _listing(folder, "find", options) if _is_tar(_base(entry))]
-    if not entries:
-        raise InputError(f"{folder} holds no tar ({' '.join(TAR_SUFFIXES)}): name another folder, or --format files")
+    tree = list_tree(folder, options)
+    entries = inputs.entries(tree)
+    tars = [entry for entry in entries if _is_tar(_base(entry))]
+    if not tars and not tree.unreadable:
+        counts = Counter(extension(entry.url) for entry in entries)
+        found = f", but {format_counts(counts)}" if counts else ""
+        raise InputError(
+            f"{folder} holds no tar ({' '.join(TAR_SUFFIXES)}){found}: name another folder{_other(counts)}"
+        )
+    inputs.leave(entry for entry in entries if not _is_tar(_base(entry)))
+    return _with_versions(tars, options)
+
+
+def _other(counts: Counter[str]) -> str:
+    """The format or command that takes a folder whose files have these extensions."""
+    if "npy" in counts:
+        return ", or merge these embeddings with clip-batch merge --output"
+    return ", or --format files" if counts else ""
+
+
+def _with_versions(entries: list[Entry], options: Options) -> list[Entry]:
+    """Local entries with their sizes and times, which a listing does not tell."""
+    if entries and is_local(entries[0].url):
+        return list(_entries([entry.url for entry in entries], options))
     return entries
 
 
@@ -231,15 +264,3 @@ def _base(entry: Entry) -> str:
 
 def _is_tar(name: str) -> bool:
     return name.endswith(TAR_SUFFIXES) and not name.startswith(".")
-
-
-def _listing(url: str, call: str, options: Options) -> list[Entry]:
-    """The entries that one listing call (`glob` or `find`) of a remote store gives, with full URLs, sorted."""
-    fs, path = filesystem(url, options)
-    prefix = url.removesuffix("/").removesuffix(path)
-    try:
-        listed = call_store(lambda: getattr(fs, call)(path, detail=True), f"listing {url}", options)
-    except Exception as error:
-        raise InputError(f"{url} cannot be listed: {error}; check the URL and --storage-options") from None
-    # `pop` frees each dictionary when its entry is made: there may be a million.
-    return sorted(_entry(prefix + name, listed.pop(name)) for name in list(listed))

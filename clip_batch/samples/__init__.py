@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from clip_batch.types import Item, Plan, Slice
+from clip_batch.storage.names import name_text
+from clip_batch.types import UNREADABLE, Failure, Item, Plan, Slice
 
 if TYPE_CHECKING:
     from clip_batch.samples.prefetch import Prefetcher
@@ -23,6 +24,9 @@ def read_slice(
 
     InputError: the shard is missing or not what was planned. OSError: the store does not answer.
     """
+    if piece.shard.etag == UNREADABLE:
+        message = "the folder could not be listed when the plan was made: mend its permissions, and plan it"
+        return iter([Failure(None, name_text(piece.shard.url), None, "unreadable_folder", message)])
     if plan.format == "files":
         from clip_batch.samples.files import read_files
 

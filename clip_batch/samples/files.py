@@ -7,36 +7,80 @@ path: cat.jpg and cat.png are two samples, not two views of one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
-from clip_batch.errors import InputError
+from clip_batch.errors import InputError, one_line, some
+from clip_batch.storage.names import name_text
+from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.store import Store
+from clip_batch.storage.tree import list_tree
 from clip_batch.types import Failure, Item, Plan, Sample, Shard, Slice
+from clip_batch.types import extension as extension_of
 
 Listing = list[tuple[str, dict[str, str]]]
 """Each sample's key, and its files' names by their lower-case extension; sorted by key."""
 
 
+class Folder(NamedTuple):
+    """What is in a folder and below it.
+
+    - `samples`: its samples.
+    - `passed_over`: the number of files that are part of none, by extension.
+    - `unreadable`: folders that cannot be listed, and why.
+    """
+
+    samples: Listing
+    passed_over: Counter[str]
+    unreadable: dict[str, str]
+
+
 def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Item]:
     """Read the samples [start, stop) of a folder's sorted listing; see `clip_batch.samples.read_slice`."""
-    url = piece.shard.url
-    store = Store(url, options)
+    url = name_text(piece.shard.url)
+    store = Store(piece.shard.url, options)
     for key, names in _planned_listing(piece.shard, plan, options)[piece.start : piece.stop]:
+        key = name_text(key)
         image = _first(names, plan.image_extensions)
         if image is None:
             extensions = ", ".join(plan.image_extensions)
             yield Failure(key, url, None, "missing_image", f"no file of this key ends in {extensions}")
             continue
         caption = _first(names, plan.caption_extensions)
+        data: list[bytes | None] = []
+        name: str | None = None
         try:
-            data = [store.read(name) if name else None for name in (image, caption, names.get("json"))]
-        except FileNotFoundError:
-            raise InputError(f"{url} lost files of {key} since it was planned: plan again") from None
+            for name in (image, caption, names.get("json")):
+                data.append(store.read(name) if name else None)
+        except OSError as error:
+            if not _concerns_file(store, error):
+                raise
+            message = f"{name} cannot be read ({error.strerror or one_line(error)}): mend it, and plan again"
+            yield Failure(key, url, None, "unreadable_file", name_text(message))
+            continue
         yield Sample(key, url, None, None, data[0], data[1], data[2])
+
+
+_OF_FILE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EIO),
+}
+"""Numbers of local errors that are of one file; others are of the machine, such as too many open files."""
+
+
+def _concerns_file(store: Store, error: OSError) -> bool:
+    """Whether an error is of the file that was read, not of its store or its disk, which other attempts may find well.
+
+    A remote store answers for a file only by having none of that name: it refuses one as it refuses all once
+    credentials have ended. A local disk must still be there.
+    """
+    if not store.local:
+        return isinstance(error, FileNotFoundError)
+    return error.errno in _OF_FILE and bool(store.list(""))
 
 
 def list_samples(
@@ -44,10 +88,15 @@ def list_samples(
     image_extensions: Sequence[str],
     caption_extensions: Sequence[str],
     options: dict[str, Any] | None = None,
-) -> Listing:
-    """Every sample of a folder; hidden files and folders are left out. InputError if there is no such folder."""
-    names = [name for name in Store(url, options).walk() if not any(part.startswith(".") for part in name.split("/"))]
-    return pair_files(names, image_extensions, caption_extensions)[0]
+) -> Folder:
+    """Every sample of a folder, and what is part of none. InputError if there is no such folder."""
+    url = absolute(url).rstrip("/")
+    tree = list_tree(url, options)
+    if not (tree.entries or is_local(url)):
+        raise InputError(f"no files in {url}: check the URL")
+    names = [entry.url[len(url) + 1 :] for entry in tree.entries]
+    samples, unused = pair_files(names, image_extensions, caption_extensions)
+    return Folder(samples, tree.passed_over + Counter(map(extension_of, unused)), tree.unreadable)
 
 
 def pair_files(
@@ -111,12 +160,13 @@ def _planned_listing(folder: Shard, plan: Plan, options: dict[str, Any] | None) 
     what = folder, plan.image_extensions, plan.caption_extensions, repr(options)
     if (last := _last) and last[0] == what:
         return last[1]
-    samples = list_samples(folder.url, plan.image_extensions, plan.caption_extensions, options)
+    samples, _, unreadable = list_samples(folder.url, plan.image_extensions, plan.caption_extensions, options)
+    also = f" ({some(list(unreadable))} cannot be listed)" if unreadable else ""
     if folder.samples is not None and len(samples) != folder.samples:
-        raise InputError(f"{folder.url} has {len(samples)} samples, planned were {folder.samples}: plan again")
+        raise InputError(f"{folder.url} has {len(samples)} samples, planned were {folder.samples}{also}: plan again")
     if folder.etag is not None:  # without it nothing tells whether the folder is still the planned one
         if listing_digest(samples) != folder.etag:
-            raise InputError(f"{folder.url} has files of other names than were planned: plan again")
+            raise InputError(f"{folder.url} has files of other names than were planned{also}: plan again")
         _last = what, samples
     return samples
 

@@ -22,6 +22,7 @@ from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
+from clip_batch.storage.names import text_name
 from clip_batch.storage.npy import read_npy_header
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
@@ -160,7 +161,7 @@ def image(row: dict[str, Any], storage: StorageConfig = StorageConfig()) -> byte
     """
     if row.get("offset") is None or row.get("length") is None:
         return None
-    folder, _, name = row["shard"].rpartition("/")
+    folder, _, name = text_name(row["shard"]).rpartition("/")
     store = Store(folder, storage.storage_options)
     try:
         return _read(store, name, row["offset"], row["offset"] + row["length"])

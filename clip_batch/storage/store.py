@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import IO, Any, TypeVar
 
-from clip_batch.errors import InputError
 from clip_batch.storage.download import download
 from clip_batch.storage.filesystem import abort_upload, filesystem, move, put_if_absent, unfinished_uploads
 from clip_batch.storage.paths import TEMPORARY, absolute, is_local
@@ -109,18 +108,6 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
-
-    def walk(self) -> Sequence[str]:
-        """Sorted names of all files below the root; InputError if there is no such folder."""
-        if not self.local:
-            remote_paths = self._call("listing", "", lambda: self._fs.find(self._root))
-            if not remote_paths:
-                raise InputError(f"no files in {self.url}: check the URL")
-            return sorted(str(path).removeprefix(f"{self._root}/") for path in remote_paths)
-        if not os.path.isdir(self._root):
-            raise InputError(f"no folder {self._root}: check the path")
-        paths = (os.path.join(folder, name) for folder, _, names in os.walk(self._root) for name in names)
-        return sorted(os.path.relpath(path, self._root) for path in paths)
 
     def modified(self, name: str) -> float | None:
         """When a file last changed by the store's clock, in Unix seconds; None where the store does not tell."""

@@ -65,7 +65,7 @@ def measure(spec: str, tars: int) -> dict[str, float]:
         config = PlanConfig(input=[spec], model="fake:8")
         timed("plan", lambda: make_plan(config.input, output, config, storage=StorageConfig(options)))
         figures["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
-        shards = timed("expand", lambda: expand_inputs([spec], "tar", options))
+        shards = timed("expand", lambda: expand_inputs([spec], "tar", options).shards)
         timed("pack", lambda: pack(shards, PartitionTarget("bytes", 4_000_000_000)))
         plan = timed("load", lambda: load_plan(Store(output)))
         assert sum(len(partition.slices) for partition in plan.partitions) == tars

@@ -202,7 +202,7 @@ def main() -> None:
         for name, place in places.items():
             for path in sorted(Path(home).glob("*.tar")) if name in ("moto", "gcs", "hdfs") else ():
                 Store(place.url, place.options).replace(path.name, path.read_bytes())
-            shards[name] = expand_inputs([f"{place.url}/*.tar"], "tar", place.options)
+            shards[name] = expand_inputs([f"{place.url}/*.tar"], "tar", place.options).shards
         paces: dict[str, list[Pace]] = {name: [] for name in places}
         best: dict[str, dict[str, float]] = {name: {} for name in places}
         size = sum(shard.size or 0 for shard in shards["local"])

@@ -82,7 +82,7 @@ def test_the_command_copies_images_into_tars_that_plan_reads(
     again = str(tmp_path / "again")
     assert main(["embed", "--input", f"{found}/images/*.tar", "--output", again, "--model", "fake:8"]) == 0
     assert "4 samples embedded" in capsys.readouterr().out
-    assert expand_inputs([f"{found}/images/*.tar"], "tar", {})
+    assert expand_inputs([f"{found}/images/*.tar"], "tar", {}).shards
     (tmp_path / "0.tar").unlink()
     assert main(["filter", "--index", index, "--text", "no. 3", "-k", "4", "--output", found, "--images"]) == 0
     assert "4 images are not in a tar that can be read" in capsys.readouterr().out

@@ -31,6 +31,7 @@ from clip_batch.index.versions import describe, drop, use, versions
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage import retry
 from clip_batch.storage.store import Store
+from tests import corpus
 from tests.fabricated import clustered, make_out
 from tests.servers.flaky import Flaky
 from tests.servers.s3_server import BUCKET, S3
@@ -408,7 +409,7 @@ def test_dropping_what_is_made_live_meanwhile(store: Store, first: str, second: 
 def test_on_a_remote_store(home: Path, first: str, second: str) -> None:
     Flaky.reset()
     remote = Store("flaky://home/index")
-    for name in Store(str(home / "index")).walk():
+    for name in corpus.names_in(Store(str(home / "index"))):
         remote.replace(name, (home / "index" / name).read_bytes())
     lines: list[str] = []
     report = remove(remote.url, key_file(home, "0-3", "1-45"), progress=lines.append)
@@ -430,7 +431,7 @@ def test_on_s3_with_lost_answers_races_and_no_right_to_write(
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     storage = StorageConfig(s3.options)
     remote = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}", s3.options)
-    for name in Store(str(home / "index")).walk():
+    for name in corpus.names_in(Store(str(home / "index"))):
         remote.replace(name, (home / "index" / name).read_bytes())
     lists = [key_file(home, "0-1", "0-2"), key_file(home, "0-2", "1-59")] * 2
     with s3.fault("lost", lambda method, path: method == "PUT", times=3) as lost, ThreadPoolExecutor(4) as pool:

@@ -10,6 +10,7 @@ import pytest
 
 from clip_batch.errors import InputError
 from clip_batch.plan.counts import count_folder, count_samples, count_tars
+from clip_batch.samples.files import list_samples
 from clip_batch.types import Shard
 
 
@@ -30,12 +31,13 @@ def test_the_version_of_a_folder_follows_its_names(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.png", "a.txt"):
         (tmp_path / name).touch()
     folder = Shard(str(tmp_path))
-    counted = count_folder(folder, ["jpg", "png"], ["txt"], {})
+    counted = count_folder(folder, list_samples(folder.url, ["jpg", "png"], ["txt"]), ["jpg", "png"])
     assert counted.samples == 2
     (tmp_path / "b.jpg").rename(tmp_path / "c.jpg")
-    assert count_folder(folder, ["jpg", "png"], ["txt"], {}).etag != counted.etag
-    with pytest.raises(InputError, match="no sample"):
-        count_folder(folder, ["gif"], ["caption"], {})
+    assert count_folder(folder, list_samples(folder.url, ["jpg", "png"], ["txt"]), ["jpg"]).etag != counted.etag
+    remedy = "no sample with extensions gif, but 1 jpg, 1 png, 1 txt: add --image-extensions gif jpg png"
+    with pytest.raises(InputError, match=remedy):
+        count_folder(folder, list_samples(folder.url, ["gif"], ["caption"]), ["gif"])
 
 
 def test_counts_that_are_not_needed_are_read_only_where_that_is_cheap(tmp_path: Path) -> None:

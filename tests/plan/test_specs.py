@@ -48,10 +48,10 @@ def names(shards: list[Shard], folder: Path) -> list[str]:
 def test_specs(folder: Path, spec: str, expected: list[str], remote: bool, memory: Any) -> None:
     if remote:
         memory.put(f"{folder}/", f"{folder}/", recursive=True)
-        shards = expand_inputs([f"memory:/{folder}/{spec}"])
+        shards = expand_inputs([f"memory:/{folder}/{spec}"]).shards
         assert [shard.url for shard in shards] == [f"memory:/{folder}/{name}" for name in expected]
     else:
-        shards = expand_inputs([f"{folder}/{spec}"])
+        shards = expand_inputs([f"{folder}/{spec}"]).shards
         assert names(shards, folder) == expected
     assert [shard.size for shard in shards] == [(folder / name).stat().st_size for name in expected]
     assert all(shard.etag for shard in shards)
@@ -66,22 +66,22 @@ def memory() -> Any:
 
 
 def test_the_etag_follows_the_modification_time(folder: Path) -> None:
-    (before,) = expand_inputs([f"{folder}/00.tar"])
+    (before,) = expand_inputs([f"{folder}/00.tar"]).shards
     os.utime(folder / "00.tar", ns=(1, 1))
-    (after,) = expand_inputs([f"{folder}/00.tar"])
+    (after,) = expand_inputs([f"{folder}/00.tar"]).shards
     assert (before.size, before.etag) != (after.size, after.etag) == (1, "1")
 
 
 def test_a_name_with_glob_characters_that_exists_is_itself(tmp_path: Path) -> None:
     (tmp_path / "a[1].tar").touch()
-    assert names(expand_inputs([f"{tmp_path}/a[1].tar"]), tmp_path) == ["a[1].tar"]
+    assert names(expand_inputs([f"{tmp_path}/a[1].tar"]).shards, tmp_path) == ["a[1].tar"]
 
 
 @pytest.mark.parametrize("at", ["@{}/inputs.csv", "{}/inputs.txt", "@{}/inputs.list"])
 def test_lists(folder: Path, at: str) -> None:
     spec = at.format(folder)
     Path(spec.removeprefix("@")).write_text(f"# the second first\n\n {folder}/01.tar \n{folder}/sub/*.gz\n")
-    assert names(expand_inputs([spec, f"{folder}/00.tar"]), folder) == ["01.tar", "sub/02.tar.gz", "00.tar"]
+    assert names(expand_inputs([spec, f"{folder}/00.tar"]).shards, folder) == ["01.tar", "sub/02.tar.gz", "00.tar"]
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -90,14 +90,14 @@ def test_lists_of_other_systems(folder: Path, coding: str, end: str) -> None:
     (folder / "猫.tar").write_bytes(b"x")
     text = end.join([f"{folder}/猫.tar", "", f"{folder}/01.tar"])
     (folder / "list.txt").write_bytes(text.encode(coding))
-    assert names(expand_inputs([f"@{folder}/list.txt"]), folder) == ["猫.tar", "01.tar"]
+    assert names(expand_inputs([f"@{folder}/list.txt"]).shards, folder) == ["猫.tar", "01.tar"]
 
 
 def test_a_list_may_hold_names_that_are_not_utf8(folder: Path) -> None:
     name = os.fsencode(folder) + b"/caf\xe9.tar"
     Path(os.fsdecode(name)).write_bytes(b"x")
     (folder / "list.txt").write_bytes(name + b"\n")
-    assert [os.fsencode(shard.url) for shard in expand_inputs([f"@{folder}/list.txt"])] == [name]
+    assert [os.fsencode(shard.url) for shard in expand_inputs([f"@{folder}/list.txt"]).shards] == [name]
 
 
 def test_missing_members_of_a_pattern_are_all_named(folder: Path) -> None:
@@ -160,7 +160,7 @@ def test_no_spec_is_a_configuration_error() -> None:
 
 
 def test_folders_of_files(folder: Path) -> None:
-    (shard,) = expand_inputs([f"{folder}/su*"], "files")
+    (shard,) = expand_inputs([f"{folder}/su*"], "files").shards
     assert (names([shard], folder), shard.size, shard.samples) == (["sub"], None, None)
     with pytest.raises(InputError, match="is a file"):
         expand_inputs([f"{folder}/00.tar"], "files")

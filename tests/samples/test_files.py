@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_batch.errors import InputError
+from clip_batch.errors import InputError, StorageUnavailable
 from clip_batch.plan.counts import count_folder
-from clip_batch.samples import read_slice
+from clip_batch.samples import files, read_slice
 from clip_batch.samples.files import list_samples, pair_files
 from clip_batch.storage.store import Store
+from clip_batch.storage.tree import list_tree
 from clip_batch.types import Failure, Sample, Shard, Slice
 from tests import corpus
 
@@ -44,7 +46,7 @@ def read(url: str, start: int = 0, stop: int | None = None, samples: int | None 
 
 
 def test_listing_is_sorted_and_keys_end_at_the_last_dot(folder: str) -> None:
-    assert list_samples(folder, IMAGES, CAPTIONS) == EXPECTED
+    assert list_samples(folder, IMAGES, CAPTIONS).samples == EXPECTED
 
 
 def test_a_remote_folder_reads_alike(folder: str) -> None:
@@ -52,7 +54,7 @@ def test_a_remote_folder_reads_alike(folder: str) -> None:
     for name in NAMES + HIDDEN:
         with fsspec.open(f"{url}/{name}", "wb") as file:
             file.write(name.encode())
-    assert list_samples(url, IMAGES, CAPTIONS) == EXPECTED
+    assert list_samples(url, IMAGES, CAPTIONS).samples == EXPECTED
     assert [item.key for item in read(url)] == [item.key for item in read(folder)]
 
 
@@ -150,13 +152,12 @@ def test_a_changed_folder_is_refused(folder: str) -> None:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that are walked, in order."""
     walks: list[str] = []
-    walk = Store.walk
-    monkeypatch.setattr(Store, "walk", lambda store: walks.append(store.url) or walk(store))
+    monkeypatch.setattr(files, "list_tree", lambda url, options: walks.append(url) or list_tree(url, options))
     return walks
 
 
 def planned(folder: str) -> Shard:
-    return count_folder(Shard(folder), IMAGES, CAPTIONS, {})
+    return count_folder(Shard(folder), list_samples(folder, IMAGES, CAPTIONS), IMAGES)
 
 
 def read_planned(shard: Shard, start: int = 0, stop: int | None = None) -> list[str | None]:
@@ -203,11 +204,66 @@ def test_a_folder_that_changed_since_it_was_planned_is_refused(
         read_planned(shard)
 
 
-def test_a_file_that_goes_while_its_folder_is_read_is_named(folder: str) -> None:
+def test_a_file_that_goes_while_its_folder_is_read_is_a_failure(folder: str) -> None:
     shard = planned(folder)
     assert read_planned(shard, 0, 1) == ["a/IMG.2021.05"]
     Path(folder, "b.txt").unlink()
     Path(folder, "new.jpg").touch()
-    assert read_planned(shard, 1, 2) == ["a/c"]
-    with pytest.raises(InputError, match=f"{folder} lost files of b since it was planned: plan again"):
-        read_planned(shard, 2, 3)
+    plan = replace(corpus.plan_of("files"), image_extensions=IMAGES, caption_extensions=CAPTIONS)
+    [failure] = read_slice(Slice(shard, 2, 3), plan)
+    assert isinstance(failure, Failure) and (failure.key, failure.reason) == ("b", "unreadable_file")
+    assert failure.message == "b.txt cannot be read (No such file or directory): mend it, and plan again"
+
+
+def test_a_folder_that_goes_while_it_is_read_fails_the_partition(folder: str) -> None:
+    shard = planned(folder)
+    read_planned(shard, 0, 1)
+    Path(folder).rename(f"{folder}.gone")
+    with pytest.raises(FileNotFoundError):
+        read_planned(shard, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "fails"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (OSError(errno.EMFILE, "Too many open files"), True),
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+    ],
+)
+def test_what_an_error_of_the_disk_fails(
+    folder: str, error: OSError, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_bytes = Store.read
+
+    def read_or_fail(store: Store, name: str) -> bytes:
+        if name == "a/c.png":
+            raise error
+        return read_bytes(store, name)
+
+    monkeypatch.setattr(Store, "read", read_or_fail)
+    if fails:
+        with pytest.raises(OSError, match=error.strerror):
+            read(folder)
+    else:
+        assert corpus.failures(read(folder)) == [("a/c", "unreadable_file"), ("lone", "missing_image")]
+
+
+def test_a_store_that_does_not_answer_or_refuses_fails_the_partition(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "memory://clip-batch-tests/answers"
+    for name in NAMES:
+        with fsspec.open(f"{url}/{name}", "wb") as file:
+            file.write(name.encode())
+    for error in (StorageUnavailable("reading: 503"), PermissionError("reading: refused")):
+        monkeypatch.setattr(Store, "read", lambda store, name, error=error: raise_(error))
+        with pytest.raises(type(error)):
+            read(url)
+    monkeypatch.setattr(Store, "read", lambda store, name: raise_(FileNotFoundError(f"reading {name}: no such file")))
+    assert {reason for _, reason in corpus.failures(read(url))} == {"unreadable_file", "missing_image"}
+
+
+def raise_(error: Exception) -> bytes:
+    raise error

@@ -75,10 +75,11 @@ class Fetch:
         """Return a tar member. Its header is read with it, to check that it is still the planned member."""
         assert place.shard is not None and place.offset is not None and place.length is not None
         start, stop = place.offset - BLOCK, place.offset + place.length
-        remote = None if is_local(place.shard) else self._remote(place.shard)
+        shard = text_name(place.shard)
+        remote = None if is_local(shard) else self._remote(shard)
         try:
             if remote is None:
-                tar = self._local(local_path(place.shard))  # this reference keeps it open if the cache drops it
+                tar = self._local(local_path(shard))  # this reference keeps it open if the cache drops it
                 data = os.pread(tar.descriptor, stop - start, start)
             elif has_ranges(remote):
                 data = read_range(remote, start, stop, self._pause)

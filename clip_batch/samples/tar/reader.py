@@ -27,7 +27,7 @@ def read_tar(
     A gzipped tar (recognised by its first bytes, whatever its name) is decompressed to a temporary file and read
     whole; its samples have no offset. Keys are grouped by the bytes of their names, and written as `name_text` does.
     """
-    url = piece.shard.url
+    url = name_text(piece.shard.url)
     data, base, problem = _open(piece, options, files)
     gzipped, end = problem is not None, len(data)
     inside = (0, None) if gzipped or base else (piece.start, piece.stop)

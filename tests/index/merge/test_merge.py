@@ -34,7 +34,7 @@ from clip_batch.index.verify import verify_index
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.paths import TEMPORARY
 from clip_batch.storage.store import Store, file_digest
-from tests import fabricated
+from tests import corpus, fabricated
 from tests.fabricated import clustered, make_out, unit
 
 CONFIG = MergeConfig(queries=20)
@@ -560,7 +560,7 @@ class Race:
         wanted = {"manifest.json", *(f"template/{name}" for name in ("record.json", *template))}
         ends = {"image": "index", "text": "index", "metadata": "arrow", "truth": "npz", "shards": "json"}
         wanted |= {f"{name}/{shard}.{end}" for name, end in ends.items() for shard in ("0000", "0001")}
-        names = [name for name in store.walk() if TEMPORARY not in name]  # kill -9 leaves a record's spool
+        names = [name for name in corpus.names_in(store) if TEMPORARY not in name]  # kill -9 leaves a record's spool
         assert names == sorted(["CURRENT", *(f"{version}/{name}" for name in wanted)])
 
 
