@@ -187,7 +187,7 @@ def _rgb(image: Image) -> torch.Tensor:
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
-        pixels[top : top + rows] = np.asarray(strip.convert("RGB"))
+        pixels[top : top + rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

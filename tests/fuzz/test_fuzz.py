@@ -1,4 +1,4 @@
-"""10,000 mutated tars: no traceback, no hang, no flood of memory, and the sum always holds."""
+"""10,000 mutated tars, and as many pictures: no traceback, no hang, no flood of memory, and the sum always holds."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def test_every_sample_of_hostile_tars_is_a_row_or_a_failure(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("10,000 mutated tars: ")
+
+
+def test_hostile_pictures_are_decoded_or_refused() -> None:
+    command = [sys.executable, "-W", "error", "-m", "tests.fuzz.pictures", "10000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("10,000 mutated pictures: ")
 
 
 def test_the_same_seed_gives_the_same_tars() -> None:
