@@ -6,6 +6,7 @@ an entry point (see docs/models.md).
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import replace
 from importlib import import_module
@@ -86,7 +87,8 @@ def load(
     *,
     check: bool = True,
 ) -> Encoder:
-    """The encoder of a spec, loaded offline. EncoderError: its weights are not the spec's.
+    """The encoder of a spec, loaded offline. EncoderError: its weights are not the spec's, or it does
+    not turn images upright though the spec says so.
 
     `device` is auto (cuda if there is a GPU), cpu, cuda or cuda:N. Storage `options` are for weights at a URL.
     The image side is compiled for batches of `compiled` images; 0 does not compile it. Without `check` the weights are
@@ -96,7 +98,23 @@ def load(
     with hub.offline():
         if check:
             check_weights(_family(located.model).weights_digest(located.model, located.pretrained), spec)
-        return _family(located.model).load(located, device, compiled)
+        encoder = _family(located.model).load(located, device, compiled)
+    if spec.exif_rotation and not _turns(encoder):
+        raise EncoderError(f"{spec.model} does not apply EXIF orientation: plan with --exif-rotation ignore")
+    return encoder
+
+
+def _turns(encoder: Encoder) -> bool:
+    """Whether an encoder applies EXIF orientation; those of other distributions may not."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    files = [io.BytesIO(), io.BytesIO()]
+    for file, options in zip(files, ({}, {"exif": exif.tobytes()}), strict=True):
+        Image.linear_gradient("L").save(file, "PNG", **options)
+    plain, turned = (encoder.preprocess(file.getvalue(), 2**16) for file in files)
+    return bool((plain != turned).any())
 
 
 def check_weights(digest: str, planned: EncoderSpec) -> None:

@@ -47,6 +47,19 @@ def test_another_distribution_registers_a_family(tmp_path: Path) -> None:
     assert main(["verify", "--output", str(tmp_path / "out"), "--deep"]) == 0
 
 
+def test_a_family_that_does_not_turn_images_is_refused_where_they_are_to_be_turned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from clip_batch.encoders.families import fake
+
+    turning, plain = (encoders.resolve("fake:8", exif_rotation=value) for value in (True, False))
+    encoders.load(turning)
+    monkeypatch.setattr(fake, "load", lambda spec, device, compiled: fake.FakeEncoder(8))
+    encoders.load(plain)
+    with pytest.raises(EncoderError, match="fake:8 does not apply EXIF orientation: plan with --exif-rotation ignore"):
+        encoders.load(turning)
+
+
 def test_an_unknown_family_is_named() -> None:
     with pytest.raises(EncoderError, match="no family of models is called 'nonsense': there are fake, "):
         encoders.resolve("nonsense:x")
