@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from clip_batch.cli.arguments import escape_output
 from clip_batch.cli.commands import COMMANDS
 from clip_batch.cli.parser import call
 from clip_batch.config import extras
@@ -28,6 +29,7 @@ def _usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, by default the one of `sys.argv`; the exit code."""
+    escape_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     name, rest = " ".join(arguments[:1]), arguments[1:]

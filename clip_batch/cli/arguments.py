@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,6 +54,13 @@ class IndexArguments:
         return self.index[0]
 
 
+def escape_output() -> None:
+    """Let both output streams escape the characters that their encoding lacks, as in \\u706b, instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever replaces them, in a notebook or a test, has its own ways
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say(text: str) -> None:
     """Print progress, for people, on standard error."""
     print(text, file=sys.stderr, flush=True)
@@ -59,4 +68,23 @@ def say(text: str) -> None:
 
 def answer(arguments: JsonArguments, value: Any, text: str) -> None:
     """Print the result on standard output: `value` with --json, otherwise `text`."""
-    print(json.dumps(value, indent=1, ensure_ascii=False) if arguments.json else text, flush=True)
+    print(to_json(value) if arguments.json else text, flush=True)
+
+
+def to_json(value: Any) -> str:
+    """A value as JSON that standard output can encode: NaN and infinity are null, and ASCII escapes what it lacks."""
+    text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(_finite(value), indent=1, allow_nan=False)
+    return text
+
+
+def _finite(value: Any) -> Any:
+    """A copy of a value for JSON in which numbers that JSON lacks are None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

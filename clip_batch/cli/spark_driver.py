@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from clip_batch.cli.arguments import Only
+from clip_batch.cli.arguments import Only, escape_output
 from clip_batch.cli.commands import COMMANDS
 from clip_batch.cli.parser import call
 from clip_batch.cli.submit import SubmitArguments
@@ -25,6 +25,7 @@ class DriverArguments(SubmitArguments):
 
 def main(words: Sequence[str] | None = None) -> int:
     """The driver, run by spark-submit: exit code 0 all committed (and merged), 1 not all, 2 usage."""
+    escape_output()
     try:
         return call("driver.py", drive, sys.argv[1:] if words is None else words, [*COMMANDS.values(), drive])
     except ClipBatchError as error:
