@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from clip_batch.errors import InputError
+from clip_batch.plan.kinds import PICTURES
 from clip_batch.plan.specs import SIDE_CARS, TAR_SUFFIXES, Options
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.files import Folder, listing_digest
@@ -55,30 +56,6 @@ def count_folder(folder: Shard, listed: Folder, images: Sequence[str]) -> Shard:
         tars = ", or --format tar" if "tar" in listed.passed_over else ""
         raise InputError(f"{folder.url} holds no sample with extensions {' '.join(images)}{found}: {remedy}{tars}")
     return replace(folder, samples=len(listed.samples), etag=listing_digest(listed.samples))
-
-
-PICTURES = frozenset(
-    {
-        "avif",
-        "bmp",
-        "dds",
-        "dng",
-        "gif",
-        "heic",
-        "heif",
-        "j2k",
-        "jfif",
-        "jp2",
-        "jpe",
-        "jpeg",
-        "jpg",
-        "pbm",
-        "pcx",
-        "pgm",
-    }
-    | {"png", "pnm", "ppm", "psd", "tga", "tif", "tiff", "webp"}
-)
-"""Extensions of pictures that Pillow can read, some of them with a plugin."""
 
 
 def image_advice(passed_over: Mapping[str, int], images: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError, 
 from clip_batch.plan import paths, specs
 from clip_batch.plan.counts import count_folder, count_samples, image_advice
 from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
+from clip_batch.plan.kinds import check_kinds
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
 from clip_batch.plan.replace import obstacle, replaced
 from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples
@@ -72,6 +73,8 @@ def make_plan(
     inputs = specs.expand_inputs(config.input, config.format, options)
     if config.format == "files":
         _count_folders(inputs, images, captions, options)
+    else:
+        check_kinds(inputs.shards, options)
     _check_unreadable(inputs, config)
     shards, passed_over = inputs.shards, dict(inputs.passed_over)
     say(f"{len(shards):,} inputs found")

@@ -19,6 +19,7 @@ from typing import Any
 
 from clip_batch.errors import ConfigError, InputError, some
 from clip_batch.plan.braces import expand_braces
+from clip_batch.plan.kinds import check_names
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.storage.filesystem import filesystem
 from clip_batch.storage.paths import absolute, is_local
@@ -73,7 +74,10 @@ def expand_inputs(specs: Sequence[str], format: str = "tar", options: Options | 
     if not specs:
         raise ConfigError("no input: name tars or folders with --input SPEC")
     inputs = Inputs()
-    for spec in _read_lists(specs, options):
+    named = list(_read_lists(specs, options))
+    if format == "tar":
+        check_names(named)
+    for spec in named:
         _expand_spec(spec, format == "files", options or {}, inputs)
     if len({shard.url for shard in inputs.shards}) < len(inputs.shards):
         repeated = [url for url, times in Counter(shard.url for shard in inputs.shards).items() if times > 1]

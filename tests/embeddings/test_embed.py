@@ -543,7 +543,7 @@ def test_a_partition_without_a_row_is_committed_and_told(
 def test_partitions_without_a_row_are_accepted_on_request(
     tmp_path: Path, out: str, workers: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "0.tar").write_bytes(b"<html>404</html>")
+    (tmp_path / "0.tar").write_bytes(b"404: not found")
     plan([f"{tmp_path}/0.tar"], out, partition_samples=10)
     command = ["embed", "--output", out, "--device", "cpu", "--workers", str(workers)]
     assert main(command) == 1

@@ -1,0 +1,173 @@
+"""Refuses input that is no tar, by its names and its first bytes, and says which format or command takes it.
+
+Only input of which nothing that is looked at is a tar is refused: a broken tar among others is a worker's to record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tarfile
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from clip_batch.errors import InputError
+from clip_batch.plan.threads import map_in_threads
+from clip_batch.storage.paths import is_local
+from clip_batch.storage.transfer import has_ranges, read_range, remote_file
+from clip_batch.types import UNREADABLE, Shard, extension
+
+PICTURES = frozenset(
+    {
+        "avif",
+        "bmp",
+        "dds",
+        "dng",
+        "gif",
+        "heic",
+        "heif",
+        "j2k",
+        "jfif",
+        "jp2",
+        "jpe",
+        "jpeg",
+        "jpg",
+        "pbm",
+        "pcx",
+        "pgm",
+    }
+    | {"png", "pnm", "ppm", "psd", "tga", "tif", "tiff", "webp"}
+)
+"""Extensions of pictures that Pillow can read, some of them with a plugin."""
+
+LOOKED_AT = 16
+"""Inputs whose first bytes are looked at: the first, the last, and some between."""
+
+_HEAD = 512
+"""Bytes of a tar's header."""
+
+_LISTS = ("csv", "tsv", "json", "jsonl", "ndjson")
+
+_NAMED = {
+    **dict.fromkeys(PICTURES, "picture"),
+    **dict.fromkeys(_LISTS, "list"),
+    **{"parquet": "Parquet", "npy": "npy", "html": "HTML", "htm": "HTML", "pdf": "PDF"},
+    **dict.fromkeys(("zip", "rar", "7z"), "archive"),
+}
+"""Kinds by extension, of names without a tar's suffix."""
+
+_BEGINS = {
+    b"\xff\xd8\xff": "picture",
+    b"\x89PNG": "picture",
+    b"GIF8": "picture",
+    b"RIFF": "picture",
+    b"BM": "picture",
+    b"II*\0": "picture",
+    b"MM\0*": "picture",
+    b"PAR1": "Parquet",
+    b"\x93NUMPY": "npy",
+    b"PK\x03\x04": "archive",
+    b"Rar!": "archive",
+    b"7z\xbc\xaf": "archive",
+    b"%PDF": "PDF",
+    b"<!doctype html": "HTML",
+    b"<html": "HTML",
+    b"<?xml": "XML",
+}
+"""Kinds by first bytes, in lower case for text."""
+
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+_TARS = ("tar", "tgz", "tbz", "tbz2", "txz", "tzst")
+
+_REMEDIES = {
+    "picture": "a picture: name its folder, with --format files",
+    "list": "a list: clip-batch end2end --urls downloads and embeds what it names",
+    "Parquet": "a Parquet file: clip-batch end2end --urls takes a list of URLs, and clip-batch merge takes embeddings",
+    "npy": "a file of vectors: clip-batch merge --output takes the folder of embeddings that it is in",
+    "archive": "an archive, but no tar: unpack it, and name the folder with --format files",
+    "HTML": "an HTML page, as servers send in place of a file: check the URL, and download it again",
+    "XML": "an XML document, as stores send in place of a file: check the URL, and download it again",
+    "PDF": "a PDF: make pictures of its pages, and name their folder with --format files",
+    "no tar": "no tar: name tars, or a folder of pictures with --format files",
+}
+"""What a kind is, and what takes it."""
+
+
+def check_names(specs: Sequence[str]) -> None:
+    """Refuse SPECs of tars before a store is asked for any. InputError: each is something else by its name."""
+    kinds = {spec: kind for spec in specs if (kind := _by_name(spec)) and not os.path.isdir(spec)}
+    if len(kinds) == len(specs):
+        raise _refusal(specs[0], kinds[specs[0]], len(specs))
+
+
+def check_kinds(tars: Sequence[Shard], options: dict[str, Any]) -> None:
+    """Refuse tars of which none is one. InputError: each of the files that are looked at is something else."""
+    files = [tar.url for tar in tars if tar.etag != UNREADABLE]
+    count = min(len(files), LOOKED_AT)
+    spread = [files[(len(files) - 1) * k // max(count - 1, 1)] for k in range(count)]
+    heads = map_in_threads(lambda url: _head(url, options), spread)
+    kinds = [kind for url, head in zip(spread, heads, strict=True) if (kind := kind_of(url, head))]
+    if kinds and len(kinds) == len(spread):
+        raise _refusal(spread[0], kinds[0], len(files))
+
+
+def _refusal(name: str, kind: str, count: int) -> InputError:
+    others = f" (nor is any other that was looked at of {count:,} inputs a tar)" if count > 1 else ""
+    return InputError(f"{name} is {_REMEDIES[kind]}{others}")
+
+
+def _head(url: str, options: dict[str, Any]) -> bytes | None:
+    """The first bytes of a file; None where a worker has to say what is wrong."""
+    with contextlib.suppress(Exception):  # each remote store has exceptions of its own
+        if is_local(url):
+            with open(url, "rb") as file:
+                return file.read(_HEAD)
+        if has_ranges(remote := remote_file(url, options)):
+            return read_range(remote, 0, _HEAD)
+    return None
+
+
+def kind_of(name: str, head: bytes | None) -> str | None:
+    """What a file is that is no tar, by its name and its first bytes; None if it is a tar, or may be a broken one.
+
+    `head` is None where it could not be read. What has no tar's suffix needs the first bytes of one.
+
+    >>> kind_of("a.tar", b"PAR1..."), kind_of("a.tar", b"noise"), kind_of("notes", b"noise")
+    ('Parquet', None, 'no tar')
+    """
+    if not head:
+        return None
+    if head[:2] == b"\x1f\x8b":
+        with contextlib.suppress(zlib.error):
+            head = zlib.decompressobj(31).decompress(head, _HEAD)
+    elif head.startswith((b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
+        return _by_name(name)
+    if _is_header(head):
+        return None
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    known = next((kind for start, kind in _BEGINS.items() if head.startswith(start) or text.startswith(start)), None)
+    return known or (None if _extension(name) in _TARS else _by_name(name) or "no tar")
+
+
+def _is_header(head: bytes) -> bool:
+    """Whether a file begins as a tar; an empty tar has zeros alone."""
+    try:
+        tarfile.TarInfo.frombuf(head[:_HEAD], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return not head.strip(b"\0")
+    return True
+
+
+def _by_name(name: str) -> str | None:
+    """What the name of a file says that it is; None if that may be a tar."""
+    return _NAMED.get(_extension(name))
+
+
+def _extension(name: str) -> str:
+    """The extension of a path or URL, that within a compressed file if it is one."""
+    if name.startswith(("http://", "https://")):
+        name = name.partition("?")[0]
+    suffix = next((suffix for suffix in _COMPRESSED if name.lower().endswith(suffix)), "")
+    return extension(name[: len(name) - len(suffix)])
