@@ -142,6 +142,7 @@ class Plan:
     - `image_extensions`, `caption_extensions`: without a dot; of several that a sample has, the first one here is used.
     - `digest`: sha256 (hex) of the plan's content.
     - `passed_over`: number of files in the input's folders that are no input, by extension; no part of the digest.
+    - `key_ends`: where keys of a tar's members end, at the "first-dot" (webdataset's rule) or the "last-dot".
     - `caption_field`: the field of JSON side-cars that has the captions; "" where only caption files have them.
     """
 
@@ -154,6 +155,7 @@ class Plan:
     digest: str = ""
     passed_over: dict[str, int] = field(default_factory=dict)
     caption_field: str = ""
+    key_ends: str = "first-dot"
 
     def __repr__(self) -> str:
         """Short, however many partitions there are."""
@@ -222,7 +224,16 @@ SHARD_REASONS = frozenset(
 """Reasons of failures that concern a shard."""
 
 SAMPLE_REASONS = frozenset(
-    {"missing_image", "unreadable_file", "truncated_member", "undecodable_image", "too_many_pixels", "extreme_aspect"}
+    {
+        "missing_image",
+        "broken_link",
+        "dotted_name",
+        "unreadable_file",
+        "truncated_member",
+        "undecodable_image",
+        "too_many_pixels",
+        "extreme_aspect",
+    }
 )
 """Reasons of failures that concern one sample."""
 

@@ -24,7 +24,7 @@ from PIL import Image
 from clip_batch.samples import read_slice
 from clip_batch.storage.store import Store
 from clip_batch.storage.tree import list_tree
-from clip_batch.types import EncoderSpec, Failure, Partition, Plan, Sample, Shard, Slice
+from clip_batch.types import EncoderSpec, Failure, Partition, PassedOver, Plan, Sample, Shard, Slice
 
 Files = Sequence[tuple[str, bytes]]
 
@@ -176,8 +176,15 @@ def plan_of(format: str = "tar", **options: Any) -> Plan:
 
 
 def read(path: str, start: int = 0, stop: int | None = None, **options: Any) -> list[Sample | Failure]:
-    """All that `read_slice` says of a tar."""
-    return list(read_slice(Slice(Shard(path), start, stop), plan_of(**options)))
+    """Every sample and failure of a tar."""
+    found = read_slice(Slice(Shard(path), start, stop), plan_of(**options))
+    return [item for item in found if not isinstance(item, PassedOver)]
+
+
+def passed_over(path: str, start: int = 0, stop: int | None = None, **options: Any) -> dict[str, int]:
+    """Number of a tar's members that are part of no sample and of no failure, by extension."""
+    *_, last = [PassedOver(path, {}), *read_slice(Slice(Shard(path), start, stop), plan_of(**options))]
+    return last.files if isinstance(last, PassedOver) else {}
 
 
 def samples(path: str) -> Iterator[Sample]:

@@ -156,6 +156,10 @@ def report(arguments: JsonArguments, outcomes: Sequence[Outcome], allow_empty: b
     empty = [outcome for outcome in outcomes if outcome.empty]
     for outcome in empty:
         print(f"partition {outcome.partition} is committed without a row: {outcome.empty}", file=sys.stderr)
+    hints = [outcome for outcome in outcomes if outcome.hint and not outcome.empty]
+    for outcome in hints[:1]:
+        others = f" and {len(hints) - 1:,} more" if hints[1:] else ""
+        print(f"partition {outcome.partition}{others}: {outcome.hint}", file=sys.stderr)
     if empty and not allow_empty:
         print("look at its input and options; --allow-empty accepts partitions without a row", file=sys.stderr)
     rows, bad = sum(outcome.rows for outcome in outcomes), sum(outcome.failed for outcome in outcomes)

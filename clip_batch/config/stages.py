@@ -88,6 +88,8 @@ class PlanConfig(Options):
     """Extensions of image members, in upper or lower case. If a sample has several, the first listed is used."""
     caption_extensions: list[str] = field(default_factory=lambda: ["txt"])
     """Extensions of caption members, in upper or lower case. If a sample has several, the first listed is used."""
+    key_ends: Literal["first-dot", "last-dot"] = "first-dot"
+    """Where keys of tar members end. first-dot: webdataset's rule; last-dot: for dotted names, such as 22.05.png."""
     caption_field: str = ""
     """JSON field that has the captions. It goes before caption files, which serve where it is missing or blank."""
 

@@ -68,7 +68,7 @@ class Outcome:
     `rows` and `failed` count samples, `passed_over` counts files that are part of neither, by extension, and `warnings`
     counts rows by what was wrong with them. `again` says that the machine or the store failed, not the data, so that
     another attempt, preferably on another machine, may succeed. `empty` says why the partition was committed without a
-    row; "" otherwise.
+    row, and `hint` how to plan so that more of it is embedded; "" otherwise.
     """
 
     partition: int
@@ -80,11 +80,13 @@ class Outcome:
     passed_over: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
     empty: str = ""
+    hint: str = ""
 
     @property
     def line(self) -> str:
         """The outcome as one line of text."""
         counts = f"{self.rows:,} samples embedded, {self.failed:,} listed as failed"
+        counts += f"; {self.hint}" if self.hint else ""
         return f"partition {self.partition} {self.state}: {self.error or self.empty or counts}"
 
 
@@ -335,6 +337,7 @@ class _Worker:
                     passed_over=commit.passed_over,
                     warnings=commit.warnings,
                     empty=commit.empty,
+                    hint=writer.hint(),
                 )
         except (Preempted, PlanError):
             raise

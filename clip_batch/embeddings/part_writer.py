@@ -144,6 +144,13 @@ class PartWriter:
         total = self.failed.total()
         return f"none of {total:,} embedded; {reason} {count:,}, such as: {one_line(self._messages[reason], 500)}"
 
+    def hint(self) -> str:
+        """How to plan so that images whose names hide them are embedded, if they are most samples; "" otherwise."""
+        count = self.failed["dotted_name"]
+        if 2 * count <= self.rows + self.failed.total():
+            return ""
+        return f"{count:,} images are not embedded because of their names: {self._messages['dotted_name']}"
+
     def _publish(self) -> dict[str, StoredFile]:
         """Move the spools to their names; the size and sha256 of each file."""
         self._close_parquet()

@@ -14,21 +14,23 @@ from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.files import Folder, listing_digest
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.store import Store
-from clip_batch.types import UNREADABLE, Shard, format_counts
+from clip_batch.types import UNREADABLE, Plan, Shard, format_counts
 
 CHEAP_COUNTS = 100_000
 """Side-cars of up to this many local tars are read even if no counts are needed: 20 us each."""
 
 
-def count_samples(tars: list[Shard], needed: bool, options: Options) -> list[Shard]:
+def count_samples(tars: list[Shard], needed: bool, draft: Plan, options: Options) -> list[Shard]:
     """The tars with `samples` filled in where it is known; `needed` scans the headers of those without side-cars.
 
-    Counts that are not needed are only read where that is cheap, from the side-cars of local tars.
+    `draft` says how names make samples. Counts that are not needed are only read where that is cheap, from the
+    side-cars of local tars.
     """
+    from clip_batch.samples.tar.samples import NameRule
     from clip_batch.samples.tar.scan import scan_tar
 
     if needed:
-        return count_tars(tars, options, lambda tar: scan_tar(tar, options)[1])
+        return count_tars(tars, options, lambda tar: scan_tar(tar, NameRule.of(draft), options)[1])
     cheap = len(tars) <= CHEAP_COUNTS and all(is_local(tar.url) for tar in tars)
     return count_tars(tars, options, lambda tar: None) if cheap else tars
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from clip_batch.plan.pack import Cut
 from clip_batch.plan.specs import Options
-from clip_batch.types import Shard
+from clip_batch.types import Plan, Shard
 
 SCANS = 8
 """Tars whose headers are scanned at once."""
@@ -32,14 +32,18 @@ def folder_cuts(folder: Shard, places: Sequence[float]) -> list[Cut]:
     return [Cut(number, number) for number in sorted(numbers) if number > 0]
 
 
-def tar_cuts(tar: Shard, places: Sequence[float], by_samples: bool, options: Options) -> list[Cut]:
+def tar_cuts(tar: Shard, places: Sequence[float], by_samples: bool, draft: Plan, options: Options) -> list[Cut]:
     """The cuts of a tar, whose headers are scanned; [] if it is compressed or cannot be read.
 
-    Places are in samples with `by_samples`, else in bytes. OSError: the store does not answer.
+    `draft` says how names make samples. Places are in samples with `by_samples`, else in bytes. OSError: the store
+    does not answer.
     """
+    from clip_batch.samples.tar.samples import NameRule
     from clip_batch.samples.tar.scan import scan_tar
 
-    cuts = [Cut(at, samples) for at, samples in scan_tar(tar, options)[0] if 0 < at < (tar.size or 0)]
+    cuts = [
+        Cut(at, samples) for at, samples in scan_tar(tar, NameRule.of(draft), options)[0] if 0 < at < (tar.size or 0)
+    ]
     axis = [cut.samples if by_samples else cut.at for cut in cuts]
     return [cuts[_nearest(axis, place)] for place in places] if cuts else []
 

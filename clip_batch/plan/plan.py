@@ -25,7 +25,7 @@ from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
 from clip_batch.plan.kinds import check_kinds
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
 from clip_batch.plan.replace import obstacle, replaced
-from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples
+from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples, name_advice
 from clip_batch.samples.files import list_samples
 from clip_batch.storage.names import name_text, text_name
 from clip_batch.storage.store import Store
@@ -84,6 +84,7 @@ def make_plan(
     names = config.model, config.pretrained, modes[0], config.precision
     encoder = encoders.resolve(*names, options, exif_rotation=_upright(config))
     draft = Plan((), encoder, config.format, {}, images, captions, "", passed_over, config.caption_field)
+    draft = replace(draft, key_ends=config.key_ends)
 
     def differences(existing: Plan, head: dict[str, Any]) -> list[str]:
         """How the plan to be made differs from the one that exists, one phrase each."""
@@ -100,9 +101,11 @@ def make_plan(
     if old and (why := obstacle(store)):
         raise PlanError(f"another plan exists at {store.url} ({'; '.join(phrases)}), and {why}")
     if config.format == "tar":
-        shards = count_samples(shards, target.unit == "samples", options)
-    partitions = _partitions(shards, target, config.format, options)
+        shards = count_samples(shards, target.unit == "samples", draft, options)
+    partitions = _partitions(shards, target, draft, options)
     look = look_at_samples(shards, draft, options)
+    for line in name_advice(look):
+        say(line)
     if advice := caption_advice(look, config.caption_field):
         say(advice)
     encoder = _tried(encoder, look.firsts, config, modes, options, say)
@@ -198,6 +201,8 @@ def _extensions(config: PlanConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise ConfigError("--caption-extensions cannot have json: name the field of captions with --caption-field")
     if both := {*images} & {*captions, "json"}:
         raise ConfigError(f"--image-extensions has {min(both)}, which is the extension of other files: leave it out")
+    if config.key_ends == "last-dot" and (dotted := [name for name in images + captions if "." in name]):
+        raise ConfigError(f"with --key-ends last-dot no extension has a dot, as {dotted[0]} has: leave out one of them")
     return images, captions
 
 
@@ -223,11 +228,12 @@ def _target(config: PlanConfig) -> PartitionTarget:
 
 
 def _partitions(
-    shards: Sequence[Shard], target: PartitionTarget, format: str, options: dict[str, Any]
+    shards: Sequence[Shard], target: PartitionTarget, draft: Plan, options: dict[str, Any]
 ) -> tuple[Partition, ...]:
     """The shards packed into partitions, large ones cut between samples."""
     by_samples = target.unit == "samples"
-    find = folder_cuts if format == "files" else partial(tar_cuts, by_samples=by_samples, options=options)
+    find_in_tar = partial(tar_cuts, by_samples=by_samples, draft=draft, options=options)
+    find = folder_cuts if draft.format == "files" else find_in_tar
     return pack(shards, target, find_cuts(shards, places_to_cut(shards, target), find))
 
 
@@ -235,6 +241,7 @@ def _digest(plan: Plan) -> str:
     """sha256 over everything that changes the result: slices in order, encoder, schema, extensions, caption field."""
     head = [FORMAT, plan.encoder.fingerprint, plan.format, plan.fields, plan.image_extensions, plan.caption_extensions]
     head += [{"caption_field": plan.caption_field}] if plan.caption_field else []  # older plans keep their digests
+    head += [{"key_ends": plan.key_ends}] if plan.key_ends != "first-dot" else []
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for partition in plan.partitions:
         rows = [(s.shard.url, s.shard.size, s.shard.etag, s.start, s.stop) for s in partition.slices]
@@ -266,6 +273,7 @@ def _write(
         "image_extensions": plan.image_extensions,
         "caption_extensions": plan.caption_extensions,
         "caption_field": plan.caption_field,
+        "key_ends": plan.key_ends,
         "passed_over": plan.passed_over,
         "target": {target.unit: target.value},
         "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
@@ -331,6 +339,7 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
     images, captions = tuple(head["image_extensions"]), tuple(head["caption_extensions"])
     plan = Plan(_read_partitions(table), encoder, head["format_"], head["fields"], images, captions, head["digest"])
     plan = replace(plan, passed_over=head.get("passed_over", {}), caption_field=head.get("caption_field", ""))
+    plan = replace(plan, key_ends=head.get("key_ends", "first-dot"))
     return plan, head
 
 
@@ -360,7 +369,7 @@ def _differences(
         phrases += [
             f"{name} {str(was[name])[:40]!r} -> {str(now[name])[:40]!r}" for name in was if was[name] != now[name]
         ]
-    names = ("format", "image_extensions", "caption_extensions", "caption_field")
+    names = ("format", "image_extensions", "caption_extensions", "caption_field", "key_ends")
     settings = [(name, getattr(plan, name), getattr(draft, name)) for name in names]
     [(unit, value)] = head["target"].items()
     settings.append(("partition target", PartitionTarget(unit, value), target))

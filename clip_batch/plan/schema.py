@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from clip_batch.plan.specs import Options
 from clip_batch.plan.threads import map_in_threads
+from clip_batch.storage.names import is_utf8, text_name
 from clip_batch.storage.paths import is_local
-from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Plan, Sample, Shard, Slice
+from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Failure, Plan, Sample, Shard, Slice
 
 SCHEMA_SHARDS, SCHEMA_SAMPLES = 32, 20
 """The schema is inferred from this many shards, and from this many samples of each."""
@@ -36,6 +37,8 @@ class Look(NamedTuple):
     - `beside`: how many have a caption in the Parquet file beside their tar.
     - `records`: the JSON of those that have an object.
     - `firsts`: the first sample of each shard that was looked at.
+    - `dotted`: the failures of images with a dotted name.
+    - `not_utf8`: the keys of samples whose names are not UTF-8.
     """
 
     samples: int
@@ -43,6 +46,8 @@ class Look(NamedTuple):
     beside: int
     records: list[dict[str, Any]]
     firsts: Sequence[Sample] = ()
+    dotted: Sequence[Failure] = ()
+    not_utf8: Sequence[str] = ()
 
 
 def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> Look:
@@ -55,6 +60,8 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
     from clip_batch.storage.text import decode
 
     firsts: list[Sample] = []
+    dotted: list[Failure] = []
+    not_utf8: list[str] = []
 
     def look(shard: Shard) -> list[tuple[bool, bool, Any]]:
         found: list[tuple[bool, bool, Any]] = []
@@ -63,7 +70,11 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
         stop = SCHEMA_SAMPLES if draft.format == "files" else None if whole else SCHEMA_BYTES
         with contextlib.suppress(Exception):
             for sample in islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES):
+                if isinstance(sample, Failure) and sample.reason == "dotted_name":
+                    dotted.append(sample)
                 if isinstance(sample, Sample):
+                    if not is_utf8(text_name(sample.key)):
+                        not_utf8.append(sample.key)
                     if not found and sample.image is not None:
                         firsts.append(sample._replace(image=bytes(sample.image)))  # a view would keep the whole tar
                     record = None
@@ -77,7 +88,19 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
     found = [sample for samples in map_in_threads(look, spread) for sample in samples]
     records = [record for _, _, record in found if isinstance(record, dict)]
     captions, beside = sum(caption for caption, _, _ in found), sum(beside for _, beside, _ in found)
-    return Look(len(found), captions, beside, records, firsts)
+    return Look(len(found), captions, beside, records, firsts, dotted, not_utf8)
+
+
+def name_advice(look: Look) -> list[str]:
+    """Lines about names that hide images or are not UTF-8, if there were such among the samples that were looked at."""
+    lines = []
+    if look.dotted:
+        images = f"{len(look.dotted)} of {len(look.dotted) + look.samples} images that were looked at"
+        lines.append(f"{images} will not be embedded because of their names: {look.dotted[0].message}")
+    if look.not_utf8:
+        samples = f"{len(look.not_utf8)} of {look.samples} samples that were looked at"
+        lines.append(f"{samples} have names that are not UTF-8: their keys are written like {look.not_utf8[0]}")
+    return lines
 
 
 def caption_advice(look: Look, caption_field: str) -> str | None:

@@ -32,6 +32,12 @@ def name_text(name: str) -> str:
     return _SURROGATES.sub(lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", name.replace("\\", "\\\\"))
 
 
+def names_text(names: list[str]) -> list[str]:
+    """`name_text` of each name; fast where all of them are ASCII without a backslash."""
+    text = "".join(names)
+    return names if text.isascii() and "\\" not in text else [name_text(name) for name in names]
+
+
 def text_name(text: str) -> str:
     """The name that `name_text` wrote as this text."""
     if "\\" not in text or not _ESCAPE.search(text):

@@ -219,7 +219,7 @@ def main() -> None:
                     assert raw(shards[name], place.options) == size
                     keep(name, "raw_mb", size / 1e6 / (time.perf_counter() - started))
                 started = time.perf_counter()
-                scan_tar(shards[name][0], place.options)
+                scan_tar(shards[name][0], options=place.options)
                 keep(name, "scan_mb", (shards[name][0].size or 0) / 1e6 / (time.perf_counter() - started))
         local = max(paces["local"])
         report: dict[str, dict[str, Any]] = {}

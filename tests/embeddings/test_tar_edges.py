@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_batch.cli import main
+from clip_batch.config import PlanConfig
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.verify import verify_output
+from clip_batch.errors import ConfigError
+from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
 from tests import corpus
 
@@ -35,7 +40,74 @@ def test_names_that_are_not_utf8(tmp_path: Path, out: str, capsys: pytest.Captur
     captions = [(f"caf{end}.txt", text) for end, text in (("\udce8", b"grave"), ("\udce9", b"acute"))]
     tar = corpus.write_tar(str(tmp_path / "0.tar"), [*pictures, *captions, ("b\udce9.txt", b"-")], tarfile.GNU_FORMAT)
     run(tar, out)
-    assert "warnings: 2 name_not_utf8, 1 missing_caption" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "looked at have names that are not UTF-8: their keys are written like caf\\xe9" in told.err
+    assert "warnings: 2 name_not_utf8, 1 missing_caption" in told.out
     rows = [(row["key"], row["caption"]) for row in table(out, "metadata")]
     assert rows == [(r"caf\xe9", "acute"), (r"caf\xe8", "grave"), ("caf", None)]
     assert [row["key"] for row in table(out, "_clip_batch/failures")] == [r"b\xe9"]
+
+
+def test_links_are_embedded_in_every_slice(tmp_path: Path, out: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(6):
+        (source / f"{number}0.jpg").write_bytes(corpus.jpeg(number))
+        os.link(source / f"{number}0.jpg", source / f"{number}1.jpg")
+        os.symlink(f"{number}0.jpg", source / f"{number}2.jpg")
+        (source / f"{number}1.txt").write_text(f"caption {number}")
+    os.symlink("gone.jpg", source / "gone.jpg")
+    subprocess.run(["tar", "--sort=name", "-C", source, "-cf", f"{tmp_path}/0.tar", "."], check=True)
+    run(f"{tmp_path}/0.tar", out, "--partition-samples", "4")
+    rows, data = table(out, "metadata"), (tmp_path / "0.tar").read_bytes()
+    assert [row["key"] for row in rows] == [f"./{number}{copy}" for number in range(6) for copy in range(3)]
+    for row in rows:
+        assert data[row["offset"] : row["offset"] + row["length"]] == corpus.jpeg(int(row["key"][2]))
+    assert {row["key"]: row["caption"] for row in rows if row["caption"]} == {
+        f"./{n}1": f"caption {n}" for n in range(6)
+    }
+    assert len(read_commits(Store(out))) > 2
+    assert [row["reason"] for row in table(out, "_clip_batch/failures")] == ["broken_link"]
+
+
+def test_joined_tars(tmp_path: Path, out: str) -> None:
+    first, second = (corpus.good_tar(f"{tmp_path}/{name}", 5) for name in ("a.tar", "b.tar"))
+    Path(f"{tmp_path}/c.tar").write_bytes(Path(first).read_bytes() + Path(second).read_bytes())
+    run(f"{tmp_path}/c.tar", out, "--partition-samples", "2")
+    assert len(read_commits(Store(out))) == 5
+    assert [row["key"] for row in table(out, "metadata")] == 2 * [f"{number:09d}" for number in range(5)]
+
+
+def test_dotted_names_are_told_once_and_can_be_taken(
+    tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        (f"22.{n:02d}.{end}", corpus.jpeg(n) if end == "jpg" else b"x") for n in range(9) for end in ("jpg", "txt")
+    ]
+    tar = corpus.write_tar(str(tmp_path / "0.tar"), [*files, ("good.jpg", corpus.jpeg(10)), ("good.npy", b"-")])
+    run(tar, out)
+    told = capsys.readouterr()
+    assert "partition 0: 9 images are not embedded because of their names: " in told.err
+    assert "9 of 10 images that were looked at will not be embedded" in told.err
+    assert told.err.count("plan with --key-ends last-dot") == 2  # by plan, and by embed
+    assert "1 samples embedded, 9 listed as failed, passed over: 9 txt, 1 npy" in told.out
+    assert read_commits(Store(out))[0].passed_over == {"txt": 9, "npy": 1}
+    run(tar, f"{out}2", "--key-ends", "last-dot")
+    rows = [(row["key"], row["caption"]) for row in table(f"{out}2", "metadata")]
+    assert rows == [*((f"22.{n:02d}", "x") for n in range(9)), ("good", None)]
+
+
+def test_extensions_with_a_dot(tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        (f"{n}.{end}", body) for n in range(3) for end, body in (("input.jpg", corpus.jpeg(n)), ("outputs.txt", b"x"))
+    ]
+    tar = corpus.write_tar(str(tmp_path / "0.tar"), files)
+    run(tar, out, code=1)
+    told = capsys.readouterr().err
+    flags = "--image-extensions input.jpg --caption-extensions outputs.txt"
+    assert "partition 0 is committed without a row: none of 3 embedded; dotted_name 3, such as: " in told
+    assert f"plan with {flags}" in told
+    run(tar, f"{out}2", *flags.split())
+    assert [(row["key"], row["caption"]) for row in table(f"{out}2", "metadata")] == [(str(n), "x") for n in range(3)]
+    with pytest.raises(ConfigError, match="--key-ends last-dot"):
+        make_plan(tar, f"{out}3", PlanConfig(model="fake:8", key_ends="last-dot", image_extensions=["input.jpg"]))

@@ -12,6 +12,7 @@ from clip_batch.errors import InputError
 from clip_batch.plan.counts import count_folder, count_samples, count_tars
 from clip_batch.samples.files import list_samples
 from clip_batch.types import Shard
+from tests import corpus
 
 
 def test_counts_come_from_side_cars_else_from_a_scan(tmp_path: Path) -> None:
@@ -43,6 +44,6 @@ def test_the_version_of_a_folder_follows_its_names(tmp_path: Path) -> None:
 def test_counts_that_are_not_needed_are_read_only_where_that_is_cheap(tmp_path: Path) -> None:
     (tmp_path / "a_stats.json").write_text('{"successes": 7}')
     tars = [Shard(f"{tmp_path}/a.tar"), Shard(f"{tmp_path}/b.tar")]
-    assert [tar.samples for tar in count_samples(tars, False, {})] == [7, None]
+    assert [tar.samples for tar in count_samples(tars, False, corpus.plan_of(), {})] == [7, None]
     remote = [*tars, Shard("s3://nowhere/c.tar")]
-    assert count_samples(remote, False, {}) == remote
+    assert count_samples(remote, False, corpus.plan_of(), {}) == remote

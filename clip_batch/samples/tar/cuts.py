@@ -4,45 +4,59 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 
-from clip_batch.samples.tar.headers import Member, Record, member_runs
+from clip_batch.samples.tar.headers import Member, Record, Run, member_runs
 from clip_batch.samples.tar.mapping import map_tar
-from clip_batch.samples.tar.samples import TarSamples, group_members
-from clip_batch.types import IMAGE_EXTENSIONS
-
-EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
+from clip_batch.samples.tar.samples import NameRule, TarSamples, read_samples
 
 Cuts = list[tuple[int, int]]
 """(byte, samples before it) of each place, from (0, 0) to (where the last member ends, all samples)."""
 
 
-def cuts(tar: str | memoryview | mmap.mmap | bytes, extensions: Sequence[str] = EXTENSIONS) -> Cuts:
+def cuts(tar: str | memoryview | mmap.mmap | bytes, rule: NameRule = NameRule()) -> Cuts:
     """Every place where a tar, given by its local path or its bytes, may be cut.
 
-    No key that occurs before a cut occurs after it, so that slices between cuts hold whole samples. A gzipped tar
-    cannot be cut, and has only the first and the last place. `extensions` are those of which a second member of the
-    same key begins a new sample.
+    No key that occurs before a cut occurs after it, and no link is parted from its target, so that slices between cuts
+    hold whole samples. A compressed tar cannot be cut, and has only the first and the last place.
     """
     if not isinstance(tar, str):
-        return _cuts(group_members(member_runs(tar), extensions), len(tar))
+        return _cuts(read_samples(lambda: member_runs(tar), rule), len(tar))
     with open(tar, "rb") as file:
         data, problem = map_tar(file)
         size = os.fstat(file.fileno()).st_size
-    places = _cuts(group_members(member_runs(data), extensions), len(data))
+    places = _cuts(read_samples(lambda: member_runs(data), rule), len(data))
     return places if problem is None else [(0, 0), (size, places[-1][1])]
 
 
-def cuts_by_headers(headers: Iterable[Record], size: int, extensions: Sequence[str] = EXTENSIONS) -> Cuts:
-    """`cuts` of a tar of `size` bytes, from its headers."""
-    return _cuts(group_members(((item,) if isinstance(item, Member) else item for item in headers), extensions), size)
+def cuts_by_headers(headers: Callable[[], Iterable[Record]], size: int, rule: NameRule = NameRule()) -> Cuts:
+    """`cuts` of a tar of `size` bytes, from what `headers` gives; it is called again where there are links."""
+
+    def runs() -> Iterator[Run]:
+        return ((item,) if isinstance(item, Member) else item for item in headers())
+
+    return _cuts(read_samples(runs, rule), size)
 
 
 def _cuts(samples: TarSamples, size: int) -> Cuts:
-    places = [(0, 0)]
+    places: list[tuple[int, int]] = [(0, 0)]  # (byte, number of the sample that begins there)
     for number, (_, header, *_) in enumerate(samples.rows()):
         if number:
             places.append((header, number))
         while places[-1][1] > samples.torn.get(number, number):
             places.pop()
-    return [*places, (min(samples.end, size), len(samples.keys))]
+    images = samples.images
+    # Each member that is an image but for a dot is an item of its own, if its sample has no image.
+    more = {number: len(found) - 1 for number, found in sorted(samples.dotted.items()) if not images[number]}
+    numbers, totals = list(more), [0, *accumulate(more.values())]
+    kept = [(byte, number + totals[bisect_left(numbers, number)]) for byte, number in places]
+    return [*_outside(kept, samples.chains), (min(samples.end, size), len(samples.keys) + totals[-1])]
+
+
+def _outside(places: Cuts, chains: Iterable[tuple[int, int]]) -> Cuts:
+    """The places that part no chain of links, each given by its first and last header."""
+    ordered = sorted(chains)
+    firsts, reach = [first for first, _ in ordered], [0, *accumulate((last for _, last in ordered), max)]
+    return [place for place in places if not place[0] or place[0] > reach[bisect_left(firsts, place[0])]]

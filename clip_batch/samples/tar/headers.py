@@ -26,7 +26,7 @@ END_BLOCKS = 2
 
 _LONGEST_EXTENDED = 2**20  # bytes; a PAX or long-name record that claims more is damage
 _HEADER = struct.Struct("100s24x12s12x8ss100x8s80x155s12x")  # name, size, checksum, type, magic, prefix
-_MAGIC_AT = 257
+_LINK_AT, _MAGIC_AT = 157, 257
 _MAGIC = re.compile(rb"ustar[\0 ]")
 _NOT_ZERO = re.compile(rb"[^\0]")
 
@@ -52,24 +52,34 @@ class Damage(NamedTuple):
     message: str
 
 
+class Link(NamedTuple):
+    """A hard or a soft link to `target`, as it is written in the tar; its headers are the bytes [header, end)."""
+
+    name: str
+    target: str
+    soft: bool
+    header: int
+    end: int
+
+
 class NextTar(NamedTuple):
     """Another tar begins at byte `offset`, behind the zero blocks that end the one before it."""
 
     offset: int
 
 
-Record = Member | Damage | NextTar
-Run = Iterable[Fields] | Damage | NextTar
+Record = Member | Link | Damage | NextTar
+Run = Iterable[Fields] | Link | Damage | NextTar
 
 
 def members(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-    """Every regular member of the bytes [start, stop), in order, and every Damage and NextTar between them.
+    """Every regular member and link of the bytes [start, stop), in order, and every Damage and NextTar between them.
 
-    A last member that is cut off has the size that its header states, and a Damage follows it. Directories, links and
-    devices are skipped; so are the contents of global PAX headers, which would give all members the same name.
+    A last member that is cut off has the size that its header states, and a Damage follows it. Directories and devices
+    are skipped; so are the contents of global PAX headers, which would give all members the same name.
     """
     for run in member_runs(data, start, stop):
-        if isinstance(run, (Damage, NextTar)):
+        if isinstance(run, (Link, Damage, NextTar)):
             yield run
         else:
             yield from map(Member._make, run)
@@ -82,6 +92,7 @@ def member_runs(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int 
     position = start
     header = -1  # where the extended headers of the next member start; -1: it has none so far
     long_name: bytes | None = None
+    long_link: bytes | None = None
     pax: dict[bytes, bytes] = {}
     unpack, adler32 = _HEADER.unpack_from, zlib.adler32
     scratch = np.empty((MOST, BLOCK), np.uint8)
@@ -109,7 +120,7 @@ def member_runs(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int 
             position += zeros * BLOCK
             if zeros >= END_BLOCKS:
                 yield NextTar(position)
-                header, long_name, pax = -1, None, {}
+                header, long_name, long_link, pax = -1, None, None, {}
             continue
         try:
             if _number(sum_field) != left + right + 255 - (adler32(sum_field) & 0xFFFF):
@@ -123,21 +134,13 @@ def member_runs(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int 
                 if pax:
                     size = int(pax.get(b"size", size))
                     after = body + (size + 511 & -512)
-                    name = pax.get(b"path", name)
                     if any(field.startswith(b"GNU.sparse") for field in pax):
                         raise ValueError("a sparse file; write the tar without --sparse")
-                if pax and b"path" in pax:
-                    pass
-                elif long_name is not None:
-                    name = long_name
-                else:
-                    name = name.partition(b"\0")[0]
-                    if prefix[0] and magic[:6] == b"ustar\0":
-                        name = prefix.partition(b"\0")[0] + b"/" + name
+                name = _whole_name(pax.get(b"path", long_name), name, magic, prefix)
                 if size > _LARGEST:
                     raise ValueError(f"a member of {size} bytes")
                 if name[-1:] != b"/":  # else a directory of v7 tar
-                    yield ((name.decode("utf-8", "surrogateescape"), body, size, position if header < 0 else header),)
+                    yield ((_text(name), body, size, position if header < 0 else header),)
                 elif kind == b"\0":
                     after = body
             elif kind in b"xX":
@@ -146,18 +149,24 @@ def member_runs(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int 
                     pax = _pax(bytes(view[body : body + size]))
             elif kind in b"LK":
                 header = position if header < 0 else header
-                if kind == b"L":
-                    long_name = bytes(view[body : body + size]).partition(b"\0")[0]
+                text = bytes(view[body : body + size]).partition(b"\0")[0]
+                long_name, long_link = (text, long_link) if kind == b"L" else (long_name, text)
             elif kind == b"S":
                 raise ValueError("a sparse file; write the tar without --sparse")
             elif kind in b"123456":  # no data follows, whatever the size says
                 after = body
+                if kind in b"12":
+                    name = _whole_name(pax.get(b"path", long_name), name, magic, prefix)
+                    field = bytes(view[position + _LINK_AT : position + _MAGIC_AT]).partition(b"\0")[0]
+                    target = pax.get(b"linkpath", field if long_link is None else long_link)
+                    start_of_link = position if header < 0 else header
+                    yield Link(_text(name), _text(target), kind == b"2", start_of_link, body)
         except ValueError as error:
             yield (damage := _bad_header(view, position, end, start, str(error)))
             position += damage.length
             if position < end and not any(view[max(position - END_BLOCKS * BLOCK, damage.offset) : position]):
                 yield NextTar(position)
-            header, long_name, pax = -1, None, {}
+            header, long_name, long_link, pax = -1, None, None, {}
             continue
         if after > end and body + size > end:
             lost = header if header >= 0 else position
@@ -165,8 +174,16 @@ def member_runs(data: memoryview | mmap.mmap | bytes, start: int = 0, stop: int 
             yield Damage(lost, end - lost, "truncated_tar", message)
             return
         if header >= 0 and kind not in b"xXLKg":
-            header, long_name, pax = -1, None, {}
+            header, long_name, long_link, pax = -1, None, None, {}
         position = after
+
+
+def _whole_name(long_name: bytes | None, name: bytes, magic: bytes, prefix: bytes) -> bytes:
+    """The name in a member's extended headers, or if they have none (None) that in the fields of its header."""
+    if long_name is not None:
+        return long_name
+    name = name.partition(b"\0")[0]
+    return prefix.partition(b"\0")[0] + b"/" + name if prefix[0] and magic[:6] == b"ustar\0" else name
 
 
 def name_and_size(block: bytes) -> tuple[str, int]:
@@ -177,10 +194,11 @@ def name_and_size(block: bytes) -> tuple[str, int]:
     name, size, total, kind, magic, prefix = _HEADER.unpack(block)
     if kind not in (b"0", b"\0", b"7") or _number(total) != sum(block) - sum(total) + 256:
         raise ValueError("no header of a file")
-    name = name.partition(b"\0")[0]
-    if prefix[0] and magic[:6] == b"ustar\0":
-        name = prefix.partition(b"\0")[0] + b"/" + name
-    return name.decode("utf-8", "surrogateescape"), _number(size)
+    return _text(_whole_name(None, name, magic, prefix)), _number(size)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _number(field: bytes) -> int:

@@ -5,6 +5,7 @@ An image is a view into the memory map of its tar; only captions and JSON are co
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,10 +14,10 @@ from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.beside import captions_beside
 from clip_batch.samples.tar.headers import member_runs
 from clip_batch.samples.tar.mapping import map_tar
-from clip_batch.samples.tar.samples import group_members
+from clip_batch.samples.tar.samples import WIDTH, NameRule, TarSamples, read_samples
 from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import is_local
-from clip_batch.types import Failure, Item, Plan, Sample, Slice
+from clip_batch.types import Failure, Item, PassedOver, Plan, Sample, Slice
 
 
 def read_tar(
@@ -31,31 +32,40 @@ def read_tar(
     data, base, problem = _open(piece, options, files)
     gzipped, end = problem is not None, len(data)
     inside = (0, None) if gzipped or base else (piece.start, piece.stop)
-    samples = group_members(member_runs(data, *inside), plan.image_extensions, plan.caption_extensions, ("json",))
+    samples = read_samples(lambda: member_runs(data, *inside), NameRule.of(plan))
     beside = captions_beside(url, plan.caption_field, samples.keys, options) if plan.caption_field else {}
+
+    def place(at: int) -> int | None:
+        return None if gzipped else base + at
+
+    dotted = {samples.table[WIDTH * number]: found for number, found in samples.dotted.items()}
+    flags = _flags_for_dots(samples, plan)
     for key, header, offset, size, caption, caption_size, fields, fields_size in samples.rows():
-        key = name_text(key)
-        if not offset:
-            message = "no member with an image extension"
-            if header in samples.dotted:
-                message += (
-                    f", but one with {name_text(samples.dotted[header])!r}: a key ends at the first dot; rename it"
-                )
-            yield Failure(key, url, None if gzipped else base + header, "missing_image", message)
-        elif offset + size > end:
-            message = f"{max(0, end - offset)} of the image's {size} bytes are there; copy or download the tar again"
-            yield Failure(key, url, None if gzipped else base + header, "truncated_member", message)
-        else:
+        if offset > 0 and offset + size <= end:
             yield Sample(
                 key,
                 url,
                 None if gzipped else base + offset,
                 None if gzipped else size,
                 data[offset : offset + size],
-                data[caption : caption + caption_size].tobytes() if caption and caption + caption_size <= end else None,
-                data[fields : fields + fields_size].tobytes() if fields and fields + fields_size <= end else None,
+                data[caption : caption + caption_size].tobytes() if 0 < caption <= end - caption_size else None,
+                data[fields : fields + fields_size].tobytes() if 0 < fields <= end - fields_size else None,
                 beside.get(key),
             )
+        elif offset > 0:
+            message = f"{max(0, end - offset)} of the image's {size} bytes are there; copy or download the tar again"
+            yield Failure(key, url, place(header), "truncated_member", message)
+        elif offset < 0:
+            target = name_text(samples.links[size].target)
+            message = f"its image is a link to {target!r}, which is no file of the tar; write it with tar --dereference"
+            yield Failure(key, url, place(header), "broken_link", message)
+        elif header in dotted:
+            for one in dotted[header]:
+                ending = name_text(one.ending)
+                message = f"the first dot ends its key, and {ending!r} is no image extension: plan with {flags}"
+                yield Failure(name_text(one.name.rpartition(".")[0]), url, place(one.header), "dotted_name", message)
+        else:
+            yield Failure(key, url, place(header), "missing_image", "no member with an image extension")
     if problem:
         yield Failure(None, url, None, "bad_gzip", f"{problem}; what could be decompressed was read")
     for damage in samples.damage:
@@ -64,6 +74,26 @@ def read_tar(
         yield Failure(None, url, None, "empty_file", "the file is empty; copy or download it again")
     elif piece.whole and not (samples.keys or samples.damage or problem):
         yield Failure(None, url, None, "empty_shard", "a tar without a single sample; look at what wrote it")
+    if passed_over := samples.passed_over():
+        yield PassedOver(url, {name_text(kind): count for kind, count in passed_over.items()})
+
+
+def _flags_for_dots(samples: TarSamples, plan: Plan) -> str:
+    """The flags of `plan` by which samples that have only images with a dotted name, such as "1.50.png", have an image.
+
+    A few extensions that many samples share, such as "input.jpg", are extensions; otherwise the dots belong to keys.
+    """
+    images = samples.images
+    endings = Counter(one.ending for number, found in samples.dotted.items() if not images[number] for one in found)
+    if len(endings) > 3 or endings.total() == len(endings) or any(ending[0].isdigit() for ending in endings):
+        return "--key-ends last-dot"
+    flags = ""
+    for part, others in enumerate((plan.image_extensions, plan.caption_extensions)):
+        plain = [name for name in others if any(name in parts[part] for parts, _ in samples.parts)]
+        dotted = endings if part == 0 else samples.dotted_captions
+        names = " ".join([*(name_text(name) for name, _ in dotted.most_common(3)), *plain])
+        flags += f" --{('image', 'caption')[part]}-extensions {names}" if dotted else ""
+    return flags.strip()
 
 
 def _open(piece: Slice, options: dict[str, Any] | None, files: Prefetcher | None) -> tuple[memoryview, int, str | None]:

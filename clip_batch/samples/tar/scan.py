@@ -6,14 +6,16 @@ A remote tar is read in blocks, one at a time in memory; large members are skipp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.cuts import Cuts, cuts, cuts_by_headers
 from clip_batch.samples.tar.fast_headers import BLOCK
-from clip_batch.samples.tar.headers import END_BLOCKS, Damage, Member, Record, members, next_header
+from clip_batch.samples.tar.headers import END_BLOCKS, Damage, Link, Member, NextTar, Record, members, next_header
 from clip_batch.samples.tar.mapping import GZIP_MAGIC
+from clip_batch.samples.tar.samples import NameRule
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
 from clip_batch.types import Shard, Slice
@@ -28,7 +30,7 @@ Read = Callable[[int, int], bytes]
 """Reads the bytes [start, stop) of a tar."""
 
 
-def scan_tar(tar: Shard, options: dict[str, Any] | None = None) -> tuple[Cuts, int | None]:
+def scan_tar(tar: Shard, rule: NameRule = NameRule(), options: dict[str, Any] | None = None) -> tuple[Cuts, int | None]:
     """The cuts of a tar (see `cuts`) and its number of samples; ([], None) if it is gzipped or cannot be read.
 
     OSError: the store does not answer.
@@ -38,12 +40,13 @@ def scan_tar(tar: Shard, options: dict[str, Any] | None = None) -> tuple[Cuts, i
     try:
         if is_local(tar.url) or tar.size is None or not has_ranges(remote := remote_file(tar.url, options)):
             with Prefetcher(options=options) as files, files.take(Slice(tar)) as (path, _):
-                places = cuts(path)
+                places = cuts(path, rule)
         elif tar.size and read_range(remote, 0, 2) == GZIP_MAGIC:
             return [], None
         else:
-            headers = read_headers(lambda start, stop: read_range(remote, start, stop), tar.size)
-            places = cuts_by_headers(headers, tar.size)
+            size = tar.size
+            read = partial(read_range, remote)
+            places = cuts_by_headers(lambda: read_headers(read, size), size, rule)
     except (ValueError, InputError):  # `embed` reports the error
         return [], None
     return places, places[-1][1]
@@ -71,11 +74,16 @@ def read_headers(read: Read, size: int, short: int = SHORT, long: int = LONG, fa
                 position, length = after, min(2 * length, long)
                 continue
         for item in members(data):
+            if isinstance(item, Link):
+                after = position + item.end
+                yield item._replace(header=position + item.header, end=after)
+                continue
             item = item._replace(offset=position + item.offset)
             if isinstance(item, Member):
                 after = item.offset + -(-item.size // BLOCK) * BLOCK
                 yield item._replace(header=position + item.header)
-            elif not isinstance(item, Damage):
+            elif isinstance(item, NextTar):
+                after = item.offset
                 yield item
             elif stop < size and item.offset + item.length == stop:
                 if item.reason != "truncated_tar":  # else the block ends here, not the tar
