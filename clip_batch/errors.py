@@ -22,7 +22,10 @@ PermissionError, from remote stores too. ValueError and TypeError are mistakes o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class ClipBatchError(Exception):

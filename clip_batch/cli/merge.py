@@ -78,6 +78,7 @@ class VersionsArguments(JsonArguments, IndexArguments):
 def versions(arguments: VersionsArguments, storage: StorageConfig) -> int:
     """List the versions of an index and the live one; --use makes another version live."""
     from clip_batch.index import versions as stage
+    from clip_batch.index.manifest import load_manifest
     from clip_batch.storage.store import Store
 
     store = Store(arguments.index_folder, storage.storage_options)
@@ -86,6 +87,8 @@ def versions(arguments: VersionsArguments, storage: StorageConfig) -> int:
     if arguments.drop:
         stage.drop(store, arguments.drop)
     listed = stage.versions(store)
+    if not listed:
+        load_manifest(store)  # refuses a folder that is no index, such as a mistyped one
     answer(arguments, [asdict(version) for version in listed], stage.describe(listed))
     return 0
 

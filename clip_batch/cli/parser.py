@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NoReturn
@@ -67,6 +68,9 @@ def call(
     for section in taken.values():
         options.add_flags(parser, section.kind, section.flags)
     flags = vars(parser.parse_args(words))
+    commands = list(commands)
+    for name, nearest in options.unknown_variables(argument_names(commands)).items():
+        print(f"{prog}: no option reads the environment's {name}; the nearest is {nearest}", file=sys.stderr)
     file = options.read_file(flags["config"], argument_names(commands)) if flags["config"] else {}
     values: dict[str, Any] = {"main": main} if "main" in typing.get_type_hints(command) else {}
     for name, section in taken.items():

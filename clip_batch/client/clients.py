@@ -35,7 +35,7 @@ class _Connection:
     """What both clients share: the address of the service, and what to do after each response."""
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
-        if not url.startswith(("http://", "https://")):
+        if not isinstance(url, str) or not url.startswith(("http://", "https://")):
             raise ConfigError(f"service URL {url!r} does not start with http:// or https://")
         try:
             parsed = httpx2.URL(url)

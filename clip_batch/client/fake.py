@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import reprlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from urllib.parse import unquote
 
 import httpx2
 
+from clip_batch.errors import ConfigError
 from clip_batch.types import Hit
 
 _KINDS = ("text", "image", "image_url", "embedding", "id", "queries")
@@ -36,6 +38,8 @@ class FakeService:
     def __init__(
         self, hits: Sequence[Hit], index: str = "index", dim: int = 8, images: Mapping[int, bytes] | None = None
     ) -> None:
+        if not isinstance(hits, Sequence) or not all(isinstance(hit, Hit) for hit in hits):
+            raise ConfigError(f"hits is {reprlib.repr(hits)}: it must be a list of Hit")
         self.hits, self.index, self.dim, self.images = list(hits), index, dim, dict(images or {})
         self.requests: list[tuple[str, str, Any]] = []
         self.transport = httpx2.MockTransport(self._answer)
@@ -80,7 +84,7 @@ class FakeService:
         return httpx2.Response(404, json={"detail": f"{path}: not found"})
 
     def _search(self, body: dict[str, Any]) -> httpx2.Response:
-        if sum(kind in body for kind in _KINDS) != 1:
+        if sum(body.get(kind) not in (None, "") for kind in _KINDS) != 1:
             return httpx2.Response(422, json={"detail": f"give exactly one of {', '.join(_KINDS)}"})
         if body.get("index", self.index) != self.index:
             return httpx2.Response(404, json={"detail": f"no index {body['index']!r}; there is {self.index}"})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
 
+from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError
 from clip_batch.types import Hit
 
@@ -136,11 +137,12 @@ def _plain(query: Mapping[str, Any]) -> dict[str, Any]:
 
 def _base64(image: Image) -> str:
     if not isinstance(image, bytes):
+        image = path_text(image, "a query image")
         try:
             with open(image, "rb") as file:
                 image = file.read()
         except OSError as error:
-            raise ConfigError(f"query image {os.fspath(image)!r} cannot be read: {error.strerror}") from None
+            raise ConfigError(f"query image {image!r} cannot be read: {error.strerror}") from None
     return base64.b64encode(image).decode()
 
 

@@ -6,8 +6,15 @@ import ast
 import dataclasses
 import functools
 import inspect
+import math
+import os
+import re
+import reprlib
 import textwrap
+import types
 import typing
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from clip_batch.errors import ConfigError
@@ -36,17 +43,75 @@ def _helps(node: ast.ClassDef) -> dict[str, str]:
 
 
 class Options:
-    """Base of the sections, which also programs make: refuses a text in place of a list, and an unknown choice."""
+    """Base of the sections, which also programs make: their values are checked as those of flags are.
+
+    A path object in place of a text is taken as its path. ConfigError names the field, the value and what it must be.
+    """
 
     def __post_init__(self) -> None:
-        section: type = type(self)
-        for name, kind in _hints(section).items():
-            value = getattr(self, name)
-            if typing.get_origin(kind) is list and isinstance(value, str):
-                raise ConfigError(f"{section.__name__}: {name} is {value!r}: it must be a list, [{value!r}]")
-            if typing.get_origin(kind) is typing.Literal and value not in typing.get_args(kind):
-                choices = ", ".join(map(str, typing.get_args(kind)))
-                raise ConfigError(f"{section.__name__}: {name} is {value!r}: it must be one of {choices}")
+        section: Any = type(self)
+        hints = _hints(section)
+        for field in dataclasses.fields(section):
+            value, kind = getattr(self, field.name), hints[field.name]
+            try:
+                checked = _checked(value, kind)
+                rule = _range(field, checked)
+            except _Wrong as error:
+                rule = str(error)
+            if rule:
+                raise ConfigError(f"{section.__name__}: {field.name} is {reprlib.repr(value)}: it must be {rule}")
+            if checked is not value:
+                object.__setattr__(self, field.name, checked)
+
+
+class _Wrong(Exception):
+    """A value is not of its field's type; the message is the rule that it breaks."""
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    """A value of a type, in which path objects have become text. _Wrong: it is of another type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return value if value is None else _checked(value, arguments[0])
+    if origin is list:
+        if not isinstance(value, list | tuple):
+            raise _Wrong(f"a list, {[value]!r}" if isinstance(value, str) else "a list")
+        items = [_checked(item, arguments[0]) for item in value]
+        return value if items == value else items
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise _Wrong(f"one of {', '.join(map(str, arguments))}")
+    elif origin is dict:
+        if not isinstance(value, Mapping):
+            raise _Wrong("a mapping")
+    elif kind is str:
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if not isinstance(value, str):
+            raise _Wrong("a text")
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise _Wrong("True or False")
+    elif not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
+        raise _Wrong("a whole number" if kind is int else "a number")
+    return value
+
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
+
+
+def _range(field: dataclasses.Field[Any], value: Any) -> str:
+    """The rule that a value of the right type breaks; "" where it breaks none.
+
+    A number is 0 or more, unless the field's metadata has "negative".
+    """
+    if field.name == "device" and not _DEVICE.fullmatch(value):
+        return "auto, cpu, cuda or cuda:N"
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return ""
+    if math.isnan(value):
+        return "a number"
+    return "0 or more" if value < 0 and not field.metadata.get("negative") else ""
 
 
 @functools.cache

@@ -194,6 +194,23 @@ def _used_variable(section: type, field: str, environ: Mapping[str, str]) -> str
     return short
 
 
+def unknown_variables(arguments: Iterable[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables CLIP_BATCH_... of the environment that no option reads, each with the nearest that one does.
+
+    `arguments` are the names of the commands' own arguments.
+    """
+    known = {f"CLIP_BATCH_{name.upper()}" for name in arguments}
+    for section in SECTIONS.values():
+        for field in dataclasses.fields(section):
+            known |= {variable(section, field.name), f"CLIP_BATCH_{field.name.upper()}"}
+    unknown = sorted(name for name in environ if name.startswith("CLIP_BATCH_") and name not in known)
+    if not unknown:
+        return {}
+    from difflib import get_close_matches
+
+    return {name: get_close_matches(name, known, 1, 0)[0] for name in unknown}
+
+
 def _split(text: str, kind: Any) -> Any:
     return text.split() if typing.get_origin(kind) is list else text
 

@@ -15,7 +15,7 @@ class SearchConfig(Options):
 
     k: int = field(default=10, metadata={"short": "-k"})
     """Largest number of hits."""
-    threshold: float | None = None
+    threshold: float | None = field(default=None, metadata={"negative": True})
     """Lowest score of a hit; `filter` then writes every such row, however many there are. Default: no limit."""
     modality: Literal["image", "text"] = "image"
     """Index to search: the images' or the captions'."""
@@ -31,7 +31,7 @@ class SearchConfig(Options):
     """Leave out hits that the safety head refuses."""
     nonviolent: bool = False
     """Leave out hits that the violence head refuses."""
-    aesthetic: float | None = None
+    aesthetic: float | None = field(default=None, metadata={"negative": True})
     """Weight of the aesthetic head in the order of the hits; default: none."""
     columns: list[str] = field(default_factory=list)
     """Metadata columns of the hits; default: all, of which `search` prints key and caption unless --json is given."""
@@ -124,6 +124,6 @@ class DatabaseConfig(Options):
     milvus_index: Literal["AUTOINDEX", "FLAT", "IVF_FLAT", "HNSW"] = "AUTOINDEX"
     """Kind of Milvus's own index; FLAT is exact."""
     sql: str = ""
-    """Database of metadata: SQLAlchemy's kind://user:password@host/database, or the path of an SQLite file."""
+    """Database of metadata: SQLAlchemy's kind://user:password@host/database, or a path of SQLite (.sqlite, .db)."""
     table_prefix: str = "clip_batch"
     """First part of the names of tables and collections, <table_prefix>_<version>."""

@@ -7,7 +7,6 @@ Batches keep their order. At most `_BATCHES_AHEAD` of them wait to be encoded, w
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
+from clip_batch.config.paths import path_text
 from clip_batch.embeddings.attempts import record_failure
 from clip_batch.embeddings.commits import committed
 from clip_batch.embeddings.metadata import metadata_row
@@ -135,7 +135,7 @@ def embed(
     PlanError, EncoderError or ConfigError, before any work; PlanError also where the plan was replaced meanwhile.
     Preempted once `run.stop` is set: everything committed so far is kept, and nothing is half done.
     """
-    store = Store(os.fspath(output), storage.storage_options)
+    store = Store(path_text(output, "output"), storage.storage_options)
     plan = load_plan(store)
     numbers = list(range(len(plan.partitions))) if partitions is None else list(partitions)
     unknown = [number for number in numbers if not 0 <= number < len(plan.partitions)]

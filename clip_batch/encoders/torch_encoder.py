@@ -90,7 +90,9 @@ class TorchEncoder:
         return halve_if_too_large(self._encode_images, batch)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
-        return halve_if_too_large(self._encode_texts, list(texts))
+        # Tokenizers cannot take the lone surrogates that stand for bytes of a command line that are not UTF-8.
+        texts = [text if text.isascii() else text.encode(errors="replace").decode() for text in texts]
+        return halve_if_too_large(self._encode_texts, texts)
 
     def _encode_images(self, batch: Pixels) -> Array:
         pixels = torch.from_numpy(batch)

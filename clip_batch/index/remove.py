@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_batch.config import StorageConfig
+from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError, one_line
 from clip_batch.index import removals, removed_rows
 from clip_batch.index.manifest import load_manifest
 from clip_batch.index.paths import removal_list
 from clip_batch.storage.store import Store, read_url
 from clip_batch.storage.text import encoding
+from clip_batch.types import StrPath
 
 EXAMPLES = 5
 """Values without a row that a report names."""
@@ -37,8 +39,8 @@ class RemoveReport:
 
 
 def remove(
-    index: str,
-    keys: str,
+    index: StrPath,
+    keys: StrPath,
     column: str = "key",
     storage: StorageConfig = StorageConfig(),
     progress: Callable[[str], None] = lambda line: None,
@@ -49,6 +51,7 @@ def remove(
     Every row with such a value is removed, also where several have it. ConfigError: the file is not readable or has no
     value, the live version has no such column, or a value is no number where the column has numbers.
     """
+    keys = path_text(keys, "keys")
     store = Store(index, storage.storage_options)
     manifest = load_manifest(store)
     new = removals.RemovalList.of(column, read_values(keys, column, storage))

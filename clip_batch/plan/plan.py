@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
+from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError, some
 from clip_batch.plan import paths, specs
 from clip_batch.plan.counts import count_folder, count_samples, image_advice
@@ -66,8 +66,8 @@ def make_plan(
 
     say = progress or (lambda line: None)
     options = storage.storage_options
-    config = replace(config, input=[os.fspath(spec) for spec in _as_list(input)])
-    store = Store(os.fspath(output), options)
+    config = replace(config, input=[path_text(spec, "an input") for spec in _as_list(input)])
+    store = Store(path_text(output, "output"), options)
     target = _target(config)
     images, captions = _extensions(config)
     inputs = specs.expand_inputs(config.input, config.format, options)
@@ -158,7 +158,7 @@ def _tried(
 
 
 def _as_list(input: StrPath | Iterable[StrPath]) -> list[StrPath]:
-    return [input] if isinstance(input, (str, os.PathLike)) else list(input)
+    return list(input) if isinstance(input, Iterable) and not isinstance(input, str | bytes) else [input]
 
 
 def _count_folders(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from clip_batch.errors import ConfigError
 from clip_batch.search.conditions import Condition
 from clip_batch.search.where import Where, as_condition
+from clip_batch.types import StrPath
 
 K = 10
 """Hits of a query that does not say how many."""
@@ -45,7 +47,7 @@ class QueryTerm:
     """
 
     text: str = ""
-    image: str | bytes = ""
+    image: StrPath | bytes = ""
     embedding: npt.ArrayLike | None = None
     id: int | None = None
     weight: float = 1.0
@@ -62,10 +64,11 @@ class QueryTerm:
             return {"text": self.text}
         if self.id is not None:
             return {"id": int(self.id)}
-        if isinstance(self.image, str) and self.image:
-            return {"image": self.image}
-        data = self.image or np.asarray(self.embedding, dtype=np.float32).tobytes()
-        return {"sha256": hashlib.sha256(bytes(data)).hexdigest()}
+        if self.image and not isinstance(self.image, bytes):
+            return {"image": os.fspath(self.image)}
+        if not isinstance(self.image, bytes) or not self.image:
+            return {"sha256": hashlib.sha256(np.asarray(self.embedding, dtype=np.float32).tobytes()).hexdigest()}
+        return {"sha256": hashlib.sha256(self.image).hexdigest()}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -133,7 +136,7 @@ class Query(Criteria):
     """
 
     text: str = ""
-    image: str | bytes = ""
+    image: StrPath | bytes = ""
     embedding: npt.ArrayLike | None = None
     id: int | None = None
     terms: Sequence[QueryTerm] = ()
@@ -176,7 +179,7 @@ class Query(Criteria):
 def _check_subject(text: object, image: object, id: object) -> None:
     """ConfigError: what is looked for is of another type than its field's."""
     _check("text", text, isinstance(text, str), "one text")
-    _check("image", image, isinstance(image, str | bytes), "a path, a URL or the bytes of an image file")
+    _check("image", image, isinstance(image, str | bytes | os.PathLike), "a path, a URL or the bytes of an image file")
     _check("id", id, id is None or _is_whole(id), "the whole number of a row")
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
+from clip_batch.config.paths import path_text
 from clip_batch.embeddings.reader import blocks
 from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, CorruptError
@@ -45,7 +46,7 @@ from clip_batch.storage.cache import IndexCache
 from clip_batch.storage.npy import open_matrix, unit
 from clip_batch.storage.retry import redact
 from clip_batch.storage.store import Store
-from clip_batch.types import Hit, StoredFile
+from clip_batch.types import Hit, StoredFile, StrPath
 
 if TYPE_CHECKING:
     from clip_batch.encoders import Encoder
@@ -80,12 +81,12 @@ class Searcher:
 
     def __init__(
         self,
-        index: str,
+        index: StrPath,
         storage: StorageConfig = StorageConfig(),
         encoder: Encoder | None = None,
         config: SearchConfig = SearchConfig(),
     ) -> None:
-        store = Store(index, storage.storage_options)
+        store = Store(path_text(index, "index"), storage.storage_options)
         self._files: dict[str, str] = {}
         if clip_retrieval.is_index(store):
             theirs = clip_retrieval.open_index(store, config.model, config.pretrained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,7 +33,7 @@ def _term_vector(backend: Backend, term: QueryTerm) -> Vectors:
     if term.text:
         return text_vectors(backend, [term.text]).reshape(-1)
     if term.image:
-        data = _read_image(backend, term.image) if isinstance(term.image, str) else term.image
+        data = term.image if isinstance(term.image, bytes) else _read_image(backend, os.fspath(term.image))
         return image_vectors(backend, data).reshape(-1)
     if term.embedding is not None:
         return unit_vector(checked_vector(term.embedding, backend.manifest.dim, "embedding"), "embedding")

@@ -20,12 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import IO, Any, TypeVar
 
+from clip_batch.config.paths import path_text
 from clip_batch.storage.download import download
 from clip_batch.storage.filesystem import abort_upload, filesystem, move, put_if_absent, unfinished_uploads
 from clip_batch.storage.paths import TEMPORARY, absolute, is_local
 from clip_batch.storage.ranged import open_ranged
 from clip_batch.storage.retry import call_store
 from clip_batch.storage.transfer import RemoteFile
+from clip_batch.types import StrPath
 
 T = TypeVar("T")
 
@@ -56,13 +58,14 @@ def file_digest(path: str) -> str:
 class Store:
     """One folder, local or remote; all names are relative to it and use "/".
 
-    InputError where no package opens the URL, or an option is wrong.
+    InputError where no package opens the URL, or an option is wrong. ConfigError: it is no path or URL.
     """
 
-    def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
-        self.url = absolute(url).rstrip("/")
+    def __init__(self, url: StrPath, options: dict[str, Any] | None = None) -> None:
+        text = path_text(url, "a folder")
+        self.url = absolute(text).rstrip("/")
         self.options = options or {}
-        self.local = is_local(url)
+        self.local = is_local(text)
         self._fs: Any = None
         self._root = self.url
         if not self.local:

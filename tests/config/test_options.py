@@ -192,13 +192,13 @@ def test_usage_errors_are_one_line_and_exit_2(
 def test_flags_made_of_a_section_give_it_back(data: st.DataObject) -> None:
     section = data.draw(st.sampled_from([EmbedConfig, MergeConfig, SlurmConfig, SparkConfig]))
     words = st.text(st.characters(codec="utf-8"), min_size=1)
-    drawn: dict[Any, Any] = {str: words, int: st.integers(-9, 99), bool: st.booleans(), float: st.floats(0, 1)}
+    drawn: dict[Any, Any] = {str: words, int: st.integers(0, 99), bool: st.booleans(), float: st.floats(0, 1)}
     drawn |= {list[str]: st.lists(words, min_size=1), dict[str, Any]: st.dictionaries(words, words)}
     values = {}
     for name, kind in typing.get_type_hints(section).items():
         if typing.get_origin(kind) is typing.Literal:
             drawn[kind] = st.sampled_from(typing.get_args(kind))
-        if kind in drawn and data.draw(st.booleans()):
+        if kind in drawn and name != "device" and data.draw(st.booleans()):
             values[name] = data.draw(drawn[kind])
     made = section(**values)
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -267,3 +267,16 @@ def test_a_second_condition_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     """The second would replace the first."""
     assert main(["search", "--index", "x", "--text", "a", "--where", "a = 1", "--where", "b = 2"]) == 2
     assert "--where is given more than once: give it once, and join conditions by and" in capsys.readouterr().err
+
+
+def test_a_variable_that_no_option_reads_is_told_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CLIP_BATCH_EMBED_BATCHSIZE", "3")
+    monkeypatch.setenv("CLIP_BATCH_EMBED_THREADS", "3")
+    monkeypatch.setenv("CLIP_BATCH_OUTPUT", "here")
+    monkeypatch.setenv("CLIP_BATCH_PORT", "3")
+    main(["status", "--output", str(tmp_path)])
+    (line, _) = capsys.readouterr().err.splitlines()
+    assert "no option reads the environment's CLIP_BATCH_EMBED_BATCHSIZE" in line
+    assert line.endswith("the nearest is CLIP_BATCH_EMBED_BATCH_SIZE")

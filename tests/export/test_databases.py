@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_batch.cli import main
 from clip_batch.config import DatabaseConfig, MergeConfig, SearchConfig, StorageConfig
 from clip_batch.errors import ConfigError, DatabaseError
 from clip_batch.export.databases.backend import DatabaseBackend
@@ -119,6 +121,14 @@ def table_of(config: DatabaseConfig, index: str) -> tuple[Sql, sa.Table]:
     sql = Sql(config.sql, config.table_prefix)
     name = f"{config.table_prefix}_{current_version(Store(index))}"
     return sql, sa.Table(name, sa.MetaData(), autoload_with=sql.engine)
+
+
+def test_a_word_is_no_database(index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = str(tmp_path / "nonsense")
+    assert main(["export", "sql", "--index", index, "--sql", name]) == 2
+    assert f"--sql {name} is neither a URL" in capsys.readouterr().err and not os.path.exists(name)
+    Path(name).touch()  # SQLite takes an empty file as a new database
+    assert main(["export", "sql", "--index", index, "--sql", name]) == 0
 
 
 def test_metadata_comes_back_as_it_was(index: str, sql_url: str, prefix: str) -> None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clip_batch.cli import main
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals, removed_rows
@@ -118,6 +119,12 @@ def key_file(home: Path, *keys: str) -> str:
 def rewrite(store: Store, version: str, change: Callable[[Manifest], Manifest]) -> None:
     manifest = change(load_manifest(store, version))
     store.replace(VersionPaths(version).manifest, manifest.to_json().encode())
+
+
+def test_a_folder_that_is_no_index_has_no_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("nowhere", ""):
+        assert main(["versions", "--index", f"{tmp_path}/{name}"]) == 2
+        assert "no index at" in capsys.readouterr().err
 
 
 def test_versions_are_listed_by_age_with_what_they_hold(store: Store, home: Path, first: str, second: str) -> None:

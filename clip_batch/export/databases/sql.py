@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.int64]
 
+FILES = (".sqlite", ".sqlite3", ".db")
+"""Extensions of SQLite files that are created by their path alone."""
+
 DRIVERS = {"sqlite": "pysqlite", "mysql": "pymysql", "mariadb": "pymysql", "postgresql": "psycopg"}
 
 IDS_PER_STATEMENT = 500
@@ -66,6 +69,11 @@ class Sql:
         self._secrets = [text for text in (parsed.password, *map(str, parsed.query.values())) if text]
         self.kind = parsed.get_backend_name()
         exists = parsed.database and os.path.exists(parsed.database)
+        if "://" not in url and not exists and not url.endswith(FILES):
+            raise ConfigError(
+                f"--sql {url} is neither a URL, such as postgresql://user@host/database, nor a file that exists, nor "
+                f"one that ends in {', '.join(FILES)}"
+            )
         if self.kind == "sqlite" and not exists and not create:
             raise DatabaseError(f"{self} does not exist: run clip-batch export sql first")
         settings = {"sql_mode": "STRICT_ALL_TABLES"} if self.kind in ("mysql", "mariadb") else {}

@@ -22,6 +22,7 @@ from torch import distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
+from clip_batch.config.paths import path_text
 from clip_batch.encoders.device import cores, use_torch_threads
 from clip_batch.errors import ConfigError, DecodeError
 from clip_batch.export.dataset import deal
@@ -36,6 +37,7 @@ from clip_batch.search.conditions import all_of
 from clip_batch.search.query import Query
 from clip_batch.search.where import Where, as_condition
 from clip_batch.storage.paths import absolute
+from clip_batch.types import StrPath
 
 TAKE = 256
 """Rows whose metadata is read at a time."""
@@ -72,7 +74,7 @@ class FilteredDataset(IterableDataset[Row]):
 
     def __init__(
         self,
-        source: str,
+        source: StrPath,
         queries: str | Query | Sequence[str | Query] = (),
         *,
         amount: int | None = None,
@@ -93,7 +95,7 @@ class FilteredDataset(IterableDataset[Row]):
         block: int = 64,
         rank: int | None = None,
         world: int | None = None,
-        selection: str = "",
+        selection: StrPath = "",
         max_failures: float = 0.5,
         where: Where | None = None,
         unique: bool = False,
@@ -123,10 +125,11 @@ class FilteredDataset(IterableDataset[Row]):
                 f"{self.world} ranks must not each search for themselves: name a selection folder that all can reach"
             )
         if not selection:
-            home = tempfile.mkdtemp(prefix="clip-batch-")
-            weakref.finalize(self, _remove, home, os.getpid())
-            selection = os.path.join(home, "selection")
-        self.selection = select(source, narrowed, amount, via, self.columns, absolute(selection), storage, search)
+            temporary = tempfile.mkdtemp(prefix="clip-batch-")
+            weakref.finalize(self, _remove, temporary, os.getpid())
+            selection = os.path.join(temporary, "selection")
+        home = absolute(path_text(selection, "selection"))
+        self.selection = select(path_text(source, "source"), narrowed, amount, via, self.columns, home, storage, search)
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
 

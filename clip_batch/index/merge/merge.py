@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from clip_batch.config import MergeConfig, StorageConfig
+from clip_batch.config.paths import path_text
 from clip_batch.embeddings.status import describe_partitions
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.index import removals, removed_rows
@@ -59,7 +60,7 @@ def merge(
     key. PlanError: OUT has no plan.
     """
     say = progress or (lambda line: None)
-    job = open_job(os.fspath(output), os.fspath(index), config, storage)
+    job = open_job(path_text(output, "output"), path_text(index, "index"), config, storage)
     if manifest := finished(job, say):
         return manifest
     train(job, say, every_row=True)

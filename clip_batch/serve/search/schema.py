@@ -16,10 +16,10 @@ KINDS = ("text", "image", "image_url", "embedding", "id")
 class QueryModel(RequestModel):
     """The query: exactly one of `text`, `image`, `image_url`, `embedding` and `id`."""
 
-    text: str | None = Field(None, max_length=10_000)
-    image: str | None = Field(None, description="base64 of an image file, or a data: URL")
+    text: str | None = Field(None, min_length=1, max_length=10_000)
+    image: str | None = Field(None, min_length=1, description="base64 of an image file, or a data: URL")
     image_url: str | None = Field(
-        None, max_length=2048, description="the URL of an image, if this server may download images"
+        None, min_length=1, max_length=2048, description="the URL of an image, if this server may download images"
     )
     embedding: list[float] | None = Field(None, max_length=MOST, description="a vector of the encoder")
     id: int | None = Field(None, ge=0, lt=2**63, description="a row of the index, to find similar ones")
