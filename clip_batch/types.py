@@ -219,7 +219,16 @@ Item = Sample | Failure | PassedOver
 """What reading a slice yields."""
 
 SHARD_REASONS = frozenset(
-    {"not_a_tar", "empty_file", "empty_shard", "truncated_tar", "corrupt_header", "bad_gzip", "unreadable_folder"}
+    {
+        "not_a_tar",
+        "empty_file",
+        "empty_shard",
+        "truncated_tar",
+        "corrupt_header",
+        "bad_gzip",
+        "bad_compression",
+        "unreadable_folder",
+    }
 )
 """Reasons of failures that concern a shard."""
 

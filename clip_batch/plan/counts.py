@@ -9,9 +9,10 @@ from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.plan.kinds import PICTURES
-from clip_batch.plan.specs import SIDE_CARS, TAR_SUFFIXES, Options
+from clip_batch.plan.specs import SIDE_CARS, Options
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.files import Folder, listing_digest
+from clip_batch.samples.tar.suffixes import tar_stem
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.store import Store
 from clip_batch.types import UNREADABLE, Plan, Shard, format_counts
@@ -73,8 +74,7 @@ def image_advice(passed_over: Mapping[str, int], images: Sequence[str]) -> str:
 def _side_car_count(url: str, options: Options) -> int | None:
     """`successes` in NAME_stats.json, or the rows of NAME.parquet with status "success"; None without either."""
     folder, _, name = url.rpartition("/")
-    suffix = next((suffix for suffix in reversed(TAR_SUFFIXES) if name.endswith(suffix)), "")
-    stem = name.removesuffix(suffix)
+    stem = tar_stem(name)
     store = Store(folder or "/", options)
     try:
         count = json.loads(store.read(stem + SIDE_CARS[0]))["successes"]

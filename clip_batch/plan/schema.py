@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from clip_batch.plan.specs import Options
 from clip_batch.plan.threads import map_in_threads
+from clip_batch.samples.tar.suffixes import is_compressed
 from clip_batch.storage.names import is_utf8, text_name
 from clip_batch.storage.paths import is_local
 from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Failure, Plan, Sample, Shard, Slice
@@ -65,8 +66,8 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
 
     def look(shard: Shard) -> list[tuple[bool, bool, Any]]:
         found: list[tuple[bool, bool, Any]] = []
-        # Only the first bytes of a remote tar are requested; a gzipped one has to be read from its start anyway.
-        whole = is_local(shard.url) or shard.url.endswith("gz") or (shard.size or 0) <= SCHEMA_BYTES
+        # Only the first bytes of a remote tar are requested; a compressed one has to be read from its start anyway.
+        whole = is_local(shard.url) or is_compressed(shard.url) or (shard.size or 0) <= SCHEMA_BYTES
         stop = SCHEMA_SAMPLES if draft.format == "files" else None if whole else SCHEMA_BYTES
         with contextlib.suppress(Exception):
             for sample in islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES):

@@ -21,6 +21,7 @@ from clip_batch.errors import ConfigError, InputError, some
 from clip_batch.plan.braces import expand_braces
 from clip_batch.plan.kinds import check_names
 from clip_batch.plan.threads import map_in_threads
+from clip_batch.samples.tar.suffixes import TAR_SUFFIXES, is_tar
 from clip_batch.storage.filesystem import filesystem
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.retry import call_store
@@ -28,9 +29,6 @@ from clip_batch.storage.store import Store
 from clip_batch.storage.text import encoding
 from clip_batch.storage.tree import Entry, Tree, entry_of, list_glob, list_tree
 from clip_batch.types import Shard, extension, format_counts
-
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-"""Suffixes of the files in a folder that are its tars."""
 
 SIDE_CARS = ("_stats.json", ".parquet")
 """Suffixes of the files that img2dataset writes beside NAME.tar: globs skip them, and counts come from them."""
@@ -267,4 +265,4 @@ def _base(entry: Entry) -> str:
 
 
 def _is_tar(name: str) -> bool:
-    return name.endswith(TAR_SUFFIXES) and not name.startswith(".")
+    return is_tar(name) and not name.startswith(".")

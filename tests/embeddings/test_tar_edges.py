@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
 import subprocess
 import tarfile
@@ -17,6 +20,7 @@ from clip_batch.config import PlanConfig
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.verify import verify_output
 from clip_batch.errors import ConfigError
+from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
 from tests import corpus
@@ -111,3 +115,26 @@ def test_extensions_with_a_dot(tmp_path: Path, out: str, capsys: pytest.CaptureF
     assert [(row["key"], row["caption"]) for row in table(f"{out}2", "metadata")] == [(str(n), "x") for n in range(3)]
     with pytest.raises(ConfigError, match="--key-ends last-dot"):
         make_plan(tar, f"{out}3", PlanConfig(model="fake:8", key_ends="last-dot", image_extensions=["input.jpg"]))
+
+
+def packed(name: str, plain: bytes) -> bytes:
+    """A tar as its name says."""
+    if name.endswith("zst"):
+        return bytes(pa.compress(plain, codec="zstd", asbytes=True))
+    compress = {"gz": gzip.compress, "z2": bz2.compress, "xz": lzma.compress}.get(name[-2:], bytes)
+    return compress(plain)
+
+
+def test_a_folder_of_tars_of_all_kinds(tmp_path: Path, out: str) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    names = ["0.TAR", "1.Tar.GZ", "2.tar.bz2", "3.tbz2", "4.txz", "5.tar.xz", "6.tar.zst"]
+    for number, name in enumerate(names):
+        plain = Path(corpus.good_tar(str(tmp_path / "plain"), 2, seed=number)).read_bytes()
+        (folder / name).write_bytes(packed(name.lower(), plain))
+        (folder / f"{name.partition('.')[0]}_stats.json").write_text('{"successes": 2}')
+    run(str(folder), out, "--partition-count", "1")
+    assert [row["shard"].rpartition("/")[2] for row in table(out, "metadata")] == [name for name in names for _ in "ab"]
+    assert Store(out).read_json(paths.PLAN)["samples"] == 2 * len(names)
+    run(f"{folder}/*", f"{out}2", "--partition-samples", "5")
+    assert len(table(f"{out}2", "metadata")) == 2 * len(names)

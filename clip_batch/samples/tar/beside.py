@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import Any
 
+from clip_batch.samples.tar.suffixes import tar_stem
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 
 _ROWS = 10_000
 """Rows of the file that are in memory at a time."""
-
-_SUFFIX = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
 
 
 def captions_beside(url: str, field: str, keys: Collection[str], options: dict[str, Any] | None) -> dict[str, str]:
@@ -25,7 +23,7 @@ def captions_beside(url: str, field: str, keys: Collection[str], options: dict[s
     from clip_batch.storage.arrow import UNREADABLE, ParquetFile, caption_column, text_column
 
     folder, _, name = url.rpartition("/")
-    store, path = Store(folder or "/", options), _SUFFIX.sub("", name) + ".parquet"
+    store, path = Store(folder or "/", options), tar_stem(name) + ".parquet"
     wanted, captions = set(keys), dict[str, str]()
     try:
         opened = store.open(path)

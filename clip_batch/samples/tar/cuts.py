@@ -25,10 +25,10 @@ def cuts(tar: str | memoryview | mmap.mmap | bytes, rule: NameRule = NameRule())
     if not isinstance(tar, str):
         return _cuts(read_samples(lambda: member_runs(tar), rule), len(tar))
     with open(tar, "rb") as file:
-        data, problem = map_tar(file)
+        mapped = map_tar(file)
         size = os.fstat(file.fileno()).st_size
-    places = _cuts(read_samples(lambda: member_runs(data), rule), len(data))
-    return places if problem is None else [(0, 0), (size, places[-1][1])]
+    places = _cuts(read_samples(lambda: member_runs(mapped.data), rule), len(mapped.data))
+    return places if not mapped.compression else [(0, 0), (size, places[-1][1])]
 
 
 def cuts_by_headers(headers: Callable[[], Iterable[Record]], size: int, rule: NameRule = NameRule()) -> Cuts:

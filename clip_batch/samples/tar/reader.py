@@ -5,6 +5,7 @@ An image is a view into the memory map of its tar; only captions and JSON are co
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from clip_batch.errors import ClipBatchError, InputError
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.beside import captions_beside
 from clip_batch.samples.tar.headers import member_runs
-from clip_batch.samples.tar.mapping import map_tar
+from clip_batch.samples.tar.mapping import Mapped, map_tar
 from clip_batch.samples.tar.samples import WIDTH, NameRule, TarSamples, read_samples
 from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import is_local
@@ -25,18 +26,18 @@ def read_tar(
 ) -> Iterator[Item]:
     """Read the samples of a tar's bytes [piece.start, piece.stop), then its damage; see `read_slice`.
 
-    A gzipped tar (recognised by its first bytes, whatever its name) is decompressed to a temporary file and read
+    A compressed tar (recognised by its first bytes, whatever its name) is decompressed to a temporary file and read
     whole; its samples have no offset. Keys are grouped by the bytes of their names, and written as `name_text` does.
     """
     url = name_text(piece.shard.url)
-    data, base, problem = _open(piece, options, files)
-    gzipped, end = problem is not None, len(data)
-    inside = (0, None) if gzipped or base else (piece.start, piece.stop)
+    (data, compression, problem), base = _open(piece, options, files)
+    compressed, end = bool(compression), len(data)
+    inside = (0, None) if compressed or base else (piece.start, piece.stop)
     samples = read_samples(lambda: member_runs(data, *inside), NameRule.of(plan))
     beside = captions_beside(url, plan.caption_field, samples.keys, options) if plan.caption_field else {}
 
     def place(at: int) -> int | None:
-        return None if gzipped else base + at
+        return None if compressed else base + at
 
     dotted = {samples.table[WIDTH * number]: found for number, found in samples.dotted.items()}
     flags = _flags_for_dots(samples, plan)
@@ -45,8 +46,8 @@ def read_tar(
             yield Sample(
                 key,
                 url,
-                None if gzipped else base + offset,
-                None if gzipped else size,
+                None if compressed else base + offset,
+                None if compressed else size,
                 data[offset : offset + size],
                 data[caption : caption + caption_size].tobytes() if 0 < caption <= end - caption_size else None,
                 data[fields : fields + fields_size].tobytes() if 0 < fields <= end - fields_size else None,
@@ -67,9 +68,10 @@ def read_tar(
         else:
             yield Failure(key, url, place(header), "missing_image", "no member with an image extension")
     if problem:
-        yield Failure(None, url, None, "bad_gzip", f"{problem}; what could be decompressed was read")
+        reason = "bad_gzip" if compression == "gzip" else "bad_compression"
+        yield Failure(None, url, None, reason, f"{problem}; what could be decompressed was read")
     for damage in samples.damage:
-        yield Failure(None, url, None if gzipped else base + damage.offset, damage.reason, damage.message)
+        yield Failure(None, url, None if compressed else base + damage.offset, damage.reason, damage.message)
     if end == 0 and not problem:
         yield Failure(None, url, None, "empty_file", "the file is empty; copy or download it again")
     elif piece.whole and not (samples.keys or samples.damage or problem):
@@ -96,8 +98,8 @@ def _flags_for_dots(samples: TarSamples, plan: Plan) -> str:
     return flags.strip()
 
 
-def _open(piece: Slice, options: dict[str, Any] | None, files: Prefetcher | None) -> tuple[memoryview, int, str | None]:
-    """The mapped bytes of the tar, the byte of the tar at which they start, and the problem that `map_tar` returns."""
+def _open(piece: Slice, options: dict[str, Any] | None, files: Prefetcher | None) -> tuple[Mapped, int]:
+    """The tar in memory, and the byte of the tar at which the mapped bytes start."""
     url = piece.shard.url
     try:
         with (
@@ -105,13 +107,15 @@ def _open(piece: Slice, options: dict[str, Any] | None, files: Prefetcher | None
             (files or alone).take(piece) as (path, base),
             open(path, "rb") as file,
         ):
-            data, problem = map_tar(file, gzipped=piece.start == 0)
-        if piece.stop is not None and problem is None and base + len(data) < piece.stop:
-            raise InputError(f"{url} was planned up to byte {piece.stop} and has {base + len(data)}; plan again")
-        return data, base, problem
+            mapped = map_tar(file, compressed=piece.start == 0)
+        size = base + len(mapped.data)
+        if piece.stop is not None and not mapped.compression and size < piece.stop:
+            raise InputError(f"{url} was planned up to byte {piece.stop} and has {size}; plan again")
+        return mapped, base
     except ClipBatchError:
         raise
     except Exception as error:  # each remote store has exceptions of its own
-        if isinstance(error, OSError) and not is_local(url) and not isinstance(error, FileNotFoundError):
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or (isinstance(error, OSError) and not is_local(url) and not isinstance(error, FileNotFoundError)):
             raise
         raise InputError(f"cannot read {url}: {error}; check that it exists and can be read") from None

@@ -14,8 +14,9 @@ from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.cuts import Cuts, cuts, cuts_by_headers
 from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import END_BLOCKS, Damage, Link, Member, NextTar, Record, members, next_header
-from clip_batch.samples.tar.mapping import GZIP_MAGIC
+from clip_batch.samples.tar.mapping import FIRST_BYTES, compression
 from clip_batch.samples.tar.samples import NameRule
+from clip_batch.samples.tar.suffixes import is_compressed
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
 from clip_batch.types import Shard, Slice
@@ -31,17 +32,17 @@ Read = Callable[[int, int], bytes]
 
 
 def scan_tar(tar: Shard, rule: NameRule = NameRule(), options: dict[str, Any] | None = None) -> tuple[Cuts, int | None]:
-    """The cuts of a tar (see `cuts`) and its number of samples; ([], None) if it is gzipped or cannot be read.
+    """The cuts of a tar (see `cuts`) and its number of samples; ([], None) if it is compressed or cannot be read.
 
     OSError: the store does not answer.
     """
-    if tar.url.endswith("gz"):
+    if is_compressed(tar.url):
         return [], None
     try:
         if is_local(tar.url) or tar.size is None or not has_ranges(remote := remote_file(tar.url, options)):
             with Prefetcher(options=options) as files, files.take(Slice(tar)) as (path, _):
                 places = cuts(path, rule)
-        elif tar.size and read_range(remote, 0, 2) == GZIP_MAGIC:
+        elif tar.size and compression(read_range(remote, 0, min(FIRST_BYTES, tar.size))):
             return [], None
         else:
             size = tar.size

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
 import gc
 import gzip
 import io
+import lzma
 import os
+import random
 import subprocess
 import tarfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.errors import InputError
 from clip_batch.samples import read_slice
+from clip_batch.samples.tar import mapping
 from clip_batch.samples.tar.cuts import cuts
 from clip_batch.samples.tar.headers import Damage, Link, Member, member_runs, members
 from clip_batch.samples.tar.links import find_targets
@@ -568,16 +574,65 @@ def test_malformed_pax_headers_are_listed(tar: str, records: bytes) -> None:
     assert [item.key for item in corpus.samples(tar)] == ["b"]
 
 
-@pytest.mark.parametrize("file_name", ["a.tar.gz", "a.tar"])
-def test_gz_is_read_whole_by_its_magic(tmp_path: Path, file_name: str) -> None:
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstd,
+}
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+@pytest.mark.parametrize("file_name", ["a.tar.{}", "a.tar"])
+def test_compressed_tars_are_read_whole_by_their_first_bytes(tmp_path: Path, file_name: str, kind: str) -> None:
     plain = corpus.good_tar(str(tmp_path / "plain.tar"), 6)
-    path = tmp_path / file_name
+    path = tmp_path / file_name.format(kind)
     half = os.path.getsize(plain) // 2
-    raw = Path(plain).read_bytes()
-    path.write_bytes(gzip.compress(raw[:half]) + gzip.compress(raw[half:]) + bytes(100))
+    raw, padding = Path(plain).read_bytes(), b"" if kind == "zst" else bytes(100)
+    path.write_bytes(COMPRESS[kind](raw[:half]) + COMPRESS[kind](raw[half:]) + padding)
     assert bodies(str(path)) == bodies(plain)
     assert all((item.offset, item.length) == (None, None) for item in corpus.samples(str(path)))
     assert cuts(str(path)) == [(0, 0), (os.path.getsize(path), 6)]
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_broken_compression_gives_what_comes_before(tmp_path: Path, kind: str) -> None:
+    files = [(f"{number}.jpg", random.Random(number).randbytes(30_000)) for number in range(60)]
+    plain, path = corpus.write_tar(str(tmp_path / "plain.tar"), files), tmp_path / "a"
+    good = COMPRESS[kind](Path(plain).read_bytes())
+    reason = (None, "bad_gzip" if kind == "gz" else "bad_compression")
+    for bad in (good[: len(good) * 3 // 4], good[: len(good) * 3 // 4] + b"\0" * 99 + good[len(good) * 3 // 4 :]):
+        path.write_bytes(bad)
+        assert reason in corpus.failures(corpus.read(str(path)))
+        assert 8 < len(list(corpus.samples(str(path)))) < 60 + (kind == "zst")
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_bombs_are_not_unpacked(tar: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus.write_tar(tar, [("a.jpg", b"1"), ("b.jpg", bytes(10 * 2**20))])
+    packed = COMPRESS[kind](Path(tar).read_bytes())
+    Path(tar).write_bytes(packed)
+    assert len(list(corpus.samples(tar))) == 2
+    monkeypatch.setattr(mapping, "LARGEST", 2**20)
+    assert [item.key for item in corpus.samples(tar)] == ["a"]
+    *_, failure = (item for item in corpus.read(tar) if isinstance(item, Failure) and "compress" in item.message)
+    assert f"its content is over {max(2**20, 100 * len(packed)):,} bytes" in failure.message
+
+
+def test_a_name_that_begins_like_bzip2_is_no_compression(tar: str) -> None:
+    corpus.write_tar(tar, [("BZh9.jpg", b"1")])
+    assert bodies(tar) == [("BZh9", b"1", None)]
+
+
+def test_a_zstd_file_may_begin_with_a_skippable_frame(tar: str) -> None:
+    corpus.good_tar(tar, 3)
+    raw = Path(tar).read_bytes()
+    Path(tar).write_bytes(b"\x50\x2a\x4d\x18\x04\0\0\0...." + zstd(raw))
+    assert len(list(corpus.samples(tar))) == 3
 
 
 def test_a_broken_gz_gives_what_comes_before(tmp_path: Path) -> None:
