@@ -5,6 +5,7 @@ Everything is random by seed, so that two runs write the same bytes.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -27,6 +28,17 @@ from clip_batch.storage.tree import list_tree
 from clip_batch.types import EncoderSpec, Failure, Partition, PassedOver, Plan, Sample, Shard, Slice
 
 Files = Sequence[tuple[str, bytes]]
+
+
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9jAAAAAERA"
+    "AAEAAQAAAAABoQABAAAAAAAAACQAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/WlwcnAAAADdaXBjbwAA"
+    "AHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbq"
+    "5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAAQAAAAEAAAAAoY2xhcAAAAEAAAAABAAAA"
+    "IAAAAAEAAAAAAAAAAv///+AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWBAgMFhAAAACxtZGF0AAAAICgBrwtg9eWDr//5zDW+"
+    "6uj5rmVUvcyd/ox5v0XwifTg"
+)
+"""64 x 32 pixels in HEIC, which Pillow alone does not write: blue, then red."""
 
 
 def picture(seed: int = 0, side: int = 32, mode: str = "RGB") -> Image.Image:

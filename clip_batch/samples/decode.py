@@ -63,7 +63,9 @@ def load_image(image: Image.Image, data: bytes | memoryview, upright: bool = Fal
             plain = metadata.pixels_alone(data) if image.format == "PNG" else None
             if plain is None:
                 raise
-            image = Image.open(io.BytesIO(plain), formats=["PNG"])
+            checked, image = image.size, Image.open(io.BytesIO(plain), formats=["PNG"])
+            if image.size != checked:  # a second header, behind what was left out
+                raise
             image.load()
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
             del image.info["transparency"]  # it changes no colour, and Pillow warns when it converts it

@@ -42,6 +42,7 @@ def pictures() -> dict[str, bytes]:
     for kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
         if kind in Image.SAVE:
             made[f"exif.{kind.lower()}"] = corpus.encode(picture, kind, exif=exif.tobytes())
+    made["plain.heic"] = corpus.HEIC
     made["text.png"] = corpus.encode(picture, "PNG", pnginfo=text, icc_profile=bytes(500))
     made["lossless.webp"] = corpus.encode(picture.convert("RGBA"), "WEBP", lossless=True)
     made["pages.tif"] = corpus.encode(picture, "TIFF", save_all=True, append_images=[picture], compression="jpeg")

@@ -70,6 +70,14 @@ def test_text_takes_bounded_memory() -> None:
     assert peak < 150 * 2**20
 
 
+def test_a_second_header_does_not_make_a_png_larger_than_was_checked() -> None:
+    plain = corpus.encode(PICTURE, "PNG")
+    large = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
+    animation = chunk(b"acTL", struct.pack(">II", 1, 0)) + chunk(b"fdAT", bytes(9), checksum=1)
+    with pytest.raises(DecodeError):
+        open_image(plain[:33] + animation + large + plain[33:], LIMIT)
+
+
 def test_colours_and_transparency_are_kept() -> None:
     data = corpus.transparent_palette()
     broken = data[:33] + chunk(b"tEXt", b"x", checksum=3) + data[33:]

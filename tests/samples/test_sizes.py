@@ -29,6 +29,8 @@ def test_an_icon_does_not_hide_a_large_picture() -> None:
 
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF", "JPEG2000", "TIFF", "PNG"])
 def test_memory_is_bounded_by_the_format(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
     data = corpus.encode(Image.new("RGB", (1000, 1000)), kind)
     monkeypatch.setattr(sizes, "LEAST", 0)
     assert open_image(data, 3 * LIMIT).size == (1000, 1000)
