@@ -91,7 +91,7 @@ def _add_heif() -> bool:
     """Teach Pillow to read HEIC, if a library that does is installed."""
     for name in ("pillow_heif", "pi_heif"):
         with contextlib.suppress(ImportError):
-            importlib.import_module(name).register_heif_opener(thumbnails=False)
+            importlib.import_module(name).register_heif_opener(thumbnails=False, decode_threads=1)
             return True
     return False
 
