@@ -138,3 +138,9 @@ def test_a_folder_of_tars_of_all_kinds(tmp_path: Path, out: str) -> None:
     assert Store(out).read_json(paths.PLAN)["samples"] == 2 * len(names)
     run(f"{folder}/*", f"{out}2", "--partition-samples", "5")
     assert len(table(f"{out}2", "metadata")) == 2 * len(names)
+
+
+def test_a_broken_image_and_a_good_one_of_one_key_in_a_compressed_tar(tmp_path: Path, out: str) -> None:
+    files = [("a.jpg", b"broken"), ("b.jpg", corpus.jpeg(1)), ("a.jpg", corpus.jpeg(2))]
+    run(corpus.write_tar(str(tmp_path / "a.tar.gz"), files, mode="w:gz"), out)  # deep verify: rows are in order
+    assert [row["key"] for row in table(out, "metadata")] == ["b", "a"]
