@@ -121,8 +121,9 @@ class MetadataFile:
             places = ordered[low:high] - self._starts[number]
             return _pick(self.batches[number].select(schema.names), places, self._widest_in[number])
 
-        pool = _readers(os.getpid())
-        pieces = pool.map(gather, [0, *cuts], [*cuts, len(ordered)])
+        # To wake threads takes longer than to take a few rows; where they lie in several places, reads are to overlap.
+        several = _readers(os.getpid()).map
+        pieces = (several if cuts else map)(gather, [0, *cuts], [*cuts, len(ordered)])
         table = pa.Table.from_batches([batch for piece in pieces for batch in piece])
         if back is not None and any(column.nbytes > LONGEST for column in table.columns):
             return self._take_halves(rows, schema)
@@ -133,7 +134,8 @@ class MetadataFile:
                 column = pa.chunked_array([pa.concat_arrays(column.chunks).take(pa.array(back))])
             return self._values[name].take(column) if name in self._values else column
 
-        return pa.Table.from_arrays(list(pool.map(finish, schema.names)), schema=schema)
+        columns = (several if len(rows) >= RUN else map)(finish, schema.names)
+        return pa.Table.from_arrays(list(columns), schema=schema)
 
     def _take_halves(self, rows: Rows, schema: pa.Schema) -> pa.Table:
         """Take the rows in two tables, as one column of all of them would be longer than `LONGEST`."""
@@ -188,6 +190,8 @@ def common_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
 def take_as(file: MetadataFile, rows: Rows, schema: pa.Schema) -> pa.Table:
     """Rows (n,) of a file in another schema; columns that the file lacks are null."""
     table = file.take(rows, [name for name in schema.names if name in file.schema.names])
+    if table.schema.equals(schema):
+        return table
     columns = [
         table[field.name].cast(field.type)
         if field.name in table.column_names

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from clip_batch.embeddings.reader import blocks
 from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removed_rows
-from clip_batch.index.ann import faiss_index, faiss_search
+from clip_batch.index.ann import faiss_index, faiss_search, shared_lists
 from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
 
 EXACT = 10_000
 """Up to this many selected rows are all scored, rather than searched for in the lists of the index."""
+
+QUICK = 2**20
+"""Bytes of codes that one thread compares with a query sooner than the work can be handed to several."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class Searcher:
         except BaseException:
             self._release()
             raise
+        self._shared = {
+            modality: shared_lists.share([opened.index for opened in parts]) for modality, parts in self.indices.items()
+        }
         workers = min(max(map(len, self.indices.values())), cores())
         # Shards in parallel leave each worker its share of the cores.
         self._pool = ThreadPoolExecutor(workers, "search", faiss_index.use_threads, (max(1, cores() // workers),))
@@ -270,15 +277,42 @@ class Searcher:
             with suppress(ConfigError):  # some kinds of index give no vectors back
                 return self._exact(vectors, among.ids, k, modality)
 
-        def search_shard(shard: OpenedIndex) -> tuple[Vectors, Ids]:
-            removed = among.others(shard.offset, shard.rows) if among else shard.removed
-            scores, ids = faiss_search.search(shard.index, vectors, min(depth, shard.rows), effort, removed)
-            return np.where(ids >= 0, scores, -np.inf), np.where(ids >= 0, ids + shard.offset, -1)
-
-        parts = list(self._pool.map(search_shard, shards))
+        parts = self._search_shards(vectors, depth, modality, effort, among)
+        found = np.hstack([ids for _, ids in parts])
+        offsets = np.repeat([shard.offset for shard in shards], [ids.shape[1] for _, ids in parts])
+        scores, ids = np.hstack([scores for scores, _ in parts]), found + offsets
+        scores[found < 0], ids[found < 0] = -np.inf, -1
         # All shards are copies of one template, so their scores can be compared.
-        scores, ids = best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), depth)
+        scores, ids = best(scores, ids, depth)
         return (scores, ids) if stored is None else rerank(vectors, ids, stored, k)
+
+    def _search_shards(
+        self, queries: Vectors, depth: int, modality: str, effort: int | None, among: RowSet | None
+    ) -> list[tuple[Vectors, Ids]]:
+        """The `depth` best rows (n, any) in each index of a modality, by the index's own ids; -1 where there are fewer.
+
+        One query that has little to compare, or only one index, is answered in the calling thread.
+        """
+        shards, shared = self.indices[modality], self._shared[modality]
+        alone = len(queries) == 1 and (
+            len(shards) == 1 or (shared is not None and shared.probes(effort) * shared.bytes_per_list <= QUICK)
+        )
+        probe = None
+        if shared is not None and len(shards) > 1 and depth < faiss_search.DEEP:
+            assign = partial(shared_lists.probe, shared, queries, effort)
+            probe = assign() if len(queries) == 1 else self._pool.submit(assign).result()
+            nothing_removed = shared_lists.parameters(probe)
+
+        def search(number: int) -> tuple[Vectors, Ids]:
+            shard = shards[number]
+            removed = among.others(shard.offset, shard.rows) if among else shard.removed
+            k = min(depth, shard.rows)
+            if shared is None or probe is None:
+                return faiss_search.search(shard.index, queries, k, effort, removed)
+            parameters = nothing_removed if removed is None else shared_lists.parameters(probe, removed)
+            return shared_lists.search(shared, number, probe, k, parameters)
+
+        return list((map if alone else self._pool.map)(search, range(len(shards))))
 
     def _exact(self, queries: Vectors, ids: Ids, k: int, modality: str) -> tuple[Vectors, Ids]:
         """Search a few rows, as `search_ids` does, by scoring all of them."""

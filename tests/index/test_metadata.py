@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_take_gives_the_rows_in_the_order_asked(shard: metadata.MetadataFile, ro
     assert taken["n"].to_pylist() == [999 - row for row in rows]
     assert taken["key"].to_pylist() == [f"k{999 - row}" for row in rows]
     assert shard.take(rows, ["n"]).to_pydict() == {"n": [999 - row for row in rows]}
+
+
+def test_a_few_rows_of_one_batch_are_taken_without_other_threads(
+    shard: metadata.MetadataFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata._readers(os.getpid()), "map", None)
+    assert shard.take([5, 3, 5])["n"].to_pylist() == [994, 996, 994]
+    with pytest.raises(TypeError):
+        shard.take([5, 70])
 
 
 @pytest.mark.parametrize("rows", [[-1], [1000], [3, 5000]])

@@ -104,6 +104,51 @@ def test_requests_do_not_disturb_each_other(searcher: Searcher) -> None:
         np.testing.assert_array_equal(ids, alone[effort])
 
 
+@pytest.mark.parametrize("rerank", [0, 3])
+@pytest.mark.parametrize("quick", [0, 2**20], ids=["threads", "alone"])
+def test_shards_searched_together_answer_as_each_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rerank: int, quick: int
+) -> None:
+    monkeypatch.setattr("clip_batch.search.searcher.QUICK", quick)
+    monkeypatch.setattr("clip_batch.search.searcher.EXACT", -1)
+    texts = TEXTS.copy()
+    texts[::5] = 0
+    make_out(tmp_path / "out", IMAGES, texts, [400])
+    index = str(tmp_path / "index")
+    merge(str(tmp_path / "out"), index, replace(CONFIG, shard_rows=100, index_key="IVF8,SQ8", rerank=rerank))
+    with Searcher(index) as searcher:
+        keys = [row["key"] for row in searcher.metadata(range(3, 90, 4))]
+    removals.add(Store(index), "key", keys)
+    with Searcher(index) as searcher:
+        some = searcher.select([id for id in range(0, 400, 3) if id not in set(searcher.removed.tolist())])
+        cases = [
+            (queries, k, effort) for queries in (IMAGES[:1], IMAGES[:6]) for k in (1, 10, 500) for effort in (1, 8)
+        ]
+        for modality in ("image", "text"):
+            shared = searcher._shared[modality]
+            assert shared is not None
+            for among in (None, some):
+                together = [searcher.search_ids(q, k, modality, effort, among) for q, k, effort in cases]
+                monkeypatch.setitem(searcher._shared, modality, None)
+                apart = [searcher.search_ids(q, k, modality, effort, among) for q, k, effort in cases]
+                monkeypatch.setitem(searcher._shared, modality, shared)
+                for (scores, ids), (expected_scores, expected_ids) in zip(together, apart, strict=True):
+                    np.testing.assert_array_equal(ids, expected_ids)
+                    np.testing.assert_array_equal(scores, expected_scores)
+                assert among is None or np.isin(together[-1][1], [*some.ids, -1]).all()
+
+
+def test_a_query_with_little_to_compare_waits_for_no_other_thread(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = searcher.search(IMAGES[0], k=7)
+    searcher._pool.shutdown()
+    assert searcher.search(IMAGES[0], k=7) == expected
+    monkeypatch.setattr("clip_batch.search.searcher.QUICK", 0)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        searcher.search(IMAGES[0], k=7)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
