@@ -275,7 +275,7 @@ def test_files_are_cut_by_samples(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"partition_count": 0}, "give 1 or more"),
-        ({"partition_samples": -1}, "give 1 or more"),
+        ({"partition_samples": 0}, "give 1 or more"),
         ({"partition_count": 2, "partition_samples": 2}, "exclude each other"),
         ({"partition_bytes": "4 apples"}, "not understood"),
         ({"caption_extensions": ["txt", ".JSON"]}, "--caption-field"),

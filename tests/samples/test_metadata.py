@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from clip_batch.errors import DecodeError
 from clip_batch.samples import metadata
-from clip_batch.samples.decode import open_image
+from clip_batch.samples.decode import open_image, read_header
 from tests import corpus
 
 LIMIT = 10**8
@@ -70,12 +70,22 @@ def test_text_takes_bounded_memory() -> None:
     assert peak < 150 * 2**20
 
 
-def test_a_second_header_does_not_make_a_png_larger_than_was_checked() -> None:
+def test_a_second_header_does_not_make_a_png_larger_than_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, original = [], PngImagePlugin.PngImageFile.load_prepare
+
+    def prepare(image: PngImagePlugin.PngImageFile) -> None:
+        sizes.append(image.size)
+        original(image)
+
     plain = corpus.encode(PICTURE, "PNG")
     large = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
-    animation = chunk(b"acTL", struct.pack(">II", 1, 0)) + chunk(b"fdAT", bytes(9), checksum=1)
+    frame = chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 24, 16, 0, 0, 1, 1, 0, 0)) + chunk(b"fdAT", b"\0\0\0\1broken")
+    data = plain[:33] + chunk(b"acTL", struct.pack(">II", 1, 0)) + frame + large + plain[33:]
+    assert read_header(data, LIMIT).size == (24, 16)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", prepare)
     with pytest.raises(DecodeError):
-        open_image(plain[:33] + animation + large + plain[33:], LIMIT)
+        open_image(data, LIMIT)
+    assert sizes == [(24, 16)]
 
 
 def test_colours_and_transparency_are_kept() -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from clip_batch.errors import ClipBatchError, InputError, Preempted, one_line
 from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import name_and_size
+from clip_batch.samples.tar.scan import scan_links
 from clip_batch.storage import web
 from clip_batch.storage.names import text_name
 from clip_batch.storage.paths import is_local, local_path
@@ -56,6 +57,7 @@ class Fetch:
         self._via, self._timeout, self._limit, self._private = via, timeout, limit, private
         self.stop = threading.Event()
         self._local = functools.lru_cache(OPEN)(_Tar)
+        self._links = functools.lru_cache(OPEN)(functools.partial(scan_links, options=options))
         self._remote = functools.lru_cache(OPEN)(functools.partial(remote_file, options=options))
 
     def __call__(self, place: Place) -> bytes:
@@ -91,10 +93,28 @@ class Fetch:
             raise Lost("changed_tar", one_line(error)) from None
         except OSError as error:
             raise Lost("unavailable", one_line(error)) from None
-        if not _is_member(data, place):
+        if not self._is_member(data, place, shard):
             member = f"member {place.key} of {place.length} bytes at byte {place.offset}"
             raise Lost("changed_tar", f"{place.shard} no longer has {member}: put the planned tar back, or plan again")
         return data[BLOCK:]
+
+    def _is_member(self, data: bytes, place: Place, shard: str) -> bool:
+        """Return whether `data`, a header and the bytes behind it, is the member that was planned at a place."""
+        try:
+            name, size = name_and_size(data[:BLOCK])
+        except Exception:  # any bytes may stand there now
+            return False
+        if len(data) != BLOCK + (place.length or 0) or size != place.length:
+            return False
+        # the name of a long key, or one that is not ASCII, may be in an extended header before this one
+        key = None if place.key is None else text_name(place.key)
+        if key is None or not key.isascii() or len(key) > _NAME or name.startswith(f"{key}."):
+            return True
+        try:
+            links = self._links(shard).get(place.offset or 0, [])
+        except Exception:  # each store has errors of its own; without its links the tar is another one
+            return False
+        return any(link.startswith(f"{key}.") for link in links)
 
     def _pause(self, seconds: float) -> None:
         if self.stop.wait(seconds):
@@ -111,16 +131,3 @@ class _Tar:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-
-
-def _is_member(data: bytes, place: Place) -> bool:
-    """Return whether `data`, a header and the bytes behind it, is the member that was planned at a place."""
-    try:
-        name, size = name_and_size(data[:BLOCK])
-    except Exception:  # any bytes may stand there now
-        return False
-    if len(data) != BLOCK + (place.length or 0) or size != place.length:
-        return False
-    # the name of a long key, or one that is not ASCII, may be in an extended header before this one
-    key = None if place.key is None else text_name(place.key)
-    return key is None or not key.isascii() or len(key) > _NAME or name.startswith(f"{key}.")

@@ -263,11 +263,8 @@ def _check(config: MergeConfig) -> None:
         f"{name} is {getattr(config, name)!r}, not {allowed}"
         for name, good, allowed in (
             ("modalities", config.modalities and set(config.modalities) <= {"image", "text"}, "image, text or both"),
-            ("shard_rows", config.shard_rows >= 0, "0 or more"),
             ("made_by", len(config.made_by) in (1, 2), "MODEL or MODEL PRETRAINED"),
             ("queries", config.queries >= 1, "1 or more"),
-            ("train_rows", config.train_rows >= 0, "0 or more"),
-            ("rerank", config.rerank >= 0, "0 or more"),
             ("dedup", 0 <= config.dedup <= 1, "between 0 and 1"),
             ("recall_target", 0 <= config.recall_target <= 1, "between 0 and 1"),
         )

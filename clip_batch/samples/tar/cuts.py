@@ -5,10 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 
-from clip_batch.samples.tar.headers import Member, Record, Run, member_runs
+from clip_batch.samples.tar.headers import Record, as_runs, member_runs
 from clip_batch.samples.tar.mapping import map_tar
 from clip_batch.samples.tar.samples import NameRule, TarSamples, read_samples
 
@@ -34,10 +34,7 @@ def cuts(tar: str | memoryview | mmap.mmap | bytes, rule: NameRule = NameRule())
 def cuts_by_headers(headers: Callable[[], Iterable[Record]], size: int, rule: NameRule = NameRule()) -> Cuts:
     """`cuts` of a tar of `size` bytes, from what `headers` gives; it is called again where there are links."""
 
-    def runs() -> Iterator[Run]:
-        return ((item,) if isinstance(item, Member) else item for item in headers())
-
-    return _cuts(read_samples(runs, rule), size)
+    return _cuts(read_samples(lambda: as_runs(headers()), rule), size)
 
 
 def _cuts(samples: TarSamples, size: int) -> Cuts:

@@ -186,6 +186,11 @@ def _whole_name(long_name: bytes | None, name: bytes, magic: bytes, prefix: byte
     return prefix.partition(b"\0")[0] + b"/" + name if prefix[0] and magic[:6] == b"ustar\0" else name
 
 
+def as_runs(records: Iterable[Record]) -> Iterator[Run]:
+    """What `members` gives, in the form of `member_runs`."""
+    return ((item,) if isinstance(item, Member) else item for item in records)
+
+
 def name_and_size(block: bytes) -> tuple[str, int]:
     """The name and the size in one header block; extended headers before it may overrule them.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posixpath
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from clip_batch.samples.tar.headers import Damage, Link, Member, NextTar, Run
@@ -62,6 +62,18 @@ def find_targets(runs: Iterable[Run], links: Sequence[Link]) -> dict[int, LinkTa
         return None
 
     return {link.header: target for link in links if (target := follow(link))}
+
+
+def linked_names(runs: Callable[[], Iterable[Run]]) -> dict[int, list[str]]:
+    """The names of the links to each content, by its offset."""
+    links = [run for run in runs() if isinstance(run, Link)]
+    names: dict[int, list[str]] = {}
+    if links:
+        targets = find_targets(runs(), links)
+        for link in links:
+            if target := targets.get(link.header):
+                names.setdefault(target.offset, []).append(link.name)
+    return names
 
 
 def _target_path(link: Link) -> str:

@@ -13,12 +13,24 @@ from clip_batch.errors import InputError
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.cuts import Cuts, cuts, cuts_by_headers
 from clip_batch.samples.tar.fast_headers import BLOCK
-from clip_batch.samples.tar.headers import END_BLOCKS, Damage, Link, Member, NextTar, Record, members, next_header
-from clip_batch.samples.tar.mapping import FIRST_BYTES, compression
+from clip_batch.samples.tar.headers import (
+    END_BLOCKS,
+    Damage,
+    Link,
+    Member,
+    NextTar,
+    Record,
+    as_runs,
+    member_runs,
+    members,
+    next_header,
+)
+from clip_batch.samples.tar.links import linked_names
+from clip_batch.samples.tar.mapping import FIRST_BYTES, compression, map_tar
 from clip_batch.samples.tar.samples import NameRule
 from clip_batch.samples.tar.suffixes import is_compressed
-from clip_batch.storage.paths import is_local
-from clip_batch.storage.transfer import has_ranges, read_range, remote_file
+from clip_batch.storage.paths import is_local, local_path
+from clip_batch.storage.transfer import file_version, has_ranges, read_range, remote_file
 from clip_batch.types import Shard, Slice
 
 SHORT, LONG = 64 * 2**10, 8 * 2**20
@@ -51,6 +63,21 @@ def scan_tar(tar: Shard, rule: NameRule = NameRule(), options: dict[str, Any] | 
     except (ValueError, InputError):  # `embed` reports the error
         return [], None
     return places, places[-1][1]
+
+
+def scan_links(url: str, options: dict[str, Any] | None = None) -> dict[int, list[str]]:
+    """The names of the links to each content of a tar, by its offset (see `linked_names`).
+
+    OSError: the store does not answer. InputError: the tar does not exist, or its store gives no ranges of bytes.
+    """
+    if is_local(url):
+        with open(local_path(url), "rb") as file:
+            data = map_tar(file, compressed=False).data
+        return linked_names(lambda: member_runs(data))
+    remote = remote_file(url, options)
+    size = file_version(remote).size or 0
+    read = partial(read_range, remote)
+    return linked_names(lambda: as_runs(read_headers(read, size)))
 
 
 def read_headers(read: Read, size: int, short: int = SHORT, long: int = LONG, far: int = JUMP) -> Iterator[Record]:

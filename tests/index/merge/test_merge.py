@@ -411,7 +411,8 @@ def test_held_out_rows_are_not_trained_on_and_every_part_gives_its_share(tmp_pat
     [
         ({"index_key": "IVF16,Flat"}, r"IVF16,Flat.*training points \(2\)"),
         ({"index_key": "Nonsense"}, "index key 'Nonsense'"),
-        ({"shard_rows": -1, "dedup": 2, "rerank": -1}, r"shard_rows is -1, .* rerank is -1, .* dedup is 2"),
+        ({"shard_rows": -1}, "shard_rows is -1: it must be 0 or more"),
+        ({"queries": 0, "dedup": 2}, r"queries is 0, not 1 or more; dedup is 2"),
         ({"modalities": ["sound"]}, "modalities"),
         ({"recall_target": 95}, "recall_target"),
         ({"max_memory": "much"}, "size 'much'"),
