@@ -53,15 +53,24 @@ def merge(arguments: MergeArguments, merge: MergeConfig, storage: StorageConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class SweepArguments(JsonArguments, OutputArguments):
-    """Whose vectors `sweep` tries index keys on."""
+    """Whose vectors `sweep` tries index keys on, and where it draws the result."""
+
+    plot: str = ""
+    """Also draw recall against milliseconds in this SVG file: a path, or any URL that fsspec opens."""
 
 
 def sweep(arguments: SweepArguments, sweep: SweepConfig, merge: MergeConfig, storage: StorageConfig) -> int:
     """Try index keys on a sample of OUT: recall, ms a query, bytes a vector, and which one to take."""
     from clip_batch.index.merge import sweep as stage
+    from clip_batch.index.merge.sweep_plot import svg
+    from clip_batch.storage.store import write_url
 
+    if arguments.plot and not arguments.plot.endswith(".svg"):
+        raise ConfigError(f"--plot {arguments.plot} must end in .svg: the picture is an SVG file")
     report = stage.sweep(arguments.output, merge, storage, sweep, say)
     answer(arguments, asdict(report), stage.describe(report))
+    if arguments.plot:
+        write_url(arguments.plot, svg(report).encode(), storage.storage_options)
     return 0
 
 

@@ -41,6 +41,12 @@ def read_url(url: str, options: dict[str, Any] | None = None) -> bytes:
     return Store(folder, options).read(name)
 
 
+def write_url(url: str, data: bytes, options: dict[str, Any] | None = None) -> None:
+    """Write a whole file by its path or URL, atomically, replacing any older one."""
+    folder, _, name = absolute(url).rpartition("/")
+    Store(folder, options).replace(name, data)
+
+
 def stream_digest(file: IO[bytes]) -> str:
     """sha256 (hex) of the rest of an open file, read in pieces."""
     digest = hashlib.sha256()
