@@ -42,6 +42,7 @@ STYLE = """
 svg { color: #1a1a1a; background: #ffffff; font: 13px system-ui, sans-serif; }
 text { fill: currentColor; } .quiet { opacity: 0.75; } .mark { fill-opacity: 0.45; } .large { fill-opacity: 0; }
 .grid { stroke: currentColor; stroke-opacity: 0.15; } .goal { stroke: currentColor; stroke-dasharray: 4 4; }
+.leader { stroke: currentColor; stroke-opacity: 0.6; }
 .taken { stroke: currentColor; stroke-width: 2; fill: none; } .bold { font-weight: bold; }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 @media (prefers-color-scheme: dark) { svg { color: #e8e8e8; background: #16181c; } }
@@ -200,8 +201,18 @@ def _marks(axes: Axes, sweep: Sweep) -> Iterator[str]:
         )
         if candidate == sweep.recommended:
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size + 4:.1f}" class="taken"/>'
-    for number, (x, y) in enumerate(label_places(marks), 1):
-        yield _text(x, y + 4, f"{number}", "middle")
+    for number, (place, mark) in enumerate(zip(label_places(marks), marks, strict=True), 1):
+        yield from _number(number, place, mark)
+
+
+def _number(number: int, place: tuple[float, float], mark: tuple[float, float, float]) -> Iterator[str]:
+    """The number of a mark (x, y, radius), with a line to it where it could not be beside it."""
+    (x, y), (left, top, size) = place, mark
+    if (away := math.dist(place, (left, top))) > size + LABEL:
+        near, far = size / away, 1 - LABEL / 2 / away
+        start, end = [(left + share * (x - left), top + share * (y - top)) for share in (near, far)]
+        yield f'<line x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}" class="leader"/>'
+    yield _text(x, y + 4, f"{number}", "middle")
 
 
 def _list(sweep: Sweep) -> Iterator[str]:

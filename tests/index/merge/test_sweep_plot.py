@@ -92,6 +92,13 @@ def test_numbers_of_marks_do_not_cover_each_other() -> None:
     assert math.dist(alone, (300, 200)) == pytest.approx(6 + sweep_plot.LABEL / 2)
 
 
+def test_a_number_away_from_its_mark_has_a_line_to_it() -> None:
+    for count in (1, 20):
+        picture = ET.fromstring(sweep_plot.svg(replace(SWEEP, candidates=tuple([SQ8] * count))))
+        leaders = [line for line in picture.iter(f"{SVG}line") if line.attrib.get("class") == "leader"]
+        assert bool(leaders) == (count > 8)
+
+
 def test_the_command_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, texts = clustered(300, 8, 3)
     make_out(tmp_path / "out", images, texts, [300])
