@@ -170,6 +170,7 @@ def _count_folders(
         inputs.shards[number] = count_folder(folder, listed, images)
         inputs.passed_over.update(listed.passed_over)
         inputs.unreadable.update(listed.unreadable)
+    inputs.shards = [folder for folder in inputs.shards if folder.url not in inputs.unreadable]
 
 
 def _check_unreadable(inputs: specs.Inputs, config: PlanConfig) -> None:
@@ -349,10 +350,10 @@ def _read_partitions(table: bytes) -> tuple[Partition, ...]:
 
     columns = [column.to_pylist() for column in ParquetFile(io.BytesIO(table)).read().columns]
     slices: list[list[Slice]] = []
-    last, shard = "", Shard("")
+    last, shard = ("", None), Shard("")
     for partition, url, size, etag, total, start, stop, samples in zip(*columns, strict=True):
-        if url != last:
-            last, shard = url, Shard(text_name(url), size, etag, total)
+        if (url, etag) != last:
+            last, shard = (url, etag), Shard(text_name(url), size, etag, total)
         if partition == len(slices):
             slices.append([])
         slices[-1].append(Slice(shard, start, stop, samples))

@@ -23,6 +23,7 @@ from clip_batch.plan.kinds import check_names
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.tar.suffixes import TAR_SUFFIXES, is_tar
 from clip_batch.storage.filesystem import filesystem
+from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.retry import call_store
 from clip_batch.storage.store import Store
@@ -61,7 +62,7 @@ class Inputs:
 
     def leave(self, entries: Iterable[Entry]) -> None:
         """Count entries that are no input."""
-        self.passed_over.update("folder" if entry.folder else extension(entry.url) for entry in entries)
+        self.passed_over.update("folder" if entry.folder else name_text(extension(entry.url)) for entry in entries)
 
 
 def expand_inputs(specs: Sequence[str], format: str = "tar", options: Options | None = None) -> Inputs:

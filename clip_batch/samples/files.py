@@ -96,7 +96,9 @@ def list_samples(
         raise InputError(f"no files in {url}: check the URL")
     names = [entry.url[len(url) + 1 :] for entry in tree.entries]
     samples, unused = pair_files(names, image_extensions, caption_extensions)
-    return Folder(samples, tree.passed_over + Counter(map(extension_of, unused)), tree.unreadable)
+    return Folder(
+        samples, tree.passed_over + Counter(name_text(extension_of(name)) for name in unused), tree.unreadable
+    )
 
 
 def pair_files(

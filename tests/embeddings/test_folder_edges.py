@@ -106,6 +106,19 @@ def test_a_folder_that_may_not_be_listed(tmp_path: Path, out: str, kind: str) ->
 
 
 @pytest.mark.slow
+def test_an_input_that_may_not_be_listed(tmp_path: Path, out: str) -> None:
+    put(tmp_path / "yes", "a.jpg", "b.caf\udce9")
+    put(tmp_path / "no", "b.jpg")
+    (tmp_path / "no").chmod(0)
+    embed = ["-m", "clip_batch", "embed", "--output", out, "--model", "fake:8", "--device", "cpu", *FILES]
+    done = corpus.unprivileged([*embed, "--input", f"{tmp_path}/*", "--unreadable", "record"])
+    assert done.returncode == 0, done.stderr
+    assert rows(out) == [("a", None)]
+    assert [row["shard"] for row in table(out, "failures")] == [f"{tmp_path}/no"]
+    assert load_plan(Store(out)).passed_over == {r"caf\xe9": 1}
+
+
+@pytest.mark.slow
 def test_an_unreadable_picture_is_a_failure(tmp_path: Path, out: str) -> None:
     put(tmp_path / "pics", "0.jpg", "1.jpg", "2.jpg")
     (tmp_path / "pics" / "1.jpg").chmod(0)
