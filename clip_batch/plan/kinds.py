@@ -14,31 +14,12 @@ from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.plan.threads import map_in_threads
+from clip_batch.samples.kinds import picture
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
-from clip_batch.types import UNREADABLE, Shard, extension
+from clip_batch.types import IMAGE_EXTENSIONS, UNREADABLE, Shard, extension
 
-PICTURES = frozenset(
-    {
-        "avif",
-        "bmp",
-        "dds",
-        "dng",
-        "gif",
-        "heic",
-        "heif",
-        "j2k",
-        "jfif",
-        "jp2",
-        "jpe",
-        "jpeg",
-        "jpg",
-        "pbm",
-        "pcx",
-        "pgm",
-    }
-    | {"png", "pnm", "ppm", "psd", "tga", "tif", "tiff", "webp"}
-)
+PICTURES = {*IMAGE_EXTENSIONS, "dds", "dng", "j2k", "jp2", "pbm", "pcx", "pgm", "pnm", "ppm", "psd", "tga"}
 """Extensions of pictures that Pillow can read, some of them with a plugin."""
 
 LOOKED_AT = 16
@@ -58,13 +39,6 @@ _NAMED = {
 """Kinds by extension, of names without a tar's suffix."""
 
 _BEGINS = {
-    b"\xff\xd8\xff": "picture",
-    b"\x89PNG": "picture",
-    b"GIF8": "picture",
-    b"RIFF": "picture",
-    b"BM": "picture",
-    b"II*\0": "picture",
-    b"MM\0*": "picture",
     b"PAR1": "Parquet",
     b"\x93NUMPY": "npy",
     b"PK\x03\x04": "archive",
@@ -152,6 +126,8 @@ def kind_of(name: str, head: bytes | None) -> str | None:
     if _is_header(head):
         return None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if picture(head):
+        return "picture"
     known = next((kind for start, kind in _BEGINS.items() if head.startswith(start) or text.startswith(start)), None)
     return known or (None if _extension(name) in _TARS else _by_name(name) or "no tar")
 

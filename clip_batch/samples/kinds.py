@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from PIL import features
-
 HEAD = 4096
 """Bytes at the beginning of a file by which its kind is recognized."""
 
@@ -70,6 +68,8 @@ def is_heif(data: bytes | memoryview) -> bool:
 
 def has_avif() -> bool:
     """Whether the installed Pillow reads AVIF; before 11.3 it does not know the word."""
+    from PIL import features
+
     return "avif" in features.modules and bool(features.check("avif"))
 
 
