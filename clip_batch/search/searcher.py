@@ -29,7 +29,7 @@ from clip_batch.index.ann.order import best
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
 from clip_batch.index.manifest import Manifest, load_manifest
-from clip_batch.index.metadata import MetadataFile, common_schema, take_as
+from clip_batch.index.metadata import FEW, MetadataFile, common_schema, take_as, take_few, uniform
 from clip_batch.search import clip_retrieval
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
 from clip_batch.search.conditions import Condition, columns_in
@@ -169,6 +169,7 @@ class Searcher:
             self.indices[modality].insert(0, OpenedIndex(faiss_index.read(path, mapped=True), 0, rows))
         self._stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
         self.schema = common_schema([table.schema for table in self.tables])
+        self._uniform = uniform(self.tables)
         self.removed = removed_rows.removed_ids(store, self.manifest, metadata)
         for modality, opened in self.indices.items():
             self.indices[modality] = [replace(part, removed=self._removed(part.offset, part.rows)) for part in opened]
@@ -370,6 +371,10 @@ class Searcher:
             check_columns(schema, columns)
             schema = pa.schema([schema.field(name) for name in columns])
         owner = np.searchsorted(self._offsets, rows, "right") - 1
+        if self._uniform and len(rows) <= FEW:
+            files = [self.tables[shard] for shard in owner]
+            if (few := take_few(files, rows - self._offsets[owner], schema.names)) is not None:
+                return few
         order = np.argsort(owner, kind="stable")
         pieces = [schema.empty_table()]
         for shard in np.unique(owner):

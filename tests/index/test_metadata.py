@@ -285,3 +285,47 @@ def test_a_scan_has_every_row_in_order_in_the_types_asked(tmp_path: Path) -> Non
     assert found["tags"] == right["tags"].to_pylist()
     assert found["n"] == right["n"].cast(pa.string()).to_pylist()
     assert found["new"] == [None] * rows
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[metadata.MetadataFile]:
+    """Three files of 200 rows in batches of 64; each has a dictionary of its own for a column with nulls."""
+    folder, made = tmp_path_factory.mktemp("files"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata_writer, "BATCH_ROWS", 64)
+        for number in range(3):
+            sites = [None if i % 7 == 0 else f"site {number} {i % 3}" for i in range(200)]
+            table = table_of(200, 1000 * number).append_column("site", pa.array(sites, pa.string()))
+            metadata_writer.write_ordered([table], np.arange(200), str(folder / f"{number}.arrow"))
+            made.append(metadata.MetadataFile(str(folder / f"{number}.arrow")))
+    assert made[0].dictionaries == {"site"}
+    return made
+
+
+@settings(max_examples=50)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 199)), max_size=70),
+    columns=st.lists(st.sampled_from(["key", "caption", "n", "site"]), unique=True),
+)
+def test_a_few_rows_of_many_files(
+    files: list[metadata.MetadataFile], places: list[tuple[int, int]], columns: list[str]
+) -> None:
+    numbers, rows = [number for number, _ in places], np.array([row for _, row in places], dtype=np.int64)
+    assert metadata.uniform(files)
+    table = metadata.take_few([files[number] for number in numbers], rows, columns)
+    one_batch_each = len({(number, row // 64) for number, row in places}) == len(set(numbers))
+    assert (table is not None) == bool(columns and 0 < len(rows) <= metadata.FEW and one_batch_each)
+    if table is not None:
+        expected = pa.concat_tables([files[number].take([row], columns) for number, row in places])
+        assert table.equals(expected.combine_chunks()) and table.schema.equals(expected.schema)
+
+
+def test_files_of_other_columns_or_dictionaries_are_not_uniform(
+    files: list[metadata.MetadataFile], shard: metadata.MetadataFile, tmp_path: Path
+) -> None:
+    assert not metadata.uniform([*files, shard])
+    unlike = table_of(200).append_column("site", pa.array([f"site {i}" for i in range(200)]))
+    metadata_writer.write_ordered([unlike], np.arange(200), str(tmp_path / "a.arrow"))
+    other = metadata.MetadataFile(str(tmp_path / "a.arrow"))
+    assert other.schema == files[0].schema and not other.dictionaries
+    assert not metadata.uniform([*files, other])
