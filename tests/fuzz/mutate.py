@@ -148,6 +148,10 @@ def tar_of(rng: random.Random, pictures: dict[str, bytes], broken: Callable[[byt
     return buffer.getvalue()
 
 
+def _gzip(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)
+
+
 def tars(seed: int, count: int) -> Iterator[bytes]:
     """`count` tars: in a third the pictures and side-cars are mutated, in the others the tar itself is."""
     rng = random.Random(seed)
@@ -161,7 +165,7 @@ def tars(seed: int, count: int) -> Iterator[bytes]:
             tar += tar_of(rng, pictures)
         change = mutated if number % 3 == 1 else with_changed_header
         if rng.random() < 0.1:
-            compress: Callable[[bytes], bytes] = rng.choice((gzip.compress, bz2.compress, lzma.compress))
+            compress: Callable[[bytes], bytes] = rng.choice((_gzip, bz2.compress, lzma.compress))
             tar = compress(tar)
             change = mutated
         yield change(rng, tar)
