@@ -48,8 +48,11 @@ def _cuts(samples: TarSamples, size: int) -> Cuts:
     # Each member that is an image but for a dot is an item of its own, if its sample has no image.
     more = {number: len(found) - 1 for number, found in sorted(samples.dotted.items()) if not images[number]}
     numbers, totals = list(more), [0, *accumulate(more.values())]
-    kept = [(byte, number + totals[bisect_left(numbers, number)]) for byte, number in places]
-    return [*_outside(kept, samples.chains), (min(samples.end, size), len(samples.keys) + totals[-1])]
+    if more:
+        places = [(byte, number + totals[bisect_left(numbers, number)]) for byte, number in places]
+    if samples.chains:
+        places = _outside(places, samples.chains)
+    return [*places, (min(samples.end, size), len(samples.keys) + totals[-1])]
 
 
 def _outside(places: Cuts, chains: Iterable[tuple[int, int]]) -> Cuts:

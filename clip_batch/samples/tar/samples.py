@@ -172,13 +172,20 @@ def group_members(
                 base = name.rfind("/") + 1
                 dot = name.rfind(".", base) if last_dot else name.find(".", base)
                 ending = name[dot + 1 :].lower()
-                if dot <= base or not ending or (last_dot and name[base] == ".") or "__MACOSX" in name[:base]:
+                if (
+                    dot <= base
+                    or not ending
+                    or (base and "__MACOSX" in name[:base])
+                    or (last_dot and name[base] == ".")
+                ):
                     ignored[_kind(name, offset)] += 1
                     continue
-                place = places.get(ending, _UNUSED)
-                if offset < 0 and place is _UNUSED and ending.rpartition(".")[2] not in image_formats:
-                    ignored["link"] += 1  # most lead to folders
-                    continue
+                place = places.get(ending)
+                if place is None:
+                    if offset < 0 and ending.rpartition(".")[2] not in image_formats:
+                        ignored["link"] += 1  # most lead to folders
+                        continue
+                    place = _UNUSED
                 known = dot + 1
                 prefix = name[:known]
                 number = numbers.get(prefix, -1)
