@@ -81,7 +81,20 @@ def expand_inputs(specs: Sequence[str], format: str = "tar", options: Options | 
     if len({shard.url for shard in inputs.shards}) < len(inputs.shards):
         repeated = [url for url, times in Counter(shard.url for shard in inputs.shards).items() if times > 1]
         raise InputError(f"named more than once: {some(repeated)}; name each input once")
+    if format == "files" and (inside := _inside(shard.url for shard in inputs.shards)):
+        raise InputError(f"named twice, as they are in other folders that are named: {some(inside)}; name only those")
     return inputs
+
+
+def _inside(folders: Iterable[str]) -> list[str]:
+    """The folders that are in another one of them."""
+    inside, outer = list[str](), "\0"
+    for folder in sorted(folder.rstrip("/") + "/" for folder in folders):
+        if folder.startswith(outer):
+            inside.append(folder[:-1])
+        else:
+            outer = folder
+    return inside
 
 
 def unpiped(spec: str) -> str:
@@ -137,7 +150,8 @@ def _read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
 
 def _expand_spec(spec: str, folders: bool, options: Options, inputs: Inputs) -> None:
     """Add the shards of one SPEC; `folders` tells that they are folders of files, not tars."""
-    names = [absolute(name) for name in expand_braces(unpiped(spec))]
+    exists = is_local(spec) and os.path.exists(absolute(spec))  # then what looks like a pattern is its name
+    names = [absolute(name) for name in ([spec] if exists else expand_braces(unpiped(spec)))]
     if not any(map(_is_glob, names)):
         _add(_entries(names, options), folders, options, inputs)
         return

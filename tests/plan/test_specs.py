@@ -12,6 +12,7 @@ import pytest
 from clip_batch.errors import ConfigError, InputError
 from clip_batch.plan.specs import expand_inputs, unpiped
 from clip_batch.types import Shard
+from tests import corpus
 
 
 @pytest.fixture
@@ -164,3 +165,19 @@ def test_folders_of_files(folder: Path) -> None:
     assert (names([shard], folder), shard.size, shard.samples) == (["sub"], None, None)
     with pytest.raises(InputError, match="is a file"):
         expand_inputs([f"{folder}/00.tar"], "files")
+
+
+@pytest.mark.parametrize("name", ["{0..3}", "{a,b}", "a[1]", "b*c", "h#1"])
+def test_what_exists_is_no_pattern(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    tar = corpus.good_tar(str(tmp_path / name / "0.tar"), 1)
+    assert [shard.url for shard in expand_inputs([str(tmp_path / name)]).shards] == [tar]
+
+
+def test_a_folder_in_another_one_is_named_twice(tmp_path: Path) -> None:
+    for name in ("pics/a/b", "pics-2", "pics/c"):
+        (tmp_path / name).mkdir(parents=True)
+    apart = [f"{tmp_path}/{name}" for name in ("pics/a", "pics-2", "pics/c")]
+    assert len(expand_inputs(apart, "files").shards) == 3
+    with pytest.raises(InputError, match=r"named twice.*: \S+/pics/a, \S+/pics/c; name only those"):
+        expand_inputs([*apart, f"{tmp_path}/pics"], "files")
