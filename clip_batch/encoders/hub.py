@@ -118,6 +118,20 @@ def refuse_code(path: str) -> None:
                 )
 
 
+def require_tokenizer(path: str) -> None:
+    """EncoderError if a local folder has no tokenizer: transformers would make one that knows no words."""
+    names = set(os.listdir(path))
+    if not (
+        {"tokenizer.json", "vocab.txt"} & names
+        or {"vocab.json", "merges.txt"} <= names
+        or any(name.endswith(".model") for name in names)
+    ):
+        raise EncoderError(
+            f"no tokenizer files (tokenizer.json, or vocab.json and merges.txt, vocab.txt, or *.model) in {path}: "
+            "save the processor there too"
+        )
+
+
 def combine(parts: Sequence[str]) -> str:
     """sha256 over several digests or names."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

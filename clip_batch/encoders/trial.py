@@ -23,6 +23,14 @@ _TOLERANCE = 1e-3
 _GREY = b"P5 32 32 255\n" + bytes([128]) * 32**2
 """The picture that is tried where none of the input can be decoded."""
 
+_PICTURES = (b"P6 32 32 255\n" + bytes([230, 40, 20]) * 32**2, b"P5 32 32 255\n" + bytes(range(0, 256, 8)) * 32)
+"""A red one, and a grey one that grows brighter to the right."""
+
+_CAPTIONS = ("a red apple on a wooden table", "two dogs run through the snow at night")
+
+_EQUAL = 1e-6
+"""Vectors that are this near in each number are equal but for rounding."""
+
 
 def try_model(
     spec: EncoderSpec,
@@ -57,6 +65,7 @@ def _try(
     try:
         encoder = load(tried, "cpu", options, check=False)
         _check_vectors(name, encoder, _pixels(encoder, images), caption)
+        _check_contrast(name, encoder)
     except (ClipBatchError, ImportError, MemoryError):
         raise
     except Exception as error:  # models raise errors of any class
@@ -99,3 +108,16 @@ def _check_vectors(model: str, encoder: Encoder, pixels: Pixels, caption: str) -
                 f"{model} gives the same {kind} another vector each time (cosine {rows.dot(rows[0]).min():.3f}), as "
                 "models do that mask at random (ViT-MAE): take another model, see docs/models.md"
             )
+
+
+def _check_contrast(model: str, encoder: Encoder) -> None:
+    """EncoderError if two quite different pictures, or two quite different texts, have one vector."""
+    import numpy as np
+
+    pictures = np.stack([encoder.preprocess(picture, _MOST_PIXELS) for picture in _PICTURES])
+    if np.allclose(*encoder.encode_images(pictures), atol=_EQUAL, rtol=0):
+        raise EncoderError(
+            f"{model} gives quite different pictures the same vector: check its weights and its processor"
+        )
+    if encoder.has_text and np.allclose(*encoder.encode_texts(_CAPTIONS), atol=_EQUAL, rtol=0):
+        raise EncoderError(f"{model} gives quite different texts the same vector: check its tokenizer and its weights")

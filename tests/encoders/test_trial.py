@@ -146,6 +146,34 @@ def test_sides_of_two_spaces_are_refused(tmp_path: Path) -> None:
             encoders.try_model(encoders.resolve("fake:4"), [corpus.jpeg()])
 
 
+@pytest.mark.parametrize(("side", "says"), [("encode_images", "pictures"), ("encode_texts", "texts")])
+def test_a_side_that_gives_all_the_same_vector_is_refused(side: str, says: str) -> None:
+    import numpy as np
+
+    from clip_batch.encoders import trial
+
+    constant = encoders.load(encoders.resolve("fake:4"))
+    setattr(constant, side, lambda items: np.full((len(items), 4), 0.5, np.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "load", lambda *_, **__: constant)
+        with pytest.raises(EncoderError, match=f"gives quite different {says} the same vector: check"):
+            encoders.try_model(encoders.resolve("fake:4"), [corpus.jpeg()])
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = Path(tiny.clip(tmp_path / "model"))
+    for path in folder.glob("*"):
+        if path.name not in ("config.json", "model.safetensors", "preprocessor_config.json"):
+            path.unlink()
+    tar = corpus.good_tar(str(tmp_path / "a.tar"), 3)
+    says = f"no tokenizer files .* in {folder}: save the processor there too"
+    with pytest.raises(EncoderError, match=says):
+        make_plan(tar, tmp_path / "out", PlanConfig(model=f"hf:{folder}"))
+    make_plan(tar, tmp_path / "out", PlanConfig(model=f"hf:{folder}", try_model=False))
+    with pytest.raises(EncoderError, match=says):
+        embed(str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
 def test_a_folder_with_code_of_its_own_is_refused_and_not_run(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -60,6 +60,8 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     model = load_model(folder).to(placement.device, placement.dtype)
     try:
         texts = text_tower(model, folder, placement.device) if hasattr(model, "get_text_features") else None
+    except EncoderError:
+        raise
     except Exception as error:
         raise EncoderError(f"transformers cannot load {spec.model}: {hub.line(error)}") from None
     return TorchEncoder(model, image_tower(model), texts, preprocessing, placement)
@@ -121,9 +123,10 @@ def text_tower(model: Any, folder: str, device: torch.device) -> TextTower:
 
 
 def load_tokenizer(model: Any, folder: str) -> tuple[Any, int]:
-    """The folder's tokenizer, and the most tokens that the model takes."""
+    """The folder's tokenizer, and the most tokens that the model takes. EncoderError: the folder has none."""
     from transformers import AutoTokenizer
 
+    hub.require_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return tokenizer, context(tokenizer, model.config.text_config)
 

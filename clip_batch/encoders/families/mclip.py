@@ -71,12 +71,13 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
 
 
 def _text_tower(folder: str, device: torch.device, dtype: torch.dtype) -> TextTower:
-    """The text tower of a folder. EncoderError: weights are missing."""
+    """The text tower of a folder. EncoderError: weights or the tokenizer are missing."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     from clip_batch.encoders.families.hf import context
 
+    hub.require_tokenizer(folder)
     config = _config(folder)
     base_folder = os.path.dirname(hub.file(config["modelBase"], "config.json"))
     base = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)

@@ -147,6 +147,7 @@ def _text_tower(folder: str, config: dict[str, Any], graph: Graph) -> TextTower:
         return lambda texts: graph({"input_ids": tokenizer(list(texts)).numpy()})
     from transformers import AutoTokenizer
 
+    hub.require_tokenizer(folder)
     tokenize = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     options = {"padding": "max_length", "truncation": True, "max_length": tokens["length"], "return_tensors": "np"}
     return lambda texts: graph(dict(tokenize(list(texts), **options)))
