@@ -309,7 +309,7 @@ class _Worker:
         try:
             pixels = np.stack([item.pixels for item in decoded])
             captions = [item.row["caption"] for item in decoded]
-            return batch, *encoders.encode_pairs(self.encoder, pixels, captions)
+            return batch, *encoders.encode_pairs(self.encoder, pixels, captions, self.plan.encoder.precision)
         except (ClipBatchError, RuntimeError) as error:
             batch.error = error
             return batch, None, None

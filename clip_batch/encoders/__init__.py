@@ -9,7 +9,17 @@ an `Encoder`:
 """
 
 from clip_batch.encoders.encoder import NO_TEXT, Encoder, encode_pairs
-from clip_batch.encoders.registry import Family, check_weights, load, resolve
+from clip_batch.encoders.registry import Family, OtherWeights, check_weights, load, resolve
 from clip_batch.encoders.trial import try_model
 
-__all__ = ["NO_TEXT", "Encoder", "Family", "check_weights", "encode_pairs", "load", "resolve", "try_model"]
+__all__ = [
+    "NO_TEXT",
+    "Encoder",
+    "Family",
+    "OtherWeights",
+    "check_weights",
+    "encode_pairs",
+    "load",
+    "resolve",
+    "try_model",
+]

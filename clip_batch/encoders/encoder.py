@@ -48,11 +48,13 @@ class Encoder(Protocol):
         """The vectors, float32 (n, dim) of unit norm, of n texts."""
 
 
-def encode_pairs(encoder: Encoder, batch: Pixels, captions: Sequence[str | None]) -> tuple[Array, Array | None]:
+def encode_pairs(
+    encoder: Encoder, batch: Pixels, captions: Sequence[str | None], precision: str = "fp32"
+) -> tuple[Array, Array | None]:
     """Image vectors and text vectors, float32 (n, dim), of n images, as `encode_images` takes them, and their captions.
 
     A text vector without a caption is zero. A model without a text side gives None for the text vectors.
-    EncoderError: a vector has a NaN or an infinity.
+    EncoderError: a vector has a NaN or an infinity; the remedy depends on the `precision` of the model.
     """
     import numpy as np
 
@@ -63,5 +65,6 @@ def encode_pairs(encoder: Encoder, batch: Pixels, captions: Sequence[str | None]
         texts[captioned] = encoder.encode_texts([caption for caption in captions if caption is not None])
     for name, vectors in (("image", images), ("text", texts)):
         if vectors is not None and not np.isfinite(vectors).all():
-            raise EncoderError(f"the encoder gave a NaN or inf {name} vector: try --precision fp32")
+            remedy = "check its weights" if precision == "fp32" else "try --precision fp32"
+            raise EncoderError(f"the encoder gave a NaN or inf {name} vector: {remedy}")
     return images, texts

@@ -22,6 +22,10 @@ from clip_batch.storage.paths import is_local, local_path
 from clip_batch.types import EncoderSpec
 
 
+class OtherWeights(EncoderError):
+    """The weights found are not those of the spec."""
+
+
 class Family(Protocol):
     """What a family's module has. Both functions raise EncoderError; a model may be a local path."""
 
@@ -118,10 +122,11 @@ def _turns(encoder: Encoder) -> bool:
 
 
 def check_weights(digest: str, planned: EncoderSpec) -> None:
-    """EncoderError if the digest of some weights is not the planned one."""
+    """OtherWeights if the digest of some weights is not the planned one."""
     if digest != planned.weights:
-        raise EncoderError(
-            f"the weights of {planned.model} {planned.pretrained} are {digest[:12]}, planned were "
+        name = f"{planned.model} {planned.pretrained}".strip()
+        raise OtherWeights(
+            f"the weights of {name} are {digest[:12]} here, planned were "
             f"{planned.weights[:12]}: put the planned weights back, or plan into another --output"
         )
 

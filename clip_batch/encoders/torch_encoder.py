@@ -44,11 +44,21 @@ class Placement(NamedTuple):
 def place(spec: EncoderSpec, device: str, compiled: int) -> Placement:
     """The placement that a family's `load` is asked for. EncoderError: the device cannot do the spec's precision."""
     device = pick_device(device)
+    _check_device(device)
     if spec.precision == "int8" and (device != "cpu" or compiled):
         raise EncoderError("precision int8 is for CPUs, and not compiled: give --device cpu, leave out --compile")
     if compiled and device == "cpu" and spec.precision != "fp32":
         raise EncoderError(f"--compile on a CPU is for precision fp32, not {spec.precision}: leave it out")
     return Placement(torch.device(device), _DTYPES[spec.precision], spec.precision == "int8", compiled)
+
+
+def _check_device(device: str) -> None:
+    """EncoderError: torch cannot use this GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name, _, number = device.partition(":")
+    if name == "cuda" and int(number or 0) >= count:
+        seen = f"only {count} of them" if count else "none"
+        raise EncoderError(f"--device {device}: torch needs a GPU of that name and sees {seen} here: give --device cpu")
 
 
 class TorchEncoder:

@@ -6,10 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from clip_batch import encoders
 from clip_batch.cli import main
+from clip_batch.errors import EncoderError
 from tests import corpus, tiny
 from tests.servers.serving import served
 
@@ -77,3 +81,37 @@ def test_a_model_of_images_alone_from_plan_to_page(tmp_path: Path, capsys: pytes
             assert refused.status_code == 400 and "no text side" in refused.json()["detail"], place
         assert client.get("/v1/indices").json()["indices"][0]["text"] is False
         assert client.get("/readyz").status_code == 200
+
+
+def test_another_model_than_the_indexs_is_named_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, index = embedded(tmp_path, "fake:8")
+    capsys.readouterr()
+    assert main(["search", "--index", index, "--text", "a", "--model", "fake:16"]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "the index was made by fake:8 with weights " in told
+        and "which fake:16 does not have here: leave --model" in told
+    )
+    assert "--output" not in told and "  " not in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(("precision", "remedy"), [("fp32", "check its weights"), ("fp16", "try --precision fp32")])
+def test_the_remedy_for_nan_fits_the_precision(precision: str, remedy: str) -> None:
+    encoder: Any = encoders.load(encoders.resolve("fake:4"))
+    encoder.encode_images = lambda batch: np.full((len(batch), 4), np.nan, np.float32)
+    with pytest.raises(EncoderError, match=f"a NaN or inf image vector: {remedy}$"):
+        encoders.encode_pairs(encoder, np.zeros((1, 3, 8, 8), np.uint8), [None], precision)
+
+
+def test_a_gpu_that_is_not_there_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EncoderError, match=r"--device cuda:7: .* sees none here: give --device cpu"):
+        encoders.load(encoders.resolve("demo"), "cuda:7")
+
+
+def test_a_model_without_weights_names_five_tags() -> None:
+    with pytest.raises(EncoderError, match=r" and [0-9]+ more \(open_clip.list_pretrained_tags_by_model") as caught:
+        encoders.resolve("ViT-B-32")
+    assert len(str(caught.value)) < 250

@@ -71,7 +71,7 @@ def qwen(folder: Path) -> str:
 UNFIT: dict[str, tuple[Callable[[Path], str], str]] = {
     "flava": (flava, "not with one vector for each input"),
     "mae": (mae, "another vector each time"),
-    "bert": (bert, "cannot embed a picture"),
+    "bert": (bert, "has no image side: take another model"),
     "qwen": (qwen, "cannot embed a picture|fast and scaled|one vector"),
 }
 

@@ -58,6 +58,8 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
         raise EncoderError(f"transformers cannot load the processor of {spec.model}: {hub.line(error)}") from None
     preprocessing = hf_preprocess.from_processor(processor, spec.preprocess, spec.exif_rotation)
     model = load_model(folder).to(placement.device, placement.dtype)
+    if not hasattr(model, "get_image_features") and "pixel_values" not in inspect.signature(model.forward).parameters:
+        raise EncoderError(f"{spec.model} has no image side: take another model, see docs/models.md")
     try:
         texts = text_tower(model, folder, placement.device) if hasattr(model, "get_text_features") else None
     except EncoderError:

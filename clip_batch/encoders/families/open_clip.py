@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_batch.encoders import hub
 from clip_batch.encoders.text_tower import TrimmedTextTower
-from clip_batch.errors import EncoderError
+from clip_batch.errors import EncoderError, some
 from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
 
@@ -81,7 +81,8 @@ def _tag_digest(model: str, tag: str) -> str:
     settings = open_clip.get_pretrained_cfg(model, tag) if tag else None
     if not settings:
         what = f"{tag!r} is neither a file nor a tag of {model}" if tag else f"model {model} needs weights"
-        raise EncoderError(f"{what}: give --pretrained a checkpoint's path or one of {', '.join(tags) or '(none)'}")
+        known = f"one of {some(tags)} (open_clip.list_pretrained_tags_by_model({model!r}) lists all)"
+        raise EncoderError(f"{what}: give --pretrained a checkpoint's path{f' or {known}' if tags else ''}")
     special = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in settings.items()
