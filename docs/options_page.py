@@ -26,7 +26,7 @@ a variable in the environment. Flags win over the environment, the environment o
   `storage_options` is `CLIP_BATCH_STORAGE_OPTIONS` and `slurm_partition` is `CLIP_BATCH_SLURM_PARTITION`.
 - `CLIP_BATCH_<FIELD>` is read too where only one section has that field, if the longer name is not set. It is refused
   for fields of several sections, because it would not say whose it is: {shared}.
-- Other variables that begin with `CLIP_BATCH_` are ignored.
+- Other variables that begin with `CLIP_BATCH_` have no effect, and stderr says so.
 """
 
 
