@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"{name} {rest.pop(0)}"
     try:
         code = _run(name, rest)
-        sys.stdout.flush()  # so that a reader who has left (`| head`) is met here, not while the interpreter ends
+        if sys.stdout:  # None where it was closed before the start (`>&-`): nobody reads
+            sys.stdout.flush()  # so that a reader who has left (`| head`) is met here, not while the interpreter ends
         return code
     except ClipBatchError as error:
         if debug:

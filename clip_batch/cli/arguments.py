@@ -75,7 +75,7 @@ def to_json(value: Any) -> str:
     """A value as JSON that standard output can encode: NaN and infinity are null, and ASCII escapes what it lacks."""
     text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         return json.dumps(_finite(value), indent=1, allow_nan=False)
     return text

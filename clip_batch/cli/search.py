@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_batch.cli.arguments import IndexArguments, JsonArguments, answer, say
 from clip_batch.config import SearchConfig, StorageConfig
+from clip_batch.config.texts import query_text, shell_text
 from clip_batch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,14 +79,23 @@ def filter(arguments: FilterArguments, search: SearchConfig, storage: StorageCon
 def _query(arguments: QueryArguments, search: SearchConfig, k: int | None) -> Query:
     from clip_batch.search.query import Criteria, Query
 
+    if search.unique_threshold is not None and not search.unique:
+        raise ConfigError("--unique-threshold has no effect without --unique: add it, or leave both out")
     shared = {field.name for field in dataclasses.fields(Criteria)} - {"k"}
-    return Query(terms=_terms(arguments), k=k, **{name: getattr(search, name) for name in shared})
+    criteria = {name: getattr(search, name) for name in shared}
+    if search.unique_threshold is None:
+        del criteria["unique_threshold"]
+    if search.where is not None:
+        criteria["where"] = shell_text(search.where, "--where")
+    return Query(terms=_terms(arguments), k=k, **criteria)
 
 
 def _terms(arguments: QueryArguments) -> list[QueryTerm]:
     from clip_batch.search.query import QueryTerm
 
-    given: list[dict[str, Any]] = [{"text": text} for text in arguments.text]
+    given: list[dict[str, Any]] = [
+        {"text": query_text(shell_text(text, "--text"), "--text")} for text in arguments.text
+    ]
     given += [{"image": image} for image in arguments.image]
     given += [{"embedding": _read_vector(path)} for path in arguments.embedding]
     given += [{"id": row} for row in arguments.id]

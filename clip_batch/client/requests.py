@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
 
 from clip_batch.config.paths import path_text
+from clip_batch.config.texts import query_text
 from clip_batch.errors import ConfigError
 from clip_batch.types import Hit
 
@@ -83,7 +84,7 @@ def search(query: SearchArguments) -> ServiceRequest[list[Hit]]:
 def embed(kind: str, items: Any, index: str | None) -> list[ServiceRequest[Vectors]]:
     """POST /v1/embed of "texts" or "images" (`kind`), in requests of BATCH items each."""
     items = [items] if isinstance(items, (str, bytes, os.PathLike)) else list(items)
-    plain = [_base64(item) if kind == "images" else item for item in items]
+    plain = [_base64(item) if kind == "images" else query_text(item, "a text") for item in items]
     return [
         ServiceRequest(
             "POST", "v1/embed", {kind: plain[at : at + BATCH], "index": index}, lambda answer: _vectors(answer[kind])
@@ -122,6 +123,8 @@ def with_common(query: str | SearchArguments, common: SearchArguments) -> Search
 def _plain(query: Mapping[str, Any]) -> dict[str, Any]:
     """A query or term as JSON can hold it."""
     plain = {name: value for name, value in query.items() if value is not None}
+    if "text" in plain:
+        query_text(plain["text"], "a query's text")
     if "image" in plain:
         plain["image"] = _base64(plain["image"])
     if "id" in plain:

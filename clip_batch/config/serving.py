@@ -21,12 +21,12 @@ class SearchConfig(Options):
     """Index to search: the images' or the captions'."""
     effort: int | None = None
     """Search effort of the index (nprobe or efSearch); default: as tuned by merge."""
-    where: str = field(default="", metadata={"once": True})
+    where: str | None = field(default=None, metadata={"once": True})
     """Condition that the metadata of a hit must meet, such as 'license = "cc0" and width > 512'; see docs/search.md."""
     unique: bool = False
     """Leave out near duplicates: of hits that are, take only the best."""
-    unique_threshold: float = 0.94
-    """The cosine from which two hits are near duplicates."""
+    unique_threshold: float | None = None
+    """The cosine from which two hits are near duplicates, with `unique`; default: 0.94."""
     safe: bool = False
     """Leave out hits that the safety head refuses."""
     nonviolent: bool = False

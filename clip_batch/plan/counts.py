@@ -13,7 +13,7 @@ from clip_batch.plan.specs import SIDE_CARS, Options
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.files import Folder, listing_digest
 from clip_batch.samples.tar.suffixes import tar_stem
-from clip_batch.storage.paths import is_local
+from clip_batch.storage.paths import is_local, split_url
 from clip_batch.storage.store import Store
 from clip_batch.types import UNREADABLE, Plan, Shard, format_counts
 
@@ -73,9 +73,9 @@ def image_advice(passed_over: Mapping[str, int], images: Sequence[str]) -> str:
 
 def _side_car_count(url: str, options: Options) -> int | None:
     """`successes` in NAME_stats.json, or the rows of NAME.parquet with status "success"; None without either."""
-    folder, _, name = url.rpartition("/")
+    folder, name = split_url(url)
     stem = tar_stem(name)
-    store = Store(folder or "/", options)
+    store = Store(folder, options)
     try:
         count = json.loads(store.read(stem + SIDE_CARS[0]))["successes"]
         return count if isinstance(count, int) else None

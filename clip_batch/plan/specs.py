@@ -24,7 +24,7 @@ from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.tar.suffixes import TAR_SUFFIXES, is_tar
 from clip_batch.storage.filesystem import filesystem
 from clip_batch.storage.names import name_text
-from clip_batch.storage.paths import absolute, is_local
+from clip_batch.storage.paths import absolute, is_local, split_url
 from clip_batch.storage.retry import call_store
 from clip_batch.storage.store import Store
 from clip_batch.storage.text import encoding
@@ -134,9 +134,9 @@ def _read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
         if not (spec.startswith("@") or spec.endswith((".txt", ".list"))):
             yield spec
             continue
-        folder, _, name = absolute(spec.removeprefix("@")).rpartition("/")
+        folder, name = split_url(absolute(spec.removeprefix("@")))
         try:
-            raw = Store(folder or "/", options).read(name)
+            raw = Store(folder, options).read(name)
             lines = io.StringIO(
                 raw.decode(encoding(raw[:4]), "surrogateescape"), newline=None
             )  # names may be any bytes
@@ -171,7 +171,7 @@ def _add(entries: Iterable[Entry], folders: bool, options: Options, inputs: Inpu
     """Add entries as shards; a folder that is not a shard itself is searched for tars."""
     for url, size, etag, folder in entries:
         if folders and not folder:
-            place = url.rpartition("/")[0]
+            place, _ = split_url(url)
             raise InputError(f"{url} is a file: --format files takes folders, such as {place} (for tars: --format tar)")
         if folder and not folders:
             inputs.shards += [Shard(*entry[:3]) for entry in _tars_under(url, options, inputs)]
@@ -242,7 +242,7 @@ def _glob(pattern: str, folders: bool, options: Options, inputs: Inputs) -> list
 def _hint(pattern: str, folders: bool, matches: Sequence[Entry]) -> str:
     """What to do about a glob without a match of the kind that is wanted."""
     if matches and folders:
-        return f"it matches files, and --format files takes folders, such as {matches[0].url.rpartition('/')[0]}"
+        return f"it matches files, and --format files takes folders, such as {split_url(matches[0].url)[0]}"
     return "correct the pattern, or quote it"
 
 

@@ -24,6 +24,7 @@ from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
 from clip_batch.storage.names import text_name
 from clip_batch.storage.npy import read_npy_header
+from clip_batch.storage.paths import split_url
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import has_ranges, read_range
@@ -161,7 +162,7 @@ def image(row: dict[str, Any], storage: StorageConfig = StorageConfig()) -> byte
     """
     if row.get("offset") is None or row.get("length") is None:
         return None
-    folder, _, name = text_name(row["shard"]).rpartition("/")
+    folder, name = split_url(text_name(row["shard"]))
     store = Store(folder, storage.storage_options)
     try:
         return _read(store, name, row["offset"], row["offset"] + row["length"])

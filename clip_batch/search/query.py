@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clip_batch.config.texts import query_text
 from clip_batch.errors import ConfigError
 from clip_batch.search.conditions import Condition
 from clip_batch.search.where import Where, as_condition
@@ -111,6 +112,8 @@ class Criteria:
         for field in ("unique", "safe", "nonviolent"):
             switch = getattr(self, field)
             _check(field, switch, isinstance(switch, bool | np.bool_), "True or False")
+        if isinstance(self.where, str) and not self.where.strip():
+            raise ConfigError("a query's where is empty: give a condition, or leave it out")
         _ = self.condition
 
     @cached_property
@@ -178,7 +181,8 @@ class Query(Criteria):
 
 def _check_subject(text: object, image: object, id: object) -> None:
     """ConfigError: what is looked for is of another type than its field's."""
-    _check("text", text, isinstance(text, str), "one text")
+    if not isinstance(text, str) or text:
+        query_text(text, "a query's text")
     _check("image", image, isinstance(image, str | bytes | os.PathLike), "a path, a URL or the bytes of an image file")
     _check("id", id, id is None or _is_whole(id), "the whole number of a row")
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from clip_batch.config import SearchConfig, StorageConfig, parse_bytes
 from clip_batch.config.paths import path_text
+from clip_batch.config.texts import query_text
 from clip_batch.embeddings.reader import blocks
 from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, CorruptError
@@ -198,6 +199,8 @@ class Searcher:
         """Query vectors float32 (n, d) of texts. ConfigError: `texts` is no list of them."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise ConfigError(f"texts is {reprlib.repr(texts)}: it must be a list of texts")
+        for text in texts:
+            query_text(text, "a text")
         if not len(texts):
             return np.empty((0, self.manifest.dim), np.float32)
         return text_vectors(self, texts)

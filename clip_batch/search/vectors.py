@@ -72,7 +72,10 @@ def checked_vector(values: npt.ArrayLike, dim: int, field: str) -> Vectors:
     """A vector float32 (dim,). QueryError: it has another length, or holds anything but finite numbers."""
     try:
         with np.errstate(over="ignore"):
-            vector = np.asarray(values, np.float32).reshape(-1)
+            array = np.asarray(values)
+            if array.dtype.kind not in "iuf" and array.dtype != object:
+                raise TypeError
+            vector = array.astype(np.float32).reshape(-1)
     except (TypeError, ValueError):
         raise QueryError(field, "it is not a list of numbers") from None
     if len(vector) != dim:

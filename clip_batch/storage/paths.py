@@ -24,6 +24,16 @@ def local_path(url: str) -> str:
     return url[7:] if url.startswith("file://") else url
 
 
+def split_url(url: str) -> tuple[str, str]:
+    """The folder of a path or URL, and the name in it; the folder of "/x" is "/".
+
+    >>> split_url("/x.txt"), split_url("s3://bucket/a/x.txt")
+    (('/', 'x.txt'), ('s3://bucket/a', 'x.txt'))
+    """
+    folder, _, name = url.rpartition("/")
+    return folder or "/", name
+
+
 def absolute(url: str) -> str:
     """A local path made absolute, so that it means the same from any working directory; other URLs unchanged."""
     return os.path.abspath(os.path.expanduser(local_path(url))) if is_local(url) else url

@@ -23,7 +23,7 @@ from typing import IO, Any, TypeVar
 from clip_batch.config.paths import path_text
 from clip_batch.storage.download import download
 from clip_batch.storage.filesystem import abort_upload, filesystem, move, put_if_absent, unfinished_uploads
-from clip_batch.storage.paths import TEMPORARY, absolute, is_local
+from clip_batch.storage.paths import TEMPORARY, absolute, is_local, split_url
 from clip_batch.storage.ranged import open_ranged
 from clip_batch.storage.retry import call_store
 from clip_batch.storage.transfer import RemoteFile
@@ -37,13 +37,13 @@ _ONE_REQUEST = 64 * 2**20
 
 def read_url(url: str, options: dict[str, Any] | None = None) -> bytes:
     """Read a whole file by its path or URL; FileNotFoundError if absent."""
-    folder, _, name = absolute(url).rpartition("/")
+    folder, name = split_url(absolute(url))
     return Store(folder, options).read(name)
 
 
 def write_url(url: str, data: bytes, options: dict[str, Any] | None = None) -> None:
     """Write a whole file by its path or URL, atomically, replacing any older one."""
-    folder, _, name = absolute(url).rpartition("/")
+    folder, name = split_url(absolute(url))
     Store(folder, options).replace(name, data)
 
 
@@ -86,7 +86,7 @@ class Store:
 
     def _at(self, name: str) -> str:
         """The local path of a name, or its path within the remote filesystem."""
-        return f"{self._root}/{name}" if name else self._root
+        return f"{self._root}/{name}" if name else self._root or "/"
 
     def _call(self, what: str, name: str, operation: Callable[[], T]) -> T:
         """Run an operation of the remote filesystem on a name (see `call_store`)."""
@@ -94,7 +94,7 @@ class Store:
 
     def display(self, name: str) -> str:
         """The full path or URL of a name, for messages."""
-        return f"{self.url}/{name}" if name else self.url
+        return f"{self.url}/{name}" if name else self.url or "/"
 
     def exists(self, name: str) -> bool:
         """Whether there is a file or folder of this name."""

@@ -57,5 +57,26 @@ def test_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     to_json(value).encode("utf-8")
 
 
-def test_a_text_that_is_not_unicode_is_searched_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["search", "--index", f"{folder}/index", "--text", "caf\udce9"]) == 0
+def test_a_text_that_is_not_unicode_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "--index", f"{folder}/index", "--text", "caf\udce9"]) == 2
+
+
+def test_a_closed_standard_output_is_no_traceback(folder: Path) -> None:
+    words = [sys.executable, "-m", "clip_batch", "search", "--index", f"{folder}/index", "--text", "a"]
+    told = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], capture_output=True)
+    assert (told.returncode, told.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--text", ""], "--text is empty"),
+        (["--text", "a", "--where", ""], "where is empty"),
+        (["--text", "a", "--unique-threshold", "0.9"], "no effect without --unique"),
+    ],
+)
+def test_a_search_that_says_nothing_is_refused(
+    words: list[str], reason: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", "--index", f"{folder}/index", *words]) == 2
+    assert reason in capsys.readouterr().err

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clip_batch import ConfigError, Query, QueryTerm
+from clip_batch.search.vectors import checked_vector
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,21 @@ def test_a_term_with_a_field_of_the_wrong_type_is_refused(fields: dict[str, Any]
 def test_numbers_of_numpy_are_taken() -> None:
     query = Query(id=np.int64(7), k=np.int32(3), threshold=np.float32(0.5), unique=np.bool_(True))  # type: ignore[arg-type]
     assert query.describe() == Query(id=7, k=3, threshold=0.5, unique=True).describe()
+
+
+@pytest.mark.parametrize("text", ["   ", "\t\n", "\udce7\udc8c\udcab", "a dog \ud83d"])
+def test_what_is_no_text_is_refused(text: str) -> None:
+    for make in (Query, QueryTerm):
+        with pytest.raises(ConfigError, match="a query's text is"):
+            make(text=text)
+
+
+def test_an_empty_condition_is_refused() -> None:
+    with pytest.raises(ConfigError, match="where is empty"):
+        Query(text="a dog", where=" ")
+
+
+@pytest.mark.parametrize("values", [[True, False], np.ones(2, bool), np.ones(2) * 1j, ["1", "2"], np.array(["1", "2"])])
+def test_a_vector_of_other_things_than_numbers_is_refused(values: Any) -> None:
+    with pytest.raises(ConfigError, match="not a list of numbers"):
+        checked_vector(values, 2, "embedding")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_batch.storage.store import Store
+from clip_batch.storage.paths import split_url
+from clip_batch.storage.store import Store, read_url
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -126,3 +127,10 @@ def test_a_remote_file_reads_as_a_local_one(data: bytes, reads: list[tuple[int, 
             assert file.read(length) == data[start : start + length]
         file.seek(0)
         assert file.read() == data
+
+
+def test_the_folder_of_what_lies_directly_under_the_root_is_the_root() -> None:
+    assert split_url("/x.txt") == ("/", "x.txt")
+    with pytest.raises(FileNotFoundError):
+        read_url("/no-such-file.txt")
+    assert "tmp" in Store("/").list("")

@@ -26,7 +26,7 @@ from clip_batch.errors import ConfigError, InputError
 from clip_batch.launch.end2end import paths
 from clip_batch.launch.end2end.formats import READERS, format_of, read_tables, readable
 from clip_batch.storage.arrow import ParquetFile, caption_column, text_column
-from clip_batch.storage.paths import absolute
+from clip_batch.storage.paths import absolute, split_url
 from clip_batch.storage.store import Store
 
 FILE_URLS = 1_000_000
@@ -133,8 +133,8 @@ def _check(config: DownloadConfig) -> None:
 
 def _list_files(urls: str, options: dict[str, Any]) -> tuple[Store, list[str]]:
     """Return the store of the list and the names of its files: one file, those of a folder, or the rows of `filter`."""
-    folder, _, base = absolute(urls).rstrip("/").rpartition("/")
-    store = Store(folder or "/", options)
+    folder, base = split_url(absolute(urls).rstrip("/"))
+    store = Store(folder, options)
     for inside in (f"{base}/rows", base):
         names = [name for name in store.list(inside) if format_of(name) in READERS]
         if names and (inside == base or store.exists(f"{base}/filter.json")):

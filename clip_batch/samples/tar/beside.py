@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from clip_batch.samples.tar.suffixes import tar_stem
+from clip_batch.storage.paths import split_url
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 
@@ -22,8 +23,8 @@ def captions_beside(url: str, field: str, keys: Collection[str], options: dict[s
 
     from clip_batch.storage.arrow import UNREADABLE, ParquetFile, caption_column, text_column
 
-    folder, _, name = url.rpartition("/")
-    store, path = Store(folder or "/", options), tar_stem(name) + ".parquet"
+    folder, name = split_url(url)
+    store, path = Store(folder, options), tar_stem(name) + ".parquet"
     wanted, captions = set(keys), dict[str, str]()
     try:
         opened = store.open(path)
