@@ -31,6 +31,7 @@ def plan(arguments: PlanArguments, plan: PlanConfig, storage: StorageConfig) -> 
 
 def _plan(output: str, config: PlanConfig, storage: StorageConfig) -> tuple[dict[str, Any], str]:
     """Make the plan; what was planned, as values and as text."""
+    from clip_batch.plan.counts import counted
     from clip_batch.plan.plan import make_plan
 
     if not config.input:
@@ -39,7 +40,7 @@ def _plan(output: str, config: PlanConfig, storage: StorageConfig) -> tuple[dict
     shards = {piece.shard.url for partition in plan.partitions for piece in partition.slices}
     summary = {"partitions": len(plan.partitions), "shards": len(shards), "encoder": plan.encoder.fingerprint}
     summary["preprocess"] = plan.encoder.preprocess
-    text = f"planned {len(shards):,} shards in {len(plan.partitions):,} partitions: {output}"
+    text = f"planned {counted(len(shards), 'shard')} in {counted(len(plan.partitions), 'partition')}: {output}"
     text += f", passed over: {format_counts(plan.passed_over)}" if plan.passed_over else ""
     return {**summary, "passed_over": plan.passed_over}, text
 

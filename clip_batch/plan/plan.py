@@ -20,7 +20,7 @@ from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
 from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError, some
 from clip_batch.plan import paths, specs
-from clip_batch.plan.counts import count_folder, count_samples, image_advice
+from clip_batch.plan.counts import count_folder, count_samples, counted, image_advice
 from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
 from clip_batch.plan.kinds import check_kinds
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
@@ -77,7 +77,7 @@ def make_plan(
         check_kinds(inputs.shards, options)
     _check_unreadable(inputs, config)
     shards, passed_over = inputs.shards, dict(inputs.passed_over)
-    say(f"{len(shards):,} inputs found")
+    say(f"{counted(len(shards), 'input')} found")
     if passed_over:
         say("; ".join(filter(None, [f"passed over: {format_counts(passed_over)}", image_advice(passed_over, images)])))
     modes = AUTO if config.preprocess == "auto" else (config.preprocess,)
@@ -115,7 +115,7 @@ def make_plan(
     with replaced(store, old[0].digest) if old else nullcontext():
         written = _write(store, plan, shards, target, settings)
     if written:
-        say(f"{len(partitions):,} partitions planned")
+        say(f"{counted(len(partitions), 'partition')} planned")
         if old:
             say(f"they replace the plan that was there, of which nothing was committed: {'; '.join(phrases)}")
         return plan

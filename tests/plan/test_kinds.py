@@ -116,5 +116,5 @@ def test_a_glob_takes_tars_and_counts_the_rest(folder: Path, out: str, capsys: p
     (folder / "notes.md").touch()
     assert main(["plan", "--input", f"{folder}/[gin]*", "--output", out, "--model", "fake:8"]) == 0
     said = capsys.readouterr()
-    assert "planned 1 shards" in said.out
+    assert "planned 1 shard in 1 partition:" in said.out
     assert "passed over: 1 folder, 1 md, 1 no extension" in said.out
