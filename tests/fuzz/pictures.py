@@ -27,6 +27,7 @@ from clip_batch.errors import DecodeError
 from clip_batch.samples.decode import open_image
 from tests import corpus
 from tests.fuzz.mutate import images, mutated
+from tests.fuzz.run import peak
 
 SECONDS, MEMORY, MAX_PIXELS = 10.0, 2 * 2**30, 178_956_970
 
@@ -83,11 +84,6 @@ def ways() -> dict[str, Any]:
     clip = Compose([Resize(32), CenterCrop(32), transforms.to_rgb, ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
     found: dict[str, Any] = {"open": open_image, "upright": lambda data, limit: open_image(data, limit, upright=True)}
     return found | {mode: preprocess.from_transform(clip, mode, upright=True).prepare for mode in ("fast", "scaled")}
-
-
-def peak() -> int:
-    """The most bytes that this process has taken since `forget_peak`."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def forget_peak() -> None:

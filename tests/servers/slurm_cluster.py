@@ -185,7 +185,8 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     conf = _CONF.format(host=host, folder=folder, ports=processes.free_ports(3), array=MAX_ARRAY_SIZE)
     (folder / "slurm.conf").write_text(conf)
     (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/gpu[0-1]\n")
-    env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("CLIP_BATCH_")}
+    env = {**ours, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
     running = Slurm(folder, env)
     with processes.kept(_mark(folder)):
         running.start()
