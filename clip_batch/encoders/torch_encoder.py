@@ -44,11 +44,11 @@ class Placement(NamedTuple):
 def place(spec: EncoderSpec, device: str, compiled: int) -> Placement:
     """The placement that a family's `load` is asked for. EncoderError: the device cannot do the spec's precision."""
     device = pick_device(device)
-    _check_device(device)
     if spec.precision == "int8" and (device != "cpu" or compiled):
         raise EncoderError("precision int8 is for CPUs, and not compiled: give --device cpu, leave out --compile")
     if compiled and device == "cpu" and spec.precision != "fp32":
         raise EncoderError(f"--compile on a CPU is for precision fp32, not {spec.precision}: leave it out")
+    _check_device(device)
     return Placement(torch.device(device), _DTYPES[spec.precision], spec.precision == "int8", compiled)
 
 
