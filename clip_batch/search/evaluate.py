@@ -47,7 +47,7 @@ def _leaf(condition: Compare | In | Contains | IsNull, column: pa.Array) -> pa.B
         return _leaf(condition, column.dictionary).take(column.indices)
     if pa.types.is_floating(column.type):
         wide = column.cast(pa.float64())
-        column = pc.if_else(pc.is_nan(wide), None, wide)
+        column = pc.if_else(pc.is_nan(wide), None, pc.add(wide, 0.0))  # a sum of -0.0 and 0.0 is 0.0
     if isinstance(condition, IsNull):
         return column.is_null()
     kind = _kind_of(column.type)
@@ -132,9 +132,9 @@ def _utf8(text: str) -> bytes:
 
 
 def _nearest(value: float) -> float:
-    """Return the double nearest to a number; infinity where the number is too large."""
+    """Return the double nearest to a number; infinity where the number is too large, and 0.0 for -0.0."""
     try:
-        return float(value)
+        return float(value) + 0.0
     except OverflowError:
         return math.inf if value > 0 else -math.inf
 

@@ -198,3 +198,10 @@ def test_wrong_trees_are_refused() -> None:
     for joined in (And, Or):
         with pytest.raises(ConfigError, match="two or more"):
             joined((IsNull("a"),))
+
+
+@pytest.mark.parametrize(
+    "condition", [Compare("x", "=", 0), Compare("x", "=", -0.0), In("x", (0.0,)), In("x", (-0.0,))]
+)
+def test_the_two_zeros_are_equal(condition: Condition) -> None:
+    assert matches(condition, pa.table({"x": [0.0, -0.0, 1.0, None]})).tolist() == [True, True, False, False]
