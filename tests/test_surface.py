@@ -138,8 +138,10 @@ def test_values_that_flags_take_are_taken() -> None:
             getattr(clip_batch, name)()
 
 
-def test_a_fake_service_refuses_an_empty_text_as_a_service_does() -> None:
+def test_an_empty_text_and_no_query_at_all_are_refused() -> None:
     with Client("http://search", transport=FakeService([]).transport) as client:
-        with pytest.raises(clip_batch.ServiceError, match="exactly one of text"):
+        with pytest.raises(ConfigError, match="text is empty"):
             client.search(text="")
+        with pytest.raises(clip_batch.ServiceError, match="exactly one of text"):
+            client.search()
         assert json.dumps(client.search(text="a")) == "[]"
