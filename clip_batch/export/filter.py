@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clip_batch.errors import ConfigError, some
 from clip_batch.samples import kinds
 from clip_batch.search import lineage
 from clip_batch.search.checks import check_columns
@@ -35,6 +36,9 @@ GROUP = 10_000
 
 FILE = 100 * GROUP
 """Rows of a Parquet file."""
+
+
+_ABOUT = "filter.json"
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,13 @@ def filter_rows(
     """Write the k best rows of a query to the folder `store`; with a threshold and no `k`, every row over it.
 
     `columns` are the metadata columns to write; None writes all. Every row over a threshold is written in the order of
-    the index, the k best are written best first. Files of an earlier run are replaced. Memory: one index shard's ids
-    and scores (with `unique`, those of all rows), and 10,000 rows. Errors: those of `Searcher.find`.
+    the index, the k best are written best first. The result of an earlier run is replaced. Memory: one index shard's
+    ids and scores (with `unique`, those of all rows), and 10,000 rows. ConfigError: the folder has files, but no result
+    of an earlier run; and the errors of `Searcher.find`.
     """
+    if (present := store.list("")) and _ABOUT not in present:
+        where = f"{store.url} has files that are no result of a filter ({some(present)})"
+        raise ConfigError(f"{where}: name another --output, or remove them if an interrupted filter left them")
     if columns is not None:
         check_columns(searcher.schema, columns)
     complete = True
@@ -69,8 +77,9 @@ def filter_rows(
     else:
         ranked = best_rows(searcher, query, searcher.heads, THOROUGH)
         pieces, complete = iter([(ranked.scores, ranked.ids)]), ranked.complete
-    for name in ("filter.json", "rows", "images"):
-        store.remove(name) if name.endswith(".json") else store.remove_folder(name)
+    store.remove(_ABOUT)
+    store.remove_folder("rows")
+    store.remove_folder("images")
     rows = copied = missing = 0
     with ExitStack() as stack:
         writer: Any = None
@@ -87,7 +96,7 @@ def filter_rows(
                 copied, missing = copied + images_copied, missing + len(table) - images_copied
     result = Filtered(rows, copied, missing, complete)
     about = {"index": searcher.manifest.version, **query.describe(), "planned": lineage.planned(searcher.manifest)}
-    store.replace("filter.json", json.dumps({**about, **asdict(result)}, indent=1).encode())
+    store.replace(_ABOUT, json.dumps({**about, **asdict(result)}, indent=1).encode())
     return result
 
 

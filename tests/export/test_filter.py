@@ -12,6 +12,7 @@ import pytest
 
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig
+from clip_batch.errors import ConfigError
 from clip_batch.export import filter as filters
 from clip_batch.export.filter import filter_rows
 from clip_batch.index.ann import faiss_index, faiss_search
@@ -110,3 +111,18 @@ def test_a_killed_filter_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(KeyboardInterrupt):
             filter_rows(searcher, Query(embedding=images[0], k=100), Store(str(tmp_path / "found")))
     assert [path for path in (tmp_path / "found").rglob("*") if path.is_file()] == []
+
+
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path) -> None:
+    images, texts = clustered(20, 8, 4)
+    make_out(tmp_path / "out", images, texts, [20])
+    merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+    (tmp_path / "mine/images").mkdir(parents=True)
+    (tmp_path / "mine/images/cat.jpg").write_bytes(b"a cat")
+    query, mine = Query(embedding=images[0], k=2), Store(str(tmp_path / "mine"))
+    with Searcher(str(tmp_path / "index")) as searcher:
+        with pytest.raises(ConfigError, match=r"no result of a filter \(images\): name another --output"):
+            filter_rows(searcher, query, mine)
+        assert (tmp_path / "mine/images/cat.jpg").read_bytes() == b"a cat"
+        for _ in range(2):  # a result of its own is replaced
+            assert filter_rows(searcher, query, Store(str(tmp_path / "found"))).rows == 2
