@@ -360,3 +360,8 @@ def format_counts(counts: Mapping[str, int]) -> str:
     """
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count:,} {name}" for name, count in ordered)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 input", "2,000 inputs"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from clip_batch.cli.arguments import JsonArguments, Only, OutputArguments, answer, say
 from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig
 from clip_batch.errors import ConfigError
-from clip_batch.types import format_counts
+from clip_batch.types import counted, format_counts
 
 if TYPE_CHECKING:
     from clip_batch.embeddings.embed import Outcome
@@ -31,7 +31,6 @@ def plan(arguments: PlanArguments, plan: PlanConfig, storage: StorageConfig) -> 
 
 def _plan(output: str, config: PlanConfig, storage: StorageConfig) -> tuple[dict[str, Any], str]:
     """Make the plan; what was planned, as values and as text."""
-    from clip_batch.plan.counts import counted
     from clip_batch.plan.plan import make_plan
 
     if not config.input:

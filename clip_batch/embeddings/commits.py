@@ -9,13 +9,9 @@ import json
 from collections.abc import Iterable
 
 from clip_batch.plan import paths
+from clip_batch.plan.state import commit_names
 from clip_batch.storage.store import Store
 from clip_batch.types import Commit
-
-
-def commit_names(store: Store) -> list[str]:
-    """The zero-padded numbers of the committed partitions, by one listing; files with other names are ignored."""
-    return [name[:-5] for name in store.list(paths.COMMITS) if name.endswith(".json") and name[:-5].isdigit()]
 
 
 def committed(store: Store) -> set[int]:

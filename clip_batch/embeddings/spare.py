@@ -19,7 +19,7 @@ from clip_batch.embeddings.commits import committed
 from clip_batch.embeddings.slots import partitions_of
 from clip_batch.embeddings.workers import BEAT, read_records
 from clip_batch.plan import paths
-from clip_batch.plan.replace import SILENT
+from clip_batch.plan.state import SILENT
 from clip_batch.storage.store import Store
 
 FEWEST = 3

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from clip_batch.embeddings import submission, workers
 from clip_batch.embeddings.attempts import last_errors
-from clip_batch.embeddings.commits import commit_names, read_commits
+from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.workers import CommitCounts, WorkerRecord
 from clip_batch.plan.plan import count_partitions
+from clip_batch.plan.state import commit_names
 from clip_batch.storage.store import Store
 from clip_batch.types import format_numbers
 

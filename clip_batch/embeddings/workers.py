@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from clip_batch.embeddings.slots import Slot
 from clip_batch.plan import paths
-from clip_batch.plan.replace import SILENT
+from clip_batch.plan.state import SILENT, is_alive, worker_records
 from clip_batch.storage.store import Store
 from clip_batch.types import Commit
 
@@ -91,7 +91,7 @@ class WorkerRecord:
     @property
     def alive(self) -> bool:
         """Whether the worker has not ended and was heard of in the last `SILENT` seconds."""
-        return not self.ended and time.time() - self.beat < SILENT
+        return is_alive(self.ended, self.beat)
 
 
 @contextlib.contextmanager
@@ -132,12 +132,10 @@ def recorded(store: Store, run: WorkerRun, gpus: int) -> Iterator[None]:
 
 def read_records(store: Store) -> list[WorkerRecord]:
     """The records of all workers, those that have ended too."""
-    names = [f"{paths.WORKERS}/{name}" for name in store.list(paths.WORKERS) if not name.startswith(".")]
-    return [_parse(data) for data in store.read_all(names)]
+    return [_parse(fields) for fields in worker_records(store)]
 
 
-def _parse(data: bytes) -> WorkerRecord:
-    fields = json.loads(data)
+def _parse(fields: dict[str, Any]) -> WorkerRecord:
     if fields.get("slot"):
         fields["slot"] = Slot(*fields["slot"])
     return WorkerRecord(**fields)

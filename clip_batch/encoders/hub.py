@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from clip_batch.errors import EncoderError, one_line
 from clip_batch.storage.store import file_digest
@@ -118,8 +119,10 @@ def refuse_code(path: str) -> None:
                 )
 
 
-def require_tokenizer(path: str) -> None:
-    """EncoderError if a local folder has no tokenizer: transformers would make one that knows no words."""
+def tokenizer(path: str) -> Any:
+    """The tokenizer of a local folder. EncoderError: it has none; transformers would make one that knows no words."""
+    from transformers import AutoTokenizer
+
     names = set(os.listdir(path))
     if not (
         {"tokenizer.json", "vocab.txt"} & names
@@ -130,6 +133,7 @@ def require_tokenizer(path: str) -> None:
             f"no tokenizer files (tokenizer.json, or vocab.json and merges.txt, vocab.txt, or *.model) in {path}: "
             "save the processor there too"
         )
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def combine(parts: Sequence[str]) -> str:

@@ -112,8 +112,10 @@ def _turns(encoder: Encoder) -> bool:
     """Whether an encoder applies EXIF orientation; those of other distributions may not."""
     from PIL import Image
 
+    from clip_batch.samples.metadata import ORIENTATION
+
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
+    exif[ORIENTATION] = 3  # upside down
     files = [io.BytesIO(), io.BytesIO()]
     for file, options in zip(files, ({}, {"exif": exif.tobytes()}), strict=True):
         Image.linear_gradient("L").save(file, "PNG", **options)

@@ -100,7 +100,7 @@ class TorchEncoder:
         return halve_if_too_large(self._encode_images, batch)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
-        # Tokenizers cannot take the lone surrogates that stand for bytes of a command line that are not UTF-8.
+        # Tokenizers cannot take lone surrogates, which a program's own texts may hold.
         texts = [text if text.isascii() else text.encode(errors="replace").decode() for text in texts]
         return halve_if_too_large(self._encode_texts, texts)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from clip_batch.config import EmbedConfig
 from clip_batch.encoders.encoder import Encoder, NeedsExact
 from clip_batch.encoders.registry import load
 from clip_batch.errors import ClipBatchError, DecodeError, EncoderError, one_line
@@ -14,8 +15,8 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     from clip_batch.encoders.encoder import Array, Pixels
 
-_MOST_PIXELS = 178_956_970
-"""Larger pictures are not tried; this is Pillow's own limit."""
+_MOST_PIXELS = EmbedConfig.max_pixels
+"""Larger pictures are not tried."""
 
 _TOLERANCE = 1e-3
 """How far two vectors of one input may be apart in each number."""

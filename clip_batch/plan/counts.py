@@ -98,8 +98,3 @@ def _count_rows(file: Any) -> int:
     if "status" not in table.schema.names:
         return int(table.metadata.num_rows)
     return sum(piece["status"].to_pylist().count("success") for piece in table.pieces(65_536, ["status"]))
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 input", "2,000 inputs"."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -20,7 +20,7 @@ from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
 from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError, some
 from clip_batch.plan import paths, specs
-from clip_batch.plan.counts import count_folder, count_samples, counted, image_advice
+from clip_batch.plan.counts import count_folder, count_samples, image_advice
 from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
 from clip_batch.plan.kinds import check_kinds
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
@@ -29,7 +29,18 @@ from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples
 from clip_batch.samples.files import list_samples
 from clip_batch.storage.names import name_text, text_name
 from clip_batch.storage.store import Store
-from clip_batch.types import UNREADABLE, EncoderSpec, Partition, Plan, Sample, Shard, Slice, StrPath, format_counts
+from clip_batch.types import (
+    UNREADABLE,
+    EncoderSpec,
+    Partition,
+    Plan,
+    Sample,
+    Shard,
+    Slice,
+    StrPath,
+    counted,
+    format_counts,
+)
 
 FORMAT = 1
 """The version of the plan's files; a plan of another one is refused."""

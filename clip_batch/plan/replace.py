@@ -11,15 +11,12 @@ import contextlib
 import json
 import os
 import socket
-import time
 from collections.abc import Iterator
 
 from clip_batch.errors import PlanError
 from clip_batch.plan import paths
+from clip_batch.plan.state import commit_names, is_alive, worker_records
 from clip_batch.storage.store import Store
-
-SILENT = 60.0
-"""Seconds without a write of its record after which a worker is taken for dead."""
 
 
 def check_digest(store: Store, digest: str) -> None:
@@ -30,9 +27,9 @@ def check_digest(store: Store, digest: str) -> None:
 
 def obstacle(store: Store) -> str:
     """Why the plan of an output may not be replaced: partitions are committed, or workers are at work; "" if it may."""
-    if commits := [name for name in store.list(paths.COMMITS) if name.endswith(".json") and name[:-5].isdigit()]:
+    if commits := commit_names(store):
         return f"{len(commits):,} partitions are committed: give another --output"
-    if names := _at_work(store):
+    if names := [one["worker"] for one in worker_records(store) if is_alive(one["ended"], one["beat"])]:
         return f"{names[0]} is at work on it: stop the workers and wait a minute, or give another --output"
     return ""
 
@@ -73,11 +70,3 @@ def _digest(store: Store) -> str | None:
         return str(store.read_json(paths.PLAN)["digest"])
     except FileNotFoundError:
         return None
-
-
-def _at_work(store: Store) -> list[str]:
-    """The names of workers that have not ended and wrote their record in the last `SILENT` seconds."""
-    names = [f"{paths.WORKERS}/{name}" for name in store.list(paths.WORKERS) if not name.startswith(".")]
-    records = [json.loads(data) for data in store.read_all(names)]
-    now = time.time()
-    return [record["worker"] for record in records if not record["ended"] and now - record["beat"] < SILENT]

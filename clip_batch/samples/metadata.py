@@ -18,7 +18,8 @@ _TURNS = (
 )
 """What makes an image of EXIF orientation 2, 3, ... 8 upright."""
 
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
+"""The EXIF tag of the orientation."""
 
 
 def pixels_alone(data: bytes | memoryview) -> bytes | None:
@@ -58,7 +59,7 @@ def _jpeg(data: memoryview) -> bytes | None:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of an image, 1 to 8; 1, which is upright, where EXIF is absent or makes no sense."""
     try:
-        value = image.getexif().get(_ORIENTATION)
+        value = image.getexif().get(ORIENTATION)
     except Exception:  # Pillow raises nearly every type on hostile bytes
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

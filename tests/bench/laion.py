@@ -35,7 +35,7 @@ from clip_batch.embeddings import spare, submission
 from clip_batch.embeddings.partition_queue import PartitionQueue
 from clip_batch.embeddings.workers import BEAT
 from clip_batch.plan.plan import make_plan
-from clip_batch.plan.replace import SILENT
+from clip_batch.plan.state import SILENT
 from clip_batch.storage.download import PIECE
 from clip_batch.types import Partition, Plan
 from tests.bench import result

@@ -612,7 +612,7 @@ def test_a_worker_whose_plan_was_replaced_stops_and_commits_nothing(tars: list[s
 
     encoder.encode_images = encode_late  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clip_batch.plan.replace._at_work", lambda store: [])
+        patch.setattr("clip_batch.plan.replace.worker_records", lambda store: [])
         with pytest.raises(PlanError, match="was replaced while this worker ran: start it again"):
             embed(out, SMALL, encoder=encoder)
     assert committed(Store(out)) == set()

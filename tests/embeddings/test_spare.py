@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from clip_batch.config import EmbedConfig, PlanConfig
-from clip_batch.embeddings.commits import commit_names
 from clip_batch.embeddings.embed import embed
 from clip_batch.embeddings.slots import Slot, partitions
 from clip_batch.embeddings.spare import MANY, Snapshot, spare
 from clip_batch.embeddings.workers import BEAT, WorkerRecord, WorkerRun
 from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
-from clip_batch.plan.replace import SILENT
+from clip_batch.plan.state import SILENT, commit_names
 from clip_batch.storage.store import Store
 from tests import fabricated
 from tests.corpus import good_tar

@@ -19,7 +19,7 @@ from clip_batch.embeddings.status import OutputStatus, describe, status
 from clip_batch.embeddings.workers import WorkerRecord
 from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
-from clip_batch.plan.replace import SILENT
+from clip_batch.plan.state import SILENT
 from clip_batch.storage.store import Store
 from tests import corpus
 

@@ -126,10 +126,7 @@ def text_tower(model: Any, folder: str, device: torch.device) -> TextTower:
 
 def load_tokenizer(model: Any, folder: str) -> tuple[Any, int]:
     """The folder's tokenizer, and the most tokens that the model takes. EncoderError: the folder has none."""
-    from transformers import AutoTokenizer
-
-    hub.require_tokenizer(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = hub.tokenizer(folder)
     return tokenizer, context(tokenizer, model.config.text_config)
 
 

@@ -73,11 +73,11 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
 def _text_tower(folder: str, device: torch.device, dtype: torch.dtype) -> TextTower:
     """The text tower of a folder. EncoderError: weights or the tokenizer are missing."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel
 
     from clip_batch.encoders.families.hf import context
 
-    hub.require_tokenizer(folder)
+    tokenizer = hub.tokenizer(folder)
     config = _config(folder)
     base_folder = os.path.dirname(hub.file(config["modelBase"], "config.json"))
     base = AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
@@ -89,7 +89,6 @@ def _text_tower(folder: str, device: torch.device, dtype: torch.dtype) -> TextTo
     if missing := [name for name in missing if "position_ids" not in name and ".pooler." not in name]:
         raise EncoderError(f"the weights in {folder} lack {missing[0]}: take complete ones")
     modules = modules.eval().to(device, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     length = context(tokenizer, base)
 
     def tower(texts: Sequence[str]) -> torch.Tensor:

@@ -145,9 +145,6 @@ def _text_tower(folder: str, config: dict[str, Any], graph: Graph) -> TextTower:
         name = tokens["open_clip"]
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}" if name == "." else name)
         return lambda texts: graph({"input_ids": tokenizer(list(texts)).numpy()})
-    from transformers import AutoTokenizer
-
-    hub.require_tokenizer(folder)
-    tokenize = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenize = hub.tokenizer(folder)
     options = {"padding": "max_length", "truncation": True, "max_length": tokens["length"], "return_tensors": "np"}
     return lambda texts: graph(dict(tokenize(list(texts), **options)))
