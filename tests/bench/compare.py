@@ -1,12 +1,17 @@
-"""Indexes the same vectors by autofaiss alone, by clip-retrieval's `index` and by clip-batch's merge, and compares.
+"""Indexes the same vectors by autofaiss, by clip-retrieval's `index`, by plain HNSW and by clip-batch's merge.
 
-    python -m tests.bench.compare [--rows 200000] [--memory 410MiB] [--limit 480] [--ours '--rerank 3'] [--record]
+    python -m tests.bench.compare [--rows 1000000] [--dim 512] [--modes defaults equal] [--runs 3] [--record]
 
-Each contender builds in a process of its own, one after another, image vectors only, with the same memory for the
-served index and its own defaults otherwise. Figures of each are the seconds of the build; its CPU seconds, which say
-more on a machine that others use; its peak resident memory, and the anonymous part of it (file pages left out); the
-size of the index; recall@10 against exact search and milliseconds for each query (one by one, one thread), as it would
-be served and over a sweep of its search effort. A build that takes over `--limit` seconds is ended, and reported so.
+Image vectors alone are indexed. With `defaults` every contender runs with no option but its input and output; with
+`equal` the served index and the build may take the same memory (`--memory`, `--build-memory`), and HNSW, which has no
+such option, is left out. Each contender builds in a process of its own, one after another. Its figures are the seconds
+and CPU seconds of the build and its peak memory, resident and anonymous (file pages left out). A build that takes over
+`--limit` seconds is killed, and reported so. Then `tests.bench.ask` asks the index held-out images and captions of
+other images: recall@10 and @100, and milliseconds one by one on one thread, as it would be served and at the least
+effort that reaches recall .95; captions a second, p50 and p99 with 1 and with 8 clients on all cores; and the memory of
+the process that served them. All contenders get the OpenBLAS kernels that fit the CPU, which merge chooses by itself.
+
+With `--runs` all of it is repeated, the contenders taking turns. The result has every run and the median.
 
 clip-retrieval runs with the interpreter that CLIP_RETRIEVAL_PYTHON names, else with .clip-retrieval/bin/python, and is
 left out where there is none.
@@ -17,294 +22,255 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import resource
 import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clip_batch.config import parse_bytes
 from clip_batch.embeddings import reader
 from clip_batch.index.ann import faiss_search
+from clip_batch.index.ann.libfaiss import openblas_core
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
 from tests import ROOT
-from tests.bench import result
-from tests.bench.realistic import realistic
-from tests.fabricated import commit, make_plan
-
-Vectors = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
-Search = Callable[[Vectors, int], Ids]
+from tests.bench import ask, process, result
+from tests.bench.realistic import write_out
 
 PART_ROWS = 50_000
-QUERIES = 2_000
-TIMED = 300
-"""Queries that run one by one, in each of ROUNDS rounds, of which the best counts."""
-ROUNDS = 3
-K = 10
-TARGET = 0.95
+QUERIES = 1_000
+OURS = "clip-batch"
+MODES = ("defaults", "equal")
+AT = f"at_{ask.TARGET}"
 
-
-def fabricate(home: Path, rows: int, dim: int) -> None:
-    """Write home/out, a committed OUT; home/queries.npy, captions of other images; home/truth.npy, the rows to find."""
-
-    parts = -(-rows // PART_ROWS)
-    plan = make_plan(home / "out", parts)
-    made = realistic(rows, dim, PART_ROWS, QUERIES)
-    for partition in range(parts):
-        commit(home / "out", plan, partition, *next(made))
-    queries = next(made)[1]
-    source = reader.open_embeddings(Store(str(home / "out")), plan)
-    scores, ids = np.empty((len(queries), 0), dtype=np.float32), np.empty((len(queries), 0), dtype=np.int64)
-    for start in range(0, rows, PART_ROWS):
-        stop = min(start + PART_ROWS, rows)
-        more, places = faiss_search.nearest(queries, npy.unit(source.read_vectors("image", start, stop)), K)
-        scores, ids = np.hstack([scores, more]), np.hstack([ids, places + start])
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :K]
-        scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
-    np.save(home / "queries.npy", queries)
-    np.save(home / "truth.npy", ids)
-
-
-def build(command: list[str], log: Path, limit: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a contender; returns its seconds, exit code, peak memory (MB, all processes), and whether it was ended."""
-    started, before = time.monotonic(), _cpu_of_children()
-    peak = {"VmHWM": 0, "RssAnon": 0}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, start_new_session=True, env={**os.environ, **(environment or {})}
-        )
-        try:
-            while process.poll() is None and time.monotonic() - started < limit:
-                for name, value in _memory(process.pid).items():
-                    peak[name] = max(peak[name], value)
-                time.sleep(0.05)
-            seconds, over = time.monotonic() - started, process.poll() is None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-    return {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(_cpu_of_children() - before, 1),
-        "over_limit": over,
-        "exit": code,
-        "peak_mb": peak["VmHWM"] // 1024,
-        "peak_anonymous_mb": peak["RssAnon"] // 1024,
-    }
-
-
-def _cpu_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def _memory(pid: int) -> dict[str, int]:
-    """VmHWM and RssAnon in kB, summed over a process and those that it started."""
-    total = {"VmHWM": 0, "RssAnon": 0}
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        for name in total:
-            if found := re.search(rf"^{name}:\s+(\d+)", status, re.MULTILINE):
-                total[name] += int(found[1])
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                for name, value in _memory(int(child)).items():
-                    total[name] += value
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it has ended meanwhile
-    return total
-
+Line = dict[str, Any]
+"""What was measured of one contender."""
 
 AUTOFAISS = """
 import sys
 from autofaiss import build_index
-source, folder, memory, available = sys.argv[1:]
-build_index(source, index_path=f"{folder}/image.index", index_infos_path=f"{folder}/image.json", file_format="npy",
-            max_index_memory_usage=memory, current_memory_available=available)
+source, folder, *memory = sys.argv[1:]
+more = dict(max_index_memory_usage=memory[0], current_memory_available=memory[1]) if memory else {}
+files = dict(index_path=f"{folder}/image.index", index_infos_path=f"{folder}/image.json")
+build_index(source, file_format="npy", **files, **more)
+"""
+
+HNSW = """
+import sys
+from pathlib import Path
+import faiss
+import numpy as np
+source, folder = sys.argv[1:]
+index = None
+for file in sorted(Path(source).glob("*.npy")):
+    vectors = np.load(file).astype(np.float32)
+    index = index or faiss.IndexHNSWFlat(vectors.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+    index.add(vectors)
+faiss.write_index(index, f"{folder}/image.index")
 """
 
 
-def commands(home: Path, options: argparse.Namespace) -> dict[str, list[str]]:
-    """The command of each contender that is installed; each writes into home/<its name>."""
-    memory, available = str(parse_bytes(options.memory)) + "B", str(parse_bytes(options.build_memory)) + "B"
-    out, found = str(home / "out"), {}
-    found["autofaiss"] = [sys.executable, "-c", AUTOFAISS, f"{out}/img_emb", str(home / "autofaiss"), memory, available]
+def fabricate(home: Path, rows: int, dim: int) -> None:
+    """Write home/out, a committed OUT; by kind home/<kind>.npy, queries, and home/<kind>.truth.npy, rows to find."""
+    most = max(ask.KS)
+    queries = dict(zip(ask.KINDS, write_out(home / "out", rows, dim, PART_ROWS, QUERIES), strict=True))
+    source = reader.open_embeddings(Store(str(home / "out")), load_plan(Store(str(home / "out"))))
+    together = np.concatenate([*queries.values()])
+    scores, ids = np.empty((len(together), 0), dtype=np.float32), np.empty((len(together), 0), dtype=np.int64)
+    for start in range(0, rows, PART_ROWS):
+        stop = min(start + PART_ROWS, rows)
+        more, places = faiss_search.nearest(together, npy.unit(source.read_vectors("image", start, stop)), most)
+        scores, ids = np.hstack([scores, more]), np.hstack([ids, places + start])
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :most]
+        scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
+    for kind, truth in zip(queries, np.split(ids, len(queries)), strict=True):
+        np.save(home / f"{kind}.npy", queries[kind])
+        np.save(home / f"{kind}.truth.npy", truth)
+
+
+def commands(out: Path, mode: str, options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """The name and command of each contender that is installed; the folder to write into is to be appended."""
+    limits = [f"{parse_bytes(text)}B" for text in (options.memory, options.build_memory)] if mode == "equal" else []
+
+    def flags(*names: str) -> list[str]:
+        return [word for pair in zip(names, limits, strict=False) for word in pair]
+
+    yield "autofaiss", [sys.executable, "-c", AUTOFAISS, str(out / "img_emb"), "FOLDER", *limits]
     beside = ROOT / ".clip-retrieval/bin/python"
-    python = os.environ.get("CLIP_RETRIEVAL_PYTHON") or (str(beside) if beside.exists() else "")
-    if python:
-        found["clip-retrieval"] = [
-            *(python, "-c", "from clip_retrieval.cli import main; main()", "index"),
-            *("--embeddings_folder", out, "--index_folder", str(home / "clip-retrieval")),
-            *("--text_subfolder", "none", "--max_index_memory_usage", memory, "--current_memory_available", available),
-        ]
-    found["clip-batch"] = [
-        *(sys.executable, "-m", "clip_batch", "merge", "--output", out, "--index", str(home / "clip-batch")),
-        *("--modalities", "image", "--index-memory", options.memory, "--max-memory", options.build_memory),
-        *shlex.split(options.ours),
-    ]
+    if python := os.environ.get("CLIP_RETRIEVAL_PYTHON") or (str(beside) if beside.exists() else ""):
+        yield (
+            "clip-retrieval",
+            [
+                *(
+                    python,
+                    "-c",
+                    "from clip_retrieval.cli import main; main()",
+                    "index",
+                    "--embeddings_folder",
+                    str(out),
+                ),
+                *("--index_folder", "FOLDER", "--text_subfolder", "none"),
+                *flags("--max_index_memory_usage", "--current_memory_available"),
+            ],
+        )
+    yield (
+        OURS,
+        [
+            *(sys.executable, "-m", "clip_batch", "merge", "--output", str(out), "--index", "FOLDER"),
+            *("--modalities", "image", *flags("--index-memory", "--max-memory"), *shlex.split(options.ours)),
+        ],
+    )
+    if mode == "defaults":
+        yield "HNSW32", [sys.executable, "-c", HNSW, str(out / "img_emb"), "FOLDER"]
+
+
+def contend(name: str, command: Sequence[str], home: Path, limit: float) -> Line:
+    """Build the index of a contender, and ask it."""
+    folder, environment = home / name, {}
+    if (core := openblas_core(Path("/proc/cpuinfo").read_text())) and "OPENBLAS_CORETYPE" not in os.environ:
+        environment["OPENBLAS_CORETYPE"] = core
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    log = home / f"{name}.log"
+    words = [str(folder) if word == "FOLDER" else word for word in command]
+    line = process.run(words, log, limit, environment)
+    print(name, line, file=sys.stderr)
+    if line["exit"]:
+        print(log.read_text()[-2000:], file=sys.stderr)
+        return line
+    asked = [sys.executable, "-m", "tests.bench.ask", name, str(folder), str(home)]
+    line |= _json(asked, environment)
+    at = line[AT]["text_10"]
+    line["serving"] = _json([*asked, str((at and at["effort"]) or 0)], environment)
+    return line
+
+
+def _json(command: Sequence[str], environment: Mapping[str, str]) -> Line:
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, **environment})
+    found: Line = json.loads(done.stdout)
     return found
 
 
-def evaluate(name: str, home: Path) -> dict[str, Any]:
-    """Recall@10 and milliseconds for each query of a built index, as served and at other efforts, on one core."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before anything counts the cores
-    queries, truth = np.load(home / "queries.npy"), np.load(home / "truth.npy")
-    search, served, efforts, facts = (_ours if name == "clip-batch" else _theirs)(home / name, home)
-
-    def measure(effort: int) -> dict[str, Any]:
-        found = search(queries, effort)
-        recall = np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]) / K
-        rounds = []
-        for _ in range(ROUNDS):
-            started = time.perf_counter(), time.process_time()
-            for query in queries[:TIMED]:
-                search(query[None], effort)
-            rounds.append((time.perf_counter() - started[0], time.process_time() - started[1]))
-        ms, cpu_ms = (round(min(times) / TIMED * 1000, 3) for times in zip(*rounds, strict=True))
-        return {"effort": effort, "recall": round(float(recall), 4), "ms": ms, "cpu_ms": cpu_ms}
-
-    curve = []
-    for effort in efforts:
-        curve.append(measure(effort))
-        flat = len(curve) > 3 and curve[-1]["recall"] == curve[-2]["recall"]
-        if flat or curve[-1]["recall"] > 0.99 or curve[-1]["cpu_ms"] > 50:
-            break
-    return {
-        **facts,
-        "served": measure(served),
-        f"at_{TARGET}": next((point for point in curve if point["recall"] >= TARGET), None),
-        "curve": curve,
-    }
+def median(values: Sequence[Any]) -> Any:
+    """The median of numbers; of dicts that of each of their values, by name; else the first."""
+    if all(isinstance(value, dict) for value in values):
+        names = dict.fromkeys(name for value in values for name in value)
+        return {name: median([value[name] for value in values if name in value]) for name in names}
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return statistics.median(values)
+    return values[0]
 
 
-def _theirs(folder: Path, home: Path) -> tuple[Search, int, list[int], dict[str, Any]]:
-    """Open a faiss file with the parameters that autofaiss tuned; its rows are those of the npy files, by name."""
-    import faiss
-
-    index = faiss.read_index(str(folder / "image.index"))
-    infos = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    facts = {"key": infos[0]["index_key"], "parameters": infos[0]["index_param"]} if infos else {}
-    parameters = faiss.ParameterSpace()
-    ivf = faiss.try_extract_index_ivf(index)
-    served = ivf.nprobe if ivf is not None else index.hnsw.efSearch
-    if ivf is not None:
-        ivf = faiss.downcast_index(ivf)
-
-    current = served  # until another is asked for, the file's own parameters stand
-
-    def search(queries: Vectors, effort: int) -> Ids:
-        nonlocal current
-        if effort != current:
-            wanted = f"nprobe={effort}" if ivf is not None else f"efSearch={effort}"
-            if ivf is not None and hasattr(faiss.downcast_index(ivf.quantizer), "hnsw"):
-                wanted += f",quantizer_efSearch={max(2 * effort, 16)}"
-            parameters.set_index_parameters(index, wanted)
-            current = effort
-        ids: Ids = index.search(queries, K)[1]
-        return ids
-
-    most = ivf.nlist if ivf is not None else 2**14
-    size = (folder / "image.index").stat().st_size
-    efforts = [2**i for i in range(0 if ivf is not None else 4, 15) if 2**i <= most]
-    return search, served, efforts, {**facts, "index_mb": size >> 20}
-
-
-def _ours(folder: Path, home: Path) -> tuple[Search, int, list[int], dict[str, Any]]:
-    """Open the live version by Searcher; the lineage in its metadata turns ids into rows of OUT."""
-    from clip_batch.search.searcher import Searcher
-
-    searcher = Searcher(str(folder))
-    out = Store(str(home / "out"))
-    source = reader.open_embeddings(out, load_plan(out))
-    starts = {part.partition: start for part, start in zip(source.commits, source.starts, strict=False)}
-    lineage = searcher.metadata(np.arange(source.rows), ["partition", "row"])
-    rows = np.array([starts[row["partition"]] + row["row"] for row in lineage], dtype=np.int64)
-    size = sum(path.stat().st_size for path in (folder / searcher.manifest.version / "image").glob("*.index"))
-    manifest = searcher.manifest
-    facts = {"key": manifest.key["image"], "rerank": manifest.rerank, "shards": len(manifest.shards)}
-    facts["promised"] = manifest.recall["image"]
-    served = manifest.effort["image"] or 0
-
-    def search(queries: Vectors, effort: int) -> Ids:
-        return rows[searcher.search_ids(queries, K, "image", effort or None)[1]]
-
-    return search, served, [2**i for i in range(13)] if served else [0], {**facts, "index_mb": size >> 20}
+def summarize(runs: Sequence[dict[str, dict[str, Line]]]) -> dict[str, dict[str, Line]]:
+    """By mode and contender: the medians over the runs in which it built its index; nothing where it never did."""
+    summary: dict[str, dict[str, Line]] = {}
+    for mode in runs[0]:
+        for name in runs[0][mode]:
+            built = [run[mode][name] for run in runs if not run[mode][name]["exit"]]
+            summary.setdefault(mode, {})[name] = median(built) if built else {}
+    return summary
 
 
 def main() -> None:
     parser = result.parser(__doc__)
-    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--memory", help="of the served index, for all; default: 2GiB for 1,000,000 rows")
-    parser.add_argument("--build-memory", help="that a build may take, for all; default: twice that of the index")
-    parser.add_argument("--limit", type=float, default=480, help="seconds of a build")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--memory", help="of the served index, for `equal`; default: 2GiB for 1,000,000 rows")
+    parser.add_argument("--build-memory", help="of a build, for `equal`; default: twice the index, at least 1 GB")
+    parser.add_argument("--limit", type=float, default=900, help="seconds of a build")
+    parser.add_argument("--runs", type=int, default=1, help="how often all is built and asked")
     parser.add_argument("--only", nargs="*", help="names of contenders")
     parser.add_argument("--ours", default="", help="more options of clip-batch merge")
     parser.add_argument("--home", help="keep the data there, and use what is there")
-    parser.add_argument("--evaluate", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.memory = options.memory or f"{2**31 * options.rows // 1_000_000}B"
-    options.build_memory = options.build_memory or f"{2 * parse_bytes(options.memory)}B"
-    if options.evaluate:
-        print(json.dumps(evaluate(options.evaluate, Path(options.home))))
-        return
+    options.build_memory = options.build_memory or f"{max(10**9, 2 * parse_bytes(options.memory))}B"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs is ended too
+    runs: list[dict[str, dict[str, Line]]] = []
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(options.home or temporary)
-        if not (home / "truth.npy").exists():
+        if not (home / f"{ask.KINDS[-1]}.truth.npy").exists():
             started = time.monotonic()
             fabricate(home, options.rows, options.dim)
             print(f"data in {time.monotonic() - started:.0f} s", file=sys.stderr)
-        lines = {}
-        for name, command in commands(home, options).items():
-            if options.only and name not in options.only:
-                continue
-            (home / name).mkdir(exist_ok=True)
-            lines[name] = build(command, home / f"{name}.log", options.limit)
-            print(name, lines[name], file=sys.stderr)
-            if lines[name]["exit"] == 0:
-                ask = [sys.executable, "-m", "tests.bench.compare", "--home", str(home), "--evaluate", name]
-                lines[name] |= json.loads(subprocess.run(ask, check=True, stdout=subprocess.PIPE).stdout)
-            else:
-                print((home / f"{name}.log").read_text()[-2000:], file=sys.stderr)
-        result.report("compare", "index", options, _rows(options, lines), {"contenders": lines})
+        for _ in range(options.runs):
+            runs.append({})
+            for mode in options.modes:
+                runs[-1][mode] = {
+                    name: contend(name, command, home, options.limit)
+                    for name, command in commands(home / "out", mode, options)
+                    if not options.only or name in options.only
+                }
+    summary = summarize(runs)
+    result.report("compare", "index", options, _rows(options, summary), {"median": summary, "runs": runs})
 
 
-def _rows(options: argparse.Namespace, lines: dict[str, dict[str, Any]]) -> list[result.Row]:
-    """Ours beside each peer that built its index; nothing where ours or all of them failed."""
-    built = {name: line for name, line in lines.items() if line["exit"] == 0}
-    ours = built.pop("clip-batch", None)
+def _rows(options: argparse.Namespace, summary: dict[str, dict[str, Line]]) -> list[result.Row]:
+    """Ours beside each peer: all figures beside autofaiss, the most telling ones beside the others."""
     rows = []
-    for peer, theirs in built.items() if ours else ():
-        assert ours is not None
-        size = (
-            f"index of {options.rows:,} x {options.dim}, image vectors, {ours['key']} against {theirs.get('key', '?')}"
-        )
-        peaks = f"peak {ours['peak_mb']:,} against {theirs['peak_mb']:,} MB"
-        cpu_ms = round(1000 * ours["cpu_seconds"] / options.rows, 4)
-        for key, what, unit, mine, other in (
-            ("seconds", f"{size}, built ({peaks})", "s", ours["seconds"], theirs["seconds"]),
-            ("cpu", "CPU time of that build", "s", ours["cpu_seconds"], theirs["cpu_seconds"]),
-            ("query", "one search of it as served, one thread", "ms", ours["served"]["ms"], theirs["served"]["ms"]),
-            ("recall", "recall@10 of it as served", "", ours["served"]["recall"], theirs["served"]["recall"]),
-        ):
-            ratio = round(other / mine, 2) if unit else None
-            spent = cpu_ms if key == "seconds" else None
-            end = "" if peer == "autofaiss" else f"_{peer}"
-            rows.append(result.Row(f"{key}{end}", what, unit, mine, other, peer, ratio, None, spent))
+    for mode, lines in summary.items():
+        ours = lines.get(OURS)
+        for peer, theirs in lines.items() if ours else ():
+            if peer == OURS:
+                continue
+            assert ours is not None
+            front, end = "" if mode == "defaults" else f"{mode}_", "" if peer == "autofaiss" else f"_{peer}"
+            for key, what, unit, mine, other in _figures(options, mode, ours, theirs, not end):
+                ratio = None
+                if unit and mine and isinstance(other, (int, float)):
+                    ratio = round(mine / other if unit == "queries/s" else other / mine, 2)
+                cpu_ms = round(1000 * ours["cpu_seconds"] / options.rows, 4) if key == "seconds" else None
+                rows.append(result.Row(f"{front}{key}{end}", what, unit, mine, other, peer, ratio, None, cpu_ms))
     return rows
+
+
+def _figures(
+    options: argparse.Namespace, mode: str, ours: Line, theirs: Line, all_of_them: bool
+) -> Iterator[tuple[str, str, str, Any, Any]]:
+    """The key, the text, the unit, ours and the peer's (None: it built nothing) of each figure."""
+
+    def get(line: Line, *names: str) -> Any:
+        found: Any = line
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
+    def both(*names: str) -> tuple[Any, Any]:
+        return get(ours, *names), get(theirs, *names)
+
+    given = "defaults" if mode == "defaults" else f"{parse_bytes(options.memory) / 1e9:.2f} GB for the index"
+    what = f"index of {options.rows:,} x {options.dim}, image vectors, {given}, {ours['key']}"
+    mine, other = both("seconds")
+    yield "seconds", f"{what} against {theirs.get('key', '?')}", "s", mine, other or f"over {options.limit:g}"
+    yield "cpu", "CPU time of that build", "s", *both("cpu_seconds")
+    yield "peak", "peak resident memory of that build", "MB", *both("peak_mb")
+    for k in ask.KS:
+        yield f"recall_{k}", f"recall@{k} of captions as served", "", *both("served", f"text_{k}", "recall")
+    yield "query", f"one caption at recall@10 .95, one thread ({given})", "ms", *both(AT, "text_10", "ms")
+    yield "image_query", f"one image at recall@10 .95, one thread ({given})", "ms", *both(AT, "image_10", "ms")
+    if not all_of_them:
+        return
+    for k in ask.KS:
+        yield f"image_recall_{k}", f"recall@{k} of images as served", "", *both("served", f"image_{k}", "recall")
+    yield "served", f"one caption as served, one thread ({given})", "ms", *both("served", "text_10", "ms")
+    for clients in ask.CLIENTS:
+        who, names = f"{clients} client{'s' * (clients > 1)}", ("serving", "asked", f"{AT}_{clients}")
+        yield f"rate_{clients}", f"captions at recall@10 .95, {who}", "queries/s", *both(*names, "queries_s")
+        yield f"p99_{clients}", f"99th percentile of these, {who}", "ms", *both(*names, "p99_ms")
+    memory = "serving", "memory"
+    yield "resident", f"resident memory of the process that served ({given})", "MB", *both(*memory, "resident_mb")
+    yield "anonymous", "the anonymous part of it, which is no file's", "MB", *both(*memory, "anonymous_mb")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,8 @@ seen: what a memory limit counts in the end, as pages of mapped files can be dro
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,26 +20,18 @@ from clip_batch.config import MergeConfig
 from clip_batch.config.options import to_flags
 from clip_batch.index.merge.job import open_job
 from tests.bench import result
+from tests.bench.process import run
 from tests.fabricated import clustered, make_out
 
 PARTS = 20
 KEYS = ("Flat", "IVF256,SQ8", "OPQ32,IVF256_HNSW32,PQ32x4fs", "HNSW16")
 
 
-def run(*words: str) -> dict[str, int]:
+def peaks(log: Path, *words: str) -> dict[str, int]:
     """Run a clip-batch command that must end well; returns its peaks in MB."""
-    process = subprocess.Popen([sys.executable, "-m", "clip_batch", *words], stdout=subprocess.DEVNULL)
-    anonymous = peak = 0
-    while process.poll() is None:
-        try:
-            text = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        found = dict(re.findall(r"^(RssAnon|VmHWM):\s+(\d+)", text, re.MULTILINE))
-        anonymous, peak = max(anonymous, int(found.get("RssAnon", 0))), max(peak, int(found.get("VmHWM", 0)))
-        time.sleep(0.005)
-    assert process.wait() == 0, words
-    return {"anonymous_mb": anonymous // 1024, "peak_mb": peak // 1024}
+    found = run([sys.executable, "-m", "clip_batch", *words], log, 3600)
+    assert found["exit"] == 0, log.read_text()
+    return {"anonymous_mb": found["peak_anonymous_mb"], "peak_mb": found["peak_mb"]}
 
 
 def main() -> None:
@@ -68,8 +57,9 @@ def main() -> None:
             flags = ["merge", "--output", out, "--index", index, *to_flags(config)]
             job = open_job(out, index, config)
             line = {"rows": job.source.rows, "dim": options.dim, "key": key, "shard_rows": shard_rows}
-            line["train"] = run(*flags, "--task", "train")
-            line["shard"] = run(*flags, "--task", "shards", "--slot", "0", "--slots", str(job.shards))
+            line["train"] = peaks(Path(home, "train.log"), *flags, "--task", "train")
+            shard = "--task", "shards", "--slot", "0", "--slots", str(job.shards)
+            line["shard"] = peaks(Path(home, "shard.log"), *flags, *shard)
             line["formula_mb"] = job.needs(shard_rows) // 10**6
             lines.append(line)
             print(json.dumps(line), file=sys.stderr)

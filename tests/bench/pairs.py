@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.bench import result
-from tests.bench.compare import build
 from tests.bench.data_path import write_tars
+from tests.bench.process import run
 
 PEER = """
 import sys
@@ -54,9 +54,9 @@ def main() -> None:
             "plan": [*ours, "plan", "--input", tars, *out, *model, *shlex.split(options.plan)],
             "embed": [*ours, "embed", *out, "--device", "cpu", *shlex.split(options.embed)],
         }
-        found = {name: build(command, Path(home, f"{name}.log"), 3000) for name, command in commands.items()}
-        for name, run in found.items():
-            assert run["exit"] == 0, Path(home, f"{name}.log").read_text()[-2000:]
+        found = {name: run(command, Path(home, f"{name}.log"), 3000) for name, command in commands.items()}
+        for name, done in found.items():
+            assert done["exit"] == 0, Path(home, f"{name}.log").read_text()[-2000:]
         for folder in ("ours", "theirs"):
             files = Path(home, folder, "img_emb").glob("*.npy")
             assert sum(len(np.load(path, mmap_mode="r")) for path in files) == pairs, folder

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests import corpus
 from tests.bench import result
-from tests.bench.compare import build
+from tests.bench.process import run
 from tests.bench.text import captions
 
 
@@ -38,14 +38,14 @@ def main() -> None:
                 os.link(tar, folder / f"{number:05d}.tar")
             ours, out = [sys.executable, "-m", "clip_batch"], ["--output", f"{folder}/out"]
             plan = ["plan", "--input", f"{folder}/*.tar", *out, "--model", options.model, "--partition-samples", "500"]
-            assert build([*ours, *plan], folder / "plan.log", 600)["exit"] == 0, (folder / "plan.log").read_text()
-            run = build([*ours, "embed", *out, "--device", "cpu"], folder / "embed.log", 3600)
-            assert run["exit"] == 0, (folder / "embed.log").read_text()
-            pace = round(shards * options.samples / run["seconds"], 1)
+            assert run([*ours, *plan], folder / "plan.log", 600)["exit"] == 0, (folder / "plan.log").read_text()
+            done = run([*ours, "embed", *out, "--device", "cpu"], folder / "embed.log", 3600)
+            assert done["exit"] == 0, (folder / "embed.log").read_text()
+            pace = round(shards * options.samples / done["seconds"], 1)
             found[shards] = {
                 "samples_s": pace,
-                "peak_mb": run["peak_mb"],
-                "anonymous_mb": run["peak_anonymous_mb"],
+                "peak_mb": done["peak_mb"],
+                "anonymous_mb": done["peak_anonymous_mb"],
             }
     what = f"shards of {options.samples} samples, {options.model}"
     rows = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,11 +12,11 @@ import pytest
 
 from docs.benchmark_page import RESULTS, TEN, benchmark_page, find_row, load_results
 from tests import ROOT
-from tests.bench import result
+from tests.bench import compare, result
 
 SCRIPTS = sorted(path for path in (ROOT / "tests/bench").glob("*.py"))
-HELPERS = {"realistic", "result", "s3_files"}
-"""Modules of tests/bench that measure nothing."""
+HELPERS = {"ask", "process", "realistic", "result", "s3_files"}
+"""Modules of tests/bench that are no benchmarks by themselves."""
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
@@ -70,6 +71,24 @@ def test_report_prints_and_records(
     read = json.loads((tmp_path / "other.json").read_text())
     assert read["script"] == "tests/bench/tar.py" and read["versions"]["numpy"] and read["load"] >= 0
     assert [(row["key"], row["ratio"], row["cpu_ms"]) for row in read["rows"]] == [("k", 2.0, None)]
+
+
+def test_the_comparison_sums_up_its_runs_by_medians() -> None:
+    runs: list[dict[str, dict[str, compare.Line]]] = []
+    for seconds, failed in ((3.0, 0), (1.0, -9), (5.0, 0)):
+        ours = {"exit": 0, "seconds": seconds, "cpu_seconds": 2.0, "peak_mb": 10, "key": "IVF4,SQ8"}
+        ours[compare.AT] = {"text_10": {"ms": seconds}, "image_10": None}
+        theirs = {**ours, "exit": failed, "seconds": 8 * seconds, "key": "HNSW15"}
+        runs.append({"defaults": {"autofaiss": theirs, "HNSW32": {"exit": -9, "seconds": 60.0}, compare.OURS: ours}})
+    summary = compare.summarize(runs)["defaults"]
+    assert summary["autofaiss"]["seconds"] == 32.0 and summary["autofaiss"]["key"] == "HNSW15"  # of the two that ended
+    assert (summary[compare.OURS]["seconds"], summary["HNSW32"]) == (3.0, {})
+    options = argparse.Namespace(rows=1000, dim=8, memory="1GB", limit=60.0)
+    rows = {row.key: row for row in compare._rows(options, {"defaults": summary})}
+    assert (rows["seconds"].ours, rows["seconds"].peer, rows["seconds"].ratio) == (3.0, 32.0, 10.67)
+    assert rows["seconds"].cpu_ms == 2.0
+    assert (rows["seconds_HNSW32"].peer, rows["seconds_HNSW32"].ratio) == ("over 60", None)
+    assert (rows["query"].ours, rows["image_query"].ours, rows["rate_8"].ours) == (3.0, None, None)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
