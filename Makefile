@@ -73,7 +73,7 @@ docs: $(STAMP)          ## regenerate configs/reference.yaml, docs/config.md, th
 	$(BIN)/python -m docs.generate
 
 BENCHES ?= tar text data_path dataset engines embed worker slow_worker scaling plan merge memory metadata metadata_provider remote serve status sweep compare laion
-bench: $(STAMP)         ## the benchmarks, an hour of them; each prints JSON; BENCHES="tar text" for some
+bench: $(STAMP)         ## the benchmarks, some hours of them; each prints JSON; BENCHES="tar text" for some
 	for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name || exit 1; done
 
 clean:
