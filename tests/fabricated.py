@@ -53,8 +53,10 @@ def commit(
     images: Vectors,
     texts: Vectors,
     encoder: str = ENCODER.fingerprint,
+    captions: Sequence[str] | None = None,
 ) -> None:
-    """Commit rows with the keys <partition>-<row>; a zero text row has no caption."""
+    """Commit rows with the keys <partition>-<row>; a zero text row has no caption, others are made up if not given."""
+    captions = captions or [f"caption {partition}-{row}" for row in range(len(images))]
     shard = plan.partitions[partition].slices[0].shard.url
     rows = [
         {
@@ -62,7 +64,7 @@ def commit(
             "shard": shard,
             "offset": 512 * row,
             "length": 10,
-            "caption": f"caption {partition}-{row}" if texts[row].any() else None,
+            "caption": captions[row] if texts[row].any() else None,
             "n": row,
         }
         for row in range(len(images))
