@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,19 +24,22 @@ from clip_batch.embeddings.status import status
 from clip_batch.embeddings.workers import read_records
 from clip_batch.storage.store import Store
 from tests import corpus
-from tests.servers.slurm_cluster import MAX_ARRAY_SIZE, NODES, Slurm, mine
+from tests.servers.hold import Hold
+from tests.servers.slurm_cluster import MAX_ARRAY_SIZE, NODES, TIMEOUT, Slurm, mine
 from tests.servers.spark_cluster import finish, installed, local_cluster
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["--device", "cpu", "--memory", "500MB", "--time", "5", "--grace", "30"]
+SMALL = ["--device", "cpu", "--memory", "500MB", "--time", "20", "--grace", "30"]
 
 
 class Cluster:
-    """A plan over tars of `pictures` pictures each, and `clip-batch` with the cluster in its environment."""
+    """A plan over tars, one a partition, and `clip-batch` on the cluster; its workers go as far as `hold` lets them."""
 
     def __init__(self, slurm: Slurm, folder: Path) -> None:
-        self.slurm, self.folder, self.out, self.index = slurm, folder, str(folder / "out"), str(folder / "index")
+        self.folder, self.out, self.index = folder, str(folder / "out"), str(folder / "index")
+        self.hold = Hold(folder / "hold")
+        self.slurm = replace(slurm, env={**slurm.env, **self.hold.env})
 
     def plan(self, tars: int, pictures: int, side: int = 32) -> None:
         for number in range(tars):
@@ -46,7 +50,7 @@ class Cluster:
     def submit(self, *arguments: str, code: int = 0) -> tuple[str, str]:
         """Standard output and error of `submit slurm`."""
         command = [sys.executable, "-m", "clip_batch", "submit", "slurm", "--output", self.out, *SMALL, *arguments]
-        done = subprocess.run(command, env=self.slurm.env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=self.slurm.env, capture_output=True, text=True, timeout=500)
         assert done.returncode == code, f"{done.stdout}\n{done.stderr}\n{self.logs()}"
         return done.stdout, done.stderr
 
@@ -56,11 +60,15 @@ class Cluster:
     def committed(self) -> set[int]:
         return commits.committed(Store(self.out))
 
-    def until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
+    def until(self, condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
         end = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < end, f"{self.slurm.squeue()}\n{self.logs()}"
             time.sleep(0.05)
+
+    def until_all_commit(self, tasks: int, before: frozenset[int] = frozenset()) -> None:
+        """Until each of the tasks has committed something more than `before`."""
+        self.until(lambda: {number % tasks for number in self.committed() - before} == set(range(tasks)))
 
     def check(self, rows: int) -> None:
         """`verify --deep` passes, and there are so many rows, each once."""
@@ -81,8 +89,10 @@ def jobs(said: str, kind: str) -> list[str]:
 
 
 @pytest.fixture
-def cluster(slurm: Slurm, tmp_path: Path) -> Cluster:
-    return Cluster(slurm, tmp_path)
+def cluster(slurm: Slurm, tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(slurm, tmp_path)
+    yield cluster
+    cluster.hold.release()
 
 
 def test_the_whole_chain_on_the_demo_set(cluster: Cluster) -> None:
@@ -124,46 +134,44 @@ def test_arrays_are_split_under_the_limit_and_slots_keep_their_meaning(cluster: 
     for job in arrays:
         cluster.slurm.run("scontrol", "release", job)
     for job in arrays:
-        assert set(cluster.slurm.wait(job, 200).values()) == {("COMPLETED", 0)}
+        assert set(cluster.slurm.wait(job).values()) == {("COMPLETED", 0)}
     cluster.check(2 * (MAX_ARRAY_SIZE + 6))
 
 
 def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster) -> None:
-    cluster.plan(32, 8, side=1500)
+    cluster.plan(32, 8)
+    cluster.hold.at("004.tar")
     _, said = cluster.submit("--tasks", "2", "--batch-size", "2")
     (job,) = jobs(said, "embed")
-    cluster.until(lambda: {number % 2 for number in cluster.committed()} == {0, 1})
+    cluster.until_all_commit(2)
+    cluster.until(lambda: len(status(Store(cluster.out)).workers) == 2)
     cluster.until(lambda: bool(status(Store(cluster.out)).running))
     running = status(Store(cluster.out))
     assert {worker.job for worker in running.workers} == {f"slurm {job}_0", f"slurm {job}_1"}
     assert running.images_per_second > 0
+    assert running.relaunch is not None
     assert running.relaunch.startswith(f"clip-batch submit slurm --output {cluster.out} --tasks=2")
     cluster.slurm.run("scancel", "--signal=USR2", f"{job}_1")
     cluster.until(lambda: "Requeued job" in cluster.logs())
-    assert {int(fields["Restarts"]) for fields in cluster.slurm.job(f"{job}_0")} == {0}
-    cluster.slurm.hurry(f"{job}_1")
+    cluster.slurm.requeued(f"{job}_1")
+    cluster.hold.release()
     assert set(cluster.slurm.wait(job).values()) == {("COMPLETED", 0)}
-    assert [int(fields["Restarts"]) for fields in cluster.slurm.job(f"{job}_1")] == [1]
+    assert [int(cluster.slurm.job(f"{job}_{task}")[0]["Restarts"]) for task in range(2)] == [0, 1]
     cluster.check(32 * 8)
 
 
 def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
-    cluster.plan(96, 8, side=1500)  # enough that none is done while another starts
-    submitted = [
-        "--tasks",
-        "4",
-        "--gpus-per-task",
-        "1",
-        "--batch-size",
-        "2",
-        "--no-share",
-    ]  # or others do the killed one's
-    (job,) = jobs(cluster.submit(*submitted)[1], "embed")
-    cluster.until(lambda: {number % 4 for number in cluster.committed()} == set(range(4)))
+    cluster.plan(96, 8)
+    cluster.hold.at("008.tar")
+    alone = ["--gpus-per-task", "1", "--batch-size", "2", "--no-share"]  # or others do the killed one's
+    (job,) = jobs(cluster.submit("--tasks", "4", *alone)[1], "embed")
+    cluster.until_all_commit(4)
     urgent = cluster.slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=:")
     assert cluster.slurm.wait(urgent) == {0: ("COMPLETED", 0)}
-    before = cluster.committed()
-    cluster.until(lambda: {number % 4 for number in cluster.committed() - before} == set(range(4)))
+    before = frozenset(cluster.committed())
+    cluster.hold.at("024.tar")
+    cluster.slurm.requeued(job)
+    cluster.until_all_commit(4, before)
     (worker,) = cluster.slurm.job(f"{job}_1")
     (other,) = set(NODES) - {worker["NodeList"]}
     step = f"SLURM_ARRAY_JOB_ID={job}", "SLURM_ARRAY_TASK_ID=1", "SLURM_STEP_ID=0"
@@ -171,7 +179,11 @@ def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
         os.kill(pid, signal.SIGKILL)
     cluster.slurm.kill_slurmd(other)
     try:
-        ended = cluster.slurm.wait(job, 200)
+        for fields in cluster.slurm.job(job):
+            if fields["NodeList"] == other:
+                cluster.slurm.requeued(f"{job}_{fields['ArrayTaskId']}", 2)
+        cluster.hold.release()
+        ended = cluster.slurm.wait(job)
         assert len(cluster.committed()) < 96
         restarts = {int(fields["ArrayTaskId"]): int(fields["Restarts"]) for fields in cluster.slurm.job(job)}
     finally:
@@ -184,25 +196,28 @@ def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
 
 def test_a_task_signalled_before_it_listens_is_requeued(cluster: Cluster) -> None:
     cluster.plan(2, 5)
-    late = "import os, time\nif 'SLURM_STEP_ID' in os.environ: time.sleep(3)\n"
-    (cluster.folder / "sitecustomize.py").write_text(late)
-    (job,) = jobs(cluster.submit("--tasks", "2", "--setup", f"export PYTHONPATH={cluster.folder}")[1], "embed")
+    cluster.hold.at("")
+    (job,) = jobs(cluster.submit("--tasks", "2")[1], "embed")
     element = f"SLURM_ARRAY_JOB_ID={job}", "SLURM_STEP_ID=0"
     cluster.until(lambda: all(mine(cluster.slurm.folder, *element, f"SLURM_ARRAY_TASK_ID={task}") for task in range(2)))
     for task, number in enumerate(("TERM", "USR2")):  # preemption, the time limit's warning
         cluster.slurm.run("scancel", f"--signal={number}", f"{job}_{task}")
+    cluster.slurm.requeued(job)
+    cluster.hold.release()
     assert set(cluster.slurm.wait(job).values()) == {("COMPLETED", 0)}, cluster.logs()
     assert {int(fields["Restarts"]) for fields in cluster.slurm.job(job)} == {1}
     cluster.check(10)
 
 
 def test_cancelled_tasks_stay_cancelled(cluster: Cluster) -> None:
-    cluster.plan(8, 60, side=96)
+    cluster.plan(8, 60)
+    cluster.hold.at("002.tar")
     (job,) = jobs(cluster.submit("--tasks", "1", "--batch-size", "2")[1], "embed")
     cluster.until(lambda: len(cluster.committed()) > 0)
     cluster.slurm.run("scancel", job)
     assert cluster.slurm.wait(job)[0][0] == "CANCELLED"
     assert len(cluster.committed()) < 8
+    cluster.hold.release()
     cluster.submit("--wait", "--tasks", "3")
     cluster.check(8 * 60)
 
@@ -226,9 +241,11 @@ def test_a_merge_behind_an_incomplete_output_refuses_and_pends_for_nobody(cluste
 
 
 def test_two_submissions_and_a_worker_by_hand_drain_one_plan(cluster: Cluster) -> None:
-    cluster.plan(12, 30, side=96)
+    cluster.plan(12, 30)
+    cluster.hold.at("004.tar")  # or nothing is missing when the second is submitted
     many = ["--nodes", "1", "--tasks-per-node", "2", "--tasks", "2", "--batch-size", "2"]
     arrays = [*jobs(cluster.submit(*many)[1], "embed"), *jobs(cluster.submit("--batch-size", "2")[1], "embed")]
+    cluster.hold.release()
     assert main(["worker", "--output", cluster.out, "--slot", "0", "--slots", "1", "--batch-size", "2"]) == 0
     for job in arrays:
         assert set(cluster.slurm.wait(job).values()) == {("COMPLETED", 0)}
@@ -239,13 +256,16 @@ def test_two_submissions_and_a_worker_by_hand_drain_one_plan(cluster: Cluster) -
 
 def test_slurm_spark_and_a_worker_by_hand_drain_one_plan(cluster: Cluster) -> None:
     cluster.plan(120, 8, side=1500)
-    spark = local_cluster(cluster.folder / "spark", installed())
+    cluster.hold.at("000.tar")
+    spark = local_cluster(cluster.folder / "spark", installed(), cluster.hold.env["PYTHONPATH"])
     driver = spark.submit("--output", cluster.out, "--tasks", "120", "--device", "cpu", "--batch-size", "2")
-    cluster.until(lambda: "spark" in launchers(cluster), 120)  # the slowest to start; the others start together
     by_hand = ["worker", "--output", cluster.out, "--slot", "0", "--slots", "1", "--batch-size", "2"]
-    with subprocess.Popen([sys.executable, "-m", "clip_batch", *by_hand]) as worker:
-        (job,) = jobs(cluster.submit("--tasks", "1", "--batch-size", "2")[1], "embed")
-    assert worker.returncode == 0
+    environment = {**os.environ, **cluster.hold.env}
+    worker = subprocess.Popen([sys.executable, "-m", "clip_batch", *by_hand], env=environment)
+    (job,) = jobs(cluster.submit("--tasks", "1", "--batch-size", "2")[1], "embed")
+    cluster.until(lambda: launchers(cluster) == {"spark", "slurm", ""})
+    cluster.hold.release()
+    assert worker.wait() == 0
     finish(driver)
     assert cluster.slurm.wait(job) == {0: ("COMPLETED", 0)}
     cluster.check(120 * 8)
@@ -265,7 +285,7 @@ def test_every_option_reaches_the_script_and_sbatch_takes_it(cluster: Cluster) -
     node = ["--gres", "gpu:1", "--exclusive", "--cpus-per-task", "3", "--tasks-per-node", "2", "--setup", "true a", "b"]
     shown, _ = cluster.submit(*plain, *mail, *node, "--tasks", "2", "--concurrency", "1", "--dry-run")
     wanted = ["account=lab", "qos=low", "nodelist=n1", "exclude=n2", "comment='a b'", "mail-user=me@example.org"]
-    wanted += ["mail-type=END", "nice=5", "no-requeue", "gres=gpu:1", "exclusive", "cpus-per-task=3", "time=5"]
+    wanted += ["mail-type=END", "nice=5", "no-requeue", "gres=gpu:1", "exclusive", "cpus-per-task=3", "time=20"]
     wanted += ["ntasks-per-node=2", "array=0-1%1", "signal=USR2@30", "mem=500M", "open-mode=append"]
     assert {f"#SBATCH --{flag}" for flag in wanted} <= set(shown.splitlines())
     assert "\ntrue a\nb\n" in shown

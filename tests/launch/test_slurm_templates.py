@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.workers import read_records
 from clip_batch.storage.store import Store
 from tests import ROOT, corpus
-from tests.servers.slurm_cluster import Slurm, mine
+from tests.servers.hold import Hold
+from tests.servers.slurm_cluster import TIMEOUT, Slurm, mine
 
 pytestmark = pytest.mark.slow
 
@@ -30,34 +31,29 @@ SMALL = ("--cpus-per-task=1", "--mem-per-cpu=500M")
 ALONE = "--export=ALL,TASKS=2,CLIP_BATCH_EMBED_SHARE=false"  # or others do what a killed worker leaves
 
 
-def edited(folder: Path, *changes: tuple[str, str]) -> Path:
-    """A copy of the templates with these changes to embed.sbatch; its folder."""
+def for_whole_nodes(folder: Path) -> Path:
+    """A copy of the templates in a folder, edited for whole nodes as they say; its path."""
     copy = Path(shutil.copytree(ROOT / "slurm", folder / "slurm"))
     text = (copy / "embed.sbatch").read_text()
-    for old, new in changes:
+    for old, new in (
+        ("#SBATCH --ntasks=1 ", "#"),
+        ("##SBATCH --exclusive", "#SBATCH --exclusive"),
+        ("##SBATCH --ntasks-per-node=8", "#SBATCH --ntasks-per-node=2"),
+    ):
         assert text.count(old) == 1
         text = text.replace(old, new)
     (copy / "embed.sbatch").write_text(text)
     return copy
 
 
-def for_whole_nodes(folder: Path) -> Path:
-    """The templates, edited for whole nodes as they say; their folder."""
-    return edited(
-        folder,
-        ("#SBATCH --ntasks=1 ", "#"),
-        ("##SBATCH --exclusive", "#SBATCH --exclusive"),
-        ("##SBATCH --ntasks-per-node=8", "#SBATCH --ntasks-per-node=2"),
-    )
-
-
 @dataclass(frozen=True)
 class Work:
-    """A plan over a folder of tars, and the environment in which the templates embed it, slowly."""
+    """A plan over a folder of tars, and the environment in which the templates embed it, as far as `hold` lets them."""
 
     slurm: Slurm
     folder: Path
     tars: list[str]
+    hold: Hold
 
     @property
     def out(self) -> str:
@@ -69,15 +65,21 @@ class Work:
     def committed(self) -> set[int]:
         return commits.committed(Store(self.out))
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
         until = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < until, f"{self.slurm.squeue()}\n{self.logs()}"
             time.sleep(0.05)
 
-    def wait_for_commits(self, slots: int) -> None:
-        """Until each slot has committed something: all workers are at work then."""
+    def start(self, slots: int, *arguments: str, script: str = EMBED) -> str:
+        """Submit a job, and wait until each slot has committed something; its workers are then held at the second tar.
+
+        Its id.
+        """
+        self.hold.at("1.tar")
+        job = self.sbatch(*arguments, script=script)
         self.wait_for(lambda: {number % slots for number in self.committed()} == set(range(slots)))
+        return job
 
     def processes(self, job: str, task: int, worker: int = 0) -> set[int]:
         """Process ids of a worker of an element."""
@@ -110,9 +112,9 @@ class Work:
 
 
 @pytest.fixture
-def work(slurm: Slurm, tmp_path: Path) -> Work:
-    """800 large pictures in 40 partitions, and a tar of bad ones: enough that late workers find work."""
-    picture = corpus.jpeg(1, side=1500)
+def work(slurm: Slurm, tmp_path: Path) -> Iterator[Work]:
+    """800 pictures in 40 partitions, and a tar of bad ones."""
+    picture = corpus.jpeg(1)
     (tmp_path / "tars").mkdir()
     tars = []
     for tar in range(4):
@@ -124,7 +126,9 @@ def work(slurm: Slurm, tmp_path: Path) -> Work:
     assert main([*plan, "--output", f"{tmp_path}/out"]) == 0
     options = {"OUT": f"{tmp_path}/out", "CLIP_BATCH_EMBED_DEVICE": "cpu", "CLIP_BATCH_EMBED_BATCH_SIZE": "2"}
     options["CLIP_BATCH_EMBED_ALLOW_EMPTY"] = "1"  # one partition has bad pictures alone
-    return Work(replace(slurm, env={**slurm.env, **options, "TASKS": "4"}), tmp_path, tars)
+    hold = Hold(tmp_path / "hold")
+    yield Work(replace(slurm, env={**slurm.env, **options, **hold.env, "TASKS": "4"}), tmp_path, tars, hold)
+    hold.release()
 
 
 def test_the_cluster_has_two_nodes_of_two_gpus(slurm: Slurm, tmp_path: Path) -> None:
@@ -183,11 +187,13 @@ def test_merge_refuses_an_incomplete_output_and_the_chain_ends(work: Work) -> No
 
 
 def test_a_warning_and_a_requeue_touch_their_own_elements_only(work: Work) -> None:
-    job = work.sbatch("--array=0-3")
+    job = work.start(4, "--array=0-3")
     behind = work.slurm.sbatch(f"--dependency=afterany:{job}", f"--chdir={work.folder}", "--wrap=:")
-    work.wait_for_commits(4)
     work.slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
     work.slurm.run("scontrol", "requeue", f"{job}_1")
+    for task in range(2):
+        work.slurm.requeued(f"{job}_{task}")
+    work.hold.release()
     assert work.slurm.wait(job) == dict.fromkeys(range(4), ("COMPLETED", 0)), work.logs()
     assert work.restarts(job) == {0: 1, 1: 1, 2: 0, 3: 0}
     assert work.slurm.wait(behind) == {0: ("COMPLETED", 0)}
@@ -198,9 +204,9 @@ def test_a_warning_and_a_requeue_touch_their_own_elements_only(work: Work) -> No
 
 def test_a_killed_worker_of_a_whole_node_leaves_the_others_alone(work: Work) -> None:
     script = str(for_whole_nodes(work.folder) / "embed.sbatch")
-    job = work.sbatch("--array=0-1", ALONE, script=script)
-    work.wait_for_commits(4)
+    job = work.start(4, "--array=0-1", ALONE, script=script)
     work.kill(job, 1, signal.SIGKILL, worker=1)
+    work.hold.release()
     assert work.slurm.wait(job) == {0: ("COMPLETED", 0), 1: ("FAILED", 137)}, work.logs()
     assert {number % 4 for number in set(range(41)) - work.committed()} == {3}
     again = work.sbatch("--array=1", ALONE, script=script)
@@ -210,20 +216,24 @@ def test_a_killed_worker_of_a_whole_node_leaves_the_others_alone(work: Work) -> 
 
 def test_a_warned_node_goes_on_whatever_one_of_its_workers_died_of(work: Work) -> None:
     script = str(for_whole_nodes(work.folder) / "embed.sbatch")
-    job = work.sbatch("--array=0", "--export=ALL,TASKS=1,CLIP_BATCH_EMBED_SHARE=false", script=script)
-    work.wait_for_commits(2)
+    job = work.start(2, "--array=0", "--export=ALL,TASKS=1,CLIP_BATCH_EMBED_SHARE=false", script=script)
     work.kill(job, 0, signal.SIGKILL, worker=1)
     work.slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    work.slurm.requeued(f"{job}_0")
+    work.hold.release()
     assert work.slurm.wait(job) == {0: ("COMPLETED", 0)}, work.logs()
     assert work.restarts(job) == {0: 1}
     work.check()
 
 
 def test_a_node_dies_and_its_elements_go_on_elsewhere(work: Work) -> None:
-    job = work.sbatch("--array=0-3")
-    work.wait_for_commits(4)
+    job = work.start(4, "--array=0-3")
     work.slurm.kill_slurmd("n2")
     try:
+        for fields in work.slurm.job(job):
+            if fields["NodeList"] == "n2":
+                work.slurm.requeued(f"{job}_{fields['ArrayTaskId']}")
+        work.hold.release()
         assert work.slurm.wait(job) == dict.fromkeys(range(4), ("COMPLETED", 0)), work.logs()
         assert sorted(work.restarts(job).values()) == [0, 0, 1, 1]
         assert {fields["NodeList"] for fields in work.slurm.job(job)} == {"n1"}
@@ -233,11 +243,15 @@ def test_a_node_dies_and_its_elements_go_on_elsewhere(work: Work) -> None:
 
 
 def test_two_arrays_over_one_plan_preempted_by_a_higher_priority(work: Work) -> None:
+    work.hold.at("1.tar")
     jobs = [work.sbatch("--array=0-1", "--export=ALL,TASKS=2") for _ in range(2)]
     work.wait_for(lambda: len(read_records(Store(work.out))) == 4)  # all listen for signals
     urgent = work.slurm.sbatch("--partition=urgent", "--nodes=2", "--exclusive", f"--chdir={work.folder}", "--wrap=:")
     assert work.slurm.wait(urgent) == {0: ("COMPLETED", 0)}
     assert len(work.committed()) < 41
+    work.hold.release()
+    for job in jobs:
+        work.slurm.requeued(job)
     for job in jobs:
         assert work.slurm.wait(job) == dict.fromkeys(range(2), ("COMPLETED", 0)), work.logs()
         assert set(work.restarts(job).values()) == {1}
@@ -245,27 +259,26 @@ def test_two_arrays_over_one_plan_preempted_by_a_higher_priority(work: Work) -> 
 
 
 def test_a_worker_signalled_before_it_listens_is_requeued(work: Work) -> None:
-    late = "CLIP_BATCH=(bash -c 'sleep 3; exec clip-batch \"$@\"' late)\n"
-    script = str(edited(work.folder, ("CLIP_BATCH=(clip-batch)\n", late)) / "embed.sbatch")
-    job = work.sbatch("--array=0-1", "--export=ALL,TASKS=2", script=script)
+    work.hold.at("")
+    job = work.sbatch("--array=0-1", "--export=ALL,TASKS=2")
     work.wait_for(lambda: all(work.processes(job, task) for task in range(2)))
     work.slurm.run("scancel", "--signal=TERM", f"{job}_0")  # as preemption does
     work.slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_1")  # as the time limit's warning does
+    work.slurm.requeued(job)
+    work.hold.release()
     assert work.slurm.wait(job) == dict.fromkeys(range(2), ("COMPLETED", 0)), work.logs()
     assert work.restarts(job) == {0: 1, 1: 1}
     work.check()
 
 
 def test_the_time_limit_requeues_and_a_cancelled_job_stays_cancelled(work: Work) -> None:
-    cancelled = work.sbatch("--array=0", ALONE)
-    work.wait_for(lambda: bool(work.committed()))
+    cancelled = work.start(1, "--array=0", ALONE)
     work.slurm.run("scancel", cancelled)
-    limits = "--partition=short", "--time=1", "--signal=B:USR1@55"
-    limited = work.sbatch(*limits, "--array=1", ALONE)
-    work.wait_for(lambda: any(number % 2 for number in work.committed()))
-    work.kill(limited, 1, signal.SIGSTOP)  # so that it has not ended before SLURM looks at the clock
+    limits = "--partition=short", "--time=2", "--signal=B:USR1@70"  # SLURM may warn half a minute earlier
+    limited = work.start(2, *limits, "--array=1", ALONE)
     work.wait_for(lambda: "warned" in work.logs())
-    work.kill(limited, 1, signal.SIGCONT)
+    work.slurm.requeued(limited)
+    work.hold.release()
     assert work.slurm.wait(limited) == {1: ("COMPLETED", 0)}, work.logs()
     assert work.restarts(limited)[1] >= 1
     assert work.slurm.wait(cancelled)[0][0] == "CANCELLED"

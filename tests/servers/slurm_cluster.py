@@ -30,8 +30,12 @@ MAX_ARRAY_SIZE = 64
 ENDED = frozenset(("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"))
 """Final states of jobs. A requeued job is PENDING again before it could be seen in one."""
 
-# cred_expire is also how long a requeued job waits; MinJobAge keeps ended jobs in view, as there is no sacct.
-# debug's jobs are requeued for urgent's, GraceTime seconds after their warning.
+TIMEOUT = 240.0
+"""Seconds to wait for what takes a few on an idle machine."""
+
+# MinJobAge keeps ended jobs in view, as there is no sacct. cred_expire is also how long a requeued job waits, unless
+# `requeued` lets it start; like the timeouts, it must do on a slow and busy machine. debug's jobs are requeued for
+# urgent's, GraceTime seconds after their warning.
 _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -40,7 +44,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/none
 CredType=cred/none
-AuthInfo=cred_expire=6
+AuthInfo=cred_expire=30
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -56,9 +60,11 @@ MinJobAge=86400
 MailProg=/bin/true
 MaxArraySize={array}
 KillWait=3
-SlurmdTimeout=10
-SlurmctldTimeout=10
-UnkillableStepTimeout=20
+SlurmdTimeout=20
+SlurmctldTimeout=20
+MessageTimeout=30
+BatchStartTimeout=60
+UnkillableStepTimeout=120
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
@@ -112,7 +118,7 @@ class Slurm:
             found[task] = fields["JobState"], 128 + ended_by if ended_by else code
         return found
 
-    def wait(self, job: str, timeout: float = 120) -> dict[int, tuple[str, int]]:
+    def wait(self, job: str, timeout: float = TIMEOUT) -> dict[int, tuple[str, int]]:
         """Wait until all of a job has ended; array task (0 for a plain job) -> state and exit code."""
         until = time.monotonic() + timeout
         states = self.states(job)
@@ -123,16 +129,25 @@ class Slurm:
         # An array cancelled while it waited is one record of all its tasks.
         return {number: result for task, result in states.items() for number in parse_numbers(task.partition("%")[0])}
 
-    def hurry(self, job: str) -> None:
-        """Let a requeued job start now instead of at the end of its delay."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def requeued(self, job: str, times: int = 1, timeout: float = TIMEOUT) -> None:
+        """Wait until each task of a job was requeued so many times, and let it start soon, not after its delay.
+
+        It starts 2 s later: in the second in which slurmd ended it, slurmd would refuse it.
+        """
+        until = time.monotonic() + timeout
+        while any(int(task["Restarts"]) < times or task["JobState"] == "COMPLETING" for task in self.job(job)):
+            assert time.monotonic() < until, f"job {job} is not requeued in {timeout} s: {self.job(job)}"
+            time.sleep(0.2)
+        for task in self.job(job):
+            name = f"{task['ArrayJobId']}_{task['ArrayTaskId']}"
+            self.run("scontrol", "update", f"JobId={name}", "StartTime=now+2", check=False)  # it may have started
 
     def kill_slurmd(self, node: str) -> None:
         """kill -9 a slurmd and all processes of its node, as in a power failure."""
         processes.kill_all(_mark(self.folder), f"SLURMD_NODENAME={node}")
         self.daemons[node].wait()
 
-    def start_slurmd(self, node: str, timeout: float = 30) -> None:
+    def start_slurmd(self, node: str, timeout: float = TIMEOUT) -> None:
         """Start a slurmd and wait until its node is up."""
         self._spawn(node, "slurmd", "-D", "-c", "-N", node)
         self._until_up((node,), timeout)
@@ -142,7 +157,7 @@ class Slurm:
         self._spawn("slurmctld", "slurmctld", "-D", "-c")
         for node in NODES:
             self._spawn(node, "slurmd", "-D", "-c", "-N", node)
-        self._until_up(NODES, 30)
+        self._until_up(NODES, TIMEOUT)
 
     def _spawn(self, name: str, *command: str) -> None:
         # The node's name in slurmd's environment marks its slurmstepd too; tasks have it from SLURM.
