@@ -56,7 +56,7 @@ class SweepArguments(JsonArguments, OutputArguments):
     """Whose vectors `sweep` tries index keys on, and where it draws the result."""
 
     plot: str = ""
-    """Also draw recall against milliseconds in this SVG file: a path, or any URL that fsspec opens."""
+    """Also draw recall against milliseconds in this SVG file, a path or a URL; missing folders are made, as for OUT."""
 
 
 def sweep(arguments: SweepArguments, sweep: SweepConfig, merge: MergeConfig, storage: StorageConfig) -> int:

@@ -9,6 +9,7 @@ proportion, which the milliseconds here include.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,12 @@ BATCH = 32
 
 ROUNDS = 2
 """How often each batch is timed; the fastest counts."""
+
+TRAINING_ROWS = 39
+"""Rows for each entry of a codebook below which faiss warns that it is badly trained, for every round of training."""
+
+FEW_TRAINING_ROWS = 10_000
+"""Up to so many rows one thread trains a key: the pieces of work are so small that several only wait for each other."""
 
 LEAST_GAIN = 0.001
 """Recall that doubling the effort twice must gain; otherwise it is not doubled again."""
@@ -116,9 +123,10 @@ def sweep(
 ) -> Sweep:
     """Try index keys on a sample of OUT, for `config.recall_target` within `config.index_memory`.
 
-    The first of `config.modalities` is indexed; captions are queries too where there are any. Memory: about `10 d`
-    bytes for each row of the sample, and one index of it. ConfigError: faiss refuses a key of `options.keys_to_try`.
-    Other errors: see `merge`.
+    The first of `config.modalities` is indexed; captions are queries too where there are any. Unless they are
+    `options.keys_to_try`, keys are skipped whose codebooks the sample is too small to train. Memory: about `10 d` bytes
+    for each row of the sample, and one index of it. ConfigError: faiss refuses a key of `options.keys_to_try`. Other
+    errors: see `merge`.
     """
     out, modality = Store(output, storage.storage_options), config.modalities[0]
     source = reader.open_embeddings(out, load_plan(out), config.allow_partial)
@@ -127,6 +135,11 @@ def sweep(
     keys = options.keys_to_try or index_keys.default_keys(rows, source.dim, memory)
     tried: list[Candidate] = []
     for index_key in dict.fromkeys(key.replace("{}", str(index_keys.list_count(rows))) for key in keys):
+        if sample.rows < (least := codebook_rows(index_key)) and not options.keys_to_try:
+            progress(
+                f"skipped: index key {index_key!r} needs {least:,} rows to train on, the sample has {sample.rows:,}"
+            )
+            continue
         try:
             results = _try_key(index_key, sample, rows, memory, config)
         except ConfigError as error:
@@ -139,6 +152,16 @@ def sweep(
             progress(describe_candidate(candidate))
     recommended = recommend(tried)
     return Sweep(modality, rows, source.dim, sample.rows, config.recall_target, memory, tuple(tried), recommended)
+
+
+def codebook_rows(index_key: str) -> int:
+    """The rows that training the codebooks of a product quantizer needs; 0 for a key without one.
+
+    >>> codebook_rows("IVF128,PQ24x8"), codebook_rows("PQ48x4fs"), codebook_rows("IVF128,SQ8")
+    (9984, 624, 0)
+    """
+    match = re.search(r"PQ\d+(?:x(\d+))?", index_key.replace("OPQ", ""))
+    return TRAINING_ROWS * 2 ** int(match[1] or 8) if match else 0
 
 
 def draw(source: reader.Embeddings, modality: str, config: MergeConfig, count: int) -> tuple[SweepSample, int]:
@@ -164,8 +187,12 @@ def _try_key(index_key: str, sample: SweepSample, rows: int, memory: int, config
     """The candidates of a key, one for each re-ranking factor; `memory` is in bytes, for the index of all `rows`."""
     dim, sample_key = sample.exact.shape[1], index_keys.scaled(index_key, sample.rows / rows)
     started = time.monotonic()
-    training = config.train_rows or max(10_000, 64 * index_keys.lists(sample_key))
-    index = faiss_index.train(sample_key, sample.exact[:training], config.seed)
+    rows_to_train_on = sample.exact[: config.train_rows or max(10_000, 64 * index_keys.lists(sample_key))]
+    if len(rows_to_train_on) <= FEW_TRAINING_ROWS:
+        with _one_thread() as thread:
+            index = thread.submit(faiss_index.train, sample_key, rows_to_train_on, config.seed).result()
+    else:
+        index = faiss_index.train(sample_key, rows_to_train_on, config.seed)
     trained = time.monotonic()
     faiss_index.add(index, sample.exact, np.arange(sample.rows))
     built = time.monotonic()
@@ -189,13 +216,18 @@ def _try_efforts(index: Index, sample: SweepSample, factor: int, target: float, 
     def hardly_grows(results: Sequence[EffortResult]) -> bool:
         return len(results) > 2 and results[-1].recall - results[-3].recall < LEAST_GAIN
 
-    with ThreadPoolExecutor(1, initializer=faiss_index.use_threads, initargs=(1,)) as one_thread:
+    with _one_thread() as thread:
 
         def search(effort: int | None) -> EffortResult:
-            reached, ms = one_thread.submit(_search, index, sample, factor, effort).result()
+            reached, ms = thread.submit(_search, index, sample, factor, effort).result()
             return EffortResult(effort, reached, ms * growth)
 
         return list(try_efforts(efforts or [None], 0, search, 0.0, target, hardly_grows).values())
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    """A thread in which faiss uses no other."""
+    return ThreadPoolExecutor(1, initializer=faiss_index.use_threads, initargs=(1,))
 
 
 def _search(index: Index, sample: SweepSample, factor: int, effort: int | None) -> tuple[float, float]:

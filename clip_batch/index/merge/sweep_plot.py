@@ -25,7 +25,7 @@ LEFT, TOP, WIDTH, HEIGHT = 64, 100, 560, 400
 LIST, LINE = LEFT + WIDTH + 56, 22
 """Where the list of candidates begins, from the left, and the height of its lines."""
 
-COLUMNS = (56, 108, 172, 232)
+COLUMNS = (56, 108, 180, 240)
 """Where a line's number, recall, milliseconds and bytes end; its key comes last, as it may be long."""
 
 WHOLE_WIDTH = LIST + 620

@@ -106,6 +106,21 @@ def test_default_keys_are_ones_that_faiss_knows() -> None:
     assert len(index_keys.default_keys(10**6, 64, 10**5)) == 8  # nothing fits, says autofaiss
 
 
+def test_a_small_sample_trains_no_codebook_for_which_faiss_would_warn(
+    out: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, texts = clustered(400, DIM, 10)
+    make_out(out, images, texts, [400])
+    keys = ["OPQ2_16,IVF{}_HNSW32,PQ2x8", "IVF{},PQ4x4fs", "IVF{},SQ8"]
+    monkeypatch.setattr(index_keys, "default_keys", lambda *_: keys)
+    said: list[str] = []
+    found = sweep(out, replace(CONFIG, queries=20), progress=said.append)
+    assert {one.key for one in found.candidates} == {"IVF64,SQ8"}
+    assert said[0] == "skipped: index key 'OPQ2_16,IVF64_HNSW32,PQ2x8' trains on 9,984 rows or more, the sample has 380"
+    assert said[1].startswith("skipped: index key 'IVF64,PQ4x4fs' trains on 624 rows")
+    assert "WARNING" not in capfd.readouterr().err
+
+
 def test_bad_keys_and_modalities_are_refused_by_name(out: str) -> None:
     images, texts = clustered(60, 8, 3)
     make_out(out, images, np.zeros_like(texts), [60])
