@@ -137,7 +137,7 @@ def sweep(
     for index_key in dict.fromkeys(key.replace("{}", str(index_keys.list_count(rows))) for key in keys):
         if sample.rows < (least := codebook_rows(index_key)) and not options.keys_to_try:
             progress(
-                f"skipped: index key {index_key!r} needs {least:,} rows to train on, the sample has {sample.rows:,}"
+                f"skipped: index key {index_key!r} trains on {least:,} rows or more, the sample has {sample.rows:,}"
             )
             continue
         try:
