@@ -72,7 +72,7 @@ check: $(STAMP)         ## style, types, generated files
 docs: $(STAMP)          ## regenerate configs/reference.yaml, docs/config.md, the table in docs/architecture.md and docs/benchmarks.md
 	$(BIN)/python -m docs.generate
 
-BENCHES ?= tar text data_path dataset engines embed worker slow_worker scaling plan merge memory metadata metadata_provider remote serve status sweep compare laion
+BENCHES ?= tar text data_path dataset engines embed worker slow_worker scaling plan merge memory metadata metadata_provider remote serve status sweep two_tower compare laion
 bench: $(STAMP)         ## the benchmarks, some hours of them; each prints JSON; BENCHES="tar text" for some
 	for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name || exit 1; done
 

@@ -1,13 +1,14 @@
 """Measures what a caption costs to search beside an image, on vectors of two real towers (`tests/bench/scenes.py`).
 
-    python -m tests.bench.two_tower [--rows 100000] [--queries 1000] [--lists 1 2 4] [--home DIR] [--record]
+    python -m tests.bench.two_tower [--rows 100000] [--queries 1000] [--lists 2 1 4] [--home DIR] [--record]
 
 Queries are scenes of the demo's pictures that are not in the set: their images, their captions, and their captions in
 other words. Inverted files have `--lists` times the square root of the rows, and exact codes (flat) or RaBitQ codes of
 one bit of which the best 30 * k candidates are scored exactly (rabitq). A query visits the lists of the nearest
 centroids, or those of `clip_batch/index/ann/probing.py` (predicted), which has learned from captions of the set. For
-each it tells the least effort at which recall at k = 10 and 100 is .95, the lists that are visited and the rows that
-are scored then, and milliseconds for each query (one by one, one thread, re-ranking included).
+each it tells the least effort at which recall at k = 10 and 100 is .95, the lists visited and rows scored then,
+milliseconds for each query (one by one, one thread, re-ranking included), and the depth: how many times k candidates
+must be re-ranked for .99 of the recall of 30 * k.
 
 `--home` keeps the data there, and goes on with what is there; --rows must then be the same. One core makes some 500
 pairs of vectors a second: scenes are composed as arrays of the model's size, without JPEG files.
@@ -119,6 +120,18 @@ class Measured:
         ids = shared_lists.search(self.shared, 0, probe, depth, shared_lists.parameters(probe))[1]
         return rerank(queries, ids, self.stored, k)[1] if self.reranks else ids
 
+    def depth(self, assign: Assign, queries: Vectors, truth: Ids, effort: int) -> int:
+        """How many times k candidates of a search must be re-ranked to keep .99 of the recall of all that are."""
+        k = truth.shape[1]
+        probe = assign(queries, effort)
+        ids = shared_lists.search(self.shared, 0, probe, RERANK * k, shared_lists.parameters(probe))[1]
+
+        def recall(factor: int) -> float:
+            return _recall(rerank(queries, ids[:, : factor * k], self.stored, k)[1], truth)
+
+        least = 0.99 * recall(RERANK)
+        return next(factor for factor in (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, RERANK) if recall(factor) >= least)
+
     def cost(self, assign: Assign, queries: Vectors, truth: Ids) -> dict[str, Any]:
         """The least effort for the target, and what it costs; exact codes find what is in the lists they visit."""
         k = truth.shape[1]
@@ -130,12 +143,11 @@ class Measured:
             return float(np.take_along_axis(visited, self.of_row[truth], 1).mean())
 
         def found(effort: int) -> float:
-            rows = self.search(assign, queries, k, effort)
-            return float(np.mean([np.isin(some, right).mean() for some, right in zip(rows, truth, strict=True)]))
+            return _recall(self.search(assign, queries, k, effort), truth) if self.reranks else seen(effort)
 
         efforts = sorted({math.ceil(1.04**step) for step in range(400) if 1.04**step < len(self.sizes)})
         place = _first(efforts, seen)
-        while self.reranks and found(efforts[place]) < TARGET and place + 1 < len(efforts):
+        while found(efforts[place]) < TARGET and place + 1 < len(efforts):
             place += 1
         effort, chosen = efforts[place], assign(queries, efforts[place]).lists
         times = []
@@ -150,7 +162,13 @@ class Measured:
             "rows": round(float(self.sizes[chosen].sum(axis=1).mean())),
             "ms": _round(1000 * min(times) / TIMED),
             "recall": _round(found(effort), 4),
+            **({"depth": self.depth(assign, queries[:TIMED], truth[:TIMED], effort)} if self.reranks else {}),
         }
+
+
+def _recall(rows: Ids, truth: Ids) -> float:
+    """The mean share of the true rows (n, k) that are among the rows found (n, k)."""
+    return float(np.mean([np.isin(some, right).mean() for some, right in zip(rows, truth, strict=True)]))
 
 
 def _round(value: float, digits: int = 3) -> float:
