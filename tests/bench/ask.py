@@ -132,7 +132,7 @@ def measure(opened: Opened, home: Path) -> dict[str, Any]:
     asked = {kind: (np.load(home / f"{kind}.npy"), np.load(home / f"{kind}.truth.npy")) for kind in KINDS}
     cases = [(f"{kind}_{k}", kind, k, *asked[kind]) for kind in KINDS for k in KS]
     served = {
-        case: {"recall": _recall(opened, queries, truth, k, kind, None), "ms": _ms(opened, queries, k, kind, None)}
+        case: {"recall": _recall(opened, queries, truth, k, kind, None), **_times(opened, queries, k, kind, None)}
         for case, kind, k, queries, truth in cases
     }
     at: dict[str, Any] = {}
@@ -142,7 +142,7 @@ def measure(opened: Opened, home: Path) -> dict[str, Any]:
         curves[case], at[case] = sorted(curve.items()), None
         if good := [effort for effort, recall in curve.items() if recall >= TARGET]:
             effort = min(good)
-            at[case] = {"effort": effort, "recall": curve[effort], "ms": _ms(opened, queries, k, kind, effort)}
+            at[case] = {"effort": effort, "recall": curve[effort], **_times(opened, queries, k, kind, effort)}
         elif not opened.most and served[case]["recall"] >= TARGET:
             at[case] = {"effort": None, **served[case]}
     return {**opened.facts, "served": served, f"at_{TARGET}": at, "curves": curves}
@@ -175,15 +175,16 @@ def _recall(opened: Opened, queries: Vectors, truth: Ids, k: int, kind: str, eff
     return round(float(np.mean(found)) / k, 4)
 
 
-def _ms(opened: Opened, queries: Vectors, k: int, kind: str, effort: int | None) -> float:
-    """Milliseconds of a query that is asked alone, by the best round."""
-    rounds = []
+def _times(opened: Opened, queries: Vectors, k: int, kind: str, effort: int | None) -> dict[str, float]:
+    """Milliseconds and CPU milliseconds of a query that is asked alone, each of the best round."""
+    rounds, asked = [], queries[:TIMED]
     for _ in range(ROUNDS):
-        started = time.perf_counter()
-        for query in queries[:TIMED]:
+        started = time.perf_counter(), time.process_time()
+        for query in asked:
             opened.search(query[None], k, kind, effort)
-        rounds.append(time.perf_counter() - started)
-    return round(1000 * min(rounds) / min(TIMED, len(queries)), 3)
+        rounds.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    ms, cpu_ms = (round(1000 * min(times) / len(asked), 3) for times in zip(*rounds, strict=True))
+    return {"ms": ms, "cpu_ms": cpu_ms}
 
 
 def serve(opened: Opened, home: Path, effort: int | None) -> dict[str, Any]:

@@ -226,13 +226,28 @@ def _rows(options: argparse.Namespace, summary: dict[str, dict[str, Line]]) -> l
                 continue
             assert ours is not None
             front, end = "" if mode == "defaults" else f"{mode}_", "" if peer == "autofaiss" else f"_{peer}"
+            spent = {
+                "seconds": round(1000 * ours["cpu_seconds"] / options.rows, 4),
+                "query": _get(ours, AT, "text_10", "cpu_ms"),
+                "image_query": _get(ours, AT, "image_10", "cpu_ms"),
+                "served": _get(ours, "served", "text_10", "cpu_ms"),
+            }
             for key, what, unit, mine, other in _figures(options, mode, ours, theirs, not end):
                 ratio = None
                 if unit and mine and isinstance(other, (int, float)):
                     ratio = round(mine / other if unit == "queries/s" else other / mine, 2)
-                cpu_ms = round(1000 * ours["cpu_seconds"] / options.rows, 4) if key == "seconds" else None
-                rows.append(result.Row(f"{front}{key}{end}", what, unit, mine, other, peer, ratio, None, cpu_ms))
+                rows.append(
+                    result.Row(f"{front}{key}{end}", what, unit, mine, other, peer, ratio, None, spent.get(key))
+                )
     return rows
+
+
+def _get(line: Line, *names: str) -> Any:
+    """A figure by the names that lead to it; None where one of them is absent."""
+    found: Any = line
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 def _figures(
@@ -240,14 +255,8 @@ def _figures(
 ) -> Iterator[tuple[str, str, str, Any, Any]]:
     """The key, the text, the unit, ours and the peer's (None: it built nothing) of each figure."""
 
-    def get(line: Line, *names: str) -> Any:
-        found: Any = line
-        for name in names:
-            found = found.get(name) if isinstance(found, dict) else None
-        return found
-
     def both(*names: str) -> tuple[Any, Any]:
-        return get(ours, *names), get(theirs, *names)
+        return _get(ours, *names), _get(theirs, *names)
 
     given = "defaults" if mode == "defaults" else f"{parse_bytes(options.memory) / 1e9:.2f} GB for the index"
     what = f"index of {options.rows:,} x {options.dim}, image vectors, {given}, {ours['key']}"
@@ -255,6 +264,7 @@ def _figures(
     yield "seconds", f"{what} against {theirs.get('key', '?')}", "s", mine, other or f"over {options.limit:g}"
     yield "cpu", "CPU time of that build", "s", *both("cpu_seconds")
     yield "peak", "peak resident memory of that build", "MB", *both("peak_mb")
+    yield "peak_anonymous", "the anonymous part of it, which is no file's", "MB", *both("peak_anonymous_mb")
     for k in ask.KS:
         yield f"recall_{k}", f"recall@{k} of captions as served", "", *both("served", f"text_{k}", "recall")
     yield "query", f"one caption at recall@10 .95, one thread ({given})", "ms", *both(AT, "text_10", "ms")
@@ -270,7 +280,7 @@ def _figures(
         yield f"p99_{clients}", f"99th percentile of these, {who}", "ms", *both(*names, "p99_ms")
     memory = "serving", "memory"
     yield "resident", f"resident memory of the process that served ({given})", "MB", *both(*memory, "resident_mb")
-    yield "anonymous", "the anonymous part of it, which is no file's", "MB", *both(*memory, "anonymous_mb")
+    yield "anonymous", "the anonymous part of it", "MB", *both(*memory, "anonymous_mb")
 
 
 if __name__ == "__main__":
