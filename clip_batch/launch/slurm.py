@@ -35,11 +35,14 @@ EMBED = "clip-batch-embed"
 _REQUEUE_TRAP = """trap 'case $? in 140 | 143)
   me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   me=${me:-$SLURM_JOB_ID}
-  [ "$(squeue --noheader --jobs "$me" --format %T)" = RUNNING ] && scontrol requeue "$me"
+  case "$(squeue --noheader --jobs "$me" --format %T)" in RUNNING | SIGNALING) scontrol requeue "$me" ;; esac
 esac' EXIT"""
 """Shell lines before each task.
 
 They requeue a task that SIGUSR2 (exit code 140) or SIGTERM (143) kills before `Task` handles these signals."""
+
+_NOT_CANCELLED = frozenset(("RUNNING", "SIGNALING"))
+"""What squeue shows of a running task; the second for a moment, while SLURM is sending it a signal."""
 
 POLL = 5.0
 """Seconds between two requests to squeue."""
@@ -109,13 +112,13 @@ def _requeue(checkpoint: Any, rank: int) -> None:
     job = JobEnvironment().job_id
     try:
         state = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
-        if subprocess.run(state, capture_output=True, text=True).stdout.strip() != "RUNNING":
+        if subprocess.run(state, capture_output=True, text=True, check=True).stdout.strip() not in _NOT_CANCELLED:
             return
         if rank == 0 and callable(checkpoint):
             checkpoint(signal.SIGUSR2, None)
         subprocess.run(["scontrol", "requeue", job], check=False)
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"cannot requeue {job}: {error}; run clip-batch submit again", file=sys.stderr)
+        print(f"cannot requeue {job}: {_reason(error)}; run clip-batch submit again", file=sys.stderr)
 
 
 def chain(worker: list[str], slots: int, workers: int, merge: list[str], merge_tasks: int, id: str) -> list[SlurmStep]:

@@ -25,7 +25,7 @@ from clip_batch.embeddings.workers import read_records
 from clip_batch.storage.store import Store
 from tests import corpus
 from tests.servers.hold import Hold
-from tests.servers.slurm_cluster import MAX_ARRAY_SIZE, NODES, TIMEOUT, Slurm, mine
+from tests.servers.slurm_cluster import MAX_ARRAY_SIZE, NODES, TIMEOUT, Slurm, mine, signalling
 from tests.servers.spark_cluster import finish, installed, local_cluster
 
 pytestmark = pytest.mark.slow
@@ -139,6 +139,7 @@ def test_arrays_are_split_under_the_limit_and_slots_keep_their_meaning(cluster: 
 
 
 def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster) -> None:
+    cluster.slurm = signalling(cluster.slurm, cluster.folder / "bin")
     cluster.plan(32, 8)
     cluster.hold.at("004.tar")
     _, said = cluster.submit("--tasks", "2", "--batch-size", "2")
@@ -152,8 +153,8 @@ def test_a_warned_task_stops_requeues_itself_alone_and_goes_on(cluster: Cluster)
     assert running.relaunch is not None
     assert running.relaunch.startswith(f"clip-batch submit slurm --output {cluster.out} --tasks=2")
     cluster.slurm.run("scancel", "--signal=USR2", f"{job}_1")
-    cluster.until(lambda: "Requeued job" in cluster.logs())
     cluster.slurm.requeued(f"{job}_1")
+    assert "Requeued job" in cluster.logs()
     cluster.hold.release()
     assert set(cluster.slurm.wait(job).values()) == {("COMPLETED", 0)}
     assert [int(cluster.slurm.job(f"{job}_{task}")[0]["Restarts"]) for task in range(2)] == [0, 1]
@@ -195,6 +196,7 @@ def test_preemption_a_killed_worker_and_a_dead_node(cluster: Cluster) -> None:
 
 
 def test_a_task_signalled_before_it_listens_is_requeued(cluster: Cluster) -> None:
+    cluster.slurm = signalling(cluster.slurm, cluster.folder / "bin")
     cluster.plan(2, 5)
     cluster.hold.at("")
     (job,) = jobs(cluster.submit("--tasks", "2")[1], "embed")

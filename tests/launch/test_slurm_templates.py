@@ -22,7 +22,7 @@ from clip_batch.embeddings.workers import read_records
 from clip_batch.storage.store import Store
 from tests import ROOT, corpus
 from tests.servers.hold import Hold
-from tests.servers.slurm_cluster import TIMEOUT, Slurm, mine
+from tests.servers.slurm_cluster import TIMEOUT, Slurm, mine, signalling
 
 pytestmark = pytest.mark.slow
 
@@ -259,6 +259,7 @@ def test_two_arrays_over_one_plan_preempted_by_a_higher_priority(work: Work) -> 
 
 
 def test_a_worker_signalled_before_it_listens_is_requeued(work: Work) -> None:
+    work = replace(work, slurm=signalling(work.slurm, work.folder / "bin"))
     work.hold.at("")
     job = work.sbatch("--array=0-1", "--export=ALL,TASKS=2")
     work.wait_for(lambda: all(work.processes(job, task) for task in range(2)))

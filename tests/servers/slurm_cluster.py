@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -135,10 +135,13 @@ class Slurm:
         It starts 2 s later: in the second in which slurmd ended it, slurmd would refuse it.
         """
         until = time.monotonic() + timeout
-        while any(int(task["Restarts"]) < times or task["JobState"] == "COMPLETING" for task in self.job(job)):
-            assert time.monotonic() < until, f"job {job} is not requeued in {timeout} s: {self.job(job)}"
+        tasks = self.job(job)
+        while late := [task for task in tasks if int(task["Restarts"]) < times or task["JobState"] == "COMPLETING"]:
+            assert ENDED.isdisjoint(task["JobState"] for task in late), f"job {job} has ended: {late}"
+            assert time.monotonic() < until, f"job {job} is not requeued in {timeout} s: {late}"
             time.sleep(0.2)
-        for task in self.job(job):
+            tasks = self.job(job)
+        for task in tasks:
             name = f"{task['ArrayJobId']}_{task['ArrayTaskId']}"
             self.run("scontrol", "update", f"JobId={name}", "StartTime=now+2", check=False)  # it may have started
 
@@ -208,6 +211,15 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         yield running
     for daemon in running.daemons.values():
         daemon.wait()
+
+
+def signalling(slurm: Slurm, folder: Path) -> Slurm:
+    """The cluster with a squeue that shows running jobs as it does while SLURM is sending them a signal."""
+    folder.mkdir()
+    squeue = folder / "squeue"
+    squeue.write_text(f'#!/bin/sh\n{shutil.which("squeue", path=_path())} "$@" | sed s/^RUNNING$/SIGNALING/\n')
+    squeue.chmod(0o755)
+    return replace(slurm, env={**slurm.env, "PATH": f"{folder}{os.pathsep}{slurm.env['PATH']}"})
 
 
 def mine(folder: Path, *variables: str) -> set[int]:
