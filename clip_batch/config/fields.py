@@ -72,7 +72,7 @@ def _checked(value: Any, kind: Any) -> Any:
     """A value of a type, in which path objects have become text. _Wrong: it is of another type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return value if value is None else _checked(value, arguments[0])
+        return value if value is None else _checked_union(value, arguments)
     if origin is list:
         if not isinstance(value, list | tuple):
             raise _Wrong(f"a list, {[value]!r}" if isinstance(value, str) else "a list")
@@ -95,6 +95,18 @@ def _checked(value: Any, kind: Any) -> Any:
     elif not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
         raise _Wrong("a whole number" if kind is int else "a number")
     return value
+
+
+def _checked_union(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """A value of one of several types. _Wrong: it is of none of them."""
+    rules = []
+    for kind in kinds:
+        if kind is not type(None):
+            try:
+                return _checked(value, kind)
+            except _Wrong as error:
+                rules.append(str(error))
+    raise _Wrong(" or ".join(rules))
 
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")

@@ -137,11 +137,13 @@ class MergeConfig(Options):
     max_memory: str = "8GB"
     """Memory that a merge task may use; docs/merge.md says what it needs."""
     index_key: str = "auto"
-    """faiss factory string; auto: Flat for small sets, otherwise autofaiss's choice for index_memory."""
+    """faiss factory string; auto: what fits index_memory and does best on a sample; autofaiss: autofaiss's choice."""
     index_memory: str = "8GB"
-    """Memory that the whole index may use when it is served; autofaiss chooses the index key by it."""
-    rerank: int = 0
-    """Keep float16 vectors beside the index, and score this many times k candidates exactly; 0: do not."""
+    """Memory that the whole index may use when it is served, without re-ranking's vectors, which stay on disk."""
+    rerank: int | Literal["auto"] = "auto"
+    """Keep float16 vectors on disk, and score this many times k candidates exactly; auto: as few as do; 0: none."""
+    growing: bool = False
+    """Rows will be added: let --index-key auto choose codes that need no codebook (RaBitQ)."""
     layout: Literal["shards", "single"] = "shards"
     """Files of an index. shards: one per shard; single: one file for all shards of an IVF index, searched from disk."""
     made_by: list[str] = field(default_factory=lambda: ["ViT-B-32-quickgelu", "openai"])
@@ -154,10 +156,10 @@ class MergeConfig(Options):
     """Largest number of rows for which --index-key auto means Flat, which is exact."""
     train_rows: int = 0
     """Rows to train on, drawn from all partitions; 0: 64 per list, and at least 10,000."""
-    queries: int = 500
-    """Number of held-out queries that recall is measured with."""
+    queries: int = 250
+    """Number of held-out queries of each kind (images, captions) that recall is measured with."""
     recall_target: float = 0.95
-    """recall@10 that the search parameters are tuned for."""
+    """recall@10 and recall@100 that the search parameters are tuned for, for images and for captions."""
     allow_partial: bool = False
     """Merge even if partitions are missing; the manifest records which."""
     seed: int = 0

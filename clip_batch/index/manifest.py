@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index.paths import CURRENT, VersionPaths
@@ -66,8 +67,11 @@ class Manifest:
     to tune) are by modality. `recall[modality][kind]` is the recall at the tuned effort of held-out queries of a kind:
     the "text" queries of the image index are the real use. `missing` are the partitions that were not committed
     (only with `allow_partial`). `rerank` is MergeConfig's. `single[modality]` has the files, by their path below INDEX,
-    of the one index that replaces the shards' own. `base` is the version that this one was added to, `template` the
-    version that trained; `drift[modality][kind]` is then the recall@10 of the new queries among the new shards alone.
+    of the one index that replaces the shards' own. `efforts[modality][kind]` has the effort at "10" and at "100" hits,
+    by kind of query; `effort` is the largest of them. `tried[modality]` are the index keys that were tried before
+    the build, and why (see `clip_batch.index.merge.choose`). `base` is the version that this one was added to,
+    `template` the version that trained; `drift[modality][kind]` is then the recall@10 of the new queries among the new
+    shards alone.
     """
 
     version: str
@@ -92,6 +96,23 @@ class Manifest:
     duplicates: DuplicateRows = field(default_factory=lambda: DuplicateRows())
     metric: str = "ip"
     format: int = FORMAT
+    efforts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    tried: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def effort_for(self, modality: str, k: int, kind: str | None = None) -> int | None:
+        """The effort that reaches the recall at k hits for queries of a kind; None where there is nothing to tune.
+
+        For a kind that is not known it is the largest of all kinds. From 10 to 100 hits it grows evenly by the
+        logarithm; there it stays for more.
+        """
+        by_kind = self.efforts.get(modality)
+        if not by_kind:  # nothing to tune, or an older version, whose one effort is for all
+            return self.effort[modality]
+        known = [by_kind[kind]] if kind in by_kind else list(by_kind.values())
+        shallow, deep = (max(by_k[name] for by_k in known) for name in ("10", "100"))
+        depth = min(max(math.log10(max(k, 1) / 10), 0.0), 1.0)
+        growth: float = (max(deep, shallow) / shallow) ** depth
+        return math.ceil(shallow * growth)
 
     def __repr__(self) -> str:
         keys = ", ".join(f"{modality} {index_key}" for modality, index_key in self.key.items())

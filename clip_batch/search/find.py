@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from clip_batch.search.conditions import Condition, columns_in
 from clip_batch.search.evaluate import matches
 from clip_batch.search.heads import LIMIT, Head, Heads
 from clip_batch.search.prefilter import Prefilter
-from clip_batch.search.query import Criteria, K, Query, QueryError
+from clip_batch.search.query import Criteria, K, Query, QueryError, kind_of
 from clip_batch.search.rows import Ids, Vectors
 from clip_batch.search.vectors import query_vector, unit_vector
 
@@ -77,6 +77,8 @@ def best_rows(
     """The k best rows of a query. Errors: as `check_criteria` and `query_vector`."""
     check_criteria(backend, query, heads, bounds)
     vector = beautified(query_vector(backend, query), query, heads)
+    if query.kind is None:
+        query = replace(query, kind=kind_of((bool(term.text), bool(term.image)) for term in query.all_terms()))
     return find(backend, vector, query, heads, bounds, prefilter)
 
 
@@ -142,7 +144,8 @@ def find(
         depth = min(deepest, max(4 * k, _FIRST))
     while True:
         with timed("index"):
-            all_scores, all_ids = backend.search_ids(vector, depth, criteria.modality, criteria.effort, among)
+            effort = criteria.effort or backend.manifest.effort_for(criteria.modality, depth, criteria.kind)
+            all_scores, all_ids = backend.search_ids(vector, depth, criteria.modality, effort, among)
         hits = all_ids[0] >= 0
         if criteria.threshold is not None:
             hits &= all_scores[0] >= criteria.threshold

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
@@ -79,7 +79,8 @@ class Criteria:
     - `k`: how many rows at most, the best first.
     - `threshold`: the least score of a row.
     - `modality`: "image" to search the images, "text" to search their captions.
-    - `effort`: nprobe or efSearch; by default what merge tuned.
+    - `effort`: nprobe or efSearch; by default what merge tuned for `k` and `kind`.
+    - `kind`: "image" or "text", which the query's vector is; by default what the query's terms say.
     - `where`: a condition on metadata (see `clip_batch.search.where`), or a list of filters as /v1/search takes them.
     - `unique`: take only the best of rows whose cosine with each other is `unique_threshold` or more.
     - `safe`, `nonviolent`: leave out rows that the safety head, or the violence head, refuses.
@@ -98,6 +99,7 @@ class Criteria:
     safe: bool = False
     nonviolent: bool = False
     aesthetic: float | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         for field, count in (("k", self.k), ("effort", self.effort)):
@@ -177,6 +179,12 @@ class Query(Criteria):
             "aesthetic": None if self.aesthetic is None else float(self.aesthetic),
         }
         return about | {name: value for name, value in later.items() if value is not None}
+
+
+def kind_of(terms: Iterable[tuple[bool, bool]]) -> str | None:
+    """The kind of vectors that a query's terms have, each (is it a text, is it an image): None for a mixture."""
+    kinds = {"text" if text else "image" if image else None for text, image in terms}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _check_subject(text: object, image: object, id: object) -> None:

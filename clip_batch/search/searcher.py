@@ -271,7 +271,7 @@ class Searcher:
         """
         vectors = checked_search(self.manifest, queries, k, modality, effort)
         shards, k = self.indices[modality], min(int(k), self.manifest.rows)
-        effort = self.manifest.effort[modality] if effort is None else effort
+        effort = self.manifest.effort_for(modality, k) if effort is None else effort
 
         stored, depth = self._stored.get(modality), k
         if stored is not None:

@@ -59,7 +59,7 @@ class DatabaseBackend:
         manifest = load_manifest(store)
         self.storage, self._config = storage, config
         # What merge measured and tuned is of faiss's index, not of Milvus's.
-        self.manifest = replace(manifest, recall={}, effort=dict.fromkeys(manifest.effort))
+        self.manifest = replace(manifest, recall={}, effort=dict.fromkeys(manifest.effort), efforts={})
         removed = removed_rows.removed_if_known(store, manifest)
         if removed is None:
             raise DatabaseError(

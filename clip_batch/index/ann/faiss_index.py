@@ -6,15 +6,15 @@ The metric is the inner product, which for unit vectors is the cosine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clip_batch.errors import ConfigError, CorruptError, one_line
-from clip_batch.index.ann import ondisk
-from clip_batch.index.ann.faiss_search import nearest
+from clip_batch.index.ann import clusters, ondisk
 from clip_batch.index.ann.libfaiss import Index, inner, innermost, key_errors, load, make
 
 if TYPE_CHECKING:
@@ -23,48 +23,68 @@ if TYPE_CHECKING:
 MOST_PROBES = 4096
 MOST_EF_SEARCH = 1024
 
+TRAINS_ALONE = 1
+"""faiss's code for a coarse quantizer that makes its centroids itself, such as a multi-index (IMI2x8)."""
+
 
 def train(index_key: str, vectors: Vectors, seed: int = 0) -> Index:
     """An empty index, trained on vectors (n, d). ConfigError: faiss refuses the index key or the sample."""
     faiss = load()
     index = make(index_key, vectors.shape[1])
-    # Without these limits of 1 faiss writes warnings on stderr by itself.
-    if (ivf := faiss.try_extract_index_ivf(index)) is not None:
-        ivf.cp.seed = seed
-        ivf.cp.min_points_per_centroid = 1
     if hasattr(codes := innermost(index), "pq"):
-        codes.pq.cp.min_points_per_centroid = 1
+        codes.pq.cp.min_points_per_centroid = 1  # otherwise faiss writes warnings on stderr by itself
     with key_errors(f"index key {index_key!r} on {len(vectors):,} training vectors of {vectors.shape[1]}"):
+        if (ivf := faiss.try_extract_index_ivf(index)) is not None:
+            ivf.cp.seed, ivf.cp.min_points_per_centroid = seed, 1
+            if ivf.quantizer_trains_alone != TRAINS_ALONE:
+                _place_lists(index, vectors, seed)
         index.train(vectors)
     return index
 
 
-def cluster(vectors: Vectors, count: int, seed: int = 0) -> Vectors:
-    """Centroids (count, d) of a spherical k-means of a few rounds, to order the rows of an index without lists."""
+def _place_lists(index: Index, vectors: Vectors, seed: int) -> None:
+    """Train the transforms of an index, and give its coarse quantizer the centroids of the transformed vectors."""
     faiss = load()
-    kmeans = faiss.Kmeans(vectors.shape[1], count, niter=10, spherical=True, seed=seed, min_points_per_centroid=1)
-    kmeans.train(vectors)
-    centroids: Vectors = kmeans.centroids
-    return centroids
+    while not isinstance(index := faiss.downcast_index(index), faiss.IndexIVF):
+        if isinstance(index, faiss.IndexPreTransform):
+            for number in range(index.chain.size()):
+                step = index.chain.at(number)
+                if not step.is_trained:
+                    step.train(vectors)
+                vectors = step.apply(vectors)
+        index = inner(index)
+    centroids = clusters.train(vectors, index.nlist, seed)
+    if not index.quantizer.is_trained:
+        index.quantizer.train(centroids)
+    index.quantizer.add(centroids)
 
 
-def assign(index: Index, vectors: Vectors) -> Ids:
-    """The inverted list (n,) of each vector (n, d), by the index's coarse quantizer after its transforms."""
-    faiss = load()
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        for i in range(index.chain.size()):
-            vectors = index.chain.at(i).apply(vectors)
-        return assign(index.index, vectors)
-    if (within := inner(index)) is not None:
-        return assign(within, vectors)
-    lists: Ids = index.quantizer.search(vectors, 1)[1][:, 0]
+def assigner(index: Index) -> Callable[[Vectors], Ids]:
+    """A function that gives each vector (n, d) its inverted list (n,), by the centroids of the index.
+
+    Among many lists it is nearly always, not always, the nearest (see `clusters.Groups`).
+    """
+    faiss, transforms = load(), []
+    while not isinstance(index := faiss.downcast_index(index), faiss.IndexIVF):
+        if isinstance(index, faiss.IndexPreTransform):
+            transforms += [index.chain.at(number) for number in range(index.chain.size())]
+        index = inner(index)
+    try:
+        nearest = clusters.nearest_of(index.quantizer.reconstruct_n(0, index.nlist))
+    except RuntimeError:  # a quantizer that gives no centroids back
+        nearest = partial(_nearest_of, index.quantizer)
+
+    def assign(vectors: Vectors) -> Ids:
+        for step in transforms:
+            vectors = step.apply(vectors)
+        return nearest(vectors)
+
+    return assign
+
+
+def _nearest_of(quantizer: Index, vectors: Vectors) -> Ids:
+    lists: Ids = quantizer.search(vectors, 1)[1][:, 0]
     return lists
-
-
-def assign_nearest(centroids: Vectors, vectors: Vectors) -> Ids:
-    """The centroid (n,) of largest inner product with each vector."""
-    return nearest(vectors, centroids, 1)[1][:, 0]
 
 
 def has_lists(index: Index) -> bool:
@@ -118,10 +138,20 @@ def efforts(index: Index) -> list[int]:
     codes = innermost(index)
     if isinstance(codes, faiss.IndexIVF):
         most = min(codes.nlist, MOST_PROBES)
-        return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
+        steps = [step for i in range(most.bit_length()) for step in (2**i, 3 * 2**i // 2)]
+        return [*sorted({step for step in steps if step < most}), most]
     if isinstance(codes, faiss.IndexHNSW):
         return [2**i for i in range(4, MOST_EF_SEARCH.bit_length())]
     return []
+
+
+def first_effort(index: Index) -> int | None:
+    """The effort at which a search for the least one begins: a sixteenth of the lists; None: nothing to tune."""
+    if not (known := efforts(index)):
+        return None
+    ivf = load().try_extract_index_ivf(index)
+    wanted = known[len(known) // 2] if ivf is None else ivf.nlist / 16
+    return min(known, key=lambda effort: abs(effort - wanted))
 
 
 def write(index: Index, path: str) -> None:

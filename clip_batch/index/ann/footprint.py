@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from clip_batch.index.ann.libfaiss import Index, load, make
+from clip_batch.index.ann.libfaiss import Index, innermost, load, make
 
 ID = 8
 """Bytes of a stored id."""
+
+LIST = 160
+"""Memory of an inverted list, empty or not, besides its bytes in a file."""
 
 
 def code_bytes(index_key: str, dim: int) -> int:
@@ -25,6 +28,13 @@ def template_bytes(index_key: str, dim: int) -> int:
     """The bytes of the trained empty index: centroids, their graph, codebooks, matrices. ConfigError: no such key."""
     index = make(index_key, dim)
     return math.ceil(_template(index))
+
+
+def served_bytes(index_key: str, rows: int, dim: int) -> int:
+    """The memory of an index of `rows` rows when served. ConfigError: no such index key."""
+    index = make(index_key, dim)
+    lists = getattr(innermost(index), "nlist", 0)
+    return math.ceil(rows * _code(index) + _template(index)) + LIST * lists
 
 
 def _code(index: Index) -> float:

@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import warnings
+from typing import NamedTuple
 
 from clip_batch.errors import ConfigError
+from clip_batch.index.ann import footprint
 from clip_batch.index.ann.libfaiss import load
 
 FEWEST_LISTS = 4
 
+MOST_FLAT_LISTS = 8192
+"""Lists up to which a query is compared with every centroid (0.3 ms for 512 dimensions); of more, by their graph."""
 
-def choose_key(rows: int, dim: int, max_memory: int, flat_rows: int) -> str:
-    """The index key for `rows` vectors: "Flat" up to `flat_rows` rows, autofaiss's choice for more.
+TRIED = 3
+"""Index keys that are tried on the data at most."""
 
-    `max_memory` is in bytes and for the index when served. ConfigError: nothing fits, or autofaiss is not installed.
+
+class Choice(NamedTuple):
+    """An index key, and how many times k candidates are re-ranked (0: none; None: as the data wants)."""
+
+    key: str
+    rerank: int | None
+
+
+def choices(
+    rows: int, dim: int, memory: int, rerank: int | None = None, growing: bool = False, mapped: bool = False
+) -> list[Choice]:
+    """What may serve `rows` vectors of `dim` in `memory` bytes, the best first; `TRIED` at most.
+
+    With re-ranking from disk codes may be small: 4-bit product quantization of two, four, eight dimensions at once, or
+    where rows are to be added later (`growing`), RaBitQ's bits, which need no codebook. With `rerank` 0 codes must find
+    the rows by themselves: float16, 8 bits, 4-bit product quantization. An index that is `mapped` from disk has 8 bits,
+    for faiss keeps no 4-bit codes there. ConfigError: nothing fits.
     """
-    if rows <= flat_rows:
-        return "Flat"
-    import logging
+    ivf = f"IVF{list_count(rows)}"
+    if list_count(rows) > MOST_FLAT_LISTS:
+        ivf += "_HNSW32"
+    product = [f"{ivf},PQ{dim // width}x4fs" for width in (2, 4, 8, 16) if dim % (2 * width) == 0]
+    bits = [f"RR{dim},{ivf},RaBitQfs"]
+    if rerank == 0:
+        keys = [f"{ivf},SQfp16", f"{ivf},SQ8", *product[:1]]
+    else:
+        keys = bits if growing else [*product[:1], *bits, *product[1:]]
+    if mapped:
+        return [Choice(f"{ivf},SQ8", rerank)]
+    fitting = [key for key in keys if footprint.served_bytes(key, rows, dim) <= memory]
+    if not fitting:
+        least = min(footprint.served_bytes(key, rows, dim) for key in keys)
+        raise ConfigError(
+            f"no index of {rows:,} vectors of {dim} fits in {memory:,} bytes: "
+            f"raise --index-memory ({least:,} bytes for each modality are the least)"
+        )
+    return [Choice(key, rerank) for key in fitting[:TRIED]]
 
+
+def autofaiss_key(rows: int, dim: int, memory: int) -> str:
+    """autofaiss's choice for an index of at most `memory` bytes. ConfigError: nothing fits, or it is not installed."""
     load()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -28,13 +68,13 @@ def choose_key(rows: int, dim: int, max_memory: int, flat_rows: int) -> str:
             from autofaiss.external.optimize import get_optimal_index_keys_v2
         except ImportError as error:
             raise ConfigError(
-                f"--index-key auto for {rows:,} rows is autofaiss's choice, and autofaiss is not installed, as "
-                "clip-batch[merge] brings it up to Python 3.12 alone: give --index-key; clip-batch sweep recommends one"
+                "--index-key autofaiss: autofaiss is not installed, as clip-batch[merge] brings it up to Python 3.12 "
+                "alone: leave --index-key auto"
             ) from error
     logging.getLogger("autofaiss").setLevel(logging.ERROR)
-    keys = get_optimal_index_keys_v2(rows, dim, f"{max_memory}B", should_be_memory_mappable=True)
+    keys = get_optimal_index_keys_v2(rows, dim, f"{memory}B", should_be_memory_mappable=True)
     if not keys:
-        raise ConfigError(f"no index of {rows:,} vectors of {dim} fits in {max_memory:,} bytes: raise --max-memory")
+        raise ConfigError(f"autofaiss knows no index of {rows:,} vectors of {dim} for {memory:,} bytes")
     return str(keys[0])
 
 
@@ -45,19 +85,21 @@ def lists(index_key: str) -> int:
 
 
 def list_count(rows: int) -> int:
-    """The number of inverted lists for `rows` rows: the power of two nearest to 4 sqrt(rows), faiss's lowest advice."""
-    return int(2 ** round(math.log2(max(FEWEST_LISTS, 4 * math.sqrt(rows)))))
+    """The number of inverted lists for `rows` rows: the power of two nearest to sqrt(rows), or rows / 1000 if larger.
+
+    Measured: with twice as many a query compares as much with centroids as it saves in rows (see docs/experiments.md).
+    """
+    return int(2 ** round(math.log2(max(FEWEST_LISTS, math.sqrt(rows), rows / 1000))))
 
 
 def default_keys(rows: int, dim: int, memory: int) -> list[str]:
-    """One index key of each kind that may fit in `memory` bytes; {} stands for the number of lists."""
-    ivf = "IVF{}_HNSW32"
-    keys = ["Flat", f"{ivf},Flat", f"{ivf},SQ8"]
+    """One index key of each kind that may fit in `memory` bytes, for `sweep`; {} stands for the number of lists."""
+    keys = ["Flat", "IVF{},Flat", "IVF{},SQ8"]
     if dim % 8 == 0:
-        keys += [f"OPQ{dim // 8}_{dim},{ivf},PQ{dim // 8}x8", f"{ivf},PQ{dim // 4}x4fs"]
-    keys += [f"RR{dim},{ivf},RaBitQfs", f"RR{dim},{ivf},RaBitQfs4", "HNSW32"]
+        keys += ["IVF{},PQ" + f"{dim // 2}x4fs", f"OPQ{dim // 8}_{dim}," + "IVF{}" + f",PQ{dim // 8}x8"]
+    keys += [f"RR{dim}," + "IVF{},RaBitQfs", f"RR{dim}," + "IVF{},RaBitQfs4", "HNSW32"]
     try:
-        return [choose_key(rows, dim, memory, 0), *keys]
+        return [autofaiss_key(rows, dim, memory), *keys]
     except ConfigError:  # autofaiss knows none that fits, or is not there
         return keys
 

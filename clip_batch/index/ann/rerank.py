@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.index.ann.order import best
-from clip_batch.index.ann.recall import TOP
 from clip_batch.storage.npy import Half, widen
 
 Vectors = npt.NDArray[np.float32]
@@ -19,6 +18,9 @@ PAIRS = 512
 
 MOST = 10_000
 """Most candidates that are scored for the sake of a better order: each costs a read of its vector."""
+
+FEWEST = 101
+"""Candidates that are always scored: they cost little, and small k gain."""
 
 TINY = 1e-12
 """The norm that a row of zeros is divided by."""
@@ -31,11 +33,8 @@ class RowSource(Protocol):
 
 
 def candidates(k: int, factor: int) -> int:
-    """The number of candidates that are scored for the k best: `factor` * k, `MOST` at most.
-
-    Never fewer than a recall trial has, by which merge tunes the effort, and never fewer than k.
-    """
-    return max(min(factor * k, MOST), k, TOP + 1)
+    """How many candidates are scored for the k best: `factor` * k, at least `FEWEST`, at most `MOST`, never under k."""
+    return max(min(factor * k, MOST), k, FEWEST)
 
 
 def rerank(queries: Vectors, ids: Ids, vectors: RowSource, k: int) -> tuple[Vectors, Ids]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -14,6 +15,7 @@ from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings import clip_retrieval, reader
 from clip_batch.errors import ConfigError
 from clip_batch.index.ann import footprint, index_keys
+from clip_batch.index.ann.index_keys import Choice
 from clip_batch.index.manifest import DuplicateRows, Manifest, current_version, load_manifest
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.queries import vector_kinds
@@ -22,7 +24,7 @@ from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files that merge tasks exchange; a part of the index version's digest."""
 
 MOST_ROWS = 5_000_000
@@ -34,9 +36,6 @@ ROW_BYTES = 112
 BASE_BYTES = 700_000_000
 """Memory of a merge task besides its shard and the template: Python with faiss and pyarrow, and blocks in work."""
 
-LIST_BYTES = 160
-"""Memory of an inverted list, empty or not, besides its bytes in a file."""
-
 
 class TemplateRecord(TypedDict):
     """What `train` recorded: see `clip_batch.index.merge.train.Template`."""
@@ -47,6 +46,8 @@ class TemplateRecord(TypedDict):
     template: str
     reference: str
     duplicates: DuplicateRows
+    rerank: int
+    tried: dict[str, list[dict[str, Any]]]
     seconds: float
     files: dict[str, StoredFile]
 
@@ -87,29 +88,37 @@ class MergeJob:
         """The kinds of vectors that every part has."""
         return vector_kinds(self.source)
 
-    @property
-    def rerank(self) -> int:
-        """How many times k candidates are scored exactly."""
-        return self.base.rerank if self.base else self.config.rerank
+    def choices(self, rows: int) -> list[Choice]:
+        """The index keys that may serve an index of `rows` rows, the best first; one where it was given by hand.
 
-    def index_key(self, rows: int) -> str:
-        """The index key (faiss's factory string) for an index of `rows` rows."""
-        if self.config.index_key != "auto":
-            return self.config.index_key
-        modalities = [modality for modality in self.config.modalities if modality in self.kinds]
-        memory = parse_bytes(self.config.index_memory) // max(1, len(modalities))
-        return index_keys.choose_key(rows, self.source.dim, memory, self.config.flat_rows)
+        ConfigError: nothing fits in `index_memory`.
+        """
+        config, rerank = self.config, None if self.config.rerank == "auto" else self.config.rerank
+        modalities = [modality for modality in config.modalities if modality in self.kinds]
+        memory = parse_bytes(config.index_memory) // max(1, len(modalities))
+        if config.index_key == "autofaiss":
+            return [Choice(index_keys.autofaiss_key(rows, self.source.dim, memory), rerank or 0)]
+        if config.index_key != "auto":
+            return [Choice(config.index_key, rerank or 0)]
+        if rows <= config.flat_rows:
+            return [Choice("Flat", rerank or 0)]
+        mapped = config.layout == "single"
+        return index_keys.choices(rows, self.source.dim, memory, rerank, config.growing, mapped)
+
+    def is_tried(self, choices: Sequence[Choice]) -> bool:
+        """Whether these index keys are tried on the data before one is taken: those of `auto`, other than Flat."""
+        return self.config.index_key == "auto" and choices[0].key != "Flat"
 
     @cached_property
     def _index_keys(self) -> set[str]:
-        return set(self.base.key.values()) if self.base else {self.index_key(self.source.rows)}
+        return set(self.base.key.values()) if self.base else {choice.key for choice in self.choices(self.source.rows)}
 
     @cached_property
     def task_bytes(self) -> int:
         """Bytes of memory that a task takes besides those for each row."""
         dim = self.source.dim
         return BASE_BYTES + max(
-            footprint.template_bytes(key, dim) + LIST_BYTES * index_keys.lists(key) for key in self._index_keys
+            footprint.template_bytes(key, dim) + footprint.LIST * index_keys.lists(key) for key in self._index_keys
         )
 
     @cached_property

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from clip_batch.embeddings.reader import blocks
 from clip_batch.index import metadata_writer
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import faiss_index, recall
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.rows import Ordered
 from clip_batch.index.merge import trial
@@ -43,13 +43,14 @@ def build(template: Template, shard: int, attempt: Attempt) -> None:
         rows = Ordered(vectors, order)
         index = _fill(template.index(modality), rows, lists)
         attempt.write(names.index(modality, name), lambda file, index=index: faiss_index.write(index, file.name))  # type: ignore[misc]
-        if job.rerank:
+        if template.rerank:
             attempt.write(names.vectors(modality, name), lambda file, rows=rows: rows.save(file))  # type: ignore[misc]
         located = _located(queries, modality, start, stop - start, order)
         first = job.base.effort[modality] if job.base else None
         shards = job.shards + (len(job.base.shards) if job.base else 0)
-        for kind, tried in trial.run(index, rows, located, job.rerank, job.config.recall_target, first, shards).items():
-            trials.update({f"{modality}.{kind}.{field}": array for field, array in vars(tried).items()})
+        tried = trial.run(index, rows, located, template.rerank, job.config.recall_target, first, shards)
+        for kind, one in tried.items():
+            trials.update(recall.arrays(one, f"{modality}.{kind}"))
         del vectors, rows, index  # before the next one is read
     assert order is not None
     attempt.write(

@@ -21,11 +21,11 @@ import numpy.typing as npt
 from clip_batch.config import MergeConfig, StorageConfig, SweepConfig, parse_bytes
 from clip_batch.embeddings import reader
 from clip_batch.errors import ConfigError
-from clip_batch.index.ann import faiss_index, faiss_search, footprint, index_keys
+from clip_batch.index.ann import faiss_index, faiss_search, footprint, index_keys, recall
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.rerank import candidates, rerank, score
 from clip_batch.index.merge.queries import draw_queries, filled_rows, held_out_rows, vector_kinds
-from clip_batch.index.merge.trial import recall_at_10, try_efforts
+from clip_batch.index.merge.trial import try_efforts
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
@@ -222,7 +222,10 @@ def _try_efforts(index: Index, sample: SweepSample, factor: int, target: float, 
             reached, ms = thread.submit(_search, index, sample, factor, effort).result()
             return EffortResult(effort, reached, ms * growth)
 
-        return list(try_efforts(efforts or [None], 0, search, 0.0, target, hardly_grows).values())
+        def enough(result: EffortResult) -> bool:
+            return result.recall >= target
+
+        return list(try_efforts(efforts or [None], 0, search, lambda _: True, enough, hardly_grows).values())
 
 
 def _one_thread() -> ThreadPoolExecutor:
@@ -249,8 +252,9 @@ def _search(index: Index, sample: SweepSample, factor: int, effort: int | None) 
             seconds, count = seconds + min(times), count + len(batch)
             hits.append((scores, ids, score(batch, ids, sample.half)))
         own = np.full(len(queries), -1)  # no query is in the sample
-        measure = recall_at_10(own, sample.truth[kind])
-        recalls.append(measure(*(np.concatenate(arrays) for arrays in zip(*hits, strict=True))))
+        scores, ids, true = (np.concatenate(arrays) for arrays in zip(*hits, strict=True))
+        trial = recall.measure(own, sample.truth[kind], {0: (scores, ids, true)})
+        recalls.append(recall.recall(trial, 0, 10) or 0.0)
     return min(recalls), 1000 * seconds / count
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,13 @@ import numpy.typing as npt
 
 from clip_batch.config import parse_bytes
 from clip_batch.errors import ConfigError
-from clip_batch.index.ann import faiss_index, index_keys
+from clip_batch.index.ann import clusters, faiss_index, index_keys
+from clip_batch.index.ann.index_keys import Choice
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.manifest import DuplicateRows
 from clip_batch.index.merge import duplicates
 from clip_batch.index.merge.attempt import Attempt
+from clip_batch.index.merge.choose import choose
 from clip_batch.index.merge.job import MergeJob
 from clip_batch.index.merge.queries import Queries, draw_queries, filled_rows, held_out_rows
 from clip_batch.index.paths import TemplatePaths, VersionPaths
@@ -33,6 +34,9 @@ MOST_ORDER_LISTS = 4096
 
 TRAIN_BYTES = 16
 """Memory of a training row for each dimension: drawn in float16 twice, in float32, and faiss's copy."""
+
+LEAST_SAMPLE = 50_000
+"""Rows that are drawn to train on and to try index keys on, where there are so many."""
 
 REFERENCE = "reference."
 """Prefix of the kinds of the index's own queries, when an OUT is added to it."""
@@ -48,6 +52,7 @@ class Template:
     """The trained empty indices of a merge, its held-out queries, and the rows that it leaves out.
 
     `keys` has the index key of each modality, `kinds` the kinds of vectors that OUT has, which all are queries.
+    `rerank` is how many times k candidates are re-ranked (0: none), `tried` what was tried before the keys were chosen.
     `folder`, relative to INDEX, has the trained indices, and `reference` is the file of the index's own queries
     ("" where this OUT is not added to an index). `duplicates` is empty without `--dedup`.
     """
@@ -59,14 +64,25 @@ class Template:
     folder: str
     reference: str
     duplicates: DuplicateRows
+    rerank: int
+    tried: dict[str, list[dict[str, Any]]]
 
     @classmethod
     def read(cls, job: MergeJob) -> Template | None:
         """The template of a job; None if it is not trained yet."""
         if (record := job.template_record()) is None:
             return None
-        duplicates, folder = record["duplicates"], record["template"]
-        return cls(job, record["attempt"], record["keys"], record["kinds"], folder, record["reference"], duplicates)
+        return cls(
+            job,
+            record["attempt"],
+            record["keys"],
+            record["kinds"],
+            record["template"],
+            record["reference"],
+            record["duplicates"],
+            record["rerank"],
+            record["tried"],
+        )
 
     @property
     def paths(self) -> TemplatePaths:
@@ -76,7 +92,7 @@ class Template:
     @property
     def order_modality(self) -> str:
         """The modality by whose lists the rows are ordered."""
-        return "image" if "image" in self.keys else next(iter(self.keys))
+        return _order_modality(self.keys)
 
     def index_path(self, modality: str) -> str:
         """The file of the trained empty index, relative to INDEX."""
@@ -102,9 +118,9 @@ class Template:
         """A function that gives each vector (n, d) its list (n,), by which the rows are ordered."""
         index = self.index(self.order_modality)
         if faiss_index.has_lists(index):
-            return partial(faiss_index.assign, index)
+            return faiss_index.assigner(index)
         with self.job.index.fetch(TemplatePaths(self.folder).centroids) as path:
-            return partial(faiss_index.assign_nearest, np.load(path))
+            return clusters.nearest_of(np.load(path))
 
     def left_out(self, start: int, stop: int) -> Ids:
         """The rows among [start, stop) that are left out as duplicates, counted from `start`."""
@@ -123,45 +139,40 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
     """
     started = time.monotonic()
     filled = filled_rows(job.source, job.kinds, captioned)
-    kinds, keys = list(filled), _index_keys(job, {kind: sum(rows) for kind, rows in filled.items()})
+    kinds, modalities = list(filled), _modalities(job, filled)
     queries = draw_queries(job.source, filled, job.config)
     _write_queries(attempt, queries)
-    folder, reference = attempt.folder, ""
     if job.base:
         paths = VersionPaths(job.base.template)
         base = paths.template(job.index.read_json(paths.template_record)["attempt"])
-        folder, reference = base.folder, base.queries
-    template = Template(job, attempt.id, keys, kinds, folder, reference, {})
-    if not job.base:
-        held_out = held_out_rows(queries)
-        for modality, index_key in keys.items():
-            count = _sample_rows(job, index_key)
-            _, sample = job.source.draw(modality, filled[modality], count, job.config.seed, held_out)
-            if not len(sample):  # so few rows that every one is a query
-                sample = queries[modality][1]
-            _train(template, attempt, modality, npy.unit(sample))
-            progress(f"{modality}: key {index_key}, trained on {len(sample):,} rows")
+        template = Template(
+            job, attempt.id, dict(job.base.key), kinds, base.folder, base.queries, {}, job.base.rerank, job.base.tried
+        )
+    else:
+        template = Template(job, attempt.id, {}, kinds, attempt.folder, "", {}, 0, {})
+        template = _train(template, attempt, {name: filled[name] for name in modalities}, queries, progress)
     left_out = _find_duplicates(template, attempt, progress) if job.config.dedup else {}
     attempt.commit(
-        keys=keys,
+        keys=template.keys,
         kinds=kinds,
-        template=folder,
-        reference=reference,
+        template=template.folder,
+        reference=template.reference,
         duplicates=left_out,
+        rerank=template.rerank,
+        tried=template.tried,
         seconds=time.monotonic() - started,
     )
 
 
-def _index_keys(job: MergeJob, rows: Mapping[str, int]) -> dict[str, str]:
-    """The index key of each modality to index, given the number of vectors of each kind that OUT has."""
-    keys: dict[str, str] = {name: job.index_key(rows[name]) for name in job.config.modalities if name in rows}
-    if job.base:
-        keys = dict(job.base.key)
-    if not keys:
+def _modalities(job: MergeJob, filled: Mapping[str, list[int]]) -> list[str]:
+    """The modalities to index, those of the version that is added to; `filled` has the kinds of vectors of OUT."""
+    modalities: list[str] = [name for name in job.config.modalities if name in filled]
+    modalities = list(job.base.key) if job.base else modalities
+    if not modalities:
         raise ConfigError(f"{job.source.store.url} has no vectors of {', '.join(job.config.modalities)} to index")
-    if lacking := set(keys) - set(job.kinds):
+    if lacking := set(modalities) - set(job.kinds):
         raise ConfigError(f"{job.source.store.url} has no {', '.join(lacking)} vectors, which the index has")
-    return keys
+    return modalities
 
 
 def _write_queries(attempt: Attempt, queries: Queries) -> None:
@@ -171,23 +182,54 @@ def _write_queries(attempt: Attempt, queries: Queries) -> None:
     attempt.write(TemplatePaths().queries, lambda file: np.savez(file, **arrays))
 
 
-def _sample_rows(job: MergeJob, index_key: str) -> int:
+def _sample_rows(job: MergeJob, choices: Sequence[Choice]) -> int:
     """The number of rows to train on; ConfigError if max_memory has no room for `train_rows`."""
     room = (parse_bytes(job.config.max_memory) - job.task_bytes) // (TRAIN_BYTES * job.source.dim)
     if job.config.train_rows > room:
         raise ConfigError(f"--max-memory {job.config.max_memory} has room for {max(room, 0):,} --train-rows")
-    return job.config.train_rows or max(1, min(room, max(10_000, 64 * index_keys.lists(index_key))))
+    lists = max(index_keys.lists(choice.key) for choice in choices)
+    return job.config.train_rows or max(1, min(room, max(LEAST_SAMPLE, 64 * lists)))
 
 
-def _train(template: Template, attempt: Attempt, modality: str, sample: Vectors) -> None:
-    """Write the trained index of a modality; also centroids, where it should order the rows but has no lists."""
-    names, seed = TemplatePaths(), template.job.config.seed
-    index = faiss_index.train(template.keys[modality], sample, seed)
-    if modality == template.order_modality and not faiss_index.has_lists(index):
-        count = max(1, min(math.isqrt(template.job.source.rows), MOST_ORDER_LISTS, len(sample)))
-        centroids = faiss_index.cluster(sample, count, seed)
-        attempt.write(names.centroids, lambda file: np.save(file, centroids))
-    attempt.write(names.index(modality), lambda file: faiss_index.write(index, file.name))
+def _train(
+    template: Template, attempt: Attempt, filled: Mapping[str, list[int]], queries: Queries, progress: Say
+) -> Template:
+    """Choose the key of each modality in `filled`, and write its trained index; returns the template with the keys.
+
+    All modalities are re-ranked alike, by the most that one of them wants.
+    """
+    job, seed, names = template.job, template.job.config.seed, TemplatePaths()
+    asked = {kind: npy.unit(vectors) for kind, (_, vectors) in queries.items()}
+    keys, rerank, tried = dict[str, str](), 0, dict[str, list[dict[str, Any]]]()
+    for modality, counts in filled.items():
+        choices = job.choices(sum(counts))
+        sample = _sample(job, modality, counts, queries, choices)
+        if job.is_tried(choices):
+            index, choice, trials = choose(choices, sample, asked, job.config.recall_target, seed, progress)
+            tried[modality] = [asdict(trial) for trial in trials]
+        else:
+            choice = choices[0]
+            index = faiss_index.train(choice.key, sample, seed)
+        keys[modality], rerank = choice.key, max(rerank, choice.rerank or 0)
+        progress(f"{modality}: key {choice.key}, trained on {len(sample):,} rows")
+        attempt.write(names.index(modality), lambda file, index=index: faiss_index.write(index, file.name))  # type: ignore[misc]
+        if modality == _order_modality(filled) and not faiss_index.has_lists(index):
+            count = max(1, min(math.isqrt(job.source.rows), MOST_ORDER_LISTS, len(sample)))
+            centroids = clusters.train(sample, count, seed)
+            attempt.write(names.centroids, lambda file, centroids=centroids: np.save(file, centroids))  # type: ignore[misc]
+    return replace(template, keys=keys, rerank=rerank, tried=tried)
+
+
+def _order_modality(modalities: Iterable[str]) -> str:
+    return "image" if "image" in modalities else next(iter(modalities))
+
+
+def _sample(job: MergeJob, modality: str, filled: list[int], queries: Queries, choices: Sequence[Choice]) -> Vectors:
+    """The unit vectors to train on, in a random order: drawn from all partitions, no query among them."""
+    count, seed = _sample_rows(job, choices), job.config.seed
+    _, sample = job.source.draw(modality, filled, count, seed, held_out_rows(queries))
+    sample = sample if len(sample) else queries[modality][1]  # so few rows that every one is a query
+    return npy.unit(sample[np.random.default_rng(seed).permutation(len(sample))])
 
 
 def _find_duplicates(template: Template, attempt: Attempt, progress: Say) -> DuplicateRows:

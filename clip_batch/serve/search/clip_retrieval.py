@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from clip_batch.search.filters import MOST
-from clip_batch.search.query import Criteria
+from clip_batch.search.query import Criteria, kind_of
 from clip_batch.search.rows import Vectors
 from clip_batch.search.vectors import checked_vector, unit_vector
 from clip_batch.serve.http.errors import Refused
@@ -148,6 +148,7 @@ def _criteria(service: Service, body: KnnRequest, k: int) -> Criteria:
         safe=bool(body.use_safety_model) and heads.safety is not None,
         nonviolent=bool(body.use_violence_detector) and heads.violence is not None,
         aesthetic=aesthetic,
+        kind=kind_of([(bool(body.text), bool(body.image or body.image_url))]),
     )
 
 

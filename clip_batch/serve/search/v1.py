@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from clip_batch.search.find import beautified
-from clip_batch.search.query import Criteria
+from clip_batch.search.query import Criteria, kind_of
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.http.openapi import REFUSALS, takes
 from clip_batch.serve.http.requests import read_body
@@ -183,4 +183,5 @@ def _criteria(body: SearchRequest) -> Criteria:
         safe=body.safety,
         nonviolent=body.violence,
         aesthetic=body.aesthetic,
+        kind=kind_of((term.text is not None, term.image is not None) for _, term in body.terms()),
     )
