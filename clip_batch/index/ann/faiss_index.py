@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MOST_PROBES = 4096
 MOST_EF_SEARCH = 1024
 
+FEW_BITS = 4
+"""Bits of a product quantizer's codes up to which one thread trains it: its k-means are so small that threads wait."""
+
 TRAINS_ALONE = 1
 """faiss's code for a coarse quantizer that makes its centroids itself, such as a multi-index (IMI2x8)."""
 
@@ -38,7 +41,8 @@ def train(index_key: str, vectors: Vectors, seed: int = 0) -> Index:
             ivf.cp.seed, ivf.cp.min_points_per_centroid = seed, 1
             if ivf.quantizer_trains_alone != TRAINS_ALONE:
                 _place_lists(index, vectors, seed)
-        index.train(vectors)
+        with _one_thread() if hasattr(codes, "pq") and codes.pq.nbits <= FEW_BITS else nullcontext():
+            index.train(vectors)
     return index
 
 
@@ -177,6 +181,16 @@ def read(path: str, mapped: bool = False) -> Index:
 def use_threads(count: int) -> None:
     """Set the number of threads that faiss uses for calls of the calling thread."""
     load().omp_set_num_threads(count)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = load().omp_get_max_threads()
+    use_threads(1)
+    try:
+        yield
+    finally:
+        use_threads(threads)
 
 
 def prepare_reconstruct(index: Index) -> None:
