@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from clip_batch.embeddings import metadata
 from clip_batch.embeddings.commits import read_commits
-from clip_batch.encoders.device import cores
 from clip_batch.errors import CorruptError, IncompleteError
 from clip_batch.plan import paths
 from clip_batch.storage.npy import Half, NpyHeader, filled, map_matrix, norms_of, read_npy_header
@@ -160,20 +159,6 @@ class Embeddings:
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(check, self.commits))
 
-    def check_all_rows(self, kinds: Sequence[str]) -> None:
-        """Check every row of every part, several parts at once; raises what `check_rows` raises."""
-
-        def check(commit: Commit, start: int) -> None:
-            captionless = self.read_captionless(start, start + commit.rows)
-            for kind in kinds:
-                for low in range(0, commit.rows, 4 * BLOCK):
-                    high = min(low + 4 * BLOCK, commit.rows)
-                    vectors = self.read_vectors(kind, start + low, start + high)
-                    self.check_rows(kind, start + low, vectors, captionless[low:high] if kind == "text" else None)
-
-        with ThreadPoolExecutor(cores()) as pool:
-            list(pool.map(check, self.commits, self.starts))
-
     def check_rows(
         self, kind: str, start: int, vectors: Half, captionless: npt.NDArray[np.bool_] | None = None
     ) -> None:
@@ -191,7 +176,8 @@ class Embeddings:
                 commit, row, _ = next(self.pieces(start + low + at, start + low + at + 1))
                 path = self.store.display(self._path(commit, paths.VECTORS[kind]))
                 hint = " though it has a caption" if kind == "text" and norms[at] == 0 else ""
-                raise CorruptError(f"{path}: row {row} has norm {norms[at]:.4g}{hint}, not 1: {self.remedy}")
+                norm = np.linalg.norm(vectors[low + at].astype(np.float32))  # says nan and inf
+                raise CorruptError(f"{path}: row {row} has norm {norm:.4g}{hint}, not 1: {self.remedy}")
 
     def _count_captions(self, commit: Commit) -> tuple[int, int]:
         """(rows, rows with a caption) of a part's metadata."""

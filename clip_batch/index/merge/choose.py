@@ -50,17 +50,18 @@ def choose(
     choices: Sequence[Choice],
     sample: Vectors,
     queries: Mapping[str, Vectors],
+    rows: int,
     target: float,
     seed: int,
     progress: Say = lambda line: None,
 ) -> tuple[Index, Choice, list[TriedKey]]:
     """The trained empty index of the first choice whose codes suffice, that choice, and what was tried.
 
-    `sample` is float32 (n, d), `queries` by kind (q, d), none of them in the sample. Where no choice suffices, it is
-    the one that found most. ConfigError: faiss refuses a key.
+    `sample` is float32 (n, d) of `rows` vectors, `queries` by kind (q, d), none of them in the sample. Where no choice
+    suffices, it is the one that found most. ConfigError: faiss refuses a key.
     """
     truth = {kind: faiss_search.nearest(vectors, sample, TOP)[1] for kind, vectors in queries.items()}
-    least = 1 - SHARE * (1 - target)
+    least, share = 1 - SHARE * (1 - target), min(1.0, len(sample) / rows)
     tried: list[TriedKey] = []
     best: tuple[float, Index, Choice] | None = None
     for key, rerank in choices:
@@ -71,7 +72,9 @@ def choose(
         found = {kind: _positions(index, vectors, truth[kind], factors[-1]) for kind, vectors in queries.items()}
         index.reset()
         for factor in factors:
-            recalls = {kind: {str(k): _recall(places, k, factor) for k in DEPTHS} for kind, places in found.items()}
+            recalls = {
+                kind: {str(k): _recall(places, k, factor, share) for k in DEPTHS} for kind, places in found.items()
+            }
             worst = min(value for by_k in recalls.values() for value in by_k.values())
             if worst >= least:
                 break
@@ -100,8 +103,13 @@ def _positions(index: Index, queries: Vectors, truth: Ids, factor: int) -> npt.N
     return places
 
 
-def _recall(places: npt.NDArray[np.int64], k: int, factor: int) -> float:
-    """The share of the true k best that is among the candidates of a search for k."""
+def _recall(places: npt.NDArray[np.int64], k: int, factor: int, share: float) -> float:
+    """The share of the true k best of all rows that is among the candidates, as a sample of that share shows it.
+
+    Both are as many fewer in the sample: of a tenth of the rows it is the 10 best, among a tenth of the candidates
+    for 100. Codes confuse rows of nearly equal scores, of which the sample has a tenth too.
+    """
     depth = candidates(k, factor) if factor else k
-    wanted = places[:, :k]
-    return float(np.mean((wanted >= 0) & (wanted < depth)))
+    wanted, depth = max(1, round(k * share)), max(1, round(depth * share))
+    found = places[:, :wanted]
+    return float(np.mean((found >= 0) & (found < max(depth, wanted))))

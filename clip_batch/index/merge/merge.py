@@ -53,7 +53,7 @@ def merge(
 ) -> Manifest:
     """Build a version of INDEX from OUT, unless it is finished already, and return its manifest.
 
-    All tasks run in this process, one after another. Every row is checked before anything is built.
+    All tasks run in this process, one after another. Every row is checked as it is read, before its shard is built.
 
     IncompleteError: partitions are not committed (and not `allow_partial`). CorruptError: a committed file is not what
     its commit says, or a vector is not finite and of unit norm. ConfigError: an option is wrong, or faiss refuses the
@@ -63,7 +63,7 @@ def merge(
     job = open_job(path_text(output, "output"), path_text(index, "index"), config, storage)
     if manifest := finished(job, say):
         return manifest
-    train(job, say, every_row=True)
+    train(job, say)
     for shard in range(job.shards):
         build_shard(job, shard, say)
     return publish(job, say)
@@ -83,10 +83,10 @@ def finished(job: MergeJob, progress: Say = lambda line: None) -> Manifest | Non
     return manifest
 
 
-def train(job: MergeJob, progress: Say = lambda line: None, every_row: bool = False) -> None:
+def train(job: MergeJob, progress: Say = lambda line: None) -> None:
     """Check every part, hold queries out, train a template for each modality; nothing if that was done already.
 
-    Headers, sizes and counts are always checked; rows here only with `every_row`, otherwise by the shards' tasks.
+    Headers, sizes and counts are checked here, rows by the shards' tasks.
     """
     if job.source.missing:
         progress(f"merging without partitions {format_numbers(job.source.missing)}")
@@ -97,8 +97,6 @@ def train(job: MergeJob, progress: Say = lambda line: None, every_row: bool = Fa
         progress(f"version {job.version} is trained already")
         return
     captioned = job.source.check_files(job.kinds)
-    if every_row:
-        job.source.check_all_rows(job.kinds)
     with job.attempt_training() as attempt:
         make_template(job, captioned, attempt, progress)
     if not attempt.won:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +23,9 @@ from clip_batch.index.merge.train import Template
 from clip_batch.index.paths import VersionPaths
 from clip_batch.storage import npy
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Ids = npt.NDArray[np.int64]
 Half = npt.NDArray[np.float16]
 Vectors = npt.NDArray[np.float32]
@@ -27,38 +34,50 @@ Vectors = npt.NDArray[np.float32]
 def build(template: Template, shard: int, attempt: Attempt) -> None:
     """Check the shard's rows, write its indices, metadata and recall trials, and commit the attempt.
 
-    Memory: the shard's float16 vectors of one kind and one index (`MergeJob.row_bytes` a row).
+    Vectors and metadata are written while the index is filled and searched. Memory: the shard's float16 vectors of one
+    kind and one index (`MergeJob.row_bytes` a row).
     """
     started, job, names = time.monotonic(), template.job, VersionPaths()
     name, (start, stop) = job.shard_name(shard), job.bounds(shard)
     captionless = job.source.read_captionless(start, stop)
     queries, trials = template.queries(), {}
     order: Ids | None = None
-    for modality in sorted(template.keys, key=lambda modality: modality != template.order_modality):
-        vectors = job.source.read_vectors(modality, start, stop)
-        job.source.check_rows(modality, start, vectors, captionless if modality == "text" else None)
-        lists = None
-        if order is None:
-            order, lists = _order(template, shard, vectors)
-        rows = Ordered(vectors, order)
-        index = _fill(template.index(modality), rows, lists)
-        attempt.write(names.index(modality, name), lambda file, index=index: faiss_index.write(index, file.name))  # type: ignore[misc]
-        if template.rerank:
-            attempt.write(names.vectors(modality, name), lambda file, rows=rows: rows.save(file))  # type: ignore[misc]
-        located = _located(queries, modality, start, stop - start, order)
-        first = job.base.effort[modality] if job.base else None
-        shards = job.shards + (len(job.base.shards) if job.base else 0)
-        tried = trial.run(index, rows, located, template.rerank, job.config.recall_target, first, shards)
-        for kind, one in tried.items():
-            trials.update(recall.arrays(one, f"{modality}.{kind}"))
-        del vectors, rows, index  # before the next one is read
+    with ThreadPoolExecutor(1, "write") as background:
+        for modality in sorted(template.keys, key=lambda modality: modality != template.order_modality):
+            vectors = job.source.read_vectors(modality, start, stop)
+            job.source.check_rows(modality, start, vectors, captionless if modality == "text" else None)
+            lists, writing = None, []
+            if order is None:
+                order, lists = _order(template, shard, vectors)
+                tables = partial(job.source.read_metadata, start, stop)
+                writing.append(
+                    background.submit(attempt.write, names.metadata(name), partial(_metadata, tables, order))
+                )
+            rows = Ordered(vectors, order)
+            if template.rerank:
+                writing.append(background.submit(attempt.write, names.vectors(modality, name), rows.save))
+            index = _fill(template.index(modality), rows, lists)
+            attempt.write(names.index(modality, name), partial(_index, index))
+            located = _located(queries, modality, start, stop - start, order)
+            first = job.base.effort[modality] if job.base else None
+            shards = job.shards + (len(job.base.shards) if job.base else 0)
+            tried = trial.run(index, rows, located, template.rerank, job.config.recall_target, first, shards)
+            for kind, one in tried.items():
+                trials.update(recall.arrays(one, f"{modality}.{kind}"))
+            for written in writing:
+                written.result()
+            del vectors, rows, index, writing  # before the next one is read
     assert order is not None
-    attempt.write(
-        names.metadata(name),
-        lambda file: metadata_writer.write_ordered(job.source.read_metadata(start, stop), order, file.name),
-    )
     attempt.write(names.truth(name), lambda file: np.savez(file, **trials))
     attempt.commit(rows=len(order), seconds=time.monotonic() - started)
+
+
+def _metadata(tables: Callable[[], Iterator[pa.Table]], order: Ids, file: IO[bytes]) -> None:
+    metadata_writer.write_ordered(tables(), order, file.name)
+
+
+def _index(index: Index, file: IO[bytes]) -> None:
+    faiss_index.write(index, file.name)
 
 
 def _order(template: Template, shard: int, vectors: Half) -> tuple[Ids, Ids]:

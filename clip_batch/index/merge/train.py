@@ -205,7 +205,9 @@ def _train(
         choices = job.choices(sum(counts))
         sample = _sample(job, modality, counts, queries, choices)
         if job.is_tried(choices):
-            index, choice, trials = choose(choices, sample, asked, job.config.recall_target, seed, progress)
+            index, choice, trials = choose(
+                choices, sample, asked, sum(counts), job.config.recall_target, seed, progress
+            )
             tried[modality] = [asdict(trial) for trial in trials]
         else:
             choice = choices[0]

@@ -120,7 +120,7 @@ class Stages:
         manifest = merge_stage.finished(job)
         if manifest is None:
             if request.task in ("all", "train"):
-                merge_stage.train(job, every_row=request.task == "all")
+                merge_stage.train(job)
             for shard in _shards(job, request):
                 merge_stage.build_shard(job, shard)
             if request.task in ("all", "manifest"):
