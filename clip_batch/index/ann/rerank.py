@@ -19,8 +19,8 @@ PAIRS = 512
 MOST = 10_000
 """Most candidates that are scored for the sake of a better order: each costs a read of its vector."""
 
-FEWEST = 101
-"""Candidates that are always scored: they cost little, and small k gain."""
+FEWEST = 200
+"""Candidates that are always scored: few cost little, and the nearest rows are those that codes confuse most."""
 
 TINY = 1e-12
 """The norm that a row of zeros is divided by."""

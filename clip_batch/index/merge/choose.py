@@ -22,8 +22,11 @@ from clip_batch.index.ann.rerank import candidates
 FACTORS = (2, 3, 5, 8, 12, 20, 30)
 """How many times k candidates may be re-ranked: the least that suffices is taken."""
 
-SHARE = 0.25
+SHARE = 0.4
 """The share of the missing recall, 1 - target, that codes may cost; probing gets the rest."""
+
+SHOWN = str(TOP)
+"""The k whose recall decides. For small k a sample shows too few neighbours, and `candidates` has its own least."""
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -75,7 +78,7 @@ def choose(
             recalls = {
                 kind: {str(k): _recall(places, k, factor, share) for k in DEPTHS} for kind, places in found.items()
             }
-            worst = min(value for by_k in recalls.values() for value in by_k.values())
+            worst = min(by_k[SHOWN] for by_k in recalls.values())
             if worst >= least:
                 break
         verdict = f"{worst:.3f} of the rows are among the candidates, {least:.3f} are wanted"
