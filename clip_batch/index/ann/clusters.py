@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_batch.encoders.device import cores
-from clip_batch.errors import ConfigError
 from clip_batch.index.ann import gpu
 from clip_batch.index.ann.libfaiss import load
 
@@ -25,7 +24,10 @@ FLAT = 1024
 """Centroids up to which every vector is compared with all: no slower there (10.5 microseconds a vector of 512)."""
 
 KEPT = 0.99
-"""The share of the centroids' variance in which vectors are compared with them."""
+"""The share of the centroids' variance in which vectors are compared with them (see docs/experiments.md)."""
+
+WORTH = 0.6
+"""The share of the dimensions up to which fewer of them are worth a rotation."""
 
 ROUNDS = 10
 """Rounds of each k-means."""
@@ -41,13 +43,11 @@ BLOCK = 8192
 
 
 def train(vectors: Vectors, count: int, seed: int = 0) -> Vectors:
-    """Unit centroids (count, d) of vectors (n, d), by the cosine. ConfigError: there are fewer vectors than centroids.
+    """Unit centroids (count, d) of vectors (n, d), of which there are `count` or more, by the cosine.
 
     Up to `FLAT // 4` centroids this is a plain k-means. Of more, the vectors are split into about sqrt(count) groups,
     each group is clustered by itself, and one last round runs over all vectors, for those at the groups' borders.
     """
-    if len(vectors) < count:
-        raise ConfigError(f"{count:,} lists cannot be trained on {len(vectors):,} vectors: give more, or fewer lists")
     if count <= FLAT // 4:
         return _kmeans(vectors, count, seed)
     groups = round(count**0.5)
@@ -66,23 +66,28 @@ def nearest_of(centroids: Vectors) -> Callable[[Vectors], Ids]:
     GPU, with all of them, otherwise by `Groups.assign`.
     """
     axes = _axes(centroids)
-    reduced = centroids @ axes
+
+    def reduced(vectors: Vectors) -> Vectors:
+        return vectors if axes is None else vectors @ axes
+
     if len(centroids) > FLAT and not gpu.count():
-        groups = grouped(reduced)
-        return lambda vectors: groups.assign(vectors @ axes)
-    index = gpu.moved(_flat(reduced))
-    return lambda vectors: index.search(vectors @ axes, 1)[1][:, 0]
+        groups = grouped(reduced(centroids))
+        return lambda vectors: groups.assign(reduced(vectors))
+    index = gpu.moved(_flat(reduced(centroids)))
+    return lambda vectors: index.search(reduced(vectors), 1)[1][:, 0]
 
 
-def _axes(centroids: Vectors) -> Vectors:
-    """Orthogonal axes (d, m) that keep `KEPT` of the variance of centroids (c, d).
+def _axes(centroids: Vectors) -> Vectors | None:
+    """Orthogonal axes (d, m) that keep `KEPT` of the variance of centroids (c, d); None where m would be near d.
 
-    What is left hardly tells them apart. Their common mean is left out: its score is the same for all.
+    What is left hardly tells centroids apart, and their common mean does not: its score is the same for all.
     """
     spread = centroids - centroids.mean(axis=0)
     values, axes = np.linalg.eigh(spread.T @ spread)
     kept = np.cumsum(values[::-1]) / max(float(values.sum()), np.finfo(np.float32).tiny)
     count = min(len(values), int(np.searchsorted(kept, KEPT)) + 1)
+    if count > len(values) * WORTH:
+        return None
     return np.ascontiguousarray(axes[:, ::-1][:, :count], dtype=np.float32)
 
 

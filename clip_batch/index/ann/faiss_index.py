@@ -38,6 +38,8 @@ def train(index_key: str, vectors: Vectors, seed: int = 0) -> Index:
         codes.pq.cp.min_points_per_centroid = 1  # otherwise faiss writes warnings on stderr by itself
     with key_errors(f"index key {index_key!r} on {len(vectors):,} training vectors of {vectors.shape[1]}"):
         if (ivf := faiss.try_extract_index_ivf(index)) is not None:
+            if len(vectors) < ivf.nlist:
+                raise RuntimeError(f"its {ivf.nlist:,} lists need as many training vectors at least")
             ivf.cp.seed, ivf.cp.min_points_per_centroid = seed, 1
             if ivf.quantizer_trains_alone != TRAINS_ALONE:
                 _place_lists(index, vectors, seed)
@@ -68,7 +70,7 @@ def assigner(index: Index) -> Callable[[Vectors], Ids]:
 
     Among many lists it is nearly always, not always, the nearest (see `clusters.Groups`).
     """
-    faiss, transforms = load(), []
+    faiss, transforms, owner = load(), [], index
     while not isinstance(index := faiss.downcast_index(index), faiss.IndexIVF):
         if isinstance(index, faiss.IndexPreTransform):
             transforms += [index.chain.at(number) for number in range(index.chain.size())]
@@ -78,7 +80,7 @@ def assigner(index: Index) -> Callable[[Vectors], Ids]:
     except RuntimeError:  # a quantizer that gives no centroids back
         nearest = partial(_nearest_of, index.quantizer)
 
-    def assign(vectors: Vectors) -> Ids:
+    def assign(vectors: Vectors, owner: Index = owner) -> Ids:  # faiss's parts do not keep their owner alive
         for step in transforms:
             vectors = step.apply(vectors)
         return nearest(vectors)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_every_kind_assigns_fills_saves_maps_and_searches_alike(
     assert template.ntotal == 0
     assert faiss_index.has_lists(template) == (index_keys.lists(key) > 0)
     if faiss_index.has_lists(template):
-        found = faiss_index.assign(template, vectors)
+        found = faiss_index.assigner(template)(vectors)
         assert found.shape == (1500,)
         assert set(found) <= set(range(index_keys.lists(key)))
     faiss_index.add(template, vectors[:1000], np.arange(1000))
@@ -266,30 +267,49 @@ def test_an_empty_index_finds_nothing(tmp_path: Path) -> None:
         assert (ids == -1).all()
 
 
+def test_choices_fit_the_memory_the_best_first() -> None:
+    def keys(*arguments: Any, **named: Any) -> list[str]:
+        return [choice.key for choice in index_keys.choices(*arguments, **named)]
+
+    assert keys(200_000, 128, 10**9) == ["IVF512,PQ64x4fs", "RR128,IVF512,RaBitQfs", "IVF512,PQ32x4fs"]
+    assert keys(200_000, 128, 10**9, 0) == ["IVF512,SQfp16", "IVF512,SQ8", "IVF512,PQ64x4fs"]
+    assert keys(200_000, 128, 10**9, growing=True) == ["RR128,IVF512,RaBitQfs"]
+    assert keys(200_000, 128, 10**6, mapped=True) == ["IVF512,SQ8"], "what is mapped from disk takes no memory"
+    assert keys(200_000, 127, 10**9) == ["RR127,IVF512,RaBitQfs"], "no product quantizer divides it"
+    assert keys(10**7, 128, 10**9)[0] == "IVF8192,PQ64x4fs"
+    assert keys(10**8, 128, 10**10)[0] == "IVF131072_HNSW32,PQ64x4fs"
+    fewest = footprint.served_bytes("IVF512,PQ8x4fs", 200_000, 128)
+    assert keys(200_000, 128, fewest) == ["IVF512,PQ8x4fs"]
+    with pytest.raises(ConfigError, match=rf"raise --index-memory \({fewest:,} bytes"):
+        keys(200_000, 128, fewest - 1)
+    assert {choice.rerank for choice in index_keys.choices(200_000, 128, 10**9, 7)} == {7}
+
+
 @pytest.mark.usefixtures("autofaiss")
-def test_choice_of_key() -> None:
-    assert index_keys.choose_key(50_000, 512, 10**9, 50_000) == "Flat"
-    assert index_keys.choose_key(200_000, 128, 10**9, 50_000) == "IVF2048,Flat"
-    assert index_keys.choose_key(200_000, 128, 20 * 10**6, 50_000).startswith("OPQ64_192,IVF2048_HNSW32,PQ64")
-    with pytest.raises(ConfigError, match="raise --max-memory"):
-        index_keys.choose_key(200_000, 128, 10**6, 50_000)
-    assert [index_keys.lists(key) for key in ("Flat", "OPQ16_112,IVF4096_HNSW32,PQ16x8", "IVF64k,SQ8")] == [
-        0,
-        4096,
-        65536,
-    ]
+def test_autofaiss_is_asked_where_it_is_named() -> None:
+    assert index_keys.autofaiss_key(200_000, 128, 10**9) == "IVF2048,Flat"
+    assert index_keys.autofaiss_key(200_000, 128, 20 * 10**6).startswith("OPQ64_192,IVF2048_HNSW32,PQ64")
+    with pytest.raises(ConfigError, match="autofaiss knows no index"):
+        index_keys.autofaiss_key(200_000, 128, 10**6)
 
 
-def test_auto_without_autofaiss_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_of_a_key() -> None:
+    keys = "Flat", "OPQ16_112,IVF4096_HNSW32,PQ16x8", "IVF64k,SQ8"
+    assert [index_keys.lists(key) for key in keys] == [0, 4096, 65536]
+
+
+def test_without_autofaiss_auto_works_and_its_name_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "autofaiss.external.optimize", None)
-    assert index_keys.choose_key(1000, 64, 10**9, 1000) == "Flat"
-    with pytest.raises(ConfigError, match=r"auto for 1,001 rows.*autofaiss is not installed.*give --index-key"):
-        index_keys.choose_key(1001, 64, 10**9, 1000)
+    with pytest.raises(ConfigError, match=r"autofaiss is not installed.*leave --index-key auto"):
+        index_keys.autofaiss_key(1001, 64, 10**9)
+    assert index_keys.choices(10**6, 64, 10**9)
     assert len(default_keys(10**6, 64, 2 * 10**9)) == 8, "a sweep does without"
 
 
 def test_faiss_errors_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"IVF16,Flat.*\(3\) should be at least.*\(16\); change --index-key") as error:
+    with pytest.raises(
+        ConfigError, match=r"IVF16,Flat.*on 3 training vectors.*16 lists need as many.*; change --index-key"
+    ) as error:
         faiss_index.train("IVF16,Flat", unit(np.eye(3) + 0.1))
     assert "\n" not in str(error.value)
     (tmp_path / "bad.index").write_bytes(b"not an index at all")
@@ -304,7 +324,7 @@ def trial_of(
     exact = faiss_search.nearest(queries, vectors, recall.TOP + 1)
     scores, found = faiss_search.nearest(queries, vectors, len(vectors))
     found = np.where(np.isin(found, [] if drop is None else drop), -1, found)
-    return recall.measure(own, exact, [(scores, found, scores)])
+    return recall.measure(own, exact, {0: (scores, found, scores)})
 
 
 @settings(max_examples=25)
@@ -340,13 +360,55 @@ def test_recall_counts_what_was_missed_and_forgives_equal_vectors() -> None:
     twice = np.concatenate([vectors, vectors])
     scores, exact = faiss_search.nearest(queries, twice, 40)
     other = np.where(exact < 40, exact + 40, exact - 40)  # the twin of each
-    trial = recall.measure(own, (scores, exact), [(scores, other, scores)])
+    trial = recall.measure(own, (scores, exact), {0: (scores, other, scores)})
     assert [recall.recall(trial, 0, k) for k in (1, 10)] == [1.0, 1.0]
-    assert recall.least_effort([trial], 0.9) == (0, True)
-    assert recall.least_effort([one_missing], 0.95) == (0, False)
-    efforts = recall.RecallTrial(trial.exact, trial.ranked.repeat(5, 0), trial.true.repeat(5, 0))
+    assert recall.least_effort(trial, 0.9, 10) == (0, True)
+    assert recall.least_effort(one_missing, 0.95, 10) == (0, False)
+    efforts = recall.RecallTrial(trial.exact, trial.ranked.repeat(5, 0), trial.true.repeat(5, 0), np.arange(5))
     efforts.true[0, :, 0] = efforts.true[1:, 0, 0] = -np.inf
-    assert recall.least_effort([efforts], 0.99) == (1, False), "the largest that gained"
+    assert recall.least_effort(efforts, 0.99, 10) == (1, False), "the largest that gained"
+
+
+def test_the_interval_is_that_of_the_mean_over_queries() -> None:
+    exact = np.tile(np.linspace(1, 0, 100, dtype=np.float32), (4, 1))
+    true = exact[None, :, :10].copy()
+    true[0, 0, :5] = -np.inf  # one query of four finds half of its ten
+    trial = recall.RecallTrial(exact, true, true, np.array([3]))
+    assert recall.recall(trial, 0, 10) == pytest.approx(0.875)
+    assert recall.interval(trial, 0, 10) == pytest.approx(1.96 * 0.25 / 2)
+    summary = recall.summary(trial, [0, 0])
+    assert summary is not None
+    assert summary["interval_10"] == pytest.approx(1.96 * 0.25 / 2)
+
+
+def test_trials_of_other_efforts_fold_without_a_recall_that_is_too_high() -> None:
+    exact = np.linspace(1, 0.5, 10, dtype=np.float32)[None]
+
+    def trial(places: list[int], found: list[int]) -> recall.RecallTrial:
+        true = np.full((len(places), 1, 10), -np.inf, np.float32)
+        for number, count in enumerate(found):
+            true[number, 0, :count] = exact[0, :count]
+        return recall.RecallTrial(
+            np.pad(exact, ((0, 0), (0, 90)), constant_values=-np.inf), true, true, np.array(places)
+        )
+
+    folded = recall.fold(trial([1, 3], [4, 8]), trial([2, 3], [6, 9]))
+    assert folded.places.tolist() == [1, 2, 3]
+    assert (np.isfinite(folded.true).sum(axis=-1)).ravel().tolist() == [4, 10, 10], "below its least, a trial has none"
+    assert recall.load(recall.arrays(folded, "image.text"), "image.text").places.tolist() == [1, 2, 3]
+
+
+def test_the_k_best_come_from_the_candidates_for_k() -> None:
+    exact = np.tile(np.linspace(1, 0, 100, dtype=np.float32), (2, 1))
+    ranked = np.full((1, 2, 500), -np.inf, np.float32)
+    ranked[0] = np.linspace(1, 0, 500)
+    true = np.full_like(ranked, -np.inf)
+    true[0, :, 150:250] = exact  # the codes put the best rows at the places 150 to 249
+    trial = recall.RecallTrial(exact, ranked, true, np.array([0]))
+    assert recall.recall(trial, 0, 10) == 0.0
+    assert recall.recall(trial, 0, 10, factor=2) == 1.0, "200 candidates are always scored"
+    assert recall.recall(trial, 0, 100, factor=2) == 0.5
+    assert recall.recall(trial, 0, 100, factor=5) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -363,7 +425,7 @@ def test_recall_counts_what_was_missed_and_forgives_equal_vectors() -> None:
 def test_vectors_whose_lists_are_known_go_into_them(key: str) -> None:
     vectors = clustered(3000, 16, 16)[0]
     one, other = faiss_index.train(key, vectors), faiss_index.train(key, vectors)
-    lists = faiss_index.assign(one, vectors)
+    lists = faiss_index.assigner(one)(vectors)
     order = np.argsort(lists, kind="stable")
     for start in range(0, 3000, 500):
         block, ids = order[start : start + 500], np.arange(start, start + 500)
@@ -372,4 +434,4 @@ def test_vectors_whose_lists_are_known_go_into_them(key: str) -> None:
     found, wanted = (faiss_search.search(made, vectors[:200], 10, 16) for made in (other, one))
     assert np.mean(found[1] == wanted[1]) > 0.99  # of an HNSW quantizer the lists may be better ones
     np.testing.assert_allclose(found[0], wanted[0], atol=0.02 if "HNSW" in key else 1e-5)
-    assert faiss_index.assign(other, vectors[:50]).tolist() == lists[:50].tolist()
+    assert faiss_index.assigner(other)(vectors[:50]).tolist() == lists[:50].tolist()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.embeddings import reader
-from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann import clusters, faiss_index
 from clip_batch.index.merge import duplicates
 from clip_batch.index.merge.duplicates import Duplicates, find, write_report
 from clip_batch.storage.store import Store
@@ -71,7 +71,7 @@ def same(found: Duplicates, wanted: tuple[list[int], list[int], list[float]]) ->
 
 def cells(count: int, dim: int) -> tuple[Vectors, duplicates.Callable[[Vectors], reader.Rows]]:
     centroids = unit(np.random.default_rng(7).standard_normal((count, dim)))
-    return centroids, lambda block: faiss_index.assign_nearest(centroids, block)
+    return centroids, clusters.nearest_of(centroids)
 
 
 @pytest.mark.slow
@@ -202,9 +202,7 @@ def test_few_near_pairs_are_missed_on_the_border_of_lists(tmp_path: Path) -> Non
     first = unit(rng.standard_normal((1000, 32)))
     images = unit(np.concatenate([first, first + rng.standard_normal((1000, 32)) * 0.1 / 32**0.5]))
     images = images.astype(np.float16).astype(np.float32)
-    centroids = faiss_index.cluster(images, 20)
-    found = find(
-        opened(tmp_path, images, [2000]), "image", lambda block: faiss_index.assign_nearest(centroids, block), 0.98
-    )
+    centroids = clusters.train(images, 20)
+    found = find(opened(tmp_path, images, [2000]), "image", clusters.nearest_of(centroids), 0.98)
     assert 850 < len(found.rows) <= 1000
     assert (found.kept == found.rows - 1000).all()

@@ -26,6 +26,7 @@ from clip_batch.embeddings.commits import read_commits
 from clip_batch.errors import ConfigError, CorruptError, IncompleteError
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import Manifest, load_manifest
+from clip_batch.index.merge import choose
 from clip_batch.index.merge import merge as stage
 from clip_batch.index.merge import shard as shard_stage
 from clip_batch.index.merge.job import MergeJob, open_job
@@ -135,7 +136,10 @@ def test_manifest_says_what_is_there(tmp_path: Path) -> None:
     assert manifest.missing == ()
     for kinds in manifest.recall.values():
         for line in kinds.values():
-            assert line == {"1": 1.0, "10": 1.0, "100": 1.0, "queries": 20.0}
+            assert line == {
+                **{"1": 1.0, "10": 1.0, "100": 1.0, "interval_10": 0.0, "interval_100": 0.0},
+                "queries": 20.0,
+            }
     assert [shard.name for shard in manifest.shards] == ["0000", "0001", "0002"]
     for shard in manifest.shards:
         assert set(shard.files) == {
@@ -352,13 +356,14 @@ def test_ivf_effort_is_tuned_for_the_target(tmp_path: Path) -> None:
         assert manifest.key == {"image": "IVF16,SQ8", "text": "IVF16,SQ8"}
         for kinds in manifest.recall.values():
             assert set(kinds) == {"image", "text"}
-            assert all(line["10"] >= manifest.recall_target and line["queries"] == 200 for line in kinds.values())
+            assert all(line[k] >= manifest.recall_target for line in kinds.values() for k in ("10", "100"))
+            assert all(line["queries"] == 200 for line in kinds.values())
     assert low.effort["image"] < high.effort["image"] <= 16  # type: ignore[operator]
     lines: list[str] = []
     exact = replace(base, index_key="IVF16,SQ4", recall_target=1.0)
     manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), exact, progress=lines.append)
     assert manifest.effort["image"] == 16
-    assert any("no effort reaches recall@10 of 1.0" in line for line in lines)
+    assert any("no effort reaches a recall of 1.0" in line for line in lines)
 
     # the recorded recall is the recall that a search has: the same queries, outside
     with np.load(tmp_path / "index" / file_of_template(tmp_path / "index", high, "queries.npz")) as saved:
@@ -374,19 +379,53 @@ def test_ivf_effort_is_tuned_for_the_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("autofaiss")
-def test_auto_takes_the_choice_of_autofaiss(tmp_path: Path) -> None:
+def test_auto_tries_its_keys_on_the_data(tmp_path: Path) -> None:
     images, texts = clustered(12_000, 32, 300)
     texts[::7] = 0
     make_out(tmp_path / "out", images, texts, [5000, 7000])
     manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, flat_rows=1000, queries=200))
-    assert manifest.key == {"image": "IVF512,Flat", "text": "IVF512,Flat"}
-    for kinds in manifest.recall.values():
-        assert all(line["10"] >= 0.95 for line in kinds.values())
-    assert 1 <= manifest.effort["image"] < 512  # type: ignore[operator]
+    assert manifest.key == {"image": "IVF128,PQ16x4fs", "text": "IVF128,PQ16x4fs"}
+    assert manifest.rerank in choose.FACTORS
+    for modality, kinds in manifest.recall.items():
+        assert all(line[k] >= 0.95 for line in kinds.values() for k in ("10", "100"))
+        (tried,) = manifest.tried[modality]
+        assert (tried["key"], tried["rerank"] <= manifest.rerank) == ("IVF128,PQ16x4fs", True)
+        assert set(tried["recall"]) == {"image", "text"}
+        for by_k in manifest.efforts[modality].values():
+            assert 1 <= by_k["10"] <= by_k["100"] <= (manifest.effort[modality] or 0) <= 128
     with Searcher(str(tmp_path / "index")) as searcher:
-        assert len(searcher.search(images[0], k=12_000, modality="text", effort=512)[0]) == np.count_nonzero(
+        assert len(searcher.search(images[0], k=12_000, modality="text", effort=128)[0]) == np.count_nonzero(
             texts.any(axis=1)
         )
+
+
+def test_codes_that_confuse_the_data_are_not_taken(tmp_path: Path) -> None:
+    """Rows that differ in what 4 bits for 2 dimensions cannot say: the rule goes on to the next kind of codes."""
+    rng = np.random.default_rng(0)
+    images = unit(np.ones((6000, 32)) + 1e-2 * rng.standard_normal((6000, 32)))
+    make_out(tmp_path / "out", images, images, [6000])
+    lines: list[str] = []
+    config = replace(CONFIG, flat_rows=1000, queries=100, modalities=["image"])
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), config, progress=lines.append)
+    keys = [one["key"] for one in manifest.tried["image"]]
+    assert len(keys) == len(set(keys)) > 0
+    assert manifest.key["image"] in keys
+    worst = {one["key"]: min(by_k["100"] for by_k in one["recall"].values()) for one in manifest.tried["image"]}
+    assert worst[manifest.key["image"]] == max(worst.values())
+    assert sum(line.startswith("tried ") for line in lines) == len(keys)
+
+
+def test_without_re_ranking_codes_find_the_rows_themselves(tmp_path: Path) -> None:
+    images, texts = clustered(6000, 32, 300)
+    make_out(tmp_path / "out", images, texts, [6000])
+    config = replace(CONFIG, flat_rows=1000, queries=100, rerank=0)
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), config)
+    assert manifest.rerank == 0
+    assert manifest.key["image"] in ("IVF64,SQfp16", "IVF64,SQ8")
+    assert not [name for name in manifest.files if name.endswith(".npy")]
+    growing = merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(config, rerank="auto", growing=True))
+    assert growing.key["image"] == "RR32,IVF64,RaBitQfs"
+    assert growing.rerank
 
 
 def test_held_out_rows_are_not_trained_on_and_every_part_gives_its_share(tmp_path: Path) -> None:
@@ -409,7 +448,7 @@ def test_held_out_rows_are_not_trained_on_and_every_part_gives_its_share(tmp_pat
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"index_key": "IVF16,Flat"}, r"IVF16,Flat.*training points \(2\)"),
+        ({"index_key": "IVF16,Flat"}, r"IVF16,Flat.*on 2 training vectors.*need as many"),
         ({"index_key": "Nonsense"}, "index key 'Nonsense'"),
         ({"shard_rows": -1}, "shard_rows is -1: it must be 0 or more"),
         ({"queries": 0, "dedup": 2}, r"queries is 0, not 1 or more; dedup is 2"),

@@ -404,15 +404,16 @@ def test_removed_rows_are_in_no_answer_of_any_version(
     assert first.version in capsys.readouterr().out
 
 
-# bad input, before anything is built
+# bad input
 
 
-def test_one_bad_row_anywhere_stops_a_merge_before_it_trains(tmp_path: Path) -> None:
+def test_one_bad_row_anywhere_stops_a_merge_and_nothing_is_live(tmp_path: Path) -> None:
     images, texts = clustered(400, 8, 5)
     images[399, 3] = np.nan
     with pytest.raises(CorruptError, match=r"img_emb_0002-.*: row 133 has norm nan"):
         build(tmp_path, images, texts, replace(CONFIG, queries=1))
-    assert not (tmp_path / "index").exists()
+    assert not (tmp_path / "index/CURRENT").exists()
+    assert not list((tmp_path / "index").glob("*/manifest.json"))
 
 
 def test_two_encoders_in_one_out_are_refused(tmp_path: Path) -> None:
