@@ -81,7 +81,7 @@ def _query(arguments: QueryArguments, search: SearchConfig, k: int | None) -> Qu
 
     if search.unique_threshold is not None and not search.unique:
         raise ConfigError("--unique-threshold has no effect without --unique: add it, or leave both out")
-    shared = {field.name for field in dataclasses.fields(Criteria)} - {"k"}
+    shared = {field.name for field in dataclasses.fields(Criteria)} - {"k", "kind"}
     criteria = {name: getattr(search, name) for name in shared}
     if search.unique_threshold is None:
         del criteria["unique_threshold"]

@@ -85,7 +85,7 @@ class Measured:
         rows, lists = len(images), int(key.partition("IVF")[2].partition(",")[0])
         sample = np.random.default_rng(0).permutation(rows)[: 64 * lists]
         index = faiss_index.train(key, images[sample])
-        self.of_row = faiss_index.assign(index, images)
+        self.of_row = faiss_index.assigner(index)(images)
         faiss_index.add(index, images, np.arange(rows), self.of_row)
         self.index = index  # which owns what `shared` points to
         shared = shared_lists.share([index])

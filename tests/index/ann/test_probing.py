@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from clip_batch.index.ann import faiss_index, faiss_search, probing, shared_lists
+from clip_batch.index.ann import clusters, faiss_index, faiss_search, probing, shared_lists
 from clip_batch.index.ann.probing import Probing
 from clip_batch.index.ann.shared_lists import Probe
 from tests.fabricated import clustered, unit
@@ -26,8 +26,8 @@ def towers(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def built() -> Built:
     images, texts = towers(8_000, 0)
-    centroids = faiss_index.cluster(images, LISTS)
-    return centroids, images, faiss_index.assign_nearest(centroids, images), texts
+    centroids = clusters.train(images, LISTS)
+    return centroids, images, clusters.nearest_of(centroids)(images), texts
 
 
 def choose(predictor: Probing, centroids: np.ndarray, queries: np.ndarray, effort: int) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_faiss_searches_the_chosen_lists_alone(built: Built, key: str) -> None:
     images, queries = built[1], built[3][:40]
     index = faiss_index.train(key, images)
     faiss_index.add(index, images, np.arange(len(images)))
-    of_row = faiss_index.assign(index, images)
+    of_row = faiss_index.assigner(index)(images)
     shared = shared_lists.share([index])
     assert shared is not None
     near = shared_lists.probe(shared, queries, probing.candidates(6, LISTS))
