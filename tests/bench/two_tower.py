@@ -7,8 +7,8 @@ other words. Inverted files have `--lists` times the square root of the rows, an
 one bit of which the best 30 * k candidates are scored exactly (rabitq). A query visits the lists of the nearest
 centroids, or those of `clip_batch/index/ann/probing.py` (predicted), which has learned from captions of the set. For
 each it tells the least effort at which recall at k = 10 and 100 is .95, the lists visited and rows scored then,
-milliseconds for each query (one by one, one thread, re-ranking included), and the depth: how many times k candidates
-must be re-ranked for .99 of the recall of 30 * k.
+milliseconds of CPU for each query (one by one, re-ranking included), and the depth: how many times k candidates must
+be re-ranked for .99 of the recall of 30 * k.
 
 `--home` keeps the data there, and goes on with what is there; --rows must then be the same. One core makes some 500
 pairs of vectors a second: scenes are composed as arrays of the model's size, without JPEG files.
@@ -40,13 +40,13 @@ from tests.bench import result, scenes
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-Assign = Callable[[Vectors, int], Probe]
+Assign = Callable[[Vectors, float], Probe]
 """The lists that queries visit at an effort."""
 
 TARGET, DEPTHS = 0.95, (10, 100)
 RERANK = 30
-LEARNED, SCALED = 20_000, 500
-"""Captions to learn from, and images to fit the scale to."""
+LEARNED, SCALED, BEST = 20_000, 500, 50
+"""Captions to learn from, images to fit the scale to, and the best rows for each that are known."""
 TIMED, ROUNDS = 200, 3
 KEYS = {"flat": "IVF{lists},Flat", "rabitq": "RR{dim},IVF{lists},RaBitQfs"}
 NAMES = {"image": "an image", "caption": "a caption", "paraphrase": "a caption in other words"}
@@ -104,23 +104,23 @@ class Measured:
     def _turned(self, queries: Vectors) -> Vectors:
         return shared_lists.probe(self.shared, queries, 1).queries
 
-    def nearest(self, queries: Vectors, effort: int) -> Probe:
+    def nearest(self, queries: Vectors, effort: float) -> Probe:
         """The lists of the nearest centroids, `effort` of them."""
-        return shared_lists.probe(self.shared, queries, effort)
+        return shared_lists.probe(self.shared, queries, math.ceil(effort))
 
-    def predicted(self, predictor: Probing, queries: Vectors, effort: int) -> Probe:
+    def predicted(self, predictor: Probing, queries: Vectors, effort: float) -> Probe:
         """The lists that a predictor chooses."""
         near = shared_lists.probe(self.shared, queries, probing.candidates(effort, len(self.sizes) - 1))
         return Probe(near.queries, *probing.choose(predictor, near.queries, effort, near.lists, near.scores))
 
-    def search(self, assign: Assign, queries: Vectors, k: int, effort: int) -> Ids:
+    def search(self, assign: Assign, queries: Vectors, k: int, effort: float) -> Ids:
         """The rows found, (n, k)."""
         probe = assign(queries, effort)
         depth = RERANK * k if self.reranks else k
         ids = shared_lists.search(self.shared, 0, probe, depth, shared_lists.parameters(probe))[1]
         return rerank(queries, ids, self.stored, k)[1] if self.reranks else ids
 
-    def depth(self, assign: Assign, queries: Vectors, truth: Ids, effort: int) -> int:
+    def depth(self, assign: Assign, queries: Vectors, truth: Ids, effort: float) -> int:
         """How many times k candidates of a search must be re-ranked to keep .99 of the recall of all that are."""
         k = truth.shape[1]
         probe = assign(queries, effort)
@@ -136,28 +136,28 @@ class Measured:
         """The least effort for the target, and what it costs; exact codes find what is in the lists they visit."""
         k = truth.shape[1]
 
-        def seen(effort: int) -> float:
+        def seen(effort: float) -> float:
             chosen = assign(queries, effort).lists
             visited = np.zeros((len(queries), len(self.sizes)), dtype=bool)
             np.put_along_axis(visited, chosen, True, 1)
             return float(np.take_along_axis(visited, self.of_row[truth], 1).mean())
 
-        def found(effort: int) -> float:
+        def found(effort: float) -> float:
             return _recall(self.search(assign, queries, k, effort), truth) if self.reranks else seen(effort)
 
-        efforts = sorted({math.ceil(1.04**step) for step in range(400) if 1.04**step < len(self.sizes)})
+        efforts = [1.03**step for step in range(400) if 1.03**step < len(self.sizes)]
         place = _first(efforts, seen)
         while found(efforts[place]) < TARGET and place + 1 < len(efforts):
             place += 1
         effort, chosen = efforts[place], assign(queries, efforts[place]).lists
         times = []
         for _ in range(ROUNDS):
-            started = time.perf_counter()
+            started = time.thread_time()
             for query in queries[:TIMED, None]:
                 self.search(assign, query, k, effort)
-            times.append(time.perf_counter() - started)
+            times.append(time.thread_time() - started)
         return {
-            "effort": effort,
+            "effort": _round(effort, 1),
             "lists": _round((chosen >= 0).sum(axis=1).mean(), 1),
             "rows": round(float(self.sizes[chosen].sum(axis=1).mean())),
             "ms": _round(1000 * min(times) / TIMED),
@@ -175,7 +175,7 @@ def _round(value: float, digits: int = 3) -> float:
     return round(float(value), digits)
 
 
-def _first(efforts: Sequence[int], recall: Callable[[int], float]) -> int:
+def _first(efforts: Sequence[float], recall: Callable[[float], float]) -> int:
     """The position of the least of ascending efforts that reaches the target, or of the last."""
     low, high = -1, len(efforts) - 1
     while high - low > 1:
@@ -211,10 +211,10 @@ def data(home: Path, options: argparse.Namespace) -> tuple[Vectors, Vectors, dic
 
 def learning(images: Vectors, texts: Vectors) -> dict[str, tuple[Ids, Ids]]:
     """Rows of the set by kind, and the best other rows for the image or the caption of each."""
-    order, most = np.random.default_rng(1).permutation(len(images)), max(DEPTHS)
+    order = np.random.default_rng(1).permutation(len(images))
     some, captions = order[:SCALED], order[:LEARNED]
-    best = faiss_search.nearest(images[some], images, most)[1][:, 1:]  # the first is the image itself
-    return {"image": (some, best), "text": (captions, faiss_search.nearest(texts[captions], images, most)[1])}
+    best = faiss_search.nearest(images[some], images, BEST + 1)[1][:, 1:]  # the first is the image itself
+    return {"image": (some, best), "text": (captions, faiss_search.nearest(texts[captions], images, BEST)[1])}
 
 
 def main() -> None:
@@ -250,7 +250,7 @@ def _rows(options: argparse.Namespace, costs: dict[str, Any]) -> list[result.Row
             what = f"rows scored for {name}, recall@{k} {TARGET}, `{flat}` of {options.rows:,} scenes"
             rows.append(result.Row(f"{kind}_{k}", what, "", ours, theirs, peer, round(theirs / ours, 2)))
             ours, theirs = (quick[kind][way][k]["ms"] for way in ("predicted", "nearest"))
-            what = f"one search for {name}, recall@{k} {TARGET}, `{coded}`, {RERANK} k re-ranked, one thread"
+            what = f"one search for {name}, recall@{k} {TARGET}, `{coded}`, {RERANK} k re-ranked, CPU"
             rows.append(result.Row(f"{kind}_{k}_ms", what, "ms", ours, theirs, peer, round(theirs / ours, 2)))
         for kind in ("caption", "paraphrase"):
             mine, other = (
