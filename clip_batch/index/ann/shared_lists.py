@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_batch.index.ann.faiss_search import Removed
+from clip_batch.index.ann.faiss_search import Removed, quantizer_parameters
 from clip_batch.index.ann.libfaiss import Index, load
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def share(indices: Sequence[Index]) -> SharedLists | None:
 def probe(shared: SharedLists, queries: Vectors, effort: int | None = None) -> Probe:
     """Assign queries float32 (n, d) to the lists that a search at this effort (nprobe) visits."""
     queries = _transformed(shared.transforms, queries)
-    scores, lists = shared.quantizer.search(queries, shared.probes(effort))
+    nprobe = shared.probes(effort)
+    scores, lists = shared.quantizer.search(queries, nprobe, params=quantizer_parameters(shared.quantizer, nprobe))
     return Probe(queries, lists, scores)
 
 

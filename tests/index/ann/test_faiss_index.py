@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index.ann import faiss_index, faiss_search, footprint, index_keys, libfaiss, recall
+from clip_batch.index.ann import faiss_index, faiss_search, footprint, index_keys, libfaiss, recall, shared_lists
 from clip_batch.index.ann.index_keys import default_keys
 from tests.fabricated import clustered, unit
 
@@ -118,6 +118,21 @@ def test_effort_travels_with_the_request(key: str) -> None:
         shares.append(np.mean([len(set(a) & set(b)) for a, b in zip(found, exact, strict=True)]))
     assert shares[-1] > shares[0] + 0.1
     np.testing.assert_array_equal(faiss_search.search(made, queries[:100], 10)[1], before)
+
+
+def test_a_graph_of_centroids_finds_all_the_lists_it_is_asked_for() -> None:
+    vectors, queries = clustered(6000, 32, 600, spread=1.0)
+    made = faiss_index.train("IVF512_HNSW32,Flat", vectors)
+    faiss_index.add(made, vectors, np.arange(6000))
+    exact = faiss_search.nearest(queries[:100], vectors, 10)[1]
+    found = faiss_search.search(made, queries[:100], 10, 512)[1]
+    assert np.mean([len(set(a) & set(b)) for a, b in zip(found, exact, strict=True)]) > 9.9, "every list is visited"
+    shared = shared_lists.share([made, made])
+    assert shared is not None
+    centroids = made.quantizer.reconstruct_n(0, 512)
+    nearest = faiss_search.nearest(queries[:100], centroids, 128)[1]
+    lists = shared_lists.probe(shared, queries[:100], 128).lists
+    assert np.mean([len(set(a) & set(b)) for a, b in zip(lists, nearest, strict=True)]) > 0.95 * 128
 
 
 @pytest.mark.parametrize("key", KEYS)
