@@ -5,7 +5,7 @@
 Queries are scenes of the demo's pictures that are not in the set: their images, their captions, and their captions in
 other words. Inverted files have `--lists` times the square root of the rows, and exact codes (flat) or RaBitQ codes of
 one bit of which the best 30 * k candidates are scored exactly (rabitq). A query visits the lists of the nearest
-centroids, or those of `clip_batch/index/ann/probing.py` (predicted), which has learned from captions of the set. For
+centroids, or those of `tests/bench/probing.py` (predicted), which has learned from captions of the set. For
 each it tells the least effort at which recall at k = 10 and 100 is .95, the lists visited and rows scored then,
 milliseconds of CPU for each query (one by one, re-ranking included), and the depth: how many times k candidates must
 be re-ranked for .99 of the recall of 30 * k.
@@ -30,13 +30,13 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.embeddings import reader
-from clip_batch.index.ann import faiss_index, faiss_search, probing, shared_lists
-from clip_batch.index.ann.probing import Probing
+from clip_batch.index.ann import faiss_index, faiss_search, shared_lists
 from clip_batch.index.ann.rerank import rerank
 from clip_batch.index.ann.shared_lists import Probe, SharedLists
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
-from tests.bench import result, scenes
+from tests.bench import probing, result, scenes
+from tests.bench.probing import Probing
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]

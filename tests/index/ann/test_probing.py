@@ -5,9 +5,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from clip_batch.index.ann import clusters, faiss_index, faiss_search, probing, shared_lists
-from clip_batch.index.ann.probing import Probing
+from clip_batch.index.ann import clusters, faiss_index, faiss_search, shared_lists
 from clip_batch.index.ann.shared_lists import Probe
+from tests.bench import probing
+from tests.bench.probing import Probing
 from tests.fabricated import clustered, unit
 
 LISTS, DIM = 64, 24
