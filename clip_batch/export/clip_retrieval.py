@@ -62,7 +62,7 @@ def export_clip_retrieval(
         for modality, effort in searcher.manifest.effort.items():
             parts = [(one.index, one.offset) for one in searcher.indices[modality]]
             with store.writer(f"{modality}.index") as file:
-                concatenate(parts, searcher.removed, effort, file.name)
+                concatenate(parts, searcher.removed, effort, file.name, searcher.stored.get(modality))
             progress(f"{modality}: {len(parts)} index shards in one file")
         name = os.path.basename(store.url)
         served = {name: _options(store.url, searcher.manifest.encoder)}

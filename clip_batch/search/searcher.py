@@ -105,7 +105,7 @@ class Searcher:
             raise ConfigError(f"{index} has {self.manifest.dim} dimensions, this encoder {encoder.dim}: take its model")
         self._offsets = np.array([shard.offset for shard in self.manifest.shards])
         self.indices: dict[str, list[OpenedIndex]] = {modality: [] for modality in self.manifest.key}
-        self._stored: dict[str, Stacked] = {}
+        self.stored: dict[str, Stacked] = {}
         self.tables: list[MetadataFile] = []
         self._reconstruct, self._loading = Lock(), Lock()
         limit = parse_bytes(storage.index_cache)
@@ -168,7 +168,7 @@ class Searcher:
             path, *_ = [local(name) for name in sorted(joined)]
             rows = self.manifest.rows - sum(opened.rows for opened in self.indices[modality])
             self.indices[modality].insert(0, OpenedIndex(faiss_index.read(path, mapped=True), 0, rows))
-        self._stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
+        self.stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
         self.schema = common_schema([table.schema for table in self.tables])
         self._uniform = uniform(self.tables)
         self.removed = removed_rows.removed_ids(store, self.manifest, metadata)
@@ -273,7 +273,7 @@ class Searcher:
         shards, k = self.indices[modality], min(int(k), self.manifest.rows)
         effort = self.manifest.effort_for(modality, k) if effort is None else effort
 
-        stored, depth = self._stored.get(modality), k
+        stored, depth = self.stored.get(modality), k
         if stored is not None:
             depth = candidates(depth, self.manifest.rerank)
 
@@ -349,7 +349,7 @@ class Searcher:
         index visit. `query` is (d,).
         """
         vector, shards = checked_search(self.manifest, query, 1, modality, effort)[:1], self.indices[modality]
-        stored = self._stored.get(modality)
+        stored = self.stored.get(modality)
         effort = self.manifest.effort[modality] if effort is None else effort
         for shard in shards:
             if stored is None:
@@ -405,8 +405,8 @@ class Searcher:
         rows = checked_ids(self.manifest, self.removed, ids)
         check_modality(self.manifest, modality)
         shards = self.indices[modality]
-        if modality in self._stored:
-            return unit(self._stored[modality][rows])
+        if modality in self.stored:
+            return unit(self.stored[modality][rows])
         out = np.zeros((len(rows), self.manifest.dim), dtype=np.float32)
         owner = np.searchsorted([shard.offset for shard in shards], rows, "right") - 1
         with self._reconstruct:  # faiss builds its table of ids once; searches do not use it

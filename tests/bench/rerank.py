@@ -47,7 +47,7 @@ class Counted(Stacked):
 def each_by_itself(searcher: Searcher, queries: Vectors, k: int) -> tuple[Vectors, Ids]:
     """As `Searcher.search_ids`, but each shard re-ranks candidates of its own."""
     depth, effort = candidates(k, searcher.manifest.rerank), searcher.manifest.effort["image"]
-    stored = searcher._stored["image"]
+    stored = searcher.stored["image"]
 
     def one(shard: object) -> tuple[Vectors, Ids]:
         _, ids = faiss_search.search(shard.index, queries, min(depth, shard.rows), effort)  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ def each_by_itself(searcher: Searcher, queries: Vectors, k: int) -> tuple[Vector
 
 def measure(searcher: Searcher, ask: Callable[[Vectors], Ids], queries: Vectors, truth: Ids) -> dict[str, float]:
     """Recall@10, and the reads and milliseconds for each query, of the fastest round."""
-    stored = searcher._stored["image"]
+    stored = searcher.stored["image"]
     times, found = [], np.empty((0, K), dtype=np.int64)
     for _ in range(ROUNDS):
         stored.reads = 0  # type: ignore[attr-defined]
@@ -96,9 +96,9 @@ def main() -> None:
         facts = {"key": options.key, "shards": len(manifest.shards), "reported": manifest.recall["image"]["text"]["10"]}
         lines = []
         with Searcher(f"{home}/index") as searcher:
-            searcher._stored["image"] = Counted(searcher._stored["image"]._matrices)
+            searcher.stored["image"] = Counted(searcher.stored["image"]._matrices)
             effort = options.effort or manifest.effort["image"]
-            vectors = unit(searcher._stored["image"][np.arange(manifest.rows)])
+            vectors = unit(searcher.stored["image"][np.arange(manifest.rows)])
             truth = faiss_search.nearest(queries, vectors, K)[1]
             for factor in options.factors:
                 searcher.manifest = replace(manifest, rerank=factor, effort={"image": effort})

@@ -25,8 +25,9 @@ from clip_batch.embeddings.clip_retrieval import ClipRetrievalEmbeddings, is_fol
 from clip_batch.errors import ConfigError, CorruptError, EncoderError
 from clip_batch.export.clip_retrieval import export_clip_retrieval
 from clip_batch.index import removals
-from clip_batch.index.ann import faiss_index, faiss_search
+from clip_batch.index.ann import faiss_index, faiss_search, libfaiss
 from clip_batch.index.ann.concatenate import concatenate
+from clip_batch.index.ann.rows import Stacked
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.metadata import MetadataFile
 from clip_batch.search.clip_retrieval import is_index, open_index
@@ -274,9 +275,45 @@ def test_fast_scan_codes_are_refused_by_name(tmp_path: Path) -> None:
     images, _ = clustered(900, DIM, 8)
     made = faiss_index.train("IVF16,PQ4x4fs", images)
     faiss_index.add(made, images, np.arange(900))
-    with pytest.raises(ConfigError, match="fast-scan codes cannot be exported"):
+    with pytest.raises(ConfigError, match="fast-scan codes without exact vectors cannot be exported"):
         concatenate([(made, 0)], np.empty(0, dtype=np.int64), 4, str(tmp_path / "whole"))
     assert not (tmp_path / "whole").exists()
+
+
+def exported(parts: list[tuple[Any, int]], removed: Sequence[int], images: np.ndarray[Any, Any], path: str) -> Any:
+    """The export of some parts, whose rows' exact vectors are `images`."""
+    stored = Stacked([images[:300].astype(np.float16), images[300:].astype(np.float16)])
+    concatenate(parts, np.array(removed, dtype=np.int64), 32, path, stored)
+    return faiss_index.read(path)
+
+
+@pytest.mark.parametrize("key", ["IVF32,PQ8x4fs", "RR16,IVF32,RaBitQfs", "PCAR12,IVF32,PQ6x4fs", "IVF32_HNSW8,PQ8x4fs"])
+def test_fast_scan_codes_become_codes_of_8_bits_of_the_exact_vectors(tmp_path: Path, key: str) -> None:
+    images, queries = clustered(900, DIM, 8)
+    template = faiss_index.train(key, images)
+    faiss_index.write(template, str(tmp_path / "template"))
+    parts = []
+    for shard in range(3):
+        made = faiss_index.read(str(tmp_path / "template"))
+        faiss_index.add(made, images[300 * shard + 2 : 300 * shard + 300], np.arange(2, 300))  # two without a caption
+        parts.append((made, 300 * shard))
+    removed = [3, 299, 601, 602]
+    whole = exported(parts, removed, images, str(tmp_path / "whole"))
+    assert isinstance(whole, libfaiss.load().IndexIVFScalarQuantizer)
+    assert (whole.nprobe, whole.ntotal) == (32, 900 - 6 - 3)  # row 601 has no caption
+    there = np.setdiff1d(np.arange(900), [0, 1, 300, 301, 600, 601, *removed])
+    faiss_index.prepare_reconstruct(whole)
+    again = np.stack([faiss_index.reconstruct(whole, int(row)) for row in there])
+    assert np.abs(again - images[there]).max() < 0.02
+    wanted = there[faiss_search.nearest(queries[:50], images[there], 10)[1]]
+    found = faiss_search.search(whole, queries[:50], 10)[1]
+    assert np.mean([np.isin(one, two).mean() for one, two in zip(found, wanted, strict=True)]) > 0.95
+    for part, offset in parts:  # a row is in the list of its own part, and there alone
+        theirs = libfaiss.load().extract_index_ivf(part).invlists
+        for number in range(32):
+            ids = libfaiss.load().rev_swig_ptr(theirs.get_ids(number), theirs.list_size(number)) + offset
+            ours = libfaiss.load().rev_swig_ptr(whole.invlists.get_ids(number), whole.invlists.list_size(number))
+            assert set(ids) - set(removed) == {id for id in ours if offset <= id < offset + 300}
 
 
 @pytest.fixture
@@ -316,6 +353,35 @@ def test_an_export_has_the_rows_and_vectors_of_the_index(ours: Path, tmp_path: P
         export_clip_retrieval(str(ours), str(tmp_path / "export"))
     with pytest.raises(ConfigError, match="is remote"):
         export_clip_retrieval(str(ours), "s3://bucket/export")
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """An index of three shards with the codes of an index of more than `flat_rows` rows, some of them removed."""
+    images, texts = clustered(3000, DIM, 60)
+    texts[::7] = 0
+    make_out(tmp_path / "out", images, texts, (1800, 1200))
+    config = MergeConfig(shard_rows=1000, queries=50, flat_rows=1000)
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), config)
+    assert manifest.rerank >= 2
+    assert all(key.endswith("x4fs") for key in manifest.key.values())
+    removals.add(Store(str(tmp_path / "index")), "key", ["0-5", "1-70", "0-1"])
+    return tmp_path / "index"
+
+
+def test_the_index_that_a_large_out_gets_is_exported(large: Path, tmp_path: Path) -> None:
+    export_clip_retrieval(str(large), str(tmp_path / "export"))
+    queries = clustered(3000, DIM, 60)[0][:100]
+    with Searcher(str(large)) as searcher:
+        for modality in ("image", "text"):
+            whole = faiss_index.read(str(tmp_path / f"export/{modality}.index"))
+            assert whole.nprobe == searcher.manifest.effort[modality]
+            there = searcher.stored[modality][np.setdiff1d(np.arange(3000), searcher.removed)].any(axis=1)
+            assert whole.ntotal == np.count_nonzero(there)
+            wanted, found = searcher.search_ids(queries, 10, modality)[1], faiss_search.search(whole, queries, 10)[1]
+            same = [np.isin(one, two).mean() for one, two in zip(found, wanted, strict=True)]
+            assert np.mean(same) > 0.9
+            assert not np.isin(found, searcher.removed).any()
 
 
 def test_an_index_on_disk_is_exported_as_one_file(tmp_path: Path) -> None:
@@ -516,10 +582,10 @@ def test_embeddings_of_clip_retrieval_itself(clip_retrieval: str, tmp_path: Path
         assert [hit.metadata["row"] for hit in hits] == list(range(60))
 
 
-@pytest.fixture
-def served(clip_retrieval: str, ours: Path, tmp_path: Path) -> Iterator[str]:
-    """The URL of clip-retrieval's service, which serves an export of `ours`."""
-    export_clip_retrieval(str(ours), str(tmp_path / "export"))
+@contextlib.contextmanager
+def served(clip_retrieval: str, index: Path, tmp_path: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
+    """A function that asks clip-retrieval's service, which serves an export of an index."""
+    export_clip_retrieval(str(index), str(tmp_path / "export"))
     (tmp_path / "run").mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -535,30 +601,49 @@ def served(clip_retrieval: str, ours: Path, tmp_path: Path) -> Iterator[str]:
                 break
             assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
             time.sleep(0.5)
-        yield url
+        with urllib.request.urlopen(f"{url}/indices-list", timeout=30) as answer:
+            assert json.load(answer) == ["export"]
+
+        def ask(path: str, body: dict[str, Any]) -> Any:
+            data = json.dumps({**body, "indice_name": "export"}).encode()
+            with urllib.request.urlopen(f"{url}/{path}", data, timeout=30) as answer:
+                return json.load(answer)
+
+        yield ask
     finally:
         process.kill()
         process.wait()
 
 
 @pytest.mark.slow
-def test_an_export_is_served_by_clip_retrieval_itself(served: str, ours: Path) -> None:
-    def ask(path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        with urllib.request.urlopen(f"{served}/{path}", json.dumps(body).encode(), timeout=30) as answer:
-            return list(json.load(answer))
-
-    with urllib.request.urlopen(f"{served}/indices-list", timeout=30) as answer:
-        assert json.load(answer) == ["export"]
+def test_an_export_is_served_by_clip_retrieval_itself(clip_retrieval: str, ours: Path, tmp_path: Path) -> None:
     queries = clustered(sum(SIZES), DIM, 8)[1][:20]
-    with Searcher(str(ours)) as searcher:
+    with Searcher(str(ours)) as searcher, served(clip_retrieval, ours, tmp_path) as ask:
         for modality in ("image", "text"):
             for query, hits in zip(queries, searcher.search(queries, 10, modality), strict=True):
-                body = {"embedding_input": query.tolist(), "modality": modality, "num_images": 10}
-                found = ask("knn-service", {**body, "indice_name": "export"})
+                found = ask("knn-service", {"embedding_input": query.tolist(), "modality": modality, "num_images": 10})
                 assert [hit["id"] for hit in found] == [hit.id for hit in hits]
                 assert [hit["caption"] for hit in found] == [hit.metadata["caption"] for hit in hits]
                 assert [hit["image_path"] for hit in found] == [hit.metadata["key"] for hit in hits]
                 assert np.allclose([hit["similarity"] for hit in found], [hit.score for hit in hits], atol=1e-5)
-        gone = int(searcher.removed[0])
-    (empty,) = ask("metadata", {"ids": [gone], "indice_name": "export"})
-    assert set(empty["metadata"].values()) == {None, ""}
+        (empty,) = ask("metadata", {"ids": [int(searcher.removed[0])]})
+        assert set(empty["metadata"].values()) == {None, ""}
+
+
+@pytest.mark.slow
+def test_the_index_of_a_large_out_is_served_by_clip_retrieval_itself(
+    clip_retrieval: str, large: Path, tmp_path: Path
+) -> None:
+    with Searcher(str(large)) as searcher, served(clip_retrieval, large, tmp_path) as ask:
+        rows, shares = np.setdiff1d(np.arange(0, 3000, 100), searcher.removed), []
+        queries = searcher.reconstruct(rows)
+        for row, query, hits in zip(rows, queries, searcher.search(queries, 10), strict=True):
+            body = {"embedding_input": query.tolist(), "modality": "image", "num_images": 10}
+            found = {hit["id"]: hit for hit in ask("knn-service", {**body, "deduplicate": True})}
+            assert found[row]["similarity"] == pytest.approx(1, abs=0.01)
+            same = [hit for hit in hits if hit.id in found]
+            shares.append(len(same) / len(hits))
+            for hit in same:
+                assert found[hit.id]["similarity"] == pytest.approx(hit.score, abs=0.02)
+                assert found[hit.id]["caption"] == hit.metadata["caption"]
+        assert np.mean(shares) > 0.9

@@ -1,7 +1,8 @@
 """Makes one faiss index of several shards' indices, for systems that cannot search shards.
 
-Indices with inverted lists are joined list by list, their codes unchanged. Others are filled anew with the vectors that
-they store, which for exact kinds (Flat, HNSW, RFlat) are the vectors that were added.
+Indices with inverted lists are joined list by list, their codes unchanged; only fast-scan codes, which faiss cannot
+decode, are made anew (see `recode`). Other indices are filled anew with the vectors that they store, which for exact
+kinds (Flat, HNSW, RFlat) are the vectors that were added.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from clip_batch.errors import ConfigError
 from clip_batch.index.ann.faiss_index import write
 from clip_batch.index.ann.faiss_search import REFINE_FACTOR
 from clip_batch.index.ann.libfaiss import Index, inner, innermost, load
+from clip_batch.index.ann.recode import recode
 
 if TYPE_CHECKING:
     from clip_batch.index.ann.libfaiss import Ids
+    from clip_batch.index.ann.rows import Stacked
 
     Part = tuple[Index, int]
 
@@ -25,23 +28,29 @@ BLOCK = 16_384
 """Vectors read back at a time."""
 
 
-def concatenate(parts: Sequence[Part], removed: Ids, effort: int | None, path: str) -> None:
+def concatenate(
+    parts: Sequence[Part], removed: Ids, effort: int | None, path: str, stored: Stacked | None = None
+) -> None:
     """Write the indices of `parts`, each with the offset of its ids, as one plain faiss file.
 
     An id is its id in the part plus the offset; the sorted ids `removed` are left out. `effort` (nprobe or efSearch) is
     stored in the file, for readers that set none. The parts may be memory-mapped, and cannot be used afterwards.
-    Memory: the whole index, unless there is only one part and nothing to leave out. ConfigError: fast-scan codes, whose
-    vectors faiss cannot look up by their place in a list, as clip-retrieval does.
+    `stored` are the exact vectors of all ids, if they are there: where the parts have fast-scan codes, whose vectors
+    faiss cannot look up by their place in a list as clip-retrieval does, they get codes of 8 bits. Memory: the whole
+    index, unless there is only one part and nothing to leave out; with new codes always, and 20 bytes a row.
+    ConfigError: fast-scan codes without exact vectors.
     """
     faiss, first = load(), parts[0][0]
     by_lists = isinstance(_codes(first), faiss.IndexIVF)
     lists = faiss.downcast_InvertedLists(_codes(first).invlists) if by_lists else None
     if isinstance(lists, faiss.BlockInvertedLists):
-        raise ConfigError(
-            "an index of fast-scan codes cannot be exported: clip-retrieval reads every hit's vector back, and faiss "
-            "cannot do that for it; merge with another --index-key, or the same one with ,RFlat"
-        )
-    if len(parts) == 1 and not len(removed) and not isinstance(lists, faiss.OnDiskInvertedLists):
+        if stored is None:
+            raise ConfigError(
+                "an index of fast-scan codes without exact vectors cannot be exported: clip-retrieval reads every "
+                "hit's vector back, and faiss cannot decode them; merge with --rerank 10, or another --index-key"
+            )
+        whole = recode(parts, len(stored), removed, stored)
+    elif len(parts) == 1 and not len(removed) and not isinstance(lists, faiss.OnDiskInvertedLists):
         whole = first
     else:
         whole = _by_lists(parts, removed) if by_lists else _anew(parts, removed)

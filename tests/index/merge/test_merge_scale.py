@@ -301,10 +301,10 @@ def test_the_best_candidates_of_all_shards_are_scored_once_whatever_the_layout(
             merge(f"{folder}/out", index, way)
             merge(f"{folder}/more", index, replace(way, add=True, seed=1))
             with Searcher(index) as searcher:
-                stored = searcher._stored["image"] = Counted(searcher._stored["image"]._matrices)
+                stored = searcher.stored["image"] = Counted(searcher.stored["image"]._matrices)
                 found = named(searcher, queries, k)
                 assert stored.reads <= len(queries) * depth
-                searcher._stored.clear()
+                searcher.stored.clear()
                 rough = named(searcher, queries, 1200)
         for hits, line in zip(found, rough, strict=True):
             last = line[depth - 1][1] if depth < len(line) else -np.inf
