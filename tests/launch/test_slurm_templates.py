@@ -126,9 +126,8 @@ def work(slurm: Slurm, tmp_path: Path) -> Iterator[Work]:
     assert main([*plan, "--output", f"{tmp_path}/out"]) == 0
     options = {"OUT": f"{tmp_path}/out", "CLIP_BATCH_EMBED_DEVICE": "cpu", "CLIP_BATCH_EMBED_BATCH_SIZE": "2"}
     options["CLIP_BATCH_EMBED_ALLOW_EMPTY"] = "1"  # one partition has bad pictures alone
-    hold = Hold(tmp_path / "hold")
-    yield Work(replace(slurm, env={**slurm.env, **options, **hold.env, "TASKS": "4"}), tmp_path, tars, hold)
-    hold.release()
+    with Hold(tmp_path / "hold") as hold:
+        yield Work(replace(slurm, env={**slurm.env, **options, **hold.env, "TASKS": "4"}), tmp_path, tars, hold)
 
 
 def test_the_cluster_has_two_nodes_of_two_gpus(slurm: Slurm, tmp_path: Path) -> None:

@@ -20,12 +20,14 @@ HOLD = os.path.join(os.path.dirname(__file__), "hold")
 woken, wake = os.pipe()
 os.set_blocking(wake, False)
 signal.set_wakeup_fd(wake)  # Python writes to it when it handles a signal
+opened = []
 
 
 def held(name):
     try:
         with open(HOLD) as file:
-            return name >= file.read()
+            after, first = file.read().split(" ")
+            return name >= first and len(opened) >= int(after)
     except FileNotFoundError:
         return False
 
@@ -38,6 +40,7 @@ def wait(name):
 def hook(event, arguments):
     if event == "open" and str(arguments[0]).endswith(".tar"):
         wait(os.path.basename(arguments[0]))
+        opened.append(arguments[0])
 
 
 if "SLURM_STEP_ID" in os.environ:
@@ -47,7 +50,10 @@ sys.addaudithook(hook)
 
 
 class Hold:
-    """Holds the Python processes that have `env` in their environment; its files lie in a folder of its own."""
+    """Holds the Python processes that have `env` in their environment, until the end of its block at the latest.
+
+    Its files lie in a folder of its own.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -56,13 +62,20 @@ class Hold:
         path = filter(None, (str(folder), os.environ.get("PYTHONPATH")))
         self.env = {"PYTHONPATH": os.pathsep.join(path)}
 
-    def at(self, name: str) -> None:
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def at(self, name: str, after: int = 0) -> None:
         """From now on, whoever opens a tar of this name, or of a later one in alphabetical order, waits.
 
+        A process that has not opened `after` tars yet opens so many first.
         With "", the processes of SLURM's steps wait before they do anything, and do not handle signals yet.
         """
         new = self._file.with_name("new")
-        new.write_text(name)
+        new.write_text(f"{after} {name}")
         new.replace(self._file)
 
     def release(self) -> None:
