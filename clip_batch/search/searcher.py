@@ -8,9 +8,10 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,9 @@ EXACT = 10_000
 
 QUICK = 2**20
 """Bytes of codes that one thread compares with a query sooner than the work can be handed to several."""
+
+SOON = 2**24
+"""Bytes of codes up to which faiss's threads are not woken for one query: other clients need the cores."""
 
 
 @dataclass(frozen=True)
@@ -298,9 +302,8 @@ class Searcher:
         One query that has little to compare, or only one index, is answered in the calling thread.
         """
         shards, shared = self.indices[modality], self._shared[modality]
-        alone = len(queries) == 1 and (
-            len(shards) == 1 or (shared is not None and shared.probes(effort) * shared.bytes_per_list <= QUICK)
-        )
+        compared = inf if shared is None else shared.probes(effort) * shared.bytes_per_list
+        alone = len(queries) == 1 and (len(shards) == 1 or compared <= QUICK)
         probe = None
         if shared is not None and len(shards) > 1 and depth < faiss_search.DEEP:
             assign = partial(shared_lists.probe, shared, queries, effort)
@@ -316,7 +319,10 @@ class Searcher:
             parameters = nothing_removed if removed is None else shared_lists.parameters(probe, removed)
             return shared_lists.search(shared, number, probe, k, parameters)
 
-        return list((map if alone else self._pool.map)(search, range(len(shards))))
+        if not alone:
+            return list(self._pool.map(search, range(len(shards))))
+        with faiss_index.one_thread() if compared <= SOON else nullcontext():
+            return [search(number) for number in range(len(shards))]
 
     def _exact(self, queries: Vectors, ids: Ids, k: int, modality: str) -> tuple[Vectors, Ids]:
         """Search a few rows, as `search_ids` does, by scoring all of them."""

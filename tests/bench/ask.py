@@ -71,6 +71,7 @@ def open_ours(folder: Path, home: Path | None) -> Opened:
         rows = np.cumsum([0, *np.bincount(partition)])[partition] + row
 
     def search(queries: Vectors, k: int, kind: str, effort: int | None) -> Ids:
+        effort = effort or manifest.effort_for("image", k, kind)
         ids = searcher.search_ids(queries, k, "image", effort)[1]
         return ids if rows is None else np.where(ids < 0, -1, rows[ids])
 
@@ -84,6 +85,7 @@ def open_ours(folder: Path, home: Path | None) -> Opened:
         "rerank": manifest.rerank,
         "shards": len(manifest.shards),
         "effort": manifest.effort["image"],
+        "efforts": manifest.efforts.get("image"),
         "promised": manifest.recall["image"],
         "index_mb": mb(".index"),
         "rerank_mb": mb(".npy"),

@@ -43,7 +43,7 @@ def train(index_key: str, vectors: Vectors, seed: int = 0) -> Index:
             ivf.cp.seed, ivf.cp.min_points_per_centroid = seed, 1
             if ivf.quantizer_trains_alone != TRAINS_ALONE:
                 _place_lists(index, vectors, seed)
-        with _one_thread() if hasattr(codes, "pq") and codes.pq.nbits <= FEW_BITS else nullcontext():
+        with one_thread() if hasattr(codes, "pq") and codes.pq.nbits <= FEW_BITS else nullcontext():
             index.train(vectors)
     return index
 
@@ -186,7 +186,8 @@ def use_threads(count: int) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Let faiss use one thread for what the calling thread asks meanwhile."""
     threads = load().omp_get_max_threads()
     use_threads(1)
     try:
