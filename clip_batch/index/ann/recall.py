@@ -145,12 +145,12 @@ def _recalls(trial: RecallTrial, effort: int, k: int, factor: int, shards: int) 
     return shares
 
 
-def least_effort(trial: RecallTrial, target: float, k: int, factor: int = 0) -> tuple[int, bool]:
-    """(number, True) of the least effort tried whose recall at k reaches the target.
+def least_effort(trial: RecallTrial, target: float, k: int, factor: int = 0, shards: int = 1) -> tuple[int, bool]:
+    """(number, True) of the least effort tried whose recall at k (see `recall`) reaches the target.
 
     Where none does, (number, False) of the least effort with the recall of the largest.
     """
-    recalls = [recall(trial, number, k, factor) for number in range(len(trial.places))]
+    recalls = [recall(trial, number, k, factor, shards) for number in range(len(trial.places))]
     for number, value in enumerate(recalls):
         if value is None or value >= target:
             return number, True

@@ -34,7 +34,8 @@ def tune(template: Template, progress: Say) -> Tuning:
     for modality in template.keys:
         trials = {kind: _fold(template, modality, kind) for kind in kinds}
         efforts = faiss_index.efforts(template.index(modality))
-        places, missed = _least_efforts(trials, job.config.recall_target, template.rerank)
+        parts = {kind: 1 if _is_whole(job, kind) else _times(job) for kind in trials}
+        places, missed = _least_efforts(trials, parts, job.config.recall_target, template.rerank)
         tuning.effort[modality] = efforts[max(max(by_k) for by_k in places.values())] if efforts else None
         if efforts:
             ks = [str(k) for k in recall.DEPTHS]
@@ -62,16 +63,24 @@ def tune(template: Template, progress: Say) -> Tuning:
     return tuning
 
 
+def _times(job: MergeJob) -> int:
+    """How many times as many shards the version has as are new: hits are spread over all of them."""
+    return (len(job.base.shards) + job.shards) // job.shards if job.base else 1
+
+
 def _least_efforts(
-    trials: dict[str, RecallTrial], target: float, factor: int
+    trials: dict[str, RecallTrial], parts: dict[str, int], target: float, factor: int
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """By kind, the positions of the least efforts that reach the target at each of `DEPTHS`; and which miss it."""
+    """By kind, the positions of the least efforts that reach the target at each of `DEPTHS`; and which miss it.
+
+    A trial is over one of so many `parts` of the rows: its share of the hits is what must be found.
+    """
     places: dict[str, tuple[int, ...]] = {}
     missed = []
     for kind, trial in trials.items():
         own, found = kind.removeprefix(REFERENCE), []
         for k in recall.DEPTHS:
-            number, reached = recall.least_effort(trial, target, k, factor)
+            number, reached = recall.least_effort(trial, target, k, factor, parts[kind])
             found.append(int(trial.places[number]))
             missed += [] if reached else [f"{k} of {own} queries"]
         places[own] = tuple(max(pair) for pair in zip(found, places.get(own, found), strict=True))

@@ -188,6 +188,30 @@ def test_an_addition_leaves_the_old_shards_where_they_are_and_is_made_once(tmp_p
         assert [line[0].score > 0.999 for line in searcher.search(images[::50], 1)] == [True] * 24
 
 
+def test_the_index_of_many_rows_grows_and_gives_every_row_over_a_threshold(tmp_path: Path) -> None:
+    images, texts = clustered(6000, 32, 60)
+    make_out(tmp_path / "out", images[:4000], texts[:4000], [4000])
+    make_out(tmp_path / "more", images[4000:], texts[4000:], [2000])
+    config, lines = MergeConfig(shard_rows=1500, queries=50, flat_rows=1000), list[str]()
+    first = merge(str(tmp_path / "out"), str(tmp_path / "index"), config)
+    assert first.rerank
+    assert first.key["image"].endswith("x4fs")
+    added = replace(config, add=True)
+    second = merge(str(tmp_path / "more"), str(tmp_path / "index"), added, progress=lines.append)
+    # The new rows' own queries are content with the new rows' share of their neighbours.
+    assert not any("no effort reaches" in line for line in lines)
+    assert all(
+        recall[k] >= 0.95 for kinds in second.recall.values() for recall in kinds.values() for k in ("10", "100")
+    )
+    assert verify_index(Store(str(tmp_path / "index")), deep=True).problems == {}
+    with Searcher(str(tmp_path / "index")) as searcher:
+        rows = unit(searcher.reconstruct(np.arange(6000)))
+        for query in images[::1000]:
+            scores, ids = (np.concatenate(parts) for parts in zip(*searcher.search_over(query, 0.5), strict=True))
+            assert np.array_equal(ids, np.flatnonzero(rows @ query >= 0.5))
+            assert np.allclose(scores, rows[ids] @ query, atol=1e-5)
+
+
 def test_rows_unlike_the_old_ones_ask_for_retraining(tmp_path: Path) -> None:
     images, texts = clustered(2000, 16, 20, seed=1)
     config = replace(IVF, index_key="IVF64,Flat", shard_rows=2000, queries=200)
