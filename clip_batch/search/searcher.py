@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 EXACT = 10_000
 """Up to this many selected rows are all scored, rather than searched for in the lists of the index."""
 
+SCANNING = 8
+"""Most threads that score all stored vectors: each holds 16,384 vectors, 64 MB of 512 dimensions."""
+
 QUICK = 2**20
 """Bytes of codes that one thread compares with a query sooner than the work can be handed to several."""
 
@@ -357,16 +360,21 @@ class Searcher:
         vector, shards = checked_search(self.manifest, query, 1, modality, effort)[:1], self.indices[modality]
         stored = self.stored.get(modality)
         effort = self.manifest.effort[modality] if effort is None else effort
-        for shard in shards:
-            if stored is None:
+        if stored is None:
+            for shard in shards:
                 scores, ids = faiss_search.search_over(shard.index, vector, threshold, effort, shard.removed)
                 yield scores, ids + shard.offset
-                continue
-            for block in blocks(shard.rows):
-                ids = np.arange(block.start, block.stop) + shard.offset
-                ids = ids[~removed_rows.contains(self.removed, ids)]
-                scores = unit(stored[ids]) @ vector[0]
-                yield scores[scores >= threshold], ids[scores >= threshold]
+            return
+
+        def scan(block: slice) -> tuple[Vectors, Ids]:
+            ids = np.arange(shard.offset + block.start, shard.offset + block.stop)
+            ids = ids[~removed_rows.contains(self.removed, ids)]
+            scores = unit(stored[ids]) @ vector[0]
+            return scores[scores >= threshold], ids[scores >= threshold]
+
+        with ThreadPoolExecutor(min(SCANNING, cores()), "scan") as pool:
+            for shard in shards:
+                yield from pool.map(scan, blocks(shard.rows))
 
     def _removed(self, offset: int, rows: int) -> faiss_search.Removed | None:
         """The removed rows in [offset, offset + rows), counted from `offset`; None if none of these was removed."""
