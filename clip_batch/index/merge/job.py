@@ -30,6 +30,9 @@ FORMAT = 4
 MOST_ROWS = 5_000_000
 """Rows of an index shard at most, unless `shard_rows` is larger: a lost task loses little, a server opens few files."""
 
+FEW_ROWS = 1000
+"""Rows up to which `--index-key auto` is Flat whatever `flat_rows` is: they train no codebook."""
+
 ROW_BYTES = 112
 """Memory of a shard task for each row, besides vectors and codes: list, position, flags, an id map's entry."""
 
@@ -100,7 +103,7 @@ class MergeJob:
             return [Choice(index_keys.autofaiss_key(rows, self.source.dim, memory), rerank or 0)]
         if config.index_key != "auto":
             return [Choice(config.index_key, rerank or 0)]
-        if rows <= config.flat_rows:
+        if rows <= max(config.flat_rows, FEW_ROWS):
             return [Choice("Flat", rerank or 0)]
         mapped = config.layout == "single"
         return index_keys.choices(rows, self.source.dim, memory, rerank, config.growing, mapped)

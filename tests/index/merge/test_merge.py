@@ -415,6 +415,17 @@ def test_codes_that_confuse_the_data_are_not_taken(tmp_path: Path) -> None:
     assert sum(line.startswith("tried ") for line in lines) == len(keys)
 
 
+def test_too_few_rows_for_a_codebook_are_flat_whatever_is_asked(tmp_path: Path) -> None:
+    images, texts = clustered(12, 8, 3)
+    make_out(tmp_path / "out", images, texts, [12])
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, flat_rows=0))
+    assert manifest.key == {"image": "Flat", "text": "Flat"}
+    images, texts = clustered(1001, 8, 30)
+    make_out(tmp_path / "more", images, texts, [1001])
+    manifest = merge(str(tmp_path / "more"), str(tmp_path / "index2"), replace(CONFIG, flat_rows=0))
+    assert manifest.key["image"].startswith("IVF32,")
+
+
 def test_without_re_ranking_codes_find_the_rows_themselves(tmp_path: Path) -> None:
     images, texts = clustered(6000, 32, 300)
     make_out(tmp_path / "out", images, texts, [6000])
