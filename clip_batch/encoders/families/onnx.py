@@ -142,8 +142,10 @@ def _text_tower(folder: str, config: dict[str, Any], graph: Graph) -> TextTower:
     if "open_clip" in tokens:
         import open_clip
 
+        from clip_batch.encoders.word_tokenizer import by_words
+
         name = tokens["open_clip"]
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}" if name == "." else name)
+        tokenizer = by_words(open_clip.get_tokenizer(f"local-dir:{folder}" if name == "." else name))
         return lambda texts: graph({"input_ids": tokenizer(list(texts)).numpy()})
     tokenize = hub.tokenizer(folder)
     options = {"padding": "max_length", "truncation": True, "max_length": tokens["length"], "return_tensors": "np"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_batch.encoders import hub
 from clip_batch.encoders.text_tower import TrimmedTextTower
+from clip_batch.encoders.word_tokenizer import by_words
 from clip_batch.errors import EncoderError, some
 from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
@@ -136,6 +137,6 @@ def load_model(model: str, pretrained: str, precision: str, device: torch.device
             precision="fp32" if precision == "int8" else precision,
             device=device,
         )
-        return loaded.eval(), transform, open_clip.get_tokenizer(model)
+        return loaded.eval(), transform, by_words(open_clip.get_tokenizer(model))
     except Exception as error:
         raise EncoderError(f"open_clip cannot load {model} {pretrained}: {hub.line(error)}") from None
