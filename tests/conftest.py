@@ -24,12 +24,18 @@ REQUIRED = os.environ.get("CLIP_BATCH_REQUIRE_SERVICES") == "1"
 """Whether a test that would be skipped, because a server or a library is missing, fails instead."""
 
 TOO_NEW = "does not run on Python"
-"""Words of the one reason for a skip that nothing installed would mend."""
+NO_GPU = "no GPU that torch can use"
+"""Words of the two reasons for a skip that nothing installed would mend."""
+
+DEVICE = os.environ.get("CLIP_BATCH_TEST_DEVICE", "cuda")
+"""The device of the tests marked `cuda`. On cpu, all of them run that can, so that a mistake in one is found there."""
 
 
 def _must_run(report: pytest.TestReport | pytest.CollectReport) -> None:
     """Turn a skip into a failure, where `REQUIRED` says so."""
-    if REQUIRED and report.skipped and not hasattr(report, "wasxfail") and TOO_NEW not in str(report.longrepr):
+    if REQUIRED and report.skipped and not hasattr(report, "wasxfail"):
+        if any(reason in str(report.longrepr) for reason in (TOO_NEW, NO_GPU)):
+            return
         report.outcome = "failed"
         report.longrepr = f"CLIP_BATCH_REQUIRE_SERVICES=1 allows no skip: {report.longrepr}"
 
@@ -53,6 +59,24 @@ def _no_options_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("CLIP_BATCH_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """The device of a test marked `cuda`, which is skipped where torch can use no GPU."""
+    if DEVICE.startswith("cuda"):
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip(NO_GPU)
+    return DEVICE
+
+
+@pytest.fixture
+def cuda(device: str) -> str:
+    """The same, of a test that means nothing on a CPU."""
+    if not device.startswith("cuda"):
+        pytest.skip(NO_GPU)
+    return device
 
 
 @pytest.fixture

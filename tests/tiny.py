@@ -216,3 +216,34 @@ def mclip(folder: Path) -> str:
     settings = {"modelBase": "base", "transformerDimSize": 32, "imageDimSize": 256, "model_type": "M-CLIP"}
     (folder / "config.json").write_text(json.dumps(settings))
     return str(folder)
+
+
+def ofa_clip(folder: Path) -> str:
+    """A checkpoint like `cn_clip`'s, of ViT-B-16, where cn_clip is not installed: random towers under its names."""
+    import torch
+    from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+    from transformers import BertConfig, BertModel
+
+    seeded()
+    (folder / "vocab.txt").write_text("\n".join(bert_vocabulary()) + "\n")
+    visual = VisionTransformer(
+        image_size=SIDE, patch_size=16, width=128, layers=2, heads=2, mlp_ratio=4, output_dim=24, act_layer=QuickGELU,
+        norm_layer=LayerNorm,
+    )  # fmt: skip
+    sizes = text(len(bert_vocabulary()), hidden_size=128, num_attention_heads=2, max_position_embeddings=64)
+    bert = BertModel(BertConfig(**sizes, type_vocab_size=2), add_pooling_layer=False)
+    state = torch.nn.ModuleDict({"visual": visual, "bert": bert}).state_dict()
+    state["text_projection"] = torch.randn(128, 24) / 128**0.5
+    weights = {f"module.{name}": value for name, value in state.items()}
+    torch.save({"epoch": 1, "name": "tiny", "state_dict": weights}, folder / "clip_cn.pt")
+    return str(folder / "clip_cn.pt")
+
+
+def timm_model(folder: Path, name: str) -> str:
+    """A checkpoint of one of timm's small test models."""
+    import timm
+    import torch
+
+    seeded()
+    torch.save(timm.create_model(name, pretrained=False).state_dict(), folder / "model.pth")
+    return str(folder / "model.pth")

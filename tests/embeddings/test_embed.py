@@ -382,6 +382,38 @@ def test_a_full_disk_fails_the_partition_and_publishes_nothing(tars: list[str], 
     assert len(rows(out)) == 240
 
 
+class Lost:
+    """An encoder whose GPU is lost after so many batches, as torch tells it."""
+
+    def __init__(self, encoder: encoders.Encoder, batches: int) -> None:
+        self.dim, self.preprocess, self.encode_texts = encoder.dim, encoder.preprocess, encoder.encode_texts
+        self.has_text, self.encoder, self.left = encoder.has_text, encoder, batches
+
+    def encode_images(self, batch: Any) -> Any:
+        if not self.left:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        self.left -= 1
+        return self.encoder.encode_images(batch)
+
+
+def test_a_lost_gpu_fails_its_partitions_and_another_worker_finishes_them(tars: list[str], tmp_path: Path) -> None:
+    undisturbed, out = str(tmp_path / "undisturbed"), str(tmp_path / "out")
+    encoder = encoders.load(plan(tars, undisturbed).encoder)
+    embed(undisturbed, SMALL, encoder=encoder)
+    plan(tars, out)
+    outcomes = embed(out, SMALL, encoder=Lost(encoder, 3 + 2))  # in the second partition's last batch
+    assert [outcome.state for outcome in outcomes] == ["committed"] + ["failed"] * 3
+    assert all("RuntimeError: CUDA error: unspecified launch failure" in outcome.error for outcome in outcomes[1:])
+    assert "this worker gives up" in outcomes[-1].error
+    assert committed(Store(out)) == {0} and len(os.listdir(f"{out}/img_emb")) == 1
+    found = status(Store(out))
+    assert (found.failed, found.missing) == ([1, 2, 3], [1, 2, 3, 4, 5])
+    assert "unspecified launch failure" in found.errors["1"]
+    assert [outcome.state for outcome in embed(out, SMALL, encoder=encoder)] == ["committed"] * 5
+    assert rows(out) == rows(undisturbed)
+    assert verify_output(Store(out), deep=True).ok
+
+
 def test_folders_of_files_are_embedded_like_tars(tmp_path: Path, out: str) -> None:
     folder = tmp_path / "pictures"
     for name, content in corpus.good_files(30, seed=3):
