@@ -1,6 +1,6 @@
 """Models on a GPU: a CPU's vectors, each caller's own rows, memory that stays.
 
-    python -m pytest -m cuda -rA --show-capture=stdout tests/encoders/test_cuda.py tests/embeddings/test_cuda_embed.py
+    python -m pytest -W default -m cuda -rA --show-capture=stdout tests/*/test_cuda*.py
 
 -rA shows what was measured. CLIP_BATCH_TEST_DEVICE=cpu runs what can be run without a GPU.
 """
