@@ -69,7 +69,17 @@ def report(
     print(json.dumps({"benchmark": benchmark, **arguments, **figures}))
     if options.record is None:
         return
-    result = {
+    RESULTS.mkdir(exist_ok=True)
+    described = describe(benchmark, stage, options, rows, figures)
+    (RESULTS / f"{options.record or benchmark}.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
+
+
+def describe(
+    benchmark: str, stage: str, options: argparse.Namespace, rows: Sequence[Row], figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of a file of `RESULTS`: the rows, all figures, and what they were measured with."""
+    arguments = {name: value for name, value in vars(options).items() if name != "record"}
+    return {
         "benchmark": benchmark,
         "stage": stage,
         "script": f"tests/bench/{benchmark}.py",
@@ -81,8 +91,6 @@ def report(
         "rows": [asdict(row) for row in rows],
         "figures": {**arguments, **figures},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.record or benchmark}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,203 @@
+"""From tars to commits, with captions: in one process, and by several workers that share the GPU.
+
+The tars are links to one, so that they are written fast. The rate of one process is that between its first batch and
+its last; planning, loading and compiling come before. The rate of several workers is that of the time in which all of
+them were at work, by the times in their commits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+import threading
+import time
+from collections import Counter
+from itertools import takewhile
+from typing import Any
+
+from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig
+from clip_batch.embeddings.calibrate import calibrate
+from clip_batch.embeddings.commits import read_commits
+from clip_batch.embeddings.embed import embed
+from clip_batch.embeddings.slots import Slot, partitions
+from clip_batch.embeddings.workers import WorkerRun
+from clip_batch.launch.local import run_workers
+from clip_batch.plan.plan import make_plan
+from clip_batch.storage.store import Store
+from clip_batch.types import EncoderSpec
+from tests.bench.data_path import write_tars
+from tests.bench.gpu_parts import Options, Part, Skipped
+from tests.bench.gpu_parts.encoder import Work, loaded, resolved
+from tests.bench.gpu_parts.timing import watched
+
+SAMPLES = 4000
+"""Samples of a tar."""
+
+
+def run(part: Part) -> None:
+    quick = part.options.quick
+    first, *others = part.options.model
+    small = others[-1] if others else first
+    steady = 1.0 if quick else 12.0
+    rates: dict[str, float] = {}
+    for model in dict.fromkeys([first, small]):
+        part.attempt(f"{model}, one process", 30, one_process, part, model, steady, rates)
+    for model, workers in [(small, 2), (small, 4), (first, 2)][: 1 if quick else None]:
+        part.attempt(f"{model}, {workers} workers", 30, several, part, model, workers, steady * 2 / 3, rates)
+
+
+def tars(options: Options, samples: int) -> list[str]:
+    """Tars of 256-pixel JPEGs with captions that have at least so many samples together."""
+    folder, each = f"{options.home}/tars", 64 if options.quick else SAMPLES
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(f"{folder}/00000.tar"):
+        write_tars(folder, 1, each)
+    paths = [f"{folder}/{number:05d}.tar" for number in range(math.ceil(samples / each))]
+    for path in paths[1:]:
+        if not os.path.exists(path):
+            os.link(paths[0], path)
+    return paths
+
+
+def batch_size(model: str, options: Options) -> int:
+    """The size of batches, for which the part `model` has compiled this model before."""
+    return (512 if model == options.model[0] else 1024) if options.cuda else 8
+
+
+def planned(spec: EncoderSpec, options: Options, out: str, samples: int, count: int) -> None:
+    """Plan so many samples in `count` partitions."""
+    config = PlanConfig(
+        input=tars(options, samples),
+        model=spec.model,
+        pretrained=spec.pretrained,
+        preprocess="fast",
+        precision=options.precision,  # type: ignore[arg-type]
+        partition_count=count,
+        try_model=False,
+    )
+    make_plan(config.input, out, config)
+
+
+def one_process(part: Part, model: str, steady: float, rates: dict[str, float]) -> None:
+    """`embed` in this process, with its encoder loaded before."""
+    options = part.options
+    size = batch_size(model, options)
+    spec = resolved(model, options)
+    encoder, load = loaded(spec, options, size)
+    alone = Work.of(encoder, size, options.precision).pairs(steady / 6, 2)
+    rates[model] = alone
+    out = f"{options.home}/{model}-1"
+    begun = time.perf_counter()
+    planned(spec, options, out, round(alone * steady), 4)
+    plan = time.perf_counter() - begun
+    config = EmbedConfig(batch_size=size, device=options.device, progress=False)
+    counters = WorkerRun()
+    with watched(options.cuda) as gpu, Watch(counters) as watch:
+        outcomes = embed(out, config, run=counters, encoder=encoder)
+        state = gpu(watch.first)
+    assert all(outcome.state == "committed" and not outcome.failed for outcome in outcomes), outcomes
+    part.row(f"{model}_1", f"{model}: tars to commits, one process", "pairs/s", watch.rate, alone, "the model alone")
+    if state:
+        part.row(f"{model}_1_busy", f"{model}: the GPU is busy", "%", state["busy"])
+    part.row(f"{model}_1_cpu", f"{model}: time of the cores for a pair", "ms", 1000 * watch.cpu)
+    figures = {"load_s": load, "plan_s": plan, "first_batch_s": watch.first, "whole_s": watch.whole, "gpu": state}
+    part.figure(model, {**figures, "batch": size, "pairs": counters.samples, "threads": watch.summary()})
+    part.attempt(f"{model}, calibrate", 12, stages, part, model, out, config, encoder)
+
+
+def stages(part: Part, model: str, out: str, config: EmbedConfig, encoder: Any) -> None:
+    """The steps each by itself, as `doctor --calibrate` measures them."""
+    measured = calibrate(out, config, encoder=encoder).measured
+    part.figure(f"{model}_stages", vars(measured))
+    part.row(f"{model}_read", f"{model}: reading alone", "samples/s", measured.read)
+    part.row(f"{model}_decode", f"{model}: decoding alone, all threads", "images/s", measured.decode_all)
+
+
+def several(part: Part, model: str, workers: int, steady: float, rates: dict[str, float]) -> None:
+    """Worker processes on one device, as `embed --workers N` starts them."""
+    options = part.options
+    if model not in rates:
+        raise Skipped("the model alone was not measured")
+    spec = resolved(model, options)
+    out = f"{options.home}/{model}-{workers}"
+    planned(spec, options, out, round(rates[model] * steady), 6 * workers)
+    # Whether a model is compiled by default is the product's choice; where it asks, the answer is yes.
+    asked: dict[str, Any] = {"compile": True} if EmbedConfig.compile is False and options.cuda else {}
+    config = EmbedConfig(batch_size=batch_size(model, options), device=options.device, progress=False, **asked)
+    used, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    with watched(options.cuda) as gpu:
+        code = run_workers(out, workers, config, StorageConfig())
+        whole = time.time() - begun
+        commits = read_commits(Store(out))
+        slots = [partitions(Store(out), Slot(number, workers)) for number in range(workers)]
+        start = max(min(commits[number].started for number in slot) for slot in slots)
+        end = min(max(commits[number].finished for number in slot) for slot in slots)
+        state = gpu(start - begun)
+    assert code == 0, f"the workers ended with {code}"
+    rows = sum(
+        commit.rows
+        * max(0, min(end, commit.finished) - max(start, commit.started))
+        / (commit.finished - commit.started)
+        for commit in commits.values()
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = (after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime) / sum(c.rows for c in commits.values())
+    what = f"{model}: tars to commits, {workers} workers"
+    part.row(f"{model}_{workers}", what, "pairs/s", rows / (end - start), rates[model], "the model alone")
+    if state:
+        part.row(f"{model}_{workers}_busy", f"{model}: the GPU is busy, {workers} workers", "%", state["busy"])
+    figures = {"together_s": end - start, "first_commit_s": start - begun, "whole_s": whole, "cpu_s_pair": cpu}
+    part.figure(f"{model}_{workers}", {**figures, "gpu": state})
+
+
+class Watch:
+    """Looks at a run every tenth of a second: its samples, the time of the cores, and what its threads are doing."""
+
+    def __init__(self, run: WorkerRun) -> None:
+        self.run = run
+        self.first = self.whole = self.rate = self.cpu = 0.0
+        self._seen: list[tuple[float, int, float]] = []
+        self._places: dict[str, Counter[str]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="watch")
+
+    def __enter__(self) -> Watch:
+        self._started = time.perf_counter()
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+        idle = len(list(takewhile(lambda seen: not seen[1], self._seen)))
+        (first, before, cpu), (last, after, cpu_after) = self._seen[min(idle, len(self._seen) - 2)], self._seen[-1]
+        self.first, self.whole = first, last
+        self.rate = (after - before) / (last - first)
+        self.cpu = (cpu_after - cpu) / max(after - before, 1)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """By kind of thread, the share of its looks in each function, the most frequent first."""
+        return {
+            kind: {place: round(count / places.total(), 3) for place, count in places.most_common(6)}
+            for kind, places in self._places.items()
+        }
+
+    def _loop(self) -> None:
+        while not self._stop.wait(0.1):
+            self._look()
+
+    def _look(self) -> None:
+        self._seen.append((time.perf_counter() - self._started, self.run.samples, time.process_time()))
+        names = {thread.ident: thread.name.partition("_")[0] for thread in threading.enumerate()}
+        for ident, frame in sys._current_frames().items():
+            kind = names.get(ident, "other")
+            inner, ours = frame, None
+            while frame.f_back and not ours:
+                ours = frame.f_code.co_name if "clip_batch" in frame.f_code.co_filename else None
+                frame = frame.f_back
+            if kind != "watch" and self.run.samples:
+                self._places.setdefault(kind, Counter())[f"{ours} > {inner.f_code.co_name}:{inner.f_lineno}"] += 1

@@ -1,0 +1,34 @@
+"""The tests that need CUDA: `pytest -m cuda`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+
+from tests import ROOT
+from tests.bench.gpu_parts import Part
+
+
+def run(part: Part) -> None:
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
+    if not files:
+        part.note("no test is marked cuda")
+        return
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "-rfEs", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-W", "default", *files]  # the warnings of other versions of libraries are none of ours
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=part.left)
+        output, code = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, code = (error.stdout or b"").decode(errors="replace"), -1
+        part.note("stopped, because their time was up")
+    print(output)
+    counts = Counter(re.findall(r" (PASSED|FAILED|ERROR|SKIPPED)\b.*\[ *\d+%\]$", output, re.MULTILINE))
+    for name in ("PASSED", "FAILED", "ERROR", "SKIPPED"):
+        part.row(name.lower(), f"tests marked cuda: {name.lower()}", "", counts[name])
+    part.figure("exit", code)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)
+    for line in failed[:8]:
+        part.note(line)
