@@ -21,6 +21,7 @@ from clip_batch.embeddings.commits import committed
 from clip_batch.embeddings.metadata import metadata_row
 from clip_batch.embeddings.part_writer import PartWriter
 from clip_batch.embeddings.partition_queue import PartitionQueue
+from clip_batch.embeddings.slabs import Slab, Slabs
 from clip_batch.embeddings.spare import spare
 from clip_batch.embeddings.workers import WorkerRun, recorded
 from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
@@ -47,7 +48,7 @@ from clip_batch.types import (
 )
 
 if TYPE_CHECKING:
-    from clip_batch.encoders.encoder import Array, Encoder, Pixels
+    from clip_batch.encoders.encoder import Array, Encoder
 
     Encoded = tuple["_Batch", Array | None, Array | None]
 
@@ -92,10 +93,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A sample that is ready to be encoded: its metadata row, its pixels, and what was mended in it."""
+    """A sample that is ready to be encoded: its metadata row, its place in the slab, and what was mended in it."""
 
     row: dict[str, Any]
-    pixels: Pixels
+    place: int
     warnings: list[str]
 
 
@@ -108,7 +109,8 @@ class _Batch:
     """Decoded samples of one partition on their way to the encoder; `last` ends the partition."""
 
     partition: int
-    items: list[_Ready]
+    slab: Slab
+    items: list[_Ready] = field(default_factory=list)
     last: bool = False
     error: Exception | None = None
 
@@ -181,6 +183,7 @@ class _Worker:
         self.abandoned: set[int] = set()
         self.tried: set[int] = set()
         self.batch_size = batch_size(config)
+        self.slabs = Slabs(self.batch_size, pick_device(config.device))
         self.prefetch = parse_bytes(config.prefetch)
 
     def embed(self, todo: list[Partition]) -> list[Outcome]:
@@ -234,7 +237,7 @@ class _Worker:
         window: deque[tuple[_Batch, list[Future[list[_Ready]]]]] = deque()
         for batch, samples in self._read(queue, files):
             chunks = [samples[at : at + _CHUNK] for at in range(0, len(samples), _CHUNK)]
-            window.append((batch, [pool.submit(self._decode_chunk, chunk) for chunk in chunks]))
+            window.append((batch, [pool.submit(self._decode_chunk, chunk, batch.slab) for chunk in chunks]))
             if len(window) > _BATCHES_AHEAD:
                 yield _finish(*window.popleft())
         while window:
@@ -265,18 +268,18 @@ class _Worker:
                     for item in read_slice(piece, self.plan, self.storage.storage_options, files):
                         batch.append(item)
                         if len(batch) == self.batch_size:
-                            yield _Batch(partition.id, []), batch
+                            yield _Batch(partition.id, self.slabs.take()), batch
                             batch = []
             except Preempted:
                 raise
             except (ClipBatchError, OSError) as caught:
                 error = caught
-            yield _Batch(partition.id, [], last=True, error=error), batch
+            yield _Batch(partition.id, self.slabs.take(), last=True, error=error), batch
 
-    def _decode_chunk(self, samples: list[Item]) -> list[_Ready]:
-        return [self._decode_one(sample) if isinstance(sample, Sample) else sample for sample in samples]
+    def _decode_chunk(self, samples: list[Item], slab: Slab) -> list[_Ready]:
+        return [self._decode_one(sample, slab) if isinstance(sample, Sample) else sample for sample in samples]
 
-    def _decode_one(self, sample: Sample) -> _Decoded | Failure:
+    def _decode_one(self, sample: Sample, slab: Slab) -> _Decoded | Failure:
         try:
             assert sample.image is not None
             pixels = self.encoder.preprocess(sample.image, self.config.max_pixels)
@@ -285,7 +288,7 @@ class _Worker:
         caption, values, warnings = decode_texts(sample, self.plan.caption_field)
         row = metadata_row(sample, caption, values, self.plan.fields)
         names = [] if is_utf8(text_name(sample.key)) else ["name_not_utf8"]
-        return _Decoded(row, pixels, names + warnings)
+        return _Decoded(row, slab.add(pixels), names + warnings)
 
     def _encode(self, batches: Iterator[_Batch], device: ThreadPoolExecutor, lanes: int) -> Iterator[Encoded]:
         """Encode up to `lanes` batches at once, while this thread collects the next; batches keep their order."""
@@ -301,18 +304,22 @@ class _Worker:
 
     def _forward(self, batch: _Batch) -> Encoded:
         """The batch with its image and text vectors, None and None after an error, which fails only its partition."""
-        import numpy as np
-
         decoded = [item for item in batch.items if isinstance(item, _Decoded)]
-        if not decoded or batch.partition in self.abandoned:
-            return batch, None, None
         try:
-            pixels = np.stack([item.pixels for item in decoded])
-            captions = [item.row["caption"] for item in decoded]
-            return batch, *encoders.encode_pairs(self.encoder, pixels, captions, self.plan.encoder.precision)
+            if not decoded or batch.partition in self.abandoned:
+                return batch, None, None
+            captions: list[str | None] = [None] * len(decoded)
+            for item in decoded:
+                captions[item.place] = item.row["caption"]
+            pixels = batch.slab.pixels(len(decoded))
+            images, texts = encoders.encode_pairs(self.encoder, pixels, captions, self.plan.encoder.precision)
+            places = [item.place for item in decoded]
+            return batch, images[places], None if texts is None else texts[places]
         except (ClipBatchError, RuntimeError) as error:
             batch.error = error
             return batch, None, None
+        finally:
+            self.slabs.give(batch.slab)
 
     def _write(self, number: int, batches: Iterator[Encoded]) -> Outcome:
         """Write and commit one partition. All its batches are consumed even if it fails."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def cores() -> int:
@@ -35,6 +39,19 @@ def pick_device(device: str) -> str:
     if "SLURM_LOCALID" in os.environ and (visible := gpus()) > 1:
         return f"cuda:{int(os.environ['SLURM_LOCALID']) % visible}"
     return "cuda"
+
+
+def host_array(shape: tuple[int, ...], dtype: npt.DTypeLike, device: str) -> npt.NDArray[Any]:
+    """An array with undefined values, which a GPU copies without the help of the CPU if `device` is one (pinned)."""
+    import numpy as np
+
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            kind = torch.from_numpy(np.empty(0, dtype)).dtype
+            return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+    return np.empty(shape, dtype)
 
 
 def torch_threads() -> int:

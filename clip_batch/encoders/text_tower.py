@@ -11,8 +11,8 @@ from typing import Any
 STEP = 8
 """Lengths are rounded up to a multiple of this, so that a model of 77 tokens sees only ten shapes."""
 
-CHUNK = 64
-"""Captions of similar length that are encoded together."""
+CHUNK = {"cpu": 64, "cuda": 256}
+"""Captions of similar length that are encoded together, by device: a GPU is slow with few."""
 
 
 class TrimmedTextTower:
@@ -23,20 +23,24 @@ class TrimmedTextTower:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self._model, self._device = model, next(model.parameters()).device
         self._trimmed: dict[int, Any] = {}
         self._pooling = _pooling(model)
 
     def __call__(self, tokens: Any) -> Any:
-        """Rows (n, d) of token ids (n, context), on the model's device."""
+        """Rows (n, d), on the model's device, of token ids (n, context) on the host."""
         import torch
 
         if self._pooling is None:
-            return self._model.encode_text(tokens)
+            return self._model.encode_text(tokens.to(self._device))
+        # Lengths are taken on the host: a GPU would be waited for.
         lengths = _lengths(tokens, *self._pooling)
         order = lengths.argsort(descending=True)
-        rows = [self._encode(tokens[chunk], int(lengths[chunk[0]])) for chunk in order.split(CHUNK)]
-        return torch.cat(rows)[order.argsort()]
+        longest = lengths[order].tolist()
+        tokens = tokens[order].to(self._device)
+        size = CHUNK.get(self._device.type, CHUNK["cpu"])
+        rows = [self._encode(tokens[at : at + size], longest[at]) for at in range(0, len(tokens), size)]
+        return torch.cat(rows)[order.argsort().to(self._device)]
 
     def _encode(self, tokens: Any, length: int) -> Any:
         length = min(-(-length // STEP) * STEP, tokens.shape[1])

@@ -1,17 +1,20 @@
 """`TorchEncoder` makes an `Encoder` of any model that runs in torch.
 
 A family's `load` gives it two functions of the model, from pixels and from texts to rows. TorchEncoder does the rest:
-the device, the precision, batches of one shape for compiled models, batches that are too large for a GPU, unit norm.
+the device, its streams, the precision, compilation, batches that are too large for a GPU, unit norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from clip_batch.encoders import inductor
 from clip_batch.encoders.device import pick_device
 from clip_batch.encoders.encoder import NO_TEXT
 from clip_batch.encoders.preprocess import GREY, GREY_SIDE, Preprocessing, normalizer
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 ImageTower = Callable[[torch.Tensor], torch.Tensor]
 """From normalized pixels (n, 3, h, w) to rows (n, d)."""
+
+LANES = 2
+"""Batches that are on a GPU at the same time, each on a stream of its own: one is copied while another is computed."""
 
 TextTower = Callable[[Sequence[str]], torch.Tensor]
 """From n texts to rows (n, d)."""
@@ -38,7 +44,7 @@ class Placement(NamedTuple):
     """What the model computes in, unless the image side is in int8."""
     int8: bool = False
     compiled: int = 0
-    """The size of the batches that the image side is compiled for; 0: it is not compiled."""
+    """The size of the batches that the image side is compiled for, on CUDA of any size; 0: it is not compiled."""
 
 
 def place(spec: EncoderSpec, device: str, compiled: int) -> Placement:
@@ -81,45 +87,66 @@ class TorchEncoder:
         self._preprocess, normalize = preprocessing
         self._device, self._dtype = placement.device, placement.dtype
         self._normalize = normalizer(normalize, self._device) if normalize else None
-        self._compiled, self._compiled_size = image_tower, placement.compiled
-        if placement.compiled:
-            self._compiled = _compile(model, image_tower, self._blank(placement.compiled))
+        self._compiled, self._compiled_size = image_tower, 0
+        if placement.compiled and self._device.type == "cuda":
+            self._image_tower = inductor.compile_tower(model, image_tower, self._blank(2))
+        elif placement.compiled:  # inductor gains nothing on a CPU
+            from clip_batch.encoders import onnx_runtime
+
+            self._compiled_size = placement.compiled
+            self._compiled = onnx_runtime.compile_tower(model, image_tower, self._blank(placement.compiled))
         if placement.int8:
             from clip_batch.encoders.onnx_runtime import quantize
 
-            self._image_tower = self._compiled = quantize(model, image_tower, self._blank(1))
+            self._image_tower = quantize(model, image_tower, self._blank(1))
+        self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the weights, which other streams will read, are there
+            for _ in range(LANES):
+                self._streams.put(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        self._fit_images, self._fit_texts = Fitting(self._encode_images), Fitting(self._encode_texts)
         self.dim = int((self.encode_texts(["a"]) if text_tower else self.encode_images(self._grey()[None])).shape[1])
 
     def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
         return self._preprocess(data, max_pixels)
 
     def encode_images(self, batch: Pixels) -> Array:
-        if len(batch) < self._compiled_size:  # padded, because a batch of another size would be compiled anew
+        if len(batch) < self._compiled_size:  # padded, because a batch of another size would run uncompiled
             padding = np.zeros((self._compiled_size - len(batch), *batch.shape[1:]), batch.dtype)
-            return halve_if_too_large(self._encode_images, np.concatenate([batch, padding]))[: len(batch)]
-        return halve_if_too_large(self._encode_images, batch)
+            return self._fit_images(np.concatenate([batch, padding]))[: len(batch)]
+        return self._fit_images(batch)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
         # Tokenizers cannot take lone surrogates, which a program's own texts may hold.
-        texts = [text if text.isascii() else text.encode(errors="replace").decode() for text in texts]
-        return halve_if_too_large(self._encode_texts, texts)
+        return self._fit_texts([text if text.isascii() else text.encode(errors="replace").decode() for text in texts])
 
     def _encode_images(self, batch: Pixels) -> Array:
-        pixels = torch.from_numpy(batch)
-        if self._device.type == "cuda":
-            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
-        with torch.inference_mode():
+        with self._lane(), torch.inference_mode():
+            pixels = torch.from_numpy(batch).to(self._device, non_blocking=True)
             if self._normalize:
                 pixels = self._normalize(pixels)
-            pixels = pixels.to(self._device, self._dtype)
+            pixels = pixels.to(self._dtype)
             tower = self._compiled if len(pixels) == self._compiled_size else self._image_tower
             return _unit_rows(tower(pixels))
 
     def _encode_texts(self, texts: list[str]) -> Array:
         if self._text_tower is None:
             raise EncoderError(NO_TEXT)
-        with torch.inference_mode():
+        with self._lane(), torch.inference_mode():
             return _unit_rows(self._text_tower(texts))
+
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[None]:
+        """On a GPU, what this thread does runs on one of the streams; it waits until one is free."""
+        if self._device.type != "cuda":
+            yield
+            return
+        stream = self._streams.get()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self._streams.put(stream)
 
     def _grey(self) -> Pixels:
         """The pixels of a small grey picture, by which the shape of the model's images is known."""
@@ -131,30 +158,27 @@ class TorchEncoder:
             return torch.zeros(size, *self._grey().shape, device=self._device, dtype=self._dtype)
 
 
-def halve_if_too_large(encode: Callable[[Any], Array], batch: Pixels | list[str]) -> Array:
-    """`encode` of a batch, or of its halves if the GPU's memory cannot hold the whole batch.
+class Fitting:
+    """Encodes batches in pieces that the GPU's memory can hold; a size that it could not hold is not tried again.
 
     torch.cuda.OutOfMemoryError: the memory cannot hold a single item.
     """
-    try:
-        return encode(batch)
-    except torch.cuda.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    torch.cuda.empty_cache()  # outside `except`, whose error keeps the memory of the failed pass alive
-    middle = len(batch) // 2
-    return np.concatenate([halve_if_too_large(encode, half) for half in (batch[:middle], batch[middle:])])
 
+    def __init__(self, encode: Callable[[Any], Array]) -> None:
+        self._encode = encode
+        self._most: int | None = None
 
-def _compile(model: Any, image_tower: ImageTower, blank: torch.Tensor) -> ImageTower:
-    """The image tower compiled by inductor on CUDA, and by ONNX Runtime on a CPU, where inductor gains nothing."""
-    if blank.device.type == "cuda":
-        from clip_batch.encoders import inductor
-
-        return inductor.compile_tower(image_tower, blank)
-    from clip_batch.encoders import onnx_runtime
-
-    return onnx_runtime.compile_tower(model, image_tower, blank)
+    def __call__(self, batch: Pixels | list[str]) -> Array:
+        if self._most is None or len(batch) <= self._most:
+            try:
+                return self._encode(batch)
+            except torch.cuda.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            torch.cuda.empty_cache()  # outside `except`, whose error keeps the memory of the failed pass alive
+            self._most = len(batch) // 2
+        size = self._most
+        return np.concatenate([self(batch[at : at + size]) for at in range(0, len(batch), size)])
 
 
 def _unit_rows(rows: torch.Tensor) -> Array:

@@ -26,10 +26,10 @@ def test_floats_and_bytes_give_the_same_vectors() -> None:
     assert np.array_equal(encoder.encode_images(bytes_), odd.encode_images(floats))
 
 
-def test_a_batch_too_large_for_the_gpu_is_halved() -> None:
+def test_a_batch_too_large_for_the_gpu_is_halved_and_its_size_is_remembered() -> None:
     import torch
 
-    from clip_batch.encoders.torch_encoder import halve_if_too_large
+    from clip_batch.encoders.torch_encoder import Fitting
 
     sizes = []
 
@@ -41,11 +41,15 @@ def test_a_batch_too_large_for_the_gpu_is_halved() -> None:
 
     batch = np.arange(13 * 3, dtype=np.uint8).reshape(13, 3, 1, 1)
     most = 4
-    assert np.array_equal(halve_if_too_large(encode, batch), batch.reshape(13, 3))
-    assert sizes == [13, 6, 3, 3, 7, 3, 4]
+    fit = Fitting(encode)
+    assert np.array_equal(fit(batch), batch.reshape(13, 3))
+    assert sizes == [13, 6, 3, 3, 3, 3, 1]
+    del sizes[:]
+    assert np.array_equal(fit(batch), batch.reshape(13, 3))
+    assert sizes == [3, 3, 3, 3, 1], "a size that the memory could not hold was tried again"
     most = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        halve_if_too_large(encode, batch)
+        fit(batch)
 
 
 def test_texts_too_many_for_the_gpu_are_halved() -> None:
