@@ -49,7 +49,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes
     tried: dict[str, Tried] = {}
-    with tempfile.TemporaryDirectory() as home, (out / "parts.log").open("wb") as log:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home, (out / "parts.log").open("wb") as log:
         for part in options.only:
             seconds = min(budgets[part], ends - time.monotonic())
             if seconds < min(5, budgets[part]):
@@ -117,7 +117,9 @@ def table(tried: dict[str, Tried]) -> list[str]:
 
 def number(value: Any) -> str:
     """A figure with as many digits as say something."""
-    return f"{value:,.0f}" if isinstance(value, float) and abs(value) >= 1000 else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
 if __name__ == "__main__":

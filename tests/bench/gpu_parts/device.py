@@ -43,6 +43,9 @@ def versions(part: Part) -> None:
     part.figure("versions", found)
     tools = {name: shutil.which(name) for name in ("g++", "gcc", "nvcc", "nvidia-smi", "nvidia-cuda-mps-control")}
     part.figure("tools", {**tools, "python": sys.executable})
+    part.figure(
+        "free_gb", {path: shutil.disk_usage(path).free / 1e9 for path in ("/dev/shm", "/tmp") if os.path.exists(path)}
+    )
     part.row("cores", "cores of this process", "", len(os.sched_getaffinity(0)))
     if part.options.cuda:
         names = "name,driver_version,memory.total,power.limit,clocks.max.sm,mig.mode.current,pcie.link.gen.current"

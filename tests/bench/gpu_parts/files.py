@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig
 from clip_batch.embeddings.calibrate import calibrate
@@ -23,6 +23,7 @@ from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.embed import embed
 from clip_batch.embeddings.slots import Slot, partitions
 from clip_batch.embeddings.workers import WorkerRun
+from clip_batch.errors import EncoderError
 from clip_batch.launch.local import run_workers
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
@@ -36,12 +37,19 @@ SAMPLES = 4000
 """Samples of a tar."""
 
 
+class Alone(NamedTuple):
+    """Pairs a second of a model alone, and whether it could be compiled."""
+
+    rate: float
+    compiled: bool
+
+
 def run(part: Part) -> None:
     quick = part.options.quick
     first, *others = part.options.model
     small = others[-1] if others else first
     steady = 1.0 if quick else 12.0
-    rates: dict[str, float] = {}
+    rates: dict[str, Alone] = {}
     for model in dict.fromkeys([first, small]):
         part.attempt(f"{model}, one process", 30, one_process, part, model, steady, rates)
     for model, workers in [(small, 2), (small, 4), (first, 2)][: 1 if quick else None]:
@@ -80,14 +88,20 @@ def planned(spec: EncoderSpec, options: Options, out: str, samples: int, count: 
     make_plan(config.input, out, config)
 
 
-def one_process(part: Part, model: str, steady: float, rates: dict[str, float]) -> None:
+def one_process(part: Part, model: str, steady: float, rates: dict[str, Alone]) -> None:
     """`embed` in this process, with its encoder loaded before."""
     options = part.options
     size = batch_size(model, options)
     spec = resolved(model, options)
-    encoder, load = loaded(spec, options, size)
+    compiled = True
+    try:
+        encoder, load = loaded(spec, options, size)
+    except EncoderError as error:
+        part.note(f"{model} is not compiled: {error}")
+        compiled = False
+        encoder, load = loaded(spec, options, 0)
     alone = Work.of(encoder, size, options.precision).pairs(steady / 6, 2)
-    rates[model] = alone
+    rates[model] = Alone(alone, compiled)
     out = f"{options.home}/{model}-1"
     begun = time.perf_counter()
     planned(spec, options, out, round(alone * steady), 4)
@@ -115,16 +129,18 @@ def stages(part: Part, model: str, out: str, config: EmbedConfig, encoder: Any) 
     part.row(f"{model}_decode", f"{model}: decoding alone, all threads", "images/s", measured.decode_all)
 
 
-def several(part: Part, model: str, workers: int, steady: float, rates: dict[str, float]) -> None:
+def several(part: Part, model: str, workers: int, steady: float, rates: dict[str, Alone]) -> None:
     """Worker processes on one device, as `embed --workers N` starts them."""
     options = part.options
     if model not in rates:
         raise Skipped("the model alone was not measured")
     spec = resolved(model, options)
     out = f"{options.home}/{model}-{workers}"
-    planned(spec, options, out, round(rates[model] * steady), 6 * workers)
+    planned(spec, options, out, round(rates[model].rate * steady), 6 * workers)
     # Whether a model is compiled by default is the product's choice; where it asks, the answer is yes.
-    asked: dict[str, Any] = {"compile": True} if EmbedConfig.compile is False and options.cuda else {}
+    asked: dict[str, Any] = (
+        {"compile": True} if EmbedConfig.compile is False and options.cuda and rates[model].compiled else {}
+    )
     config = EmbedConfig(batch_size=batch_size(model, options), device=options.device, progress=False, **asked)
     used, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     with watched(options.cuda) as gpu:
@@ -145,7 +161,7 @@ def several(part: Part, model: str, workers: int, steady: float, rates: dict[str
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = (after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime) / sum(c.rows for c in commits.values())
     what = f"{model}: tars to commits, {workers} workers"
-    part.row(f"{model}_{workers}", what, "pairs/s", rows / (end - start), rates[model], "the model alone")
+    part.row(f"{model}_{workers}", what, "pairs/s", rows / (end - start), rates[model].rate, "the model alone")
     if state:
         part.row(f"{model}_{workers}_busy", f"{model}: the GPU is busy, {workers} workers", "%", state["busy"])
     figures = {"together_s": end - start, "first_commit_s": start - begun, "whole_s": whole, "cpu_s_pair": cpu}

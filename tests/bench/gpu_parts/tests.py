@@ -16,14 +16,29 @@ def run(part: Part) -> None:
     if not files:
         part.note("no test is marked cuda")
         return
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "-rfEs", "-p", "no:cacheprovider", "--tb=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "cuda",
+        "-v",
+        "-rA",
+        "--show-capture=stdout",
+        "--timeout=45",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    ]
     command += ["-W", "default", *files]  # the warnings of other versions of libraries are none of ours
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=part.left)
-        output, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, code = (error.stdout or b"").decode(errors="replace"), -1
-        part.note("stopped, because their time was up")
+    with open(f"{part.options.home}/tests.log", "w+", errors="replace") as log:
+        try:
+            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=part.left).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+            part.note("stopped, because their time was up")
+        log.seek(0)
+        output = log.read()
     print(output)
     counts = Counter(re.findall(r" (PASSED|FAILED|ERROR|SKIPPED)\b.*\[ *\d+%\]$", output, re.MULTILINE))
     for name in ("PASSED", "FAILED", "ERROR", "SKIPPED"):
