@@ -6,6 +6,7 @@ the bytes of float32. `normalizer` does these two on the model's device. What ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +20,8 @@ from torchvision.transforms.v2.functional import resize_image
 
 from clip_batch.encoders.transforms import ResizeCrop, resize_and_crop, split, unsupported
 from clip_batch.errors import EncoderError
-from clip_batch.samples.decode import JPEGS, load_image, open_image, read_header
+from clip_batch.samples.decode import JPEGS, open_image, read_header
+from clip_batch.samples.jpeg import plain_size
 from clip_batch.samples.metadata import orientation
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ def fast(steps: Steps, shape: ResizeCrop, data: bytes | memoryview, max_pixels: 
     The whole image is resized, then cropped: resizing only what the crop keeps gives other pixels. Images with a
     palette or transparency go through the steps, because Pillow resizes them differently.
     """
-    return _resized(steps, shape, data, read_header(data, max_pixels), upright)
+    return scaled(steps, shape, data, max_pixels, math.inf, upright)
 
 
 def scaled(
@@ -114,21 +116,26 @@ def scaled(
     gap: float = GAP,
     upright: bool = False,
 ) -> Pixels:
-    """As `fast`, but a large JPEG is decoded to fewer pixels: at least `gap` times its size after the resize."""
-    image = read_header(data, max_pixels)
-    if _is_plain_jpeg(image):
-        turn = orientation(image) if upright else 1
-        size = _size_before_turn(shape, image.height, image.width, turn)
-        n = eighths(image.height, image.width, size, gap)
-        pixels = _decode_jpeg(data, -(-image.height * n // 8), -(-image.width * n // 8)) if n < 8 else None
+    """As `fast`, but a large JPEG is decoded to fewer pixels: at least `gap` times its size after the resize.
+
+    A JPEG is turned when it is small, after the resize.
+    """
+    if jpeg := _jpeg_header(data, max_pixels, upright):
+        height, width, turn = jpeg
+        size = _size_before_turn(shape, height, width, turn)
+        n = eighths(height, width, size, gap)
+        pixels = _decode_jpeg(data, -(-height * n // 8), -(-width * n // 8)) if n < 8 else _decode_jpeg(data)
         if pixels is not None:
             # The scale is that of the whole image, because the sides of the decoded one are rounded up. 1e-7 is added
             # because interpolate rounds its result down.
-            scale = [8 * new / (n * old) + 1e-7 for new, old in zip(size, (image.height, image.width), strict=True)]
-            mode = shape.interpolation.value
-            result = interpolate(pixels[None], None, scale, mode, antialias=True, recompute_scale_factor=False)
-            return _array(shape.crop(_turned(result[0], turn)))
-    return _resized(steps, shape, data, image, upright)
+            scale = [8 * new / (n * old) + 1e-7 for new, old in zip(size, (height, width), strict=True)]
+            resized = _resize(pixels, size, shape.interpolation, scale if n < 8 else None)
+            return _array(shape.crop(_turned(resized, turn)))
+    image = open_image(data, max_pixels, upright)
+    if image.mode not in ("RGB", "L"):
+        return _array(steps(image))
+    size = resized_size(shape.size, image.height, image.width)
+    return _array(shape.crop(_resize(_rgb(image), size, shape.interpolation)))
 
 
 def resized_size(size: Sequence[int], height: int, width: int) -> list[int]:
@@ -151,19 +158,36 @@ def eighths(height: int, width: int, size: Sequence[int], gap: float) -> int:
     return next((n for n in (1, 2, 4) if height * n >= 8 * gap * size[0] and width * n >= 8 * gap * size[1]), 8)
 
 
-def _resized(steps: Steps, shape: ResizeCrop, data: bytes | memoryview, image: Image, upright: bool) -> Pixels:
-    """The result of `fast` for an image whose header was read. A JPEG is turned when it is small, after the resize."""
-    turn = 1
-    pixels = _decode_jpeg(data) if _is_plain_jpeg(image) else None
-    if pixels is None:
-        image = load_image(image, data, upright)
-        if image.mode not in ("RGB", "L"):
-            return _array(steps(image))
-        pixels = _rgb(image)
-    elif upright:
-        turn = orientation(image)
-    size = _size_before_turn(shape, pixels.shape[1], pixels.shape[2], turn)
-    return _array(shape.crop(_turned(resize_image(pixels, size, shape.interpolation, antialias=True), turn)))
+def _jpeg_header(data: bytes | memoryview, max_pixels: int, upright: bool) -> tuple[int, int, int] | None:
+    """Height, width and EXIF orientation of a JPEG that simplejpeg may decode in place of Pillow; None of all else.
+
+    The orientation is 1 unless it is to be applied. DecodeError.
+    """
+    if size := plain_size(data, max_pixels, upright):
+        return *size, 1
+    if bytes(data[:2]) != b"\xff\xd8":
+        return None
+    image = read_header(data, max_pixels)
+    if image.format not in JPEGS or image.mode not in ("RGB", "L"):
+        return None
+    return image.height, image.width, orientation(image) if upright else 1
+
+
+def _resize(
+    pixels: torch.Tensor, size: list[int], interpolation: InterpolationMode, scale: list[float] | None = None
+) -> torch.Tensor:
+    """Pixels (3, h, w) resized to `size`, as torchvision does it; with `scale`, by these factors."""
+    if scale is None and pixels.shape[1:] == tuple(size):
+        return pixels
+    resized: torch.Tensor
+    if scale is None and interpolation is not InterpolationMode.BICUBIC:
+        resized = resize_image(pixels, size, interpolation, antialias=True)
+        return resized
+    # Of a batch with these strides torch knows that colours are last in memory, and does not reorder its result.
+    batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    target, mode = (None if scale else size), interpolation.value
+    resized = interpolate(batch, target, scale, mode, antialias=True, recompute_scale_factor=False)
+    return resized[0]
 
 
 def _size_before_turn(shape: ResizeCrop, height: int, width: int, turn: int) -> list[int]:
@@ -189,11 +213,6 @@ def _rgb(image: Image) -> torch.Tensor:
         strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
         pixels[top : top + rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _is_plain_jpeg(image: Image) -> bool:
-    """Whether simplejpeg may decode an image in place of Pillow."""
-    return image.format in JPEGS and image.mode in ("RGB", "L")
 
 
 def _array(result: Any) -> Pixels:

@@ -36,10 +36,17 @@ def check(image: Image.Image, max_pixels: int) -> None:
     _check_pixels(width, height, max_pixels)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise DecodeError("extreme_aspect", f"{width} x {height}: sides differ more than {MAX_ASPECT}-fold")
-    memory, limit = decoding_memory(image), max(LEAST, BYTES_A_PIXEL * max_pixels)
+    memory, limit = decoding_memory(image), _most_memory(max_pixels)
     if memory > limit:
         name, most = image.format, f"{limit:,} ({BYTES_A_PIXEL} for each of --max-pixels)"
         raise DecodeError("too_many_pixels", f"{width} x {height} in {name} needs {memory:,} bytes, more than {most}")
+
+
+def surely_fits(height: int, width: int, max_pixels: int) -> bool:
+    """Whether `check` accepts every JPEG of this size, a progressive one too."""
+    pixels = height * width
+    fits = 0 < pixels <= max_pixels and _PROGRESSIVE * pixels <= _most_memory(max_pixels)
+    return fits and max(height, width) <= MAX_ASPECT * min(height, width)
 
 
 def check_icon(data: bytes | memoryview, max_pixels: int) -> None:
@@ -61,6 +68,11 @@ def check_icon(data: bytes | memoryview, max_pixels: int) -> None:
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise DecodeError("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels}")
+
+
+def _most_memory(max_pixels: int) -> int:
+    """Bytes that decoding an image may take."""
+    return max(LEAST, BYTES_A_PIXEL * max_pixels)
 
 
 def decoding_memory(image: Image.Image) -> int:
