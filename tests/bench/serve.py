@@ -23,9 +23,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tests.bench import result
+from tests.bench.text import WORDS
 from tests.servers.serving import make_index, running
-
-WORDS = ["red", "blue", "small", "old", "shining", "cat", "house", "river", "train", "flag", "bread", "night", "snow"]
 
 
 def texts(seed: int) -> Any:
