@@ -7,6 +7,8 @@ Batches keep their order. At most `_BATCHES_AHEAD` of them wait to be encoded, w
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -151,7 +153,7 @@ def embed(
     run.total = len(todo)
     encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options, compiled_size(config))
     gpus = 0 if pick_device(config.device) == "cpu" else 1
-    with recorded(store, run, gpus):
+    with recorded(store, run, gpus), _frozen_heap():
         return _Worker(store, plan, config, storage, run, encoder, progress or (lambda line: None)).embed(todo)
 
 
@@ -163,6 +165,16 @@ def batch_size(config: EmbedConfig) -> int:
 def compiled_size(config: EmbedConfig) -> int:
     """The batch size to compile the encoder for, as `encoders.load` takes it; 0 where it is not compiled."""
     return batch_size(config) if config.compile else 0
+
+
+@contextlib.contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Leave all objects of now out of garbage collections: torch has 400,000, and every thread waits meanwhile."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Worker:
