@@ -56,7 +56,7 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
         if field.metadata.get("positional"):
             parser.add_argument(field.name, nargs="?", **settings)
             continue
-        if kind is bool:
+        if kind in (bool, bool | None):
             settings["action"] = argparse.BooleanOptionalAction
         elif field.metadata.get("repeat"):
             settings.update(action="append", metavar=field.name.upper())
@@ -105,7 +105,7 @@ def to_environment(*sections: Any) -> dict[str, str]:
     for section in sections:
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
-            text = json.dumps(value) if isinstance(value, dict) else show(value)
+            text = json.dumps(value) if value is None or isinstance(value, dict) else show(value)
             environment[variable(type(section), field.name)] = text
     return environment
 
@@ -163,6 +163,8 @@ def gather(
         elif used := _used_variable(section, field.name, environ):
             text, kind = environ[used], hints[field.name]
             values[field.name], sources[field.name] = text if field.metadata.get("repeat") else _split(text, kind), used
+            if text == "null" and type(None) in typing.get_args(kind):  # as YAML and `to_environment` write None
+                values[field.name] = None
         elif field.name in keys:
             values[field.name], sources[field.name] = keys[field.name], f"key {field.name} of --config"
         if typing.get_origin(hints[field.name]) is dict and isinstance(values.get(field.name), str):

@@ -100,15 +100,15 @@ class EmbedConfig(Options):
     """Embed the planned partitions that are not committed yet."""
 
     batch_size: int = 0
-    """Images per forward pass; 0: 256 on a GPU, 32 on a CPU."""
+    """Images per forward pass; 0: 512 on a GPU, 32 on a CPU."""
     threads: int = 0
     """Decoding threads of a worker; 0: one per core that it may use, shared among the workers of this machine."""
     prefetch: str = "4GB"
     """Disk space in TMPDIR for remote tars that a worker fetches ahead; it always fetches one slice ahead."""
     device: str = "auto"
     """Device of the encoder: cpu, cuda or cuda:N; auto: a GPU if there is one."""
-    compile: bool = False
-    """Compile the image tower when a worker starts: the same vectors, faster; docs/formats.md says what it needs."""
+    compile: bool | None = None
+    """Compile the model when a worker starts: faster; docs/formats.md says what it needs. None: on a GPU, for many."""
     share: bool = True
     """After the slot's own partitions, take over those of slower workers; see docs/architecture.md."""
     max_pixels: int = 178_956_970

@@ -20,6 +20,7 @@ from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.config.paths import path_text
 from clip_batch.embeddings.attempts import record_failure
 from clip_batch.embeddings.commits import committed
+from clip_batch.embeddings.loading import are_many, batch_size, load_encoder
 from clip_batch.embeddings.metadata import metadata_row
 from clip_batch.embeddings.part_writer import PartWriter
 from clip_batch.embeddings.partition_queue import PartitionQueue
@@ -151,20 +152,10 @@ def embed(
         return []
     run = run or WorkerRun()
     run.total = len(todo)
-    encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options, compiled_size(config))
+    encoder = encoder or load_encoder(plan.encoder, config, storage.storage_options, are_many(plan, todo))
     gpus = 0 if pick_device(config.device) == "cpu" else 1
     with recorded(store, run, gpus), _frozen_heap():
         return _Worker(store, plan, config, storage, run, encoder, progress or (lambda line: None)).embed(todo)
-
-
-def batch_size(config: EmbedConfig) -> int:
-    """The number of images in one forward pass."""
-    return config.batch_size or (32 if pick_device(config.device) == "cpu" else 256)
-
-
-def compiled_size(config: EmbedConfig) -> int:
-    """The batch size to compile the encoder for, as `encoders.load` takes it; 0 where it is not compiled."""
-    return batch_size(config) if config.compile else 0
 
 
 @contextlib.contextmanager

@@ -25,6 +25,10 @@ class NeedsExact(EncoderError):
     """A model's transform is one that only `exact` preprocessing supports."""
 
 
+class CannotCompile(EncoderError):
+    """A model cannot be compiled on this machine."""
+
+
 class Encoder(Protocol):
     """Encodes images and texts as vectors of one space. Several threads call its methods at the same time."""
 

@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from clip_batch.errors import EncoderError, one_line
+from clip_batch.encoders.encoder import CannotCompile
+from clip_batch.encoders.fused import fuse
+from clip_batch.errors import one_line
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
 
@@ -20,9 +22,11 @@ Stack = nn.ModuleList | nn.Sequential
 def compile_tower(model: nn.Module, tower: Tower, blank: torch.Tensor) -> Tower:
     """The image tower of a model, from pixels (n, 3, h, w) to rows (n, d), for batches of any size n.
 
-    The model's blocks are compiled in place; a model without blocks as a whole. `blank` is a batch that is tried.
-    EncoderError: it cannot be compiled here.
+    The model is changed in place: parts that have a faster form are replaced, and its blocks compiled; a model without
+    blocks is compiled as a whole. `blank` is a batch that is tried.
+    CannotCompile: it cannot be compiled here.
     """
+    fuse(model, blank.dtype)
     blocks = [block for stack in _stacks(model) for block in stack]
     for block in blocks:
         block.compile(dynamic=True)
@@ -32,7 +36,7 @@ def compile_tower(model: nn.Module, tower: Tower, blank: torch.Tensor) -> Tower:
             compiled(blank)
     except Exception as error:  # torch's compiler raises errors of any class
         remedy = "install g++ and Python's headers, or give --no-compile"
-        raise EncoderError(f"torch cannot compile the image tower here ({one_line(error, 200)}): {remedy}") from None
+        raise CannotCompile(f"torch cannot compile the image tower here ({one_line(error, 200)}): {remedy}") from None
     return compiled
 
 

@@ -86,10 +86,11 @@ class TorchEncoder:
         self._image_tower, self._text_tower = image_tower, text_tower
         self._preprocess, normalize = preprocessing
         self._device, self._dtype = placement.device, placement.dtype
-        self._normalize = normalizer(normalize, self._device) if normalize else None
+        self._normalize = normalizer(normalize, self._device) if normalize else lambda pixels: pixels
         self._compiled, self._compiled_size = image_tower, 0
         if placement.compiled and self._device.type == "cuda":
             self._image_tower = inductor.compile_tower(model, image_tower, self._blank(2))
+            self._normalize = torch.compile(self._normalize, dynamic=True)
         elif placement.compiled:  # inductor gains nothing on a CPU
             from clip_batch.encoders import onnx_runtime
 
@@ -105,7 +106,9 @@ class TorchEncoder:
             for _ in range(LANES):
                 self._streams.put(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
         self._fit_images, self._fit_texts = Fitting(self._encode_images), Fitting(self._encode_texts)
-        self.dim = int((self.encode_texts(["a"]) if text_tower else self.encode_images(self._grey()[None])).shape[1])
+        self.dim = int(
+            (self.encode_texts(["a", "b"]) if text_tower else self.encode_images(self._grey()[None])).shape[1]
+        )
 
     def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
         return self._preprocess(data, max_pixels)
@@ -123,11 +126,8 @@ class TorchEncoder:
     def _encode_images(self, batch: Pixels) -> Array:
         with self._lane(), torch.inference_mode():
             pixels = torch.from_numpy(batch).to(self._device, non_blocking=True)
-            if self._normalize:
-                pixels = self._normalize(pixels)
-            pixels = pixels.to(self._dtype)
             tower = self._compiled if len(pixels) == self._compiled_size else self._image_tower
-            return _unit_rows(tower(pixels))
+            return _unit_rows(tower(self._normalize(pixels).to(self._dtype)))
 
     def _encode_texts(self, texts: list[str]) -> Array:
         if self._text_tower is None:

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from clip_batch import encoders
 from clip_batch.config import EmbedConfig, MergeConfig, StorageConfig
 from clip_batch.embeddings.commits import read_commit
-from clip_batch.embeddings.embed import Outcome, compiled_size, embed
+from clip_batch.embeddings.embed import Outcome, embed
+from clip_batch.embeddings.loading import load_encoder
 from clip_batch.embeddings.submission import Submission
 from clip_batch.embeddings.workers import WorkerRun
 from clip_batch.errors import ClipBatchError, ConfigError, StorageUnavailable
@@ -124,7 +124,7 @@ def _embed(task: EmbedTask, plan: Plan, todo: list[int], run: WorkerRun, context
     if gpu := context.resources().get("gpu"):
         pin(gpu.addresses)
         config = replace(config, device="cuda:0" if config.device == "auto" else config.device)
-    loaded = encoder(plan.encoder, config.device, json.dumps(task.storage.storage_options), compiled_size(config))
+    loaded = encoder(plan.encoder, config, json.dumps(task.storage.storage_options))
     return embed(task.output, config, todo, storage=task.storage, run=run, encoder=loaded)
 
 
@@ -143,12 +143,12 @@ def pin(addresses: Sequence[str]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def encoder(spec: EncoderSpec, device: str, options: str, compiled: int) -> Encoder:
+def encoder(spec: EncoderSpec, config: EmbedConfig, options: str) -> Encoder:
     """The encoder of this process. Spark reuses its Python processes, so that each loads the encoder once."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
-    line = f"process {os.getpid()} loads {spec.model} on {device}, CUDA_VISIBLE_DEVICES={visible}"
+    line = f"process {os.getpid()} loads {spec.model} on {config.device}, CUDA_VISIBLE_DEVICES={visible}"
     print(f"clip-batch: {line}", file=sys.stderr, flush=True)
-    return encoders.load(spec, device, json.loads(options), compiled)
+    return load_encoder(spec, config, json.loads(options))
 
 
 def merge_task(

@@ -111,13 +111,10 @@ def _fetch_text(model: str, settings: dict[str, Any]) -> None:
 def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     """Load the model, as `Family.load` describes."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.attention import replace_attention
     from clip_batch.encoders.torch_encoder import TorchEncoder, place
 
     placement = place(spec, device, compiled)
     model, transform, tokenizer = load_model(spec.model, spec.pretrained, spec.precision, placement.device)
-    if placement.compiled and placement.device.type == "cuda":
-        replace_attention(model)
     trimmed = TrimmedTextTower(model)
     preprocessing = preprocess.from_transform(transform, spec.preprocess, spec.exif_rotation)
 

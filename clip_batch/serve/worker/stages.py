@@ -7,10 +7,10 @@ import threading
 from dataclasses import asdict
 from typing import Any, TypedDict
 
-from clip_batch import encoders
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
 from clip_batch.embeddings import embed as embed_stage
 from clip_batch.embeddings.commits import read_commit
+from clip_batch.embeddings.loading import load_encoder
 from clip_batch.embeddings.workers import WorkerRun
 from clip_batch.encoders import Encoder
 from clip_batch.errors import (
@@ -109,8 +109,7 @@ class Stages:
         """Return the encoder, which stays loaded until a request needs another one."""
         if self._encoder is None or self._encoder[0] != spec.fingerprint:
             self._encoder = None  # free its memory before the next one is loaded
-            size = embed_stage.compiled_size(self.config)
-            encoder = encoders.load(spec, self.config.device, self.storage.storage_options, size)
+            encoder = load_encoder(spec, self.config, self.storage.storage_options)
             self._encoder = spec.fingerprint, encoder
         return self._encoder[1]
 
