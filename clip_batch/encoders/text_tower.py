@@ -38,7 +38,8 @@ class TrimmedTextTower:
         order = lengths.argsort(descending=True)
         longest = lengths[order].tolist()
         tokens = tokens[order].to(self._device)
-        size = CHUNK.get(self._device.type, CHUNK["cpu"])
+        chunks = max(1, -(-len(tokens) // CHUNK.get(self._device.type, CHUNK["cpu"])))
+        size = -(-len(tokens) // chunks)  # all nearly equal: a GPU is slow with few
         rows = [self._encode(tokens[at : at + size], longest[at]) for at in range(0, len(tokens), size)]
         return torch.cat(rows)[order.argsort().to(self._device)]
 

@@ -7,6 +7,7 @@ the device, its streams, the precision, compilation, batches that are too large 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,10 @@ TextTower = Callable[[Sequence[str]], torch.Tensor]
 """From n texts to rows (n, d)."""
 
 _DTYPES = {"fp32": torch.float32, "int8": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+_LAUNCHING = threading.Lock()
+"""Torch may compile at any call, and no other thread may run what is compiled then. A launch takes milliseconds."""
 
 
 class Placement(NamedTuple):
@@ -87,10 +92,11 @@ class TorchEncoder:
         self._preprocess, normalize = preprocessing
         self._device, self._dtype = placement.device, placement.dtype
         self._normalize = normalizer(normalize, self._device) if normalize else lambda pixels: pixels
-        self._compiled, self._compiled_size = image_tower, 0
+        self._compiled, self._compiled_size, self._least = image_tower, 0, 1
         if placement.compiled and self._device.type == "cuda":
             self._image_tower = inductor.compile_tower(model, image_tower, self._blank(2))
             self._normalize = torch.compile(self._normalize, dynamic=True)
+            self._least = 2  # a batch of one would be compiled anew
         elif placement.compiled:  # inductor gains nothing on a CPU
             from clip_batch.encoders import onnx_runtime
 
@@ -100,15 +106,17 @@ class TorchEncoder:
             from clip_batch.encoders.onnx_runtime import quantize
 
             self._image_tower = quantize(model, image_tower, self._blank(1))
+        self._launching = _LAUNCHING if self._device.type == "cuda" else contextlib.nullcontext()
         self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the weights, which other streams will read, are there
             for _ in range(LANES):
                 self._streams.put(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
         self._fit_images, self._fit_texts = Fitting(self._encode_images), Fitting(self._encode_texts)
-        self.dim = int(
-            (self.encode_texts(["a", "b"]) if text_tower else self.encode_images(self._grey()[None])).shape[1]
-        )
+        if text_tower is None or self._least > 1:  # compiled code is made here, and not when a batch waits for it
+            self.dim = int(self.encode_images(np.stack([self._grey()])).shape[1])
+        if text_tower:
+            self.dim = int(self.encode_texts(["a"]).shape[1])
 
     def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
         return self._preprocess(data, max_pixels)
@@ -117,23 +125,32 @@ class TorchEncoder:
         if len(batch) < self._compiled_size:  # padded, because a batch of another size would run uncompiled
             padding = np.zeros((self._compiled_size - len(batch), *batch.shape[1:]), batch.dtype)
             return self._fit_images(np.concatenate([batch, padding]))[: len(batch)]
+        if 0 < len(batch) < self._least:
+            return self._fit_images(np.concatenate([batch, batch]))[: len(batch)]
         return self._fit_images(batch)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
         # Tokenizers cannot take lone surrogates, which a program's own texts may hold.
-        return self._fit_texts([text if text.isascii() else text.encode(errors="replace").decode() for text in texts])
+        texts = [text if text.isascii() else text.encode(errors="replace").decode() for text in texts]
+        if 0 < len(texts) < self._least:
+            return self._fit_texts([*texts, *texts])[: len(texts)]
+        return self._fit_texts(texts)
 
     def _encode_images(self, batch: Pixels) -> Array:
         with self._lane(), torch.inference_mode():
             pixels = torch.from_numpy(batch).to(self._device, non_blocking=True)
             tower = self._compiled if len(pixels) == self._compiled_size else self._image_tower
-            return _unit_rows(tower(self._normalize(pixels).to(self._dtype)))
+            with self._launching:
+                rows = tower(self._normalize(pixels).to(self._dtype))
+            return _unit_rows(rows)
 
     def _encode_texts(self, texts: list[str]) -> Array:
         if self._text_tower is None:
             raise EncoderError(NO_TEXT)
         with self._lane(), torch.inference_mode():
-            return _unit_rows(self._text_tower(texts))
+            with self._launching:
+                rows = self._text_tower(texts)
+            return _unit_rows(rows)
 
     @contextlib.contextmanager
     def _lane(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from clip_batch import encoders
+from clip_batch.encoders.device import host_array
 from clip_batch.types import EncoderSpec
 from tests.bench.data_path import photo
 from tests.bench.gpu_parts import Options
@@ -79,11 +80,13 @@ class Work:
     precision: str
 
     @classmethod
-    def of(cls, encoder: Any, size: int, precision: str) -> Work:
-        """Three batches of `size` images each."""
+    def of(cls, encoder: Any, size: int, precision: str, device: str) -> Work:
+        """Three batches of `size` images each, in memory such as `embed` gives an encoder."""
         one = encoder.preprocess(photo(0, 256), LIMIT)
         draw = np.random.default_rng(0)
-        batches = [draw.integers(0, 256, (size, *one.shape), dtype=np.uint8) for _ in range(3)]
+        batches = [host_array((size, *one.shape), np.uint8, device) for _ in range(3)]
+        for batch in batches:
+            batch[:] = draw.integers(0, 256, batch.shape, dtype=np.uint8)
         return cls(encoder, batches, captions(random.Random(0), size), precision)
 
     def images(self, seconds: float, threads: int = 1) -> float:
