@@ -18,6 +18,7 @@ from clip_batch import encoders
 from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig
 from clip_batch.embeddings.commits import committed, read_commits
 from clip_batch.embeddings.embed import Outcome, embed
+from clip_batch.embeddings.slabs import Slabs
 from clip_batch.embeddings.status import status
 from clip_batch.embeddings.verify import verify_output
 from clip_batch.launch.local import run_workers
@@ -28,7 +29,7 @@ from tests import corpus
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.slow,
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(100),
     pytest.mark.filterwarnings("default"),  # torch's compiler has warnings for its users, which are not ours to heed
 ]
 
@@ -126,6 +127,22 @@ def test_two_workers_on_one_gpu_commit_everything_once(device: str, tars: list[s
     where = "cuda:0" if device.startswith("cuda") else device
     assert run_workers(out, 2, config(where, threads=2), StorageConfig()) == 0
     check(read(out), wanted, 1e-5)
+
+
+def test_slabs_are_pinned_and_are_encoded_as_other_arrays(device: str) -> None:
+    import torch
+
+    encoder = encoders.load(encoders.resolve("demo"), device)
+    slabs = Slabs(8, device)
+    for seed in range(4):  # each time in the same memory
+        pictures = [encoder.preprocess(corpus.jpeg(8 * seed + number, 90), 10**6) for number in range(seed + 4)]
+        slab = slabs.take()
+        places = [slab.add(pixels) for pixels in pictures]
+        pixels = slab.pixels(len(pictures))
+        assert torch.from_numpy(pixels).is_pinned() == device.startswith("cuda")
+        found = encoder.encode_images(pixels)
+        slabs.give(slab)
+        np.testing.assert_allclose(found[places], encoder.encode_images(np.stack(pictures)), atol=1e-5)
 
 
 class Lost:

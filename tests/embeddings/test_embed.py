@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -114,6 +115,55 @@ def test_a_gpu_has_its_next_batch_while_it_works_on_one(tars: list[str], tmp_pat
         assert encoder.most == most
         found.append(rows(out))
     assert found[0] == found[1] and len(found[0]) == 240
+
+
+class Delays:
+    """An encoder like a GPU's, whose calls and whose decoding take time of random length.
+
+    It asks that nobody writes to a batch while it is read, and notes where batches lie in memory.
+    """
+
+    def __init__(self, encoder: Any, seed: int) -> None:
+        self.dim, self.has_text, self.encoder, self.random = encoder.dim, True, encoder, random.Random(seed)
+        self.slabs, self.calls, self.at_once, self.most, self.lock = set[int](), 0, 0, 0, threading.Lock()
+
+    def preprocess(self, data: Any, max_pixels: int) -> Any:
+        time.sleep(self.random.choice([0, 0, 0, 0.003]))
+        return self.encoder.preprocess(data, max_pixels)
+
+    def encode_images(self, batch: Any) -> Any:
+        with self.lock:
+            self.slabs.add(batch.ctypes.data)
+            self.calls += 1
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        before = batch.copy()
+        time.sleep(self.random.random() * 0.01)
+        assert np.array_equal(batch, before), "a slab is overwritten while it is read"
+        with self.lock:
+            self.at_once -= 1
+        return self.encoder.encode_images(batch)
+
+    def encode_texts(self, texts: Any) -> Any:
+        time.sleep(self.random.random() * 0.002)
+        return self.encoder.encode_texts(texts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_slabs_are_reused_and_never_while_they_are_read(seed: int, tmp_path: Path) -> None:
+    broken = [number % 7 == 3 or 16 <= number < 24 for number in range(40)]  # some of each batch, and all of some
+    tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 40, number, broken=broken) for number in range(6)]
+    found = []
+    for device in ("cpu", "cuda"):
+        out = str(tmp_path / device)
+        encoder = encoders.load(plan(tars, out).encoder)
+        delays = Delays(encoder, seed)
+        asked: Any = encoder if device == "cpu" else delays
+        embed(out, EmbedConfig(batch_size=4, threads=3, device=device), encoder=asked)
+        found.append(rows(out))
+    assert found[0] == found[1] and len(found[0]) == 6 * broken.count(False)
+    assert delays.most == 2 and delays.calls == 6 * 8
+    assert len(delays.slabs) <= 8, "not reused: three batches are ahead, two are encoded, one is read, one is finished"
 
 
 def test_vectors_are_unit_and_zero_without_a_caption(tmp_path: Path, out: str) -> None:

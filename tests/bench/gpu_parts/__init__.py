@@ -15,7 +15,7 @@ from typing import Any
 
 BUDGETS = {
     "device": 40.0,
-    "tests": 100.0,
+    "tests": 80.0,
     "model": 110.0,
     "files": 120.0,
     "decode": 35.0,
