@@ -29,6 +29,8 @@ def decode(raw: bytes) -> tuple[str, bool]:
     >>> decode("a cat".encode("utf-16"))
     ('a cat', False)
     """
+    if raw.isascii():  # as nearly all are; every mark has other bytes
+        return raw.decode(), False
     codec = encoding(raw[:4])
     try:
         return raw.decode(codec), False
