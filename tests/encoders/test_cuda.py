@@ -452,7 +452,7 @@ def test_compiled_is_no_further_from_a_cpu_than_eager_in_bf16(cuda: str, on_cpu:
         ):
             far = [below_one(vectors, wanted) for vectors in found]
             print(f"{count} {kind} in bf16: 1 - cosine is up to {far[0]:.1e} eager, {far[1]:.1e} compiled")
-            assert far[0] < BOUNDS["bf16"] and far[1] < 2 * max(far[0], 1e-5), (count, kind)
+            assert far[0] < BOUNDS["bf16"] and far[1] < 3 * max(far[0], 3e-5), (count, kind)
 
 
 def test_fused_and_compiled_towers_give_what_the_model_gives(cuda: str) -> None:
@@ -478,7 +478,7 @@ def test_fused_and_compiled_towers_give_what_the_model_gives(cuda: str) -> None:
         return float((1 - torch.nn.functional.cosine_similarity(found.float().cpu(), wanted)).mean())
 
     with torch.inference_mode():
-        for count in (3, 300, 17):
+        for count in (30, 300, 17):
             pixels = torch.randn(count, 3, 32, 32)
             wanted, ours = exact.encode_image(pixels), pixels.to(cuda, torch.bfloat16)
             assert far(tower(ours), wanted) < 1.5 * far(half.encode_image(ours), wanted) < 1e-3

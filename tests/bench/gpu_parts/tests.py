@@ -18,7 +18,10 @@ MOST = 8
 ALONE = 20
 """Seconds that are kept for the tests that run alone."""
 
-PYTEST = "--dist=loadgroup -v -rA --show-capture=stdout --tb=short --durations=15 --timeout=60 -p no:cacheprovider"
+PYTEST = (
+    "--dist=loadgroup -v -rA --show-capture=stdout --tb=short --durations=15 --timeout=60 "
+    "-p no:cacheprovider -p no:benchmark"
+)
 
 
 def run(part: Part) -> None:
