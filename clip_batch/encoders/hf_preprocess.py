@@ -5,7 +5,7 @@ It is the Pillow processor of each kind: models were measured with it, and its r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torchvision.transforms import InterpolationMode, Normalize
 
 from clip_batch.encoders.preprocess import Preprocessing, from_steps, normalizer
 from clip_batch.encoders.transforms import ResizeCrop, to_rgb, unsupported
+
+if TYPE_CHECKING:
+    from clip_batch.encoders.encoder import Pixels
 
 PATCH_GRID = "spatial_shapes"
 """The output of processors that cut each image into a grid of patches of its own (SigLIP 2's NaFlex)."""
@@ -97,11 +100,11 @@ def _resize_and_crop(processor: Any) -> ResizeCrop | None:
     if not fits:
         return None
 
-    def centre(image: torch.Tensor) -> torch.Tensor:
+    def centre(image: Pixels) -> Pixels:
         if (height, width) in ((0, 0), image.shape[1:]):
             return image
         top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-        return image[:, top : top + height, left : left + width].clone()
+        return image[:, top : top + height, left : left + width].copy("K")
 
     return ResizeCrop(resized, interpolation, centre)
 

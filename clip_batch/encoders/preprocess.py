@@ -25,10 +25,14 @@ from clip_batch.samples.jpeg import plain_size
 from clip_batch.samples.metadata import orientation
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from PIL.Image import Image
 
     from clip_batch.encoders.encoder import Pixels
     from clip_batch.encoders.transforms import Steps
+
+    Rows = npt.NDArray[np.uint8]
+    """The pixels of an image as decoders give them, row by row (h, w, 3)."""
 
     Prepare = Callable[[bytes | memoryview, int], Pixels]
     """From an image file, and the most pixels that it may have, to pixels (3, h, w). DecodeError."""
@@ -130,12 +134,12 @@ def scaled(
             # because interpolate rounds its result down.
             scale = [8 * new / (n * old) + 1e-7 for new, old in zip(size, (height, width), strict=True)]
             resized = _resize(pixels, size, shape.interpolation, scale if n < 8 else None)
-            return _array(shape.crop(_turned(resized, turn)))
+            return shape.crop(_turned(resized, turn))
     image = open_image(data, max_pixels, upright)
     if image.mode not in ("RGB", "L"):
         return _array(steps(image))
     size = resized_size(shape.size, image.height, image.width)
-    return _array(shape.crop(_resize(_rgb(image), size, shape.interpolation)))
+    return shape.crop(_resize(_rgb(image), size, shape.interpolation))
 
 
 def resized_size(size: Sequence[int], height: int, width: int) -> list[int]:
@@ -174,20 +178,20 @@ def _jpeg_header(data: bytes | memoryview, max_pixels: int, upright: bool) -> tu
 
 
 def _resize(
-    pixels: torch.Tensor, size: list[int], interpolation: InterpolationMode, scale: list[float] | None = None
-) -> torch.Tensor:
-    """Pixels (3, h, w) resized to `size`, as torchvision does it; with `scale`, by these factors."""
-    if scale is None and pixels.shape[1:] == tuple(size):
-        return pixels
-    resized: torch.Tensor
-    if scale is None and interpolation is not InterpolationMode.BICUBIC:
-        resized = resize_image(pixels, size, interpolation, antialias=True)
-        return resized
+    pixels: Rows, size: list[int], interpolation: InterpolationMode, scale: list[float] | None = None
+) -> Pixels:
+    """Pixels (h, w, 3) resized to `size`, (3, *size), as torchvision does it; with `scale`, by these factors."""
+    if scale is None and pixels.shape[:2] == tuple(size):
+        return pixels.transpose(2, 0, 1)
     # Of a batch with these strides torch knows that colours are last in memory, and does not reorder its result.
-    batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    target, mode = (None if scale else size), interpolation.value
-    resized = interpolate(batch, target, scale, mode, antialias=True, recompute_scale_factor=False)
-    return resized[0]
+    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    if scale is None and interpolation is not InterpolationMode.BICUBIC:
+        resized = resize_image(batch, size, interpolation, antialias=True)
+    else:
+        target, mode = (None if scale else size), interpolation.value
+        resized = interpolate(batch, target, scale, mode, antialias=True, recompute_scale_factor=False)
+    array: Pixels = resized.numpy()[0]
+    return array
 
 
 def _size_before_turn(shape: ResizeCrop, height: int, width: int, turn: int) -> list[int]:
@@ -197,22 +201,22 @@ def _size_before_turn(shape: ResizeCrop, height: int, width: int, turn: int) -> 
     return resized_size(shape.size, width, height)[::-1]
 
 
-def _turned(pixels: torch.Tensor, turn: int) -> torch.Tensor:
+def _turned(pixels: Pixels, turn: int) -> Pixels:
     """Pixels (3, h, w) of an EXIF orientation, made upright."""
     if turn >= 5:
-        pixels = pixels.transpose(1, 2)
+        pixels = pixels.transpose(0, 2, 1)
     axes = _FLIPS[turn - 1]
-    return pixels.flip(axes) if axes else pixels
+    return np.flip(pixels, axes).copy("K") if axes else pixels
 
 
-def _rgb(image: Image) -> torch.Tensor:
-    """The pixels of an image of mode RGB or L, (3, h, w); in strips, since Pillow copies twice what it hands over."""
+def _rgb(image: Image) -> Rows:
+    """The pixels of an image of mode RGB or L, (h, w, 3); in strips, since Pillow copies twice what it hands over."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
         pixels[top : top + rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return pixels
 
 
 def _array(result: Any) -> Pixels:
@@ -223,13 +227,13 @@ def _array(result: Any) -> Pixels:
     return array
 
 
-def _decode_jpeg(data: bytes | memoryview, height: int = 0, width: int = 0) -> torch.Tensor | None:
-    """The pixels of a JPEG, uint8 (3, h, w), equal to Pillow's, in less time; None if simplejpeg rejects the file.
+def _decode_jpeg(data: bytes | memoryview, height: int = 0, width: int = 0) -> Rows | None:
+    """The pixels of a JPEG, uint8 (h, w, 3), equal to Pillow's, in less time; None if simplejpeg rejects the file.
 
     With `height` and `width`, the smallest scale of the JPEG with at least this many pixels.
     """
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+        pixels: Rows = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
     except ValueError:  # also for JPEGs that libjpeg only warns about; Pillow decides whether they are usable
         return None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return pixels

@@ -15,6 +15,8 @@ from clip_batch.encoders.encoder import NeedsExact
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from clip_batch.encoders.encoder import Pixels
+
     Steps = Callable[[Image], Any]
     """The part of a transform that works on Pillow images."""
 
@@ -26,7 +28,7 @@ class ResizeCrop:
     size: Sequence[int]
     """The size after the resize: the shorter side, or height and width."""
     interpolation: InterpolationMode
-    crop: Callable[[torch.Tensor], torch.Tensor]
+    crop: Callable[[Pixels], Pixels]
     """From uint8 (3, h, w) to uint8 (3, height, width). It copies what it crops: a view keeps the whole image alive."""
 
 
@@ -51,10 +53,15 @@ def resize_and_crop(steps: Steps, normalize: Normalize | None) -> ResizeCrop:
     """What torch has to do in place of these steps. NeedsExact: they do anything else than resize and crop."""
     resize, centre = _parts(steps, normalize)
 
-    def crop(pixels: torch.Tensor) -> torch.Tensor:
-        if centre and tuple(centre.size) != pixels.shape[1:]:
-            pixels = center_crop_image(pixels, list(centre.size)).clone()
-        return pixels
+    def crop(pixels: Pixels) -> Pixels:
+        if centre is None or tuple(centre.size) == pixels.shape[1:]:
+            return pixels
+        (height, width), old = centre.size, pixels.shape
+        if height > old[1] or width > old[2]:  # it is padded
+            padded: Pixels = center_crop_image(torch.from_numpy(pixels), [height, width]).clone().numpy()
+            return padded
+        top, left = round((old[1] - height) / 2), round((old[2] - width) / 2)
+        return pixels[:, top : top + height, left : left + width].copy("K")
 
     return ResizeCrop([resize.size] if isinstance(resize.size, int) else list(resize.size), resize.interpolation, crop)
 

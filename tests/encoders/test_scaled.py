@@ -52,9 +52,9 @@ def test_what_is_decoded_is_never_less_than_the_gap_asks(
     n = preprocess.eighths(height, width, size, 2.0)
     sides = -(-height * n // 8), -(-width * n // 8)
     found = preprocess._decode_jpeg(corpus.encode(Image.new("RGB", (width, height), "teal")), *sides)
-    assert found is not None and tuple(found.shape) == (3, *sides)
+    assert found is not None and found.shape == (*sides, 3)
     if n < 8:
-        assert all(got >= 2 * least for got, least in zip(found.shape[1:], size, strict=True))
+        assert all(got >= 2 * least for got, least in zip(found.shape[:2], size, strict=True))
     if n > 1:
         assert any(n / 2 * whole < 8 * 2 * least for whole, least in zip((height, width), size, strict=True))
 
@@ -128,7 +128,7 @@ def test_every_kind_of_jpeg_is_decoded_to_less(kind: str) -> None:
     image = enlarged(corpus.picture(1, 16), 700, 512).convert("L" if kind == "grey" else "RGB")
     data = corpus.encode(image, quality=95, **KINDS.get(kind, {}))
     found = preprocess._decode_jpeg(data, 128, 175)
-    assert found is not None and tuple(found.shape) == (3, 128, 175)
+    assert found is not None and found.shape == (128, 175, 3)
     scaled, exact = (prepare(mode, transform())(data, LIMIT).astype(int) for mode in ("scaled", "exact"))
     assert np.abs(scaled - exact).max() <= 4
 
