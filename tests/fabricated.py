@@ -34,6 +34,14 @@ def clustered(rows: int, dim: int, clusters: int, seed: int = 0, spread: float =
     return images, unit(images + noise[1])
 
 
+def towers(rows: int, dim: int, seed: int = 0) -> tuple[Vectors, Vectors]:
+    """Image vectors, and text vectors of which half the dimensions mean other things than in the images."""
+    images, texts = clustered(rows, dim, 200, seed, spread=0.5)
+    turned = texts.copy()
+    turned[:, : dim // 2] = texts[:, : dim // 2][:, ::-1]
+    return images, unit(turned + np.float32(0.2))
+
+
 def store_of(out: Place) -> Store:
     return out if isinstance(out, Store) else Store(str(out))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -19,12 +20,31 @@ FORMAT = 2
 """Version of the manifest's format. Format 1, which lacks some fields, is read too."""
 
 
+MOST_PREDICTED = 100
+"""Hits up to which a search visits predicted lists."""
+
+
 class DuplicateRows(TypedDict, total=False):
     """Rows that `--dedup` left out: how many, at which cosine, and the report on them, a path below INDEX."""
 
     rows: int
     threshold: float
     file: str
+
+
+class Prediction(TypedDict):
+    """Whether searches by queries of one kind visit lists that are predicted, and how both ways compared.
+
+    `efforts` has the effort of predicted searches at "10" and "100" hits (see `clip_batch.index.ann.predictor.visits`),
+    `rows` the mean number of rows that they score, and `distance_rows` that of searches of the nearest centroids' lists
+    at the manifest's `efforts`. `file` has the predictor by its path below INDEX; it is empty where it is not used.
+    """
+
+    used: bool
+    efforts: dict[str, int]
+    rows: dict[str, float]
+    distance_rows: dict[str, float]
+    file: dict[str, StoredFile]
 
 
 @dataclass(frozen=True)
@@ -68,10 +88,11 @@ class Manifest:
     the "text" queries of the image index are the real use. `missing` are the partitions that were not committed
     (only with `allow_partial`). `rerank` is MergeConfig's. `single[modality]` has the files, by their path below INDEX,
     of the one index that replaces the shards' own. `efforts[modality][kind]` has the effort at "10" and at "100" hits,
-    by kind of query; `effort` is the largest of them. `tried[modality]` are the index keys that were tried before
-    the build, and why (see `clip_batch.index.merge.choose`). `base` is the version that this one was added to,
-    `template` the version that trained; `drift[modality][kind]` is then the recall@10 of the new queries among the new
-    shards alone.
+    by kind of query, of searches that visit the lists of the nearest centroids; `effort` is the largest of them.
+    `predicted[modality][kind]` is about predicted lists: where they are used, `recall` is theirs. `tried[modality]` are
+    the index keys that were tried before the build, and why (see `clip_batch.index.merge.choose`). `base` is the
+    version that this one was added to, `template` the version that trained; `drift[modality][kind]` is then the
+    recall@10 of the new queries among the new shards alone.
     """
 
     version: str
@@ -98,6 +119,7 @@ class Manifest:
     format: int = FORMAT
     efforts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     tried: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    predicted: dict[str, dict[str, Prediction]] = field(default_factory=dict)
 
     def effort_for(self, modality: str, k: int, kind: str | None = None) -> int | None:
         """The effort that reaches the recall at k hits for queries of a kind; None where there is nothing to tune.
@@ -108,11 +130,17 @@ class Manifest:
         by_kind = self.efforts.get(modality)
         if not by_kind:  # nothing to tune, or an older version, whose one effort is for all
             return self.effort[modality]
-        known = [by_kind[kind]] if kind in by_kind else list(by_kind.values())
-        shallow, deep = (max(by_k[name] for by_k in known) for name in ("10", "100"))
-        depth = min(max(math.log10(max(k, 1) / 10), 0.0), 1.0)
-        growth: float = (max(deep, shallow) / shallow) ** depth
-        return math.ceil(shallow * growth)
+        return _between([by_kind[kind]] if kind in by_kind else list(by_kind.values()), k)
+
+    def predicted_effort(self, modality: str, k: int, kind: str | None) -> int | None:
+        """The effort of a search by a query of a kind that visits predicted lists; None where none are used.
+
+        That is for no more hits than recall was measured at.
+        """
+        prediction = self.predicted.get(modality, {}).get(kind or "")
+        if prediction is None or not prediction["used"] or k > MOST_PREDICTED:
+            return None
+        return _between([prediction["efforts"]], k)
 
     def __repr__(self) -> str:
         keys = ", ".join(f"{modality} {index_key}" for modality, index_key in self.key.items())
@@ -126,6 +154,8 @@ class Manifest:
     def files(self) -> dict[str, StoredFile]:
         """Every file of the version by its path below INDEX."""
         files = {name: file for joined in self.single.values() for name, file in joined.items()}
+        for by_kind in self.predicted.values():
+            files |= {name: file for prediction in by_kind.values() for name, file in prediction["file"].items()}
         for shard in self.shards:
             files |= {self.paths(shard).file(name): file for name, file in shard.files.items()}
         return files
@@ -157,6 +187,14 @@ class Manifest:
         )
         data["shards"] = tuple(IndexShard(**shard) for shard in data["shards"])
         return cls(**data)
+
+
+def _between(efforts: Sequence[dict[str, int]], k: int) -> int:
+    """The effort at k hits between the largest at "10" and the largest at "100" hits."""
+    shallow, deep = (max(by_k[name] for by_k in efforts) for name in ("10", "100"))
+    depth = min(max(math.log10(max(k, 1) / 10), 0.0), 1.0)
+    growth: float = (max(deep, shallow) / shallow) ** depth
+    return math.ceil(shallow * growth)
 
 
 def current_version(store: Store) -> str | None:

@@ -10,7 +10,7 @@
     <version>/truth/<shard>.npz               the shard's recall trials
     <version>/tombstones/<digest>.npy         ids that a removal list removes from the version: a cache
     <version>/template/record.json            names the attempt to train that counts
-    <version>/template/<attempt>/             what it left, see `TemplatePaths`
+    <version>/template/<attempt>/             what it left, see `TemplatePaths`; searches read predictors
     <version>/shards/<shard>.json             names the attempt to build a shard that counts
     <version>/attempts/<shard>-<attempt>/     a shard's files until they get their final names
 
@@ -82,6 +82,10 @@ class TemplatePaths(_Folder):
     def index(self, modality: str) -> str:
         """The trained empty index of a modality."""
         return self._in(f"{modality}.index")
+
+    def predictor(self, modality: str, kind: str) -> str:
+        """The predictor of the lists that queries of a kind visit in the index of a modality."""
+        return self._in(f"{modality}.{kind}.predictor.npy")
 
 
 class VersionPaths(_Folder):

@@ -29,6 +29,11 @@ def verify_index(store: Store, deep: bool = False) -> VerifyReport:
         for name, stored in files.items():
             if problem := check_file(store, name, stored, deep):
                 report.problems[f"{modality} index"] = problem
+    for modality, predictions in manifest.predicted.items():
+        for kind, prediction in predictions.items():
+            for name, stored in prediction["file"].items():
+                if problem := check_file(store, name, stored, deep):
+                    report.problems[f"predictor of {kind} queries in the {modality} index"] = problem
     if offset != manifest.rows:
         report.problems["manifest"] = f"{offset} rows in shards, {manifest.rows} in all"
     return report

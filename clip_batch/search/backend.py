@@ -47,6 +47,7 @@ class Backend(Protocol):
         modality: str = "image",
         effort: int | None = None,
         among: RowSet | None = None,
+        kind: str | None = None,
     ) -> tuple[Vectors, Ids]:
         """Return scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id.
 

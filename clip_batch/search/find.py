@@ -144,8 +144,9 @@ def find(
         depth = min(deepest, max(4 * k, _FIRST))
     while True:
         with timed("index"):
-            effort = criteria.effort or backend.manifest.effort_for(criteria.modality, depth, criteria.kind)
-            all_scores, all_ids = backend.search_ids(vector, depth, criteria.modality, effort, among)
+            all_scores, all_ids = backend.search_ids(
+                vector, depth, criteria.modality, criteria.effort, among, criteria.kind
+            )
         hits = all_ids[0] >= 0
         if criteria.threshold is not None:
             hits &= all_scores[0] >= criteria.threshold

@@ -28,6 +28,7 @@ from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removed_rows
 from clip_batch.index.ann import faiss_index, faiss_search, shared_lists
 from clip_batch.index.ann.order import best
+from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
 from clip_batch.index.manifest import Manifest, load_manifest
@@ -113,6 +114,7 @@ class Searcher:
         self._offsets = np.array([shard.offset for shard in self.manifest.shards])
         self.indices: dict[str, list[OpenedIndex]] = {modality: [] for modality in self.manifest.key}
         self.stored: dict[str, Stacked] = {}
+        self._predictors: dict[str, dict[str, Predictor]] = {}
         self.tables: list[MetadataFile] = []
         self._reconstruct, self._loading = Lock(), Lock()
         limit = parse_bytes(storage.index_cache)
@@ -175,6 +177,11 @@ class Searcher:
             path, *_ = [local(name) for name in sorted(joined)]
             rows = self.manifest.rows - sum(opened.rows for opened in self.indices[modality])
             self.indices[modality].insert(0, OpenedIndex(faiss_index.read(path, mapped=True), 0, rows))
+        for modality, predictions in self.manifest.predicted.items():
+            paths_of = {kind: path for kind, prediction in predictions.items() for path in prediction["file"]}
+            self._predictors[modality] = {
+                kind: Predictor.of_array(np.load(local(path))) for kind, path in paths_of.items()
+            }
         self.stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
         self.schema = common_schema([table.schema for table in self.tables])
         self._uniform = uniform(self.tables)
@@ -237,19 +244,21 @@ class Searcher:
         modality: str = "image",
         effort: int | None = None,
         where: Where | None = None,
+        kind: str | None = None,
     ) -> list[list[Hit]]:
         """The k best hits of each query vector, best first; fewer where the index has fewer rows.
 
         `queries` is float (n, d) or (d,); scores are inner products (cosines for unit vectors).
-        `effort` is nprobe or efSearch, by default what merge tuned. `where` is a condition on metadata, as in `Query`.
+        `effort` is nprobe or efSearch, by default what merge tuned for `kind`, which is "image" or "text" where all
+        queries are vectors of images, or of texts. `where` is a condition on metadata, as in `Query`.
         ConfigError: a wrong argument.
         """
         vectors = checked_search(self.manifest, queries, k, modality, effort)
         if where is not None:
-            criteria = Criteria(k=int(k), modality=modality, effort=effort, where=where)
+            criteria = Criteria(k=int(k), modality=modality, effort=effort, where=where, kind=kind)
             check_criteria(self, criteria, self.heads)
             return [self._hits(find(self, vector, criteria, prefilter=self._prefilter)) for vector in vectors]
-        scores, ids = self.search_ids(vectors, k, modality, effort)
+        scores, ids = self.search_ids(vectors, k, modality, effort, kind=kind)
         flat = ids[ids >= 0]
         rows = iter(self.metadata(flat))
         return [
@@ -269,26 +278,44 @@ class Searcher:
         modality: str = "image",
         effort: int | None = None,
         among: RowSet | None = None,
+        kind: str | None = None,
     ) -> tuple[Vectors, Ids]:
         """Scores float32 (n, k) and ids int64 (n, k), by descending score, then ascending id.
 
         A k beyond the rows of the index counts as the number of its rows. Places without a hit have -inf and -1. With
         `among`, only its rows can be hits: up to `EXACT` rows are all scored; of more, those in the lists that `effort`
-        makes the index visit. Errors as `search`.
+        makes the index visit. Where merge found it better for queries of this `kind`, the lists that are visited are
+        predicted, unless `effort` or `among` is given, k is over `MOST_PREDICTED`, or they hold fewer than k rows.
+        Errors as `search`.
         """
         vectors = checked_search(self.manifest, queries, k, modality, effort)
-        shards, k = self.indices[modality], min(int(k), self.manifest.rows)
-        effort = self.manifest.effort_for(modality, k) if effort is None else effort
-
-        stored, depth = self.stored.get(modality), k
-        if stored is not None:
-            depth = candidates(depth, self.manifest.rerank)
-
+        k = min(int(k), self.manifest.rows)
         if among and len(among.ids) <= EXACT:
             with suppress(ConfigError):  # some kinds of index give no vectors back
                 return self._exact(vectors, among.ids, k, modality)
 
-        parts = self._search_shards(vectors, depth, modality, effort, among)
+        if effort is None and among is None and (tuned := self.manifest.predicted_effort(modality, k, kind)):
+            assert kind is not None
+            scores, ids = self._ranked(vectors, k, modality, tuned, None, self._predictors[modality][kind])
+            if (ids[:, -1:] >= 0).all():
+                return scores, ids
+        effort = self.manifest.effort_for(modality, k, kind) if effort is None else effort
+        return self._ranked(vectors, k, modality, effort, among)
+
+    def _ranked(
+        self,
+        vectors: Vectors,
+        k: int,
+        modality: str,
+        effort: int | None,
+        among: RowSet | None,
+        predictor: Predictor | None = None,
+    ) -> tuple[Vectors, Ids]:
+        """Search all shards as `search_ids` does, and rank what they find."""
+        shards, stored, depth = self.indices[modality], self.stored.get(modality), k
+        if stored is not None:
+            depth = candidates(depth, self.manifest.rerank)
+        parts = self._search_shards(vectors, depth, modality, effort, among, predictor)
         found = np.hstack([ids for _, ids in parts])
         offsets = np.repeat([shard.offset for shard in shards], [ids.shape[1] for _, ids in parts])
         scores, ids = np.hstack([scores for scores, _ in parts]), found + offsets
@@ -298,7 +325,13 @@ class Searcher:
         return (scores, ids) if stored is None else rerank(vectors, ids, stored, k)
 
     def _search_shards(
-        self, queries: Vectors, depth: int, modality: str, effort: int | None, among: RowSet | None
+        self,
+        queries: Vectors,
+        depth: int,
+        modality: str,
+        effort: int | None,
+        among: RowSet | None,
+        predictor: Predictor | None,
     ) -> list[tuple[Vectors, Ids]]:
         """The `depth` best rows (n, any) in each index of a modality, by the index's own ids; -1 where there are fewer.
 
@@ -308,8 +341,8 @@ class Searcher:
         compared = inf if shared is None else shared.probes(effort) * shared.bytes_per_list
         alone = len(queries) == 1 and (len(shards) == 1 or compared <= QUICK)
         probe = None
-        if shared is not None and len(shards) > 1 and depth < faiss_search.DEEP:
-            assign = partial(shared_lists.probe, shared, queries, effort)
+        if shared is not None and (predictor or (len(shards) > 1 and depth < faiss_search.DEEP)):
+            assign = partial(shared_lists.probe, shared, queries, effort, predictor)
             probe = assign() if len(queries) == 1 else self._pool.submit(assign).result()
             nothing_removed = shared_lists.parameters(probe)
 

@@ -71,8 +71,7 @@ def open_ours(folder: Path, home: Path | None) -> Opened:
         rows = np.cumsum([0, *np.bincount(partition)])[partition] + row
 
     def search(queries: Vectors, k: int, kind: str, effort: int | None) -> Ids:
-        effort = effort or manifest.effort_for("image", k, kind)
-        ids = searcher.search_ids(queries, k, "image", effort)[1]
+        ids = searcher.search_ids(queries, k, "image", effort, kind=kind)[1]
         return ids if rows is None else np.where(ids < 0, -1, rows[ids])
 
     files = [path for path in (folder / manifest.version).rglob("*") if path.parent.name == "image"]

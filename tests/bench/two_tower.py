@@ -5,7 +5,7 @@
 Queries are scenes of the demo's pictures that are not in the set: their images, their captions, and their captions in
 other words. Inverted files have `--lists` times the square root of the rows, and exact codes (flat) or RaBitQ codes of
 one bit of which the best 30 * k candidates are scored exactly (rabitq). A query visits the lists of the nearest
-centroids, or those of `tests/bench/probing.py` (predicted), which has learned from captions of the set. For
+centroids, or those that merge's own predictor predicts (predicted), which has learned from the training rows alone. For
 each it tells the least effort at which recall at k = 10 and 100 is .95, the lists visited and rows scored then,
 milliseconds of CPU for each query (one by one, re-ranking included), and the depth: how many times k candidates must
 be re-ranked for .99 of the recall of 30 * k.
@@ -31,12 +31,14 @@ import numpy.typing as npt
 
 from clip_batch.embeddings import reader
 from clip_batch.index.ann import faiss_index, faiss_search, shared_lists
+from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.ann.rerank import rerank
 from clip_batch.index.ann.shared_lists import Probe, SharedLists
+from clip_batch.index.merge import predict
+from clip_batch.index.merge.train import LEAST_SAMPLE
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
-from tests.bench import probing, result, scenes
-from tests.bench.probing import Probing
+from tests.bench import result, scenes
 
 Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -45,8 +47,8 @@ Assign = Callable[[Vectors, float], Probe]
 
 TARGET, DEPTHS = 0.95, (10, 100)
 RERANK = 30
-LEARNED, SCALED, BEST = 20_000, 500, 50
-"""Captions to learn from, images to fit the scale to, and the best rows for each that are known."""
+ANY_ROWS = 10**9
+"""Rows for which a predictor is always learned."""
 TIMED, ROUNDS = 200, 3
 KEYS = {"flat": "IVF{lists},Flat", "rabitq": "RR{dim},IVF{lists},RaBitQfs"}
 NAMES = {"image": "an image", "caption": "a caption", "paraphrase": "a caption in other words"}
@@ -81,10 +83,11 @@ def _dimensions(vectors: Vectors) -> dict[str, float]:
 class Measured:
     """An index of the set's image vectors (rows, d), and the predictors of each kind of query."""
 
-    def __init__(self, key: str, images: Vectors, texts: Vectors, neighbours: dict[str, tuple[Ids, Ids]]) -> None:
+    def __init__(self, key: str, images: Vectors, texts: Vectors) -> None:
         rows, lists = len(images), int(key.partition("IVF")[2].partition(",")[0])
-        sample = np.random.default_rng(0).permutation(rows)[: 64 * lists]
-        index = faiss_index.train(key, images[sample])
+        order = np.random.default_rng(0).permutation(rows)
+        sample = images[order[: max(LEAST_SAMPLE, 64 * lists)]]
+        index = faiss_index.train(key, sample)
         self.of_row = faiss_index.assigner(index)(images)
         faiss_index.add(index, images, np.arange(rows), self.of_row)
         self.index = index  # which owns what `shared` points to
@@ -93,25 +96,15 @@ class Measured:
         self.shared: SharedLists = shared
         self.reranks, self.stored = "RaBitQ" in key, images.astype(np.float16)
         self.sizes = np.append(np.bincount(self.of_row, minlength=lists), 0)  # the last is of -1: no list
-        centroids = shared.quantizer.reconstruct_n(0, lists)
+        captions = texts[order[-predict.count(len(sample)) :]]
         started = time.process_time()
-        (some, best), (captions, nearest) = neighbours["image"], neighbours["text"]
-        fitted = probing.fit_scale(centroids, self._turned(images[some]), self.of_row[best])
-        learned = probing.learn(centroids, self._turned(texts[captions]), self.of_row[nearest])
+        learned = predict.learn(index, "image", ANY_ROWS, sample, ("image", "text"), lambda _: captions, seed=0)
         self.learn_seconds = _round(time.process_time() - started)
-        self.predictors = {"image": fitted, "caption": learned, "paraphrase": learned}
+        self.predictors = {"image": learned["image"], "caption": learned["text"], "paraphrase": learned["text"]}
 
-    def _turned(self, queries: Vectors) -> Vectors:
-        return shared_lists.probe(self.shared, queries, 1).queries
-
-    def nearest(self, queries: Vectors, effort: float) -> Probe:
-        """The lists of the nearest centroids, `effort` of them."""
-        return shared_lists.probe(self.shared, queries, math.ceil(effort))
-
-    def predicted(self, predictor: Probing, queries: Vectors, effort: float) -> Probe:
-        """The lists that a predictor chooses."""
-        near = shared_lists.probe(self.shared, queries, probing.candidates(effort, len(self.sizes) - 1))
-        return Probe(near.queries, *probing.choose(predictor, near.queries, effort, near.lists, near.scores))
+    def visiting(self, predictor: Predictor | None, queries: Vectors, effort: float) -> Probe:
+        """The lists that a predictor chooses, or without one those of the `effort` nearest centroids."""
+        return shared_lists.probe(self.shared, queries, math.ceil(effort), predictor)
 
     def search(self, assign: Assign, queries: Vectors, k: int, effort: float) -> Ids:
         """The rows found, (n, k)."""
@@ -189,8 +182,8 @@ def measure(built: Measured, queries: dict[str, Vectors], truth: dict[str, Ids])
     costs: dict[str, Any] = {}
     for kind, some in queries.items():
         ways: dict[str, Assign] = {
-            "nearest": built.nearest,
-            "predicted": partial(built.predicted, built.predictors[kind]),
+            "nearest": partial(built.visiting, None),
+            "predicted": partial(built.visiting, built.predictors[kind]),
         }
         costs[kind] = {
             way: {str(k): built.cost(assign, some, truth[kind][:, :k]) for k in DEPTHS} for way, assign in ways.items()
@@ -209,14 +202,6 @@ def data(home: Path, options: argparse.Namespace) -> tuple[Vectors, Vectors, dic
     return images, texts, queries, seconds
 
 
-def learning(images: Vectors, texts: Vectors) -> dict[str, tuple[Ids, Ids]]:
-    """Rows of the set by kind, and the best other rows for the image or the caption of each."""
-    order = np.random.default_rng(1).permutation(len(images))
-    some, captions = order[:SCALED], order[:LEARNED]
-    best = faiss_search.nearest(images[some], images, BEST + 1)[1][:, 1:]  # the first is the image itself
-    return {"image": (some, best), "text": (captions, faiss_search.nearest(texts[captions], images, BEST)[1])}
-
-
 def main() -> None:
     parser = result.parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
@@ -228,12 +213,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         images, texts, queries, seconds = data(Path(options.home or temporary), options)
     truth = {kind: faiss_search.nearest(some, images, max(DEPTHS))[1] for kind, some in queries.items()}
-    neighbours = learning(images, texts)
     costs, learn_seconds = {}, {}
     for factor in options.lists:
         for template in KEYS.values():
             key = template.format(lists=round(factor * math.sqrt(options.rows)), dim=images.shape[1])
-            built = Measured(key, images, texts, neighbours)
+            built = Measured(key, images, texts)
             costs[key], learn_seconds[key] = measure(built, queries, truth), built.learn_seconds
             print(key, built.learn_seconds, costs[key], file=sys.stderr)
     figures = {"encode_seconds": seconds, "learn_seconds": learn_seconds, "geometry": geometry(images, texts)}

@@ -15,7 +15,7 @@ from tests import ROOT
 from tests.bench import compare, result
 
 SCRIPTS = sorted(path for path in (ROOT / "tests/bench").glob("*.py"))
-HELPERS = {"ask", "probing", "process", "realistic", "result", "s3_files", "scenes"}
+HELPERS = {"ask", "process", "realistic", "result", "s3_files", "scenes"}
 """Modules of tests/bench that are no benchmarks by themselves."""
 
 

@@ -115,8 +115,12 @@ class DatabaseBackend:
         modality: str = "image",
         effort: int | None = None,
         among: RowSet | None = None,
+        kind: str | None = None,
     ) -> tuple[Vectors, Ids]:
-        """Search as `Searcher.search_ids` does. `effort` is nprobe or ef; None uses Milvus's default."""
+        """Search as `Searcher.search_ids` does, of whatever kind the queries are.
+
+        `effort` is nprobe or ef; None uses Milvus's default.
+        """
         vectors = checked_search(self.manifest, queries, k, modality, effort)
         k = min(int(k), self.manifest.rows)
         if k > self.most:

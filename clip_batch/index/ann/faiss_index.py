@@ -98,6 +98,12 @@ def has_lists(index: Index) -> bool:
     return load().try_extract_index_ivf(index) is not None
 
 
+def list_sizes(index: Index) -> Ids:
+    """The number of rows in each inverted list (lists,)."""
+    ivf = load().try_extract_index_ivf(index)
+    return np.array([ivf.invlists.list_size(number) for number in range(ivf.nlist)])
+
+
 def with_ids(index: Index) -> Index:
     """The index, wrapped in an id map unless its kind stores ids."""
     return index if _stores_ids(index) else load().IndexIDMap2(index)

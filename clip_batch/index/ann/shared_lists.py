@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clip_batch.index.ann import predictor as predictors
 from clip_batch.index.ann.faiss_search import Removed, quantizer_parameters
 from clip_batch.index.ann.libfaiss import Index, load
 
 if TYPE_CHECKING:
     from clip_batch.index.ann.libfaiss import Ids, Vectors
+    from clip_batch.index.ann.predictor import Predictor
 
 _COMPARED = 8
 """Centroids of each shard that are compared with the first shard's, evenly spaced."""
@@ -34,6 +37,12 @@ class SharedLists:
     inverted: tuple[Any, ...]
     bytes_per_list: float
 
+    @cached_property
+    def centroids(self) -> Vectors:
+        """The centroids (lists, d). RuntimeError: the coarse quantizer gives none back."""
+        centroids: Vectors = self.quantizer.reconstruct_n(0, self.inverted[0].nlist)
+        return centroids
+
     def probes(self, effort: int | None) -> int:
         """The number of lists that a search visits: nprobe, by default the index's own."""
         return int(min(effort or self.inverted[0].nprobe, self.inverted[0].nlist))
@@ -41,7 +50,10 @@ class SharedLists:
 
 @dataclass(frozen=True)
 class Probe:
-    """Queries float32 (n, d) after the transforms, the lists (n, nprobe) to visit, and their centroids' scores."""
+    """Queries float32 (n, d) after the transforms, the lists (n, nprobe) to visit, and their centroids' scores.
+
+    A list of -1 is passed over.
+    """
 
     queries: Vectors
     lists: Ids
@@ -62,12 +74,29 @@ def share(indices: Sequence[Index]) -> SharedLists | None:
     return SharedLists(transforms, first.quantizer, inverted, size)
 
 
-def probe(shared: SharedLists, queries: Vectors, effort: int | None = None) -> Probe:
-    """Assign queries float32 (n, d) to the lists that a search at this effort (nprobe) visits."""
+def probe(
+    shared: SharedLists, queries: Vectors, effort: int | None = None, predictor: Predictor | None = None
+) -> Probe:
+    """Assign queries float32 (n, d) to the lists that a search at this effort visits.
+
+    These are the lists of the `effort` (nprobe) nearest centroids; with a predictor those of `predictor.visits`, unless
+    the effort is all lists.
+    """
     queries = _transformed(shared.transforms, queries)
     nprobe = shared.probes(effort)
+    if predictor is not None and nprobe < len(predictor.bias):
+        lists = predictors.visits(predictor, queries, nprobe)
+        return Probe(queries, lists, _scores(shared.centroids, queries, lists))
     scores, lists = shared.quantizer.search(queries, nprobe, params=quantizer_parameters(shared.quantizer, nprobe))
     return Probe(queries, lists, scores)
+
+
+def _scores(centroids: Vectors, queries: Vectors, lists: Ids) -> Vectors:
+    """The inner products (n, m) of queries (n, d) with the centroids of their lists (n, m)."""
+    if len(queries) == 1:
+        few: Vectors = (centroids[lists[0]] @ queries[0])[None]
+        return few
+    return np.take_along_axis(queries @ centroids.T, np.maximum(lists, 0), 1)
 
 
 def parameters(probed: Probe, removed: Removed | None = None) -> Any:

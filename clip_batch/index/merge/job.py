@@ -24,7 +24,7 @@ from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
 
-FORMAT = 4
+FORMAT = 5
 """Version of the files that merge tasks exchange; a part of the index version's digest."""
 
 MOST_ROWS = 5_000_000
@@ -51,6 +51,7 @@ class TemplateRecord(TypedDict):
     duplicates: DuplicateRows
     rerank: int
     tried: dict[str, list[dict[str, Any]]]
+    predictors: dict[str, dict[str, dict[str, StoredFile]]]
     seconds: float
     files: dict[str, StoredFile]
 

@@ -167,6 +167,7 @@ def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
         template=base.template if base else job.version,
         drift=tuning.drift,
         duplicates=duplicates,
+        predicted=tuning.predicted,
     )
     _check_removals(job, manifest)
     published = publish_manifest(job.index, manifest)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,12 @@ from clip_batch.embeddings.reader import blocks
 from clip_batch.index import metadata_writer
 from clip_batch.index.ann import faiss_index, recall
 from clip_batch.index.ann.libfaiss import Index
+from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.ann.rows import Ordered
-from clip_batch.index.merge import trial
+from clip_batch.index.merge import predict, trial
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.queries import Queries
-from clip_batch.index.merge.train import Template
+from clip_batch.index.merge.train import REFERENCE, Template
 from clip_batch.index.paths import VersionPaths
 from clip_batch.storage import npy
 
@@ -40,7 +41,7 @@ def build(template: Template, shard: int, attempt: Attempt) -> None:
     started, job, names = time.monotonic(), template.job, VersionPaths()
     name, (start, stop) = job.shard_name(shard), job.bounds(shard)
     captionless = job.source.read_captionless(start, stop)
-    queries, trials = template.queries(), {}
+    queries, trials = template.queries(), dict[str, npt.NDArray[Any]]()
     order: Ids | None = None
     with ThreadPoolExecutor(1, "write") as background:
         for modality in sorted(template.keys, key=lambda modality: modality != template.order_modality):
@@ -61,7 +62,12 @@ def build(template: Template, shard: int, attempt: Attempt) -> None:
             located = _located(queries, modality, start, stop - start, order)
             first = job.base.effort[modality] if job.base else None
             shards = job.shards + (len(job.base.shards) if job.base else 0)
-            tried = trial.run(index, rows, located, template.rerank, job.config.recall_target, first, shards)
+            predictors = _by_query_kind(template.read_predictors(modality), queries)
+            tried = trial.run(
+                index, rows, located, predictors, template.rerank, job.config.recall_target, first, shards
+            )
+            if predictors:
+                trials[predict.sizes(modality)] = faiss_index.list_sizes(index)
             for kind, one in tried.items():
                 trials.update(recall.arrays(one, f"{modality}.{kind}"))
             for written in writing:
@@ -70,6 +76,12 @@ def build(template: Template, shard: int, attempt: Attempt) -> None:
     assert order is not None
     attempt.write(names.truth(name), lambda file: np.savez(file, **trials))
     attempt.commit(rows=len(order), seconds=time.monotonic() - started)
+
+
+def _by_query_kind(predictors: Mapping[str, Predictor], queries: Queries) -> dict[str, Predictor]:
+    """The predictor for each kind of queries that has one, the index's own queries' kinds among them."""
+    own = {kind: kind.removeprefix(REFERENCE) for kind in queries}
+    return {kind: predictors[name] for kind, name in own.items() if name in predictors}
 
 
 def _metadata(tables: Callable[[], Iterator[pa.Table]], order: Ids, file: IO[bytes]) -> None:

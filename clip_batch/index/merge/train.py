@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from clip_batch.errors import ConfigError
 from clip_batch.index.ann import clusters, faiss_index, index_keys
 from clip_batch.index.ann.index_keys import Choice
 from clip_batch.index.ann.libfaiss import Index
+from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.manifest import DuplicateRows
-from clip_batch.index.merge import duplicates
+from clip_batch.index.merge import duplicates, predict
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.choose import choose
 from clip_batch.index.merge.job import MergeJob
@@ -28,6 +30,7 @@ from clip_batch.index.merge.queries import Queries, draw_queries, filled_rows, h
 from clip_batch.index.paths import TemplatePaths, VersionPaths
 from clip_batch.plan.paths import VECTORS
 from clip_batch.storage import npy
+from clip_batch.types import StoredFile
 
 MOST_ORDER_LISTS = 4096
 """Most clusters of the k-means that orders the rows of an index without lists."""
@@ -55,6 +58,8 @@ class Template:
     `rerank` is how many times k candidates are re-ranked (0: none), `tried` what was tried before the keys were chosen.
     `folder`, relative to INDEX, has the trained indices, and `reference` is the file of the index's own queries
     ("" where this OUT is not added to an index). `duplicates` is empty without `--dedup`.
+    `predictors[modality][kind]` has the file of a predictor of lists, by its
+    path below INDEX, where there is one.
     """
 
     job: MergeJob
@@ -66,6 +71,7 @@ class Template:
     duplicates: DuplicateRows
     rerank: int
     tried: dict[str, list[dict[str, Any]]]
+    predictors: dict[str, dict[str, dict[str, StoredFile]]]
 
     @classmethod
     def read(cls, job: MergeJob) -> Template | None:
@@ -82,6 +88,7 @@ class Template:
             record["duplicates"],
             record["rerank"],
             record["tried"],
+            record["predictors"],
         )
 
     @property
@@ -102,6 +109,15 @@ class Template:
         """The trained empty index."""
         with self.job.index.fetch(self.index_path(modality)) as path:
             return faiss_index.read(path)
+
+    def read_predictors(self, modality: str) -> dict[str, Predictor]:
+        """The predictors of lists by the kind of queries that they are for."""
+        predictors = {}
+        for kind, files in self.predictors.get(modality, {}).items():
+            for name in files:
+                with self.job.index.fetch(name) as path:
+                    predictors[kind] = Predictor.of_array(np.load(path))
+        return predictors
 
     def queries(self) -> Queries:
         """The held-out queries by kind; the index's own, where OUT is added to it, have the prefix `REFERENCE`."""
@@ -144,13 +160,23 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
     _write_queries(attempt, queries)
     if job.base:
         paths = VersionPaths(job.base.template)
-        base = paths.template(job.index.read_json(paths.template_record)["attempt"])
+        record = job.index.read_json(paths.template_record)
+        base = paths.template(record["attempt"])
         template = Template(
-            job, attempt.id, dict(job.base.key), kinds, base.folder, base.queries, {}, job.base.rerank, job.base.tried
+            job,
+            attempt.id,
+            dict(job.base.key),
+            kinds,
+            base.folder,
+            base.queries,
+            {},
+            job.base.rerank,
+            job.base.tried,
+            record.get("predictors", {}),  # older versions have none
         )
     else:
-        template = Template(job, attempt.id, {}, kinds, attempt.folder, "", {}, 0, {})
-        template = _train(template, attempt, {name: filled[name] for name in modalities}, queries, progress)
+        template = Template(job, attempt.id, {}, kinds, attempt.folder, "", {}, 0, {}, {})
+        template = _train(template, attempt, modalities, filled, queries, progress)
     left_out = _find_duplicates(template, attempt, progress) if job.config.dedup else {}
     attempt.commit(
         keys=template.keys,
@@ -160,6 +186,7 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
         duplicates=left_out,
         rerank=template.rerank,
         tried=template.tried,
+        predictors=template.predictors,
         seconds=time.monotonic() - started,
     )
 
@@ -192,16 +219,23 @@ def _sample_rows(job: MergeJob, choices: Sequence[Choice]) -> int:
 
 
 def _train(
-    template: Template, attempt: Attempt, filled: Mapping[str, list[int]], queries: Queries, progress: Say
+    template: Template,
+    attempt: Attempt,
+    modalities: Sequence[str],
+    filled: Mapping[str, list[int]],
+    queries: Queries,
+    progress: Say,
 ) -> Template:
-    """Choose the key of each modality in `filled`, and write its trained index; returns the template with the keys.
+    """Choose the key of each modality, and write its trained index and predictors; returns the template with them.
 
     All modalities are re-ranked alike, by the most that one of them wants.
     """
     job, seed, names = template.job, template.job.config.seed, TemplatePaths()
     asked = {kind: npy.unit(vectors) for kind, (_, vectors) in queries.items()}
     keys, rerank, tried = dict[str, str](), 0, dict[str, list[dict[str, Any]]]()
-    for modality, counts in filled.items():
+    predictors: dict[str, dict[str, dict[str, StoredFile]]] = {}
+    for modality in modalities:
+        counts = filled[modality]
         choices = job.choices(sum(counts))
         sample = _sample(job, modality, counts, queries, choices)
         if job.is_tried(choices):
@@ -215,11 +249,23 @@ def _train(
         keys[modality], rerank = choice.key, max(rerank, choice.rerank or 0)
         progress(f"{modality}: key {choice.key}, trained on {len(sample):,} rows")
         attempt.write(names.index(modality), lambda file, index=index: faiss_index.write(index, file.name))  # type: ignore[misc]
-        if modality == _order_modality(filled) and not faiss_index.has_lists(index):
+        others = partial(_others, job, filled, queries, len(sample))
+        predictors[modality] = {}
+        for kind, predictor in predict.learn(index, modality, sum(counts), sample, list(filled), others, seed).items():
+            name = names.predictor(modality, kind)
+            attempt.write(name, lambda file, array=predictor.array: np.save(file, array))  # type: ignore[misc]
+            predictors[modality][kind] = {f"{attempt.folder}/{name}": attempt.files[name]}
+        if modality == _order_modality(modalities) and not faiss_index.has_lists(index):
             count = max(1, min(math.isqrt(job.source.rows), MOST_ORDER_LISTS, len(sample)))
             centroids = clusters.train(sample, count, seed)
             attempt.write(names.centroids, lambda file, centroids=centroids: np.save(file, centroids))  # type: ignore[misc]
-    return replace(template, keys=keys, rerank=rerank, tried=tried)
+    return replace(template, keys=keys, rerank=rerank, tried=tried, predictors=predictors)
+
+
+def _others(job: MergeJob, filled: Mapping[str, list[int]], queries: Queries, sample: int, kind: str) -> Vectors:
+    """Unit vectors of another kind to learn a predictor from, none of them a query, of an index with such a sample."""
+    count = predict.count(sample)
+    return npy.unit(job.source.draw(kind, filled[kind], count, job.config.seed, held_out_rows(queries))[1])
 
 
 def _order_modality(modalities: Iterable[str]) -> str:

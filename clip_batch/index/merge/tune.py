@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from clip_batch.index.ann import faiss_index, recall
+from clip_batch.index.ann import faiss_index, predictor, recall
+from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.ann.recall import Recall, RecallTrial
+from clip_batch.index.manifest import Prediction
+from clip_batch.index.merge import predict
 from clip_batch.index.merge.job import MergeJob
+from clip_batch.index.merge.queries import Queries
 from clip_batch.index.merge.train import REFERENCE, Template
+from clip_batch.index.merge.trial import PREDICTED
+from clip_batch.index.paths import VersionPaths
+from clip_batch.storage import npy
 
 DRIFT = 0.02
 """How much less recall@10 the rows added to an index may have before retraining is advised."""
+
+ROWS: tuple[Literal["rows"], Literal["distance_rows"]] = "rows", "distance_rows"
 
 Say = Callable[[str], None]
 
@@ -25,42 +35,101 @@ class Tuning(NamedTuple):
     efforts: dict[str, dict[str, dict[str, int]]]
     recall: dict[str, dict[str, Recall]]
     drift: dict[str, dict[str, float]]
+    predicted: dict[str, dict[str, Prediction]]
+
+
+class _Way(NamedTuple):
+    """The trials, by kind, of one way to choose lists at some efforts ([]: there is nothing to tune).
+
+    `places` has, by the kind's own name, the positions of the least efforts that reach the target at each of `DEPTHS`,
+    and `missed` the kinds and depths that none reaches.
+    """
+
+    efforts: list[int]
+    trials: dict[str, RecallTrial]
+    places: dict[str, tuple[int, ...]]
+    missed: set[tuple[str, int]]
 
 
 def tune(template: Template, progress: Say) -> Tuning:
     """Choose the efforts of each modality by the shards' trials; see `Tuning`."""
-    tuning = Tuning({}, {}, {}, {})
-    job, kinds = template.job, list(template.queries())
+    tuning = Tuning({}, {}, {}, {}, {})
+    job, queries = template.job, template.queries()
     for modality in template.keys:
-        trials = {kind: _fold(template, modality, kind) for kind in kinds}
         efforts = faiss_index.efforts(template.index(modality))
-        parts = {kind: 1 if _is_whole(job, kind) else _times(job) for kind in trials}
-        places, missed = _least_efforts(trials, parts, job.config.recall_target, template.rerank)
-        tuning.effort[modality] = efforts[max(max(by_k) for by_k in places.values())] if efforts else None
+        near = _way(template, modality, efforts, list(queries))
+        tuning.effort[modality] = efforts[max(max(by_k) for by_k in near.places.values())] if efforts else None
         if efforts:
-            ks = [str(k) for k in recall.DEPTHS]
-            tuning.efforts[modality] = {
-                kind: {k: efforts[place] for k, place in zip(ks, by_k, strict=True)} for kind, by_k in places.items()
-            }
+            tuning.efforts[modality] = {kind: _by_depth(efforts, by_k) for kind, by_k in near.places.items()}
+        predictors = template.read_predictors(modality)
+        own_efforts = next((predictor.efforts(len(each.bias)) for each in predictors.values()), [])
+        kinds = [kind for kind in queries if _own(kind) in predictors]
+        predicted = _way(template, modality, own_efforts, kinds, PREDICTED)
+        tuning.predicted[modality] = _predictions(template, modality, queries, predictors, predicted, tuning, progress)
+        used = {kind for kind, prediction in tuning.predicted[modality].items() if prediction["used"]}
         tuning.recall[modality] = {}
-        for kind, trial in trials.items():
-            own = kind.removeprefix(REFERENCE)
-            numbers = [_number(trial, place) for place in places[own]]
+        for kind in near.trials:
+            own = _own(kind)
+            way = predicted if own in used else near
+            trial, places = way.trials[kind], way.places[own]
+            numbers = [_number(trial, place) for place in places]
             if _is_whole(job, kind) and (summary := recall.summary(trial, numbers, template.rerank)):
                 tuning.recall[modality][own] = summary
-                by_k = tuning.efforts[modality][own] if efforts else {}
-                for k in recall.DEPTHS:
-                    at = f" at effort {by_k[str(k)]}" if by_k else ""
+                for k, place in zip(recall.DEPTHS, places, strict=True):
+                    at = f" at effort {way.efforts[place]}" if efforts else ""
+                    at += " of predicted lists" if own in used else ""
                     shown = f"recall@{k} {summary[str(k)]:.3f} +- {summary[f'interval_{k}']:.3f}"  # type: ignore[literal-required]
                     progress(f"{modality}: {own} queries: {shown}{at}")
-        if missed:
+        if near.missed:
             remedy = f", --rerank {template.rerank} may be too little" if template.rerank else ""
-            target = f"a recall of {job.config.recall_target} at {' and '.join(missed)}"
+            missed = " and ".join(sorted(f"{k} of {own} queries" for own, k in near.missed))
+            target = f"a recall of {job.config.recall_target} at {missed}"
             progress(f"{modality}: no effort reaches {target}: the largest that gained is recorded{remedy}")
         if job.base:
-            added = {kind: trial for kind, trial in trials.items() if not _is_whole(job, kind)}
-            tuning.drift[modality] = _drift(template, modality, efforts, added, progress)
+            tuning.drift[modality] = _drift(template, modality, near, progress)
     return tuning
+
+
+def _own(kind: str) -> str:
+    """The kind of queries itself, "image" or "text"."""
+    return kind.removeprefix(REFERENCE)
+
+
+def _by_depth(efforts: Sequence[int], places: Sequence[int]) -> dict[str, int]:
+    """The efforts at some positions, one for each of `DEPTHS`, by the depth."""
+    return {str(k): efforts[place] for k, place in zip(recall.DEPTHS, places, strict=True)}
+
+
+def _predictions(
+    template: Template,
+    modality: str,
+    queries: Queries,
+    predictors: Mapping[str, Predictor],
+    predicted: _Way,
+    tuning: Tuning,
+    progress: Say,
+) -> dict[str, Prediction]:
+    """How predicted lists compare with those of the nearest centroids, by kind of query."""
+    if not predicted.trials:
+        return {}
+    index, predictions = template.index(modality), dict[str, Prediction]()
+    list_sizes = _list_sizes(template, modality)
+    for kind, places in predicted.places.items():
+        vectors = queries[REFERENCE + kind if REFERENCE + kind in queries else kind][1]
+        predictions[kind] = prediction = predict.compare(
+            index,
+            list_sizes,
+            npy.unit(vectors),
+            predictors[kind],
+            _by_depth(predicted.efforts, places),
+            tuning.efforts[modality][kind],
+            reached=all(missed != kind for missed, _ in predicted.missed),
+            file=template.predictors[modality][kind],
+        )
+        rows, others = (" and ".join(f"{each:,.0f}" for each in prediction[name].values()) for name in ROWS)
+        verdict = "predicted" if prediction["used"] else "nearest"
+        progress(f"{modality}: {kind} queries score {rows} rows in predicted lists, {others} in the nearest: {verdict}")
+    return predictions
 
 
 def _times(job: MergeJob) -> int:
@@ -68,23 +137,24 @@ def _times(job: MergeJob) -> int:
     return (len(job.base.shards) + job.shards) // job.shards if job.base else 1
 
 
-def _least_efforts(
-    trials: dict[str, RecallTrial], parts: dict[str, int], target: float, factor: int
-) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """By kind, the positions of the least efforts that reach the target at each of `DEPTHS`; and which miss it.
+def _way(template: Template, modality: str, efforts: list[int], kinds: Sequence[str], prefix: str = "") -> _Way:
+    """The trials of some kinds, whose names in the shards' files have a prefix; see `_Way`.
 
-    A trial is over one of so many `parts` of the rows: its share of the hits is what must be found.
+    A trial is over one of so many parts of the rows: its share of the hits is what must be found.
     """
-    places: dict[str, tuple[int, ...]] = {}
-    missed = []
-    for kind, trial in trials.items():
-        own, found = kind.removeprefix(REFERENCE), []
+    job = template.job
+    way = _Way(efforts, {}, {}, set())
+    for kind in kinds:
+        own, found = _own(kind), []
+        way.trials[kind] = trial = _fold(template, modality, kind, prefix)
+        parts = 1 if _is_whole(job, kind) else _times(job)
         for k in recall.DEPTHS:
-            number, reached = recall.least_effort(trial, target, k, factor, parts[kind])
+            number, reached = recall.least_effort(trial, job.config.recall_target, k, template.rerank, parts)
             found.append(int(trial.places[number]))
-            missed += [] if reached else [f"{k} of {own} queries"]
-        places[own] = tuple(max(pair) for pair in zip(found, places.get(own, found), strict=True))
-    return places, sorted(set(missed))
+            if not reached:
+                way.missed.add((own, k))
+        way.places[own] = tuple(max(pair) for pair in zip(found, way.places.get(own, found), strict=True))
+    return way
 
 
 def _number(trial: RecallTrial, place: int) -> int:
@@ -92,16 +162,19 @@ def _number(trial: RecallTrial, place: int) -> int:
     return max(0, int(np.searchsorted(trial.places, place, "right")) - 1)
 
 
-def _drift(
-    template: Template, modality: str, efforts: list[int], trials: dict[str, RecallTrial], progress: Say
-) -> dict[str, float]:
-    """The recall@10 of the new rows' own queries, by kind, at the effort of the version that they are added to."""
+def _drift(template: Template, modality: str, near: _Way, progress: Say) -> dict[str, float]:
+    """The recall@10 of the new rows' own queries, by kind, at the effort of the version that they are added to.
+
+    That is by the lists of the nearest centroids: prediction spends less where the new rows lie otherwise.
+    """
     base = template.job.base
     assert base is not None
     drift = {}
-    for kind, trial in trials.items():
+    for kind, trial in near.trials.items():
+        if _is_whole(template.job, kind):
+            continue
         effort = base.effort_for(modality, 10, kind)
-        place = efforts.index(effort) if effort in efforts else 0
+        place = near.efforts.index(effort) if effort in near.efforts else 0
         if (value := recall.recall(trial, _number(trial, place), 10, template.rerank)) is None:
             continue
         drift[kind] = value
@@ -118,19 +191,32 @@ def _is_whole(job: MergeJob, kind: str) -> bool:
     return not job.base or kind.startswith(REFERENCE)
 
 
-def _fold(template: Template, modality: str, kind: str) -> RecallTrial:
+def _fold(template: Template, modality: str, kind: str, prefix: str) -> RecallTrial:
     """The trial over all shards whose rows these queries were tried on; one shard is in memory at a time."""
     job = template.job
-    files = [(job.paths, job.shard_name(shard), kind) for shard in range(job.shards)]
-    if job.base and kind.startswith(REFERENCE):
-        for shard in job.base.shards:
-            paths = job.base.paths(shard)
-            own = kind.removeprefix(REFERENCE) if paths.folder == job.base.template else kind
-            files.append((paths, shard.name, own))
     whole: RecallTrial | None = None
-    for paths, name, own in files:
+    for paths, name in _truths(job, with_base=_is_whole(job, kind)):
+        own = _own(kind) if job.base and paths.folder == job.base.template else kind
         with job.index.fetch(paths.truth(name)) as path, np.load(path) as arrays:
-            trial = recall.load(arrays, f"{modality}.{own}")
+            trial = recall.load(arrays, f"{modality}.{prefix}{own}")
         whole = recall.fold(whole, trial) if whole else trial
     assert whole is not None
     return whole
+
+
+def _list_sizes(template: Template, modality: str) -> npt.NDArray[np.int64]:
+    """The number of rows in each inverted list (lists,), of all shards together."""
+    job, sizes = template.job, []
+    for paths, name in _truths(job, with_base=True):
+        with job.index.fetch(paths.truth(name)) as path, np.load(path) as arrays:
+            sizes.append(arrays[predict.sizes(modality)])
+    total: npt.NDArray[np.int64] = np.sum(sizes, axis=0)
+    return total
+
+
+def _truths(job: MergeJob, with_base: bool) -> list[tuple[VersionPaths, str]]:
+    """The versions and names of the shards whose trials count: the new ones, and those that they are added to."""
+    shards = [(job.paths, job.shard_name(shard)) for shard in range(job.shards)]
+    if job.base and with_base:
+        shards += [(job.base.paths(shard), shard.name) for shard in job.base.shards]
+    return shards
