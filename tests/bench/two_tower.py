@@ -96,9 +96,12 @@ class Measured:
         self.shared: SharedLists = shared
         self.reranks, self.stored = "RaBitQ" in key, images.astype(np.float16)
         self.sizes = np.append(np.bincount(self.of_row, minlength=lists), 0)  # the last is of -1: no list
-        captions = texts[order[-predict.count(len(sample)) :]]
+
+        def captions(_: str, count: int) -> Vectors:
+            return texts[order[-count:]]
+
         started = time.process_time()
-        learned = predict.learn(index, "image", ANY_ROWS, sample, ("image", "text"), lambda _: captions, seed=0)
+        learned = predict.learn(index, "image", ANY_ROWS, sample, ("image", "text"), captions, seed=0)
         self.learn_seconds = _round(time.process_time() - started)
         self.predictors = {"image": learned["image"], "caption": learned["text"], "paraphrase": learned["text"]}
 

@@ -62,10 +62,10 @@ def train(vectors: Vectors, count: int, seed: int = 0) -> Vectors:
 def nearest_of(centroids: Vectors) -> Callable[[Vectors], Ids]:
     """A function that gives each vector (n, d) the centroid (n,) of largest inner product, nearly always.
 
-    Both are compared in the few dimensions in which centroids differ (see `_axes`); up to `FLAT` centroids, and on a
+    Both are compared in the few dimensions in which centroids differ (see `axes_of`); up to `FLAT` centroids, and on a
     GPU, with all of them, otherwise by `Groups.assign`.
     """
-    axes = _axes(centroids)
+    axes = axes_of(centroids)
 
     def reduced(vectors: Vectors) -> Vectors:
         return vectors if axes is None else vectors @ axes
@@ -77,7 +77,7 @@ def nearest_of(centroids: Vectors) -> Callable[[Vectors], Ids]:
     return lambda vectors: index.search(reduced(vectors), 1)[1][:, 0]
 
 
-def _axes(centroids: Vectors) -> Vectors | None:
+def axes_of(centroids: Vectors) -> Vectors | None:
     """Orthogonal axes (d, m) that keep `KEPT` of the variance of centroids (c, d); None where m would be near d.
 
     What is left hardly tells centroids apart, and their common mean does not: its score is the same for all.

@@ -30,6 +30,8 @@ SCALES = 5.0 * 1.5 ** np.arange(9)
 BATCH, EPOCHS = 256, 5
 RATE = 0.1
 """The step of each weight at the beginning of learning; it falls to zero."""
+KEPT = 0.7
+"""The share of what is learned that is kept, on the way from `scaled`: the rest fits the training rows alone."""
 MOMENTUM, VARIANCE, TINY = 0.9, 0.999, 1e-8
 """Adam's constants."""
 
@@ -126,7 +128,8 @@ def learned(centroids: Vectors, queries: Vectors, lists: Ids, epochs: int = EPOC
     Leave zero vectors out, and give no list as -1. Learning begins at `scaled` and lessens the cross entropy by Adam;
     an epoch takes 4 * n * lists * d floating point operations. Equal arguments give equal results.
     """
-    weights = scaled(centroids, queries[:BATCH], lists[:BATCH]).array
+    start = scaled(centroids, queries[:BATCH], lists[:BATCH]).array
+    weights = start.copy()
     mean, square = np.zeros_like(weights), np.zeros_like(weights)
     rng, steps, step = np.random.default_rng(seed), epochs * -(-len(queries) // BATCH), 0
     for _ in range(epochs):
@@ -141,7 +144,7 @@ def learned(centroids: Vectors, queries: Vectors, lists: Ids, epochs: int = EPOC
             square += (1 - VARIANCE) * (gradient * gradient - square)
             rate = RATE * (1 - step / steps) / (1 - MOMENTUM**step)
             weights -= rate * mean / (np.sqrt(square / (1 - VARIANCE**step)) + TINY)
-    return Predictor.of_array(weights)
+    return Predictor.of_array(start + np.float32(KEPT) * (weights - start))
 
 
 def _softmax(scores: Vectors) -> Vectors:

@@ -43,6 +43,10 @@ class SharedLists:
         centroids: Vectors = self.quantizer.reconstruct_n(0, self.inverted[0].nlist)
         return centroids
 
+    def transformed(self, vectors: Vectors) -> Vectors:
+        """Vectors float32 (n, d) as the coarse quantizer gets them."""
+        return _transformed(self.transforms, vectors)
+
     def probes(self, effort: int | None) -> int:
         """The number of lists that a search visits: nprobe, by default the index's own."""
         return int(min(effort or self.inverted[0].nprobe, self.inverted[0].nlist))
@@ -82,7 +86,7 @@ def probe(
     These are the lists of the `effort` (nprobe) nearest centroids; with a predictor those of `predictor.visits`, unless
     the effort is all lists.
     """
-    queries = _transformed(shared.transforms, queries)
+    queries = shared.transformed(queries)
     nprobe = shared.probes(effort)
     if predictor is not None and nprobe < len(predictor.bias):
         lists = predictors.visits(predictor, queries, nprobe)

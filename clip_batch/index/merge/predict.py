@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch.index.ann import faiss_index, faiss_search, predictor, shared_lists
+from clip_batch.index.ann import clusters, faiss_index, faiss_search, predictor, shared_lists
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.ann.recall import DEPTHS
@@ -24,8 +24,8 @@ MOST_LISTS = 32_768
 FEWEST, MOST = 1_000, 10_000
 """Queries to learn from: none is learned from fewer."""
 
-PAIRS = 200_000_000
-"""Pairs of query and training row that may be compared to find neighbours: some 3 CPU seconds for 512 dimensions."""
+MULTIPLICATIONS = 2 * 10**11
+"""Multiplications that may be spent on comparing queries with training rows to find neighbours: some 4 CPU seconds."""
 
 SCALED = 500
 """Queries that the scale of a predictor for the indexed kind itself is learned from."""
@@ -43,25 +43,20 @@ Vectors = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
-def count(sample: int) -> int:
-    """The number of queries to learn from, where so many rows are searched for their neighbours."""
-    return min(MOST, PAIRS // max(sample, 1))
-
-
 def learn(
     index: Index,
     modality: str,
     rows: int,
     sample: Vectors,
     kinds: Sequence[str],
-    others: Callable[[str], Vectors],
+    others: Callable[[str, int], Vectors],
     seed: int,
 ) -> dict[str, Predictor]:
     """The predictors of a trained index by kind of query; none where they could not be used, or queries are few.
 
     The index is for so many rows. `sample` is float32 (n, d), the rows that the index of the modality is trained on;
-    queries of that kind need no more than the order of the centroids and a scale. `others` gives vectors (n, d) of
-    another kind to learn from.
+    queries of that kind need no more than the order of the centroids and a scale. `others` gives so many vectors (n, d)
+    of another kind to learn from, or fewer.
     """
     shared = shared_lists.share([index])
     if shared is None or len(sample) < FEWEST or shared.inverted[0].nlist > MOST_LISTS:
@@ -72,18 +67,22 @@ def learn(
         centroids = shared.centroids
     except RuntimeError:  # a quantizer that gives none back
         return {}
-    of_row, predictors = faiss_index.assigner(index)(sample), {}
+    of_row, vectors = faiss_index.assigner(index)(sample), shared.transformed(sample)
+    axes = clusters.axes_of(centroids)
+    reduced = vectors if axes is None else vectors @ axes  # what is left hardly changes which rows are near
+    most, predictors = min(MOST, MULTIPLICATIONS // reduced.size), dict[str, Predictor]()
     for kind in kinds:
         own = kind == modality
-        queries = sample[:SCALED] if own else others(kind)
-        if not own and len(queries) < FEWEST:
+        queries = vectors[:SCALED] if own else shared.transformed(others(kind, most))
+        if len(queries) < (SCALED if own else FEWEST):
             continue
-        near = faiss_search.nearest(queries, sample, NEIGHBOURS + own)[1][:, int(own) :]  # the first is the row itself
-        turned = shared_lists.probe(shared, queries, 1).queries
-        if own:
-            predictors[kind] = predictor.scaled(centroids, turned, of_row[near])
-        else:
-            predictors[kind] = predictor.learned(centroids, turned, of_row[near], seed=seed)
+        near = faiss_search.nearest(queries if axes is None else queries @ axes, reduced, NEIGHBOURS + own)[1]
+        lists = of_row[near[:, int(own) :]]  # the first is the row itself
+        predictors[kind] = (
+            predictor.scaled(centroids, queries, lists)
+            if own
+            else predictor.learned(centroids, queries, lists, seed=seed)
+        )
     return predictors
 
 

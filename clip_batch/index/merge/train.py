@@ -249,7 +249,7 @@ def _train(
         keys[modality], rerank = choice.key, max(rerank, choice.rerank or 0)
         progress(f"{modality}: key {choice.key}, trained on {len(sample):,} rows")
         attempt.write(names.index(modality), lambda file, index=index: faiss_index.write(index, file.name))  # type: ignore[misc]
-        others = partial(_others, job, filled, queries, len(sample))
+        others = partial(_others, job, filled, queries)
         predictors[modality] = {}
         for kind, predictor in predict.learn(index, modality, sum(counts), sample, list(filled), others, seed).items():
             name = names.predictor(modality, kind)
@@ -262,9 +262,8 @@ def _train(
     return replace(template, keys=keys, rerank=rerank, tried=tried, predictors=predictors)
 
 
-def _others(job: MergeJob, filled: Mapping[str, list[int]], queries: Queries, sample: int, kind: str) -> Vectors:
-    """Unit vectors of another kind to learn a predictor from, none of them a query, of an index with such a sample."""
-    count = predict.count(sample)
+def _others(job: MergeJob, filled: Mapping[str, list[int]], queries: Queries, kind: str, count: int) -> Vectors:
+    """Unit vectors (count, d) of a kind to learn a predictor from, none of them a query."""
     return npy.unit(job.source.draw(kind, filled[kind], count, job.config.seed, held_out_rows(queries))[1])
 
 

@@ -18,7 +18,7 @@ from clip_batch.index.ann.rerank import candidates, score
 from clip_batch.index.ann.rows import Ordered
 from clip_batch.storage import npy
 
-SHARE = 0.7
+SHARE = 0.5
 """The effort at which predicted lists are first tried, as a share of that which the nearest centroids' lists need."""
 
 SATURATED = 0.99

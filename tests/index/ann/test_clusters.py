@@ -55,7 +55,7 @@ def test_the_nearest_centroid_is_found_nearly_always(count: int) -> None:
     basis = np.linalg.qr(rng.standard_normal((64, 12)))[0].T
     vectors = unit(rng.standard_normal((30_000, 12)) @ basis + 0.02 * rng.standard_normal((30_000, 64)) + 0.3)
     centroids = clusters.train(vectors, count)
-    axes = clusters._axes(centroids)
+    axes = clusters.axes_of(centroids)
     assert axes is not None
     assert axes.shape[1] < 20
     found = clusters.nearest_of(centroids)(vectors)
@@ -66,7 +66,7 @@ def test_the_nearest_centroid_is_found_nearly_always(count: int) -> None:
 
 def test_where_all_dimensions_matter_none_is_left_out() -> None:
     centroids = unit(np.random.default_rng(0).standard_normal((200, 16)))
-    assert clusters._axes(centroids) is None
+    assert clusters.axes_of(centroids) is None
     found = clusters.nearest_of(centroids)(centroids)
     np.testing.assert_array_equal(found, np.arange(200))
 
