@@ -18,6 +18,10 @@ LIST = 160
 """Memory of an inverted list, empty or not, besides its bytes in a file."""
 
 
+PREDICTED_LISTS = 32_768
+"""Lists of an index up to which predictors are learned: every query is compared with all of them."""
+
+
 def code_bytes(index_key: str, dim: int) -> int:
     """The bytes of a vector of `dim` dimensions: its code, its id, its graph links. ConfigError: no such index key."""
     index = make(index_key, dim)  # a name for it: faiss's casts do not keep their owner alive
@@ -34,7 +38,12 @@ def served_bytes(index_key: str, rows: int, dim: int) -> int:
     """The memory of an index of `rows` rows when served. ConfigError: no such index key."""
     index = make(index_key, dim)
     lists = getattr(innermost(index), "nlist", 0)
-    return math.ceil(rows * _code(index) + _template(index)) + LIST * lists
+    return math.ceil(rows * _code(index) + _template(index)) + LIST * lists + predictor_bytes(lists, dim)
+
+
+def predictor_bytes(lists: int, dim: int) -> int:
+    """The memory of two kinds' predictors and their centroids; 0 for more lists than are predicted."""
+    return 12 * dim * lists if lists <= PREDICTED_LISTS else 0
 
 
 def _code(index: Index) -> float:

@@ -122,7 +122,8 @@ class MergeJob:
         """Bytes of memory that a task takes besides those for each row."""
         dim = self.source.dim
         return BASE_BYTES + max(
-            footprint.template_bytes(key, dim) + footprint.LIST * index_keys.lists(key) for key in self._index_keys
+            footprint.template_bytes(key, dim) + footprint.LIST * lists + footprint.predictor_bytes(lists, dim)
+            for key, lists in ((key, index_keys.lists(key)) for key in self._index_keys)
         )
 
     @cached_property

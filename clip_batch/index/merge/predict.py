@@ -11,15 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch.index.ann import clusters, faiss_index, faiss_search, predictor, shared_lists
+from clip_batch.index.ann import clusters, faiss_index, faiss_search, footprint, predictor, shared_lists
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.ann.recall import DEPTHS
 from clip_batch.index.manifest import Prediction
 from clip_batch.types import StoredFile
-
-MOST_LISTS = 32_768
-"""Lists of an index up to which predictors are learned: every query is compared with all of them."""
 
 FEWEST, MOST = 1_000, 10_000
 """Queries to learn from: none is learned from fewer."""
@@ -59,7 +56,7 @@ def learn(
     of another kind to learn from, or fewer.
     """
     shared = shared_lists.share([index])
-    if shared is None or len(sample) < FEWEST or shared.inverted[0].nlist > MOST_LISTS:
+    if shared is None or len(sample) < FEWEST or shared.inverted[0].nlist > footprint.PREDICTED_LISTS:
         return {}
     if rows * shared.inverted[0].code_size < LEAST_BYTES:
         return {}
@@ -74,15 +71,14 @@ def learn(
     for kind in kinds:
         own = kind == modality
         queries = vectors[:SCALED] if own else shared.transformed(others(kind, most))
-        if len(queries) < (SCALED if own else FEWEST):
+        if not own and len(queries) < FEWEST:
             continue
         near = faiss_search.nearest(queries if axes is None else queries @ axes, reduced, NEIGHBOURS + own)[1]
         lists = of_row[near[:, int(own) :]]  # the first is the row itself
-        predictors[kind] = (
-            predictor.scaled(centroids, queries, lists)
-            if own
-            else predictor.learned(centroids, queries, lists, seed=seed)
-        )
+        if own:
+            predictors[kind] = predictor.scaled(centroids, queries, lists)
+        else:
+            predictors[kind] = predictor.learned(centroids, queries, lists, seed=seed)
     return predictors
 
 
