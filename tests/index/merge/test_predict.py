@@ -86,7 +86,10 @@ def test_captions_score_fewer_rows_for_the_same_recall(home: Path, manifest: Man
         assert manifest.recall["image"]["text"][k] >= CONFIG.recall_target  # type: ignore[literal-required]
     with Searcher(str(home / "index")) as searcher:
         found = rows_found(searcher, IMAGES[:ROWS], TEXTS[ROWS : ROWS + 500], kind="text")
-    assert found >= CONFIG.recall_target - 0.03
+        assert found >= CONFIG.recall_target - 0.03
+        asked = [searcher.find(Query(embedding=text, kind="text")).hits for text in TEXTS[ROWS : ROWS + 20]]
+        ids = searcher.search_ids(TEXTS[ROWS : ROWS + 20], 10, kind="text")[1]
+        assert [[hit.id for hit in hits] for hits in asked] == ids.tolist()
 
 
 def test_the_version_has_the_predictor_among_its_files(home: Path, manifest: Manifest) -> None:
