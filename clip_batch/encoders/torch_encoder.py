@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,14 +54,27 @@ class Placement(NamedTuple):
 
 
 def place(spec: EncoderSpec, device: str, compiled: int) -> Placement:
-    """The placement that a family's `load` is asked for. EncoderError: the device cannot do the spec's precision."""
+    """The placement that a family's `load` is asked for. EncoderError: the device cannot do the spec's precision.
+
+    With precision fp32 on a GPU, TF32 is off in this process from here on, for convolutions and matrix products.
+    """
     device = pick_device(device)
     if spec.precision == "int8" and (device != "cpu" or compiled):
         raise EncoderError("precision int8 is for CPUs, and not compiled: give --device cpu, leave out --compile")
     if compiled and device == "cpu" and spec.precision != "fp32":
         raise EncoderError(f"--compile on a CPU is for precision fp32, not {spec.precision}: leave it out")
     _check_device(device)
+    if spec.precision == "fp32" and device != "cpu":
+        _refuse_tf32()
     return Placement(torch.device(device), _DTYPES[spec.precision], spec.precision == "int8", compiled)
+
+
+def _refuse_tf32() -> None:
+    """Have products of float32 numbers computed from all of their bits: cuDNN takes 10 of 23 unless told not to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some releases from torch 2.9 on prefer settings that 2.8 has not
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False  # set where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is
 
 
 def _check_device(device: str) -> None:

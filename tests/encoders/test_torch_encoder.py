@@ -68,3 +68,26 @@ def test_texts_too_many_for_the_gpu_are_halved() -> None:
 
     encoder._text_tower = narrow
     assert np.allclose(encoder.encode_texts(texts), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fp32_on_a_gpu_is_not_tf32(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from clip_batch import encoders
+    from clip_batch.encoders import torch_encoder
+
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [one.allow_tf32 for one in flags]
+    monkeypatch.setattr(torch_encoder, "_check_device", lambda device: None)
+    spec = encoders.resolve("demo", "", "fast", precision)
+    try:
+        for one in flags:
+            one.allow_tf32 = True
+        torch_encoder.place(encoders.resolve("demo"), "cpu", 0)
+        assert [one.allow_tf32 for one in flags] == [True, True], "a CPU has no TF32"
+        torch_encoder.place(spec, "cuda:0", 0)
+        assert [one.allow_tf32 for one in flags] == [precision != "fp32"] * 2
+    finally:
+        for one, value in zip(flags, before, strict=True):
+            one.allow_tf32 = value
