@@ -102,7 +102,7 @@ class EmbedConfig(Options):
     batch_size: int = 0
     """Images per forward pass; 0: 512 on a GPU, 32 on a CPU."""
     threads: int = 0
-    """Decoding threads of a worker; 0: one per core that it may use, shared among the workers of this machine."""
+    """Decoding threads of a worker at most; 0: its share of this machine's cores. It uses as many as feed the model."""
     prefetch: str = "4GB"
     """Disk space in TMPDIR for remote tars that a worker fetches ahead; it always fetches one slice ahead."""
     device: str = "auto"

@@ -21,6 +21,7 @@ from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.config.paths import path_text
 from clip_batch.embeddings.attempts import record_failure
 from clip_batch.embeddings.commits import committed
+from clip_batch.embeddings.decoders import Decoders
 from clip_batch.embeddings.loading import are_many, batch_size, load_encoder
 from clip_batch.embeddings.metadata import metadata_row
 from clip_batch.embeddings.part_writer import PartWriter
@@ -28,7 +29,7 @@ from clip_batch.embeddings.partition_queue import PartitionQueue
 from clip_batch.embeddings.slabs import Slab, Slabs
 from clip_batch.embeddings.spare import spare
 from clip_batch.embeddings.workers import WorkerRun, recorded
-from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
+from clip_batch.encoders.device import pick_device, torch_threads, use_torch_threads
 from clip_batch.errors import ClipBatchError, DecodeError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
@@ -136,6 +137,10 @@ class _Decoding(NamedTuple):
     texts: Future[list[_Texts]]
     images: list[Future[list[_Placed]]]
 
+    def done(self) -> bool:
+        """Whether all is decoded."""
+        return self.texts.done() and all(future.done() for future in self.images)
+
     def finish(self) -> _Batch:
         """The batch with its decoded items, once they are all decoded."""
         places = chain.from_iterable(future.result() for future in self.images)
@@ -215,23 +220,22 @@ class _Worker:
         self.tried: set[int] = set()
         self.batch_size = batch_size(config)
         self.slabs = Slabs(self.batch_size, pick_device(config.device))
+        self.decoders = Decoders(config.threads)
+        self.encoding: deque[Future[Encoded]] = deque()
         self.prefetch = parse_bytes(config.prefetch)
 
     def embed(self, todo: list[Partition]) -> list[Outcome]:
-        threads = self.config.threads or cores()
         self.tried.update(partition.id for partition in todo)
         outcomes: list[Outcome] = []
         queue = PartitionQueue(todo, self._spare)
         files = Prefetcher(self._slices(queue), self.storage.storage_options, self.prefetch, self.run.stop)
         forward_threads = torch_threads()
-        # Decoding alone uses all cores. A GPU is given its next batch while it computes one; on a CPU, one batch keeps
-        # all of torch's threads busy.
+        # A GPU is given its next batch while it computes one; on a CPU, one batch keeps all of torch's threads busy.
         lanes = 1 if pick_device(self.config.device) == "cpu" else 2
-        decoders = ThreadPoolExecutor(threads, "decode", use_torch_threads, (1,))
         device = ThreadPoolExecutor(lanes, "encode", use_torch_threads, (forward_threads,))
-        with decoders, device, files:
+        with self.decoders, device, files:
             try:
-                encoded = self._encode(self._decode(queue, files, decoders), device, lanes)
+                encoded = self._encode(self._decode(queue, files), device, lanes)
                 for number, batches in _by_partition(encoded):
                     outcomes.append(self._write(number, batches))
                     self.progress(outcomes[-1].line)
@@ -245,7 +249,7 @@ class _Worker:
                         outcomes[-1] = replace(outcomes[-1], error=error)
                         break
             finally:
-                decoders.shutdown(wait=False, cancel_futures=True)
+                self.decoders.cancel()
                 device.shutdown(wait=False, cancel_futures=True)
                 use_torch_threads(forward_threads)  # new threads start with the last count that was set
         return outcomes
@@ -263,18 +267,26 @@ class _Worker:
         self.run.write_now.set()  # so that no other worker takes it too
         return self.plan.partitions[number]
 
-    def _decode(self, queue: PartitionQueue, files: Prefetcher, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+    def _decode(self, queue: PartitionQueue, files: Prefetcher) -> Iterator[_Batch]:
         """Decode samples in a pool, up to `_BATCHES_AHEAD` batches ahead of the consumer; batches keep their order."""
         window: deque[_Decoding] = deque()
         for batch, items in self._read(queue, files):
-            texts = pool.submit(self._decode_texts, items)
+            texts = self.decoders.submit(self._decode_texts, items)
             chunks = [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
-            images = [pool.submit(self._decode_images, chunk, batch.slab) for chunk in chunks]
+            images = [self.decoders.submit(self._decode_images, chunk, batch.slab) for chunk in chunks]
             window.append(_Decoding(batch, texts, images))
             if len(window) > _BATCHES_AHEAD:
-                yield window.popleft().finish()
+                yield self._finish(window.popleft())
         while window:
-            yield window.popleft().finish()
+            yield self._finish(window.popleft())
+
+    def _finish(self, decoding: _Decoding) -> _Batch:
+        """A batch once it is decoded; another thread decodes from now on if the encoder had to wait for it."""
+        late = not decoding.done()
+        batch = decoding.finish()
+        if late and self.encoding and all(future.done() for future in self.encoding):
+            self.decoders.widen()
+        return batch
 
     def _slices(self, queue: PartitionQueue) -> Iterator[Slice]:
         """The slices to prefetch, in order, without those of partitions that are committed by now."""
@@ -330,7 +342,7 @@ class _Worker:
 
     def _encode(self, batches: Iterator[_Batch], device: ThreadPoolExecutor, lanes: int) -> Iterator[Encoded]:
         """Encode up to `lanes` batches at once, while this thread collects the next; batches keep their order."""
-        waiting: deque[Future[Encoded]] = deque()
+        waiting = self.encoding
         for batch in batches:
             if self.run.stop.is_set():
                 raise Preempted()

@@ -55,6 +55,7 @@ class Slabs:
 
     def __init__(self, size: int, device: str) -> None:
         self._size, self._device = size, device
+        host_array((0,), "uint8", device)  # torch, if it is needed, is imported before there are threads
         self._free: SimpleQueue[Slab] = SimpleQueue()
 
     def take(self) -> Slab:

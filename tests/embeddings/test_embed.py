@@ -26,6 +26,7 @@ from clip_batch import encoders
 from clip_batch.cli import main
 from clip_batch.config import EmbedConfig, PlanConfig
 from clip_batch.embeddings.commits import committed, read_commits
+from clip_batch.embeddings.decoders import FIRST
 from clip_batch.embeddings.embed import Outcome, embed
 from clip_batch.embeddings.metadata import metadata_row, metadata_schema
 from clip_batch.embeddings.repair import gc, repair
@@ -115,6 +116,34 @@ def test_a_gpu_has_its_next_batch_while_it_works_on_one(tars: list[str], tmp_pat
         assert encoder.most == most
         found.append(rows(out))
     assert found[0] == found[1] and len(found[0]) == 240
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.1, FIRST + 1), (0.0, 8)])
+def test_only_as_many_threads_decode_as_feed_the_encoder(
+    tars: list[str], tmp_path: Path, seconds: float, most: int
+) -> None:
+    lock, at_once, seen = threading.Lock(), 0, 0
+    encoder: Any = encoders.load(plan(tars, str(tmp_path / "out")).encoder)
+    preprocess, encode = encoder.preprocess, encoder.encode_images
+
+    def decode(data: Any, max_pixels: int) -> Any:
+        nonlocal at_once, seen
+        with lock:
+            at_once += 1
+            seen = max(seen, at_once)
+        time.sleep(0.004)
+        with lock:
+            at_once -= 1
+        return preprocess(data, max_pixels)
+
+    def slow(batch: Any) -> Any:
+        time.sleep(seconds)
+        return encode(batch)
+
+    encoder.preprocess, encoder.encode_images = decode, slow
+    embed(str(tmp_path / "out"), EmbedConfig(batch_size=16, threads=8, device="cuda"), encoder=encoder)
+    assert FIRST <= seen <= most
+    assert seen > FIRST or seconds, "the encoder waited, and no more threads decoded"
 
 
 class Delays:
