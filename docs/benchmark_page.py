@@ -39,8 +39,8 @@ This page is generated from the result files in [benchmarks/](benchmarks/): chan
 Only ratios within one run mean much, as the machine is shared: "load" is its load average before a run, where it is
 known. "Ratio" says how many times better ours is than the peer's figure. "CPU an item" is CPU time over all
 processes. Results marked as transferred come from the page as it was written by hand until 2026-11-26: what it did not
-say, such as the load, is not known. No GPU has been measured yet; `tests/bench/gpu.py` makes that table in one
-command. What was tried and did not help is in [experiments.md](experiments.md).
+say, such as the load, is not known. What one GPU gave is told in
+[gpu.md](gpu.md). What was tried and did not help is in [experiments.md](experiments.md).
 """
 
 COLUMNS = """| what | ours | peer | ratio | target | CPU an item | load | date | script |
