@@ -64,7 +64,10 @@ _BATCHES_AHEAD = 3
 """Batches that are read and decoded ahead of the one that is being encoded."""
 
 _CHUNK = 4
-"""Samples that are handed to a decoding thread at a time: handing over each alone costs a tenth of decoding it."""
+"""Least number of samples that are handed to a decoding thread at a time: each hand-over costs a tenth of decoding."""
+
+_CHUNKS = 32
+"""A large batch is handed over in this many pieces, enough for all threads."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,8 @@ class _Worker:
         window: deque[_Decoding] = deque()
         for batch, items in self._read(queue, files):
             texts = self.decoders.submit(self._decode_texts, items)
-            chunks = [items[at : at + _CHUNK] for at in range(0, len(items), _CHUNK)]
+            size = max(_CHUNK, self.batch_size // _CHUNKS)
+            chunks = [items[at : at + size] for at in range(0, len(items), size)]
             images = [self.decoders.submit(self._decode_images, chunk, batch.slab) for chunk in chunks]
             window.append(_Decoding(batch, texts, images))
             if len(window) > _BATCHES_AHEAD:

@@ -184,6 +184,18 @@ def test_fast_and_exact_are_equal_where_nothing_is_resized() -> None:
     assert likeness(demo_images())["equal"] == 1
 
 
+def test_an_image_smaller_than_the_crop_is_padded_alike() -> None:
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+    steps = [Resize(11, InterpolationMode.BICUBIC), CenterCrop((15, 12)), ToTensor(), Normalize([0.5] * 3, [0.5] * 3)]
+    for size in ((40, 40), (61, 40), (11, 11)):
+        data = corpus.encode(corpus.picture(1, 20).resize(size))
+        fast, exact = (prepare(mode, Compose(steps))(data, LIMIT).astype(int) for mode in ("fast", "exact"))
+        assert fast.shape == exact.shape == (3, 15, 12)
+        assert np.abs(fast - exact).max() <= 2
+        assert not fast[:, :2].any() and not fast[:, 13:].any() and fast[:, 2:13].any()
+
+
 def test_a_transform_that_fast_does_not_know_is_refused_by_name() -> None:
     from clip_batch.errors import EncoderError
 
