@@ -183,8 +183,9 @@ def _resize(
     """Pixels (h, w, 3) resized to `size`, (3, *size), as torchvision does it; with `scale`, by these factors."""
     if scale is None and pixels.shape[:2] == tuple(size):
         return pixels.transpose(2, 0, 1)
-    # Of a batch with these strides torch knows that colours are last in memory, and does not reorder its result.
-    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    # Of a batch with these strides torch knows that colours are last in memory, and does not reorder its result. numpy
+    # makes it, because each of torch's calls gives up Python's lock and has to wait for it again.
+    batch = torch.from_numpy(pixels.reshape(1, *pixels.shape).transpose(0, 3, 1, 2))
     if scale is None and interpolation is not InterpolationMode.BICUBIC:
         resized = resize_image(batch, size, interpolation, antialias=True)
     else:
