@@ -37,6 +37,7 @@ from clip_batch.index.merge.shard import build
 from clip_batch.index.merge.train import Template, make_template
 from clip_batch.index.merge.tune import tune
 from clip_batch.index.paths import TRUTH
+from clip_batch.storage.allocator import give_back
 from clip_batch.storage.store import file_digest
 from clip_batch.types import StoredFile, StrPath, format_numbers
 
@@ -99,6 +100,7 @@ def train(job: MergeJob, progress: Say = lambda line: None) -> None:
     captioned = job.source.check_files(job.kinds)
     with job.attempt_training() as attempt:
         make_template(job, captioned, attempt, progress)
+    give_back()  # the sample's memory, before the shards take theirs
     if not attempt.won:
         progress("another attempt trained first: its template is used")
 
