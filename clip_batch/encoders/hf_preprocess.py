@@ -104,7 +104,7 @@ def _resize_and_crop(processor: Any) -> ResizeCrop | None:
         if (height, width) in ((0, 0), image.shape[1:]):
             return image
         top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-        return image[:, top : top + height, left : left + width].copy("K")
+        return image[:, top : top + height, left : left + width]
 
     return ResizeCrop(resized, interpolation, centre)
 

@@ -29,7 +29,7 @@ class ResizeCrop:
     """The size after the resize: the shorter side, or height and width."""
     interpolation: InterpolationMode
     crop: Callable[[Pixels], Pixels]
-    """From uint8 (3, h, w) to uint8 (3, height, width). It copies what it crops: a view keeps the whole image alive."""
+    """From uint8 (3, h, w) to uint8 (3, height, width), a view: a slab copies it."""
 
 
 def to_rgb(image: Image) -> Image:
@@ -58,10 +58,10 @@ def resize_and_crop(steps: Steps, normalize: Normalize | None) -> ResizeCrop:
             return pixels
         (height, width), old = centre.size, pixels.shape
         if height > old[1] or width > old[2]:  # it is padded
-            padded: Pixels = center_crop_image(torch.from_numpy(pixels), [height, width]).clone().numpy()
+            padded: Pixels = center_crop_image(torch.from_numpy(pixels), [height, width]).numpy()
             return padded
         top, left = round((old[1] - height) / 2), round((old[2] - width) / 2)
-        return pixels[:, top : top + height, left : left + width].copy("K")
+        return pixels[:, top : top + height, left : left + width]
 
     return ResizeCrop([resize.size] if isinstance(resize.size, int) else list(resize.size), resize.interpolation, crop)
 
