@@ -6,6 +6,8 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from clip_batch.encoders import hub
@@ -130,13 +132,13 @@ def load_model(model: str, pretrained: str, precision: str, device: torch.device
     logging.getLogger("open_clip").setLevel(logging.ERROR)
     import open_clip
 
+    from clip_batch.encoders.undrawn import undrawn
+
+    precision = "fp32" if precision == "int8" else precision
+    options = {"pretrained": pretrained or None, "precision": precision, "device": device}
     try:
-        loaded, _, transform = open_clip.create_model_and_transforms(
-            model,
-            pretrained=pretrained or None,
-            precision="fp32" if precision == "int8" else precision,
-            device=device,
-        )
+        create = partial(open_clip.create_model_and_transforms, model, **options)
+        loaded, _, transform = undrawn(create, itemgetter(0))
         return loaded.eval(), transform, by_words(open_clip.get_tokenizer(model))
     except Exception as error:
         raise EncoderError(f"open_clip cannot load {model} {pretrained}: {hub.line(error)}") from None

@@ -7,6 +7,7 @@ Face hub. NAME may also be a folder, or a name on the hub, with timm's config.js
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clip_batch.encoders import hub
@@ -65,12 +66,14 @@ def load_model(model: str, pretrained: str) -> tuple[Any, Any]:
     from torchvision.transforms import Compose
 
     from clip_batch.encoders.transforms import to_rgb
+    from clip_batch.encoders.undrawn import undrawn
 
     name, more = model.removeprefix("timm:"), {"pretrained_cfg_overlay": {"file": pretrained}} if pretrained else {}
     if not pretrained:
         name = f"local-dir:{hub.folder(_repository(name))}"
     try:
-        loaded = timm.create_model(name, pretrained=True, num_classes=0, **more).eval()
+        create = partial(timm.create_model, name, pretrained=True, num_classes=0, **more)
+        loaded = undrawn(create, lambda model: model).eval()
     except Exception as error:
         raise EncoderError(f"timm cannot load {model} {pretrained}: {hub.line(error)}") from None
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded), is_training=False)
