@@ -1,6 +1,6 @@
 """Slabs: the memory for the pixels of a batch, which decoding threads fill and the encoder reads, again and again.
 
-New memory for each batch would cost more than decoding does: the system clears it, and a GPU's driver pins it.
+New memory would be cleared by the system and pinned by a GPU's driver, and a batch be gathered by one thread.
 """
 
 from __future__ import annotations
