@@ -6,7 +6,7 @@ A version is a folder of 12 hex digits; it is finished once it has a manifest, a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from clip_batch.index.manifest import Manifest, current_version, load_manifest, 
 from clip_batch.index.paths import CURRENT, VersionPaths, is_version
 from clip_batch.index.removed_rows import fetch_metadata, removed_ids, removed_if_known
 from clip_batch.storage.store import Store
+from clip_batch.types import StoredFile
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,8 @@ def use(store: Store, version: str) -> Manifest:
     size.
     """
     manifest = _finished(store, version)
-    with ThreadPoolExecutor(16) as pool:
-        for problem in pool.map(lambda file: _problem(store, file[0], file[1]["bytes"]), manifest.files.items()):
-            if problem:
-                raise CorruptError(f"{problem}: use another version, or drop this one and merge again")
+    if problem := broken(store, manifest.files):
+        raise CorruptError(f"{problem}: use another version, or merge again")
     removed_ids(store, manifest, fetch_metadata(store, manifest))
     before = current_version(store)
     make_current(store, version)
@@ -110,6 +109,20 @@ def use(store: Store, version: str) -> Manifest:
     if current_version(store) == version:  # a `drop` at the same time removes the manifest first
         make_current(store, before) if before else store.remove(CURRENT)
     raise ConfigError(f"{store.display(version)} was dropped meanwhile: {before or 'nothing'} serves as before")
+
+
+def broken(store: Store, files: Mapping[str, StoredFile]) -> str | None:
+    """What is wrong with the first of some files that is missing or not of its recorded size; None if none is."""
+    with ThreadPoolExecutor(16) as pool:
+        problems = pool.map(lambda file: _problem(store, file[0], file[1]["bytes"]), files.items())
+        return next(filter(None, problems), None)
+
+
+def discard(store: Store, version: str) -> None:
+    """Delete a broken version, the live one too, so that it can be built anew. ConfigError: another one needs it."""
+    _refuse_base(store, version, [other for other in _folders(store) if other != version])
+    store.remove(VersionPaths(version).manifest)
+    store.remove_folder(version)
 
 
 def _finished(store: Store, version: str) -> Manifest:

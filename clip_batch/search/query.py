@@ -39,6 +39,11 @@ class QueryError(ConfigError):
         return type(self), (self.field, self.reason)
 
 
+def check_kind(kind: str | None) -> None:
+    """ConfigError: a kind of query is none of those that there are."""
+    _check("kind", kind, kind in (None, "image", "text"), "image or text, or None where it is not known")
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class QueryTerm:
     """One thing to look for: a text, an image (path, URL or bytes), a vector (d,), or the id of a row of the index.
@@ -111,6 +116,7 @@ class Criteria:
         _check_number("unique_threshold", self.unique_threshold)
         _check("unique_threshold", self.unique_threshold, 0 <= self.unique_threshold <= 1, "from 0 to 1")
         _check("modality", self.modality, isinstance(self.modality, str), "image or text")
+        check_kind(self.kind)
         for field in ("unique", "safe", "nonviolent"):
             switch = getattr(self, field)
             _check(field, switch, isinstance(switch, bool | np.bool_), "True or False")

@@ -41,7 +41,7 @@ from clip_batch.search.evaluate import matches
 from clip_batch.search.find import Ranked, best_rows, check_criteria, find
 from clip_batch.search.heads import load_heads
 from clip_batch.search.prefilter import Prefilter
-from clip_batch.search.query import Criteria, Query
+from clip_batch.search.query import Criteria, Query, check_kind
 from clip_batch.search.results import SearchResult
 from clip_batch.search.rows import Ids, RowSet, Vectors, selection
 from clip_batch.search.vectors import image_vectors, text_vectors
@@ -289,6 +289,7 @@ class Searcher:
         Errors as `search`.
         """
         vectors = checked_search(self.manifest, queries, k, modality, effort)
+        check_kind(kind)
         k = min(int(k), self.manifest.rows)
         if among and len(among.ids) <= EXACT:
             with suppress(ConfigError):  # some kinds of index give no vectors back

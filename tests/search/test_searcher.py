@@ -160,6 +160,8 @@ def test_a_query_with_little_to_compare_waits_for_no_other_thread(
         ({"k": 0}, "k is 0"),
         ({"k": 2.5}, "k is 2.5"),
         ({"effort": 0}, "effort is 0"),
+        ({"kind": "sound"}, "a query's kind is 'sound': it must be image or text"),
+        ({"kind": 7, "where": "n < 100"}, "a query's kind is 7"),
         ({"modality": "sound"}, "modality 'sound' is not in this index: it has image, text"),
     ],
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clip_batch.errors import CorruptError
 from clip_batch.index.ann.libfaiss import load
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class Predictor:
 
     @classmethod
     def of_array(cls, array: Vectors) -> Predictor:
-        """The inverse of `array`."""
+        """The inverse of `array`. CorruptError: a number is not finite."""
+        if not np.isfinite(array).all():
+            raise CorruptError("a predictor of lists has numbers that are not finite: run clip-batch verify --deep")
         return cls(np.ascontiguousarray(array[:, :-1]), np.ascontiguousarray(array[:, -1]))
 
     @property

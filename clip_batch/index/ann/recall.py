@@ -29,6 +29,9 @@ TIE = 1e-6
 DEPTHS = (10, 100)
 """The k for which the search effort is tuned, and recall is promised."""
 
+FEW = 30
+"""Fewer queries than these say too little of a kind to tune by."""
+
 
 Recall = TypedDict(
     "Recall",

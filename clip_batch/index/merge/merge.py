@@ -37,6 +37,7 @@ from clip_batch.index.merge.shard import build
 from clip_batch.index.merge.train import Template, make_template
 from clip_batch.index.merge.tune import tune
 from clip_batch.index.paths import TRUTH
+from clip_batch.index.versions import broken, discard
 from clip_batch.storage.allocator import give_back
 from clip_batch.storage.store import file_digest
 from clip_batch.types import StoredFile, StrPath, format_numbers
@@ -62,6 +63,7 @@ def merge(
     """
     say = progress or (lambda line: None)
     job = open_job(path_text(output, "output"), path_text(index, "index"), config, storage)
+    _discard_broken(job, say)
     if manifest := finished(job, say):
         return manifest
     train(job, say)
@@ -82,6 +84,16 @@ def finished(job: MergeJob, progress: Say = lambda line: None) -> Manifest | Non
     _tidy(job, manifest)
     progress(f"version {job.version} is finished already")
     return manifest
+
+
+def _discard_broken(job: MergeJob, progress: Say) -> None:
+    """Delete the job's version if it was finished and has lost a file since, so that it is built anew."""
+    if job.index.exists(job.paths.manifest):
+        manifest = load_manifest(job.index, job.version)
+        own = {name: file for name, file in manifest.files.items() if name.startswith(f"{job.version}/")}
+        if problem := broken(job.index, own):
+            progress(f"{problem}: version {job.version} is built anew")
+            discard(job.index, job.version)
 
 
 def train(job: MergeJob, progress: Say = lambda line: None) -> None:

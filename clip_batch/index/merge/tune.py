@@ -78,6 +78,7 @@ def tune(template: Template, progress: Say) -> Tuning:
                 for k, place in zip(recall.DEPTHS, places, strict=True):
                     at = f" at effort {way.efforts[place]}" if efforts else ""
                     at += " of predicted lists" if own in used else ""
+                    at += f", by {len(trial.exact)} queries only" if _is_few(trial) else ""
                     shown = f"recall@{k} {summary[str(k)]:.3f} +- {summary[f'interval_{k}']:.3f}"  # type: ignore[literal-required]
                     progress(f"{modality}: {own} queries: {shown}{at}")
         if near.missed:
@@ -123,7 +124,7 @@ def _predictions(
             predictors[kind],
             _by_depth(predicted.efforts, places),
             tuning.efforts[modality][kind],
-            reached=all(missed != kind for missed, _ in predicted.missed),
+            reached=len(vectors) >= recall.FEW and all(missed != kind for missed, _ in predicted.missed),
             file=template.predictors[modality][kind],
         )
         rows, others = (" and ".join(f"{each:,.0f}" for each in prediction[name].values()) for name in ROWS)
@@ -154,7 +155,16 @@ def _way(template: Template, modality: str, efforts: list[int], kinds: Sequence[
             if not reached:
                 way.missed.add((own, k))
         way.places[own] = tuple(max(pair) for pair in zip(found, way.places.get(own, found), strict=True))
+    few = {_own(kind) for kind, trial in way.trials.items() if _is_few(trial)}
+    enough = [places for own, places in way.places.items() if own not in few]
+    for own in few if enough else ():
+        way.places[own] = tuple(map(max, *enough, way.places[own]))
     return way
+
+
+def _is_few(trial: RecallTrial) -> bool:
+    """Whether a trial has too few queries to tune by: the effort of its kind is not less than another's then."""
+    return len(trial.exact) < recall.FEW
 
 
 def _number(trial: RecallTrial, place: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clip_batch.errors import CorruptError
 from clip_batch.index.ann import clusters, faiss_index, faiss_search, predictor, shared_lists
 from clip_batch.index.ann.predictor import Predictor
 from tests.fabricated import towers, unit
@@ -125,6 +126,11 @@ def test_a_predictor_is_kept_in_a_file(built: Built) -> None:
     assert np.array_equal(read.weights, made.weights)
     assert np.array_equal(read.bias, made.bias)
     assert read.weights.flags.c_contiguous  # faiss reads it as it lies
+    for value in (np.nan, np.inf):
+        damaged = made.array
+        damaged[3, 1] = value
+        with pytest.raises(CorruptError, match="not finite: run clip-batch verify --deep"):
+            Predictor.of_array(damaged)
 
 
 @pytest.mark.parametrize("lists", [1, 2, 4, 64, 1000, 100_000])

@@ -260,6 +260,45 @@ def test_damaged_vectors_are_refused_by_file_and_row(tmp_path: Path, damage: obj
     assert not (tmp_path / "index/CURRENT").exists()
 
 
+def test_few_captions_are_not_tuned_by(tmp_path: Path) -> None:
+    images, texts = clustered(4000, 32, 200)
+    texts[np.arange(len(texts)) >= 24] = 0
+    make_out(tmp_path / "out", images, texts, [4000])
+    config = replace(CONFIG, modalities=["image"], queries=200, index_key="IVF64,SQ8")
+    lines: list[str] = []
+    manifest = merge(str(tmp_path / "out"), str(tmp_path / "index"), config, progress=lines.append)
+    efforts = manifest.efforts["image"]
+    assert manifest.recall["image"]["text"]["queries"] < 10
+    assert all(efforts["text"][k] >= efforts["image"][k] for k in ("10", "100"))
+    assert any("text queries: recall@10" in line and line.endswith("queries only") for line in lines)
+    assert not any("image queries" in line and "only" in line for line in lines)
+
+
+def test_a_finished_version_that_lost_a_file_is_built_anew(tmp_path: Path) -> None:
+    images, texts = clustered(300, 8, 3)
+    make_out(tmp_path / "out", images, texts, [300])
+    out, index = str(tmp_path / "out"), str(tmp_path / "index")
+    first = merge(out, index, CONFIG)
+    for damage in ("cut", "missing"):
+        path = tmp_path / "index" / max(first.files, key=lambda name: first.files[name]["bytes"])
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-8])
+        else:
+            path.unlink()
+        lines: list[str] = []
+        assert merge(out, index, CONFIG, progress=lines.append).version == first.version
+        assert any("is built anew" in line for line in lines)
+        assert verify_index(Store(index), deep=True).problems == {}
+    assert any("finished already" in line for line in _progress(out, index)), "a sound one is not"
+
+
+def _progress(out: str, index: str) -> list[str]:
+    """The lines of a merge."""
+    lines: list[str] = []
+    merge(out, index, CONFIG, progress=lines.append)
+    return lines
+
+
 def test_cut_and_missing_files_are_refused(tmp_path: Path) -> None:
     images, texts = clustered(20, 8, 3)
     make_out(tmp_path / "out", images, texts, [20])
