@@ -73,7 +73,10 @@ def run(asked: Options, log: Any) -> Tried:
     log.flush()
     started = time.monotonic()
     command = [sys.executable, "-m", "tests.bench.gpu_parts", json.dumps(asdict(asked))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{asked.home}/compiled"}  # what one part compiles, others need not
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=compiled | os.environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
         code = process.wait(asked.seconds)
         error = f"ended with code {code}, see parts.log" if code else ""

@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 BUDGETS = {
-    "device": 40.0,
-    "tests": 80.0,
-    "model": 110.0,
-    "files": 120.0,
-    "decode": 35.0,
+    "device": 15.0,
+    "files": 180.0,
+    "tests": 90.0,
+    "peer": 45.0,
+    "decode": 30.0,
+    "model": 70.0,
     "fp8": 45.0,
     "index": 10.0,
-    "peer": 40.0,
 }
 """Seconds of each part, the part that says most first."""
 

@@ -1,8 +1,9 @@
 """From tars to commits, with captions: in one process, and by several workers that share the GPU.
 
-The tars are links to one, so that they are written fast. The rate of one process is that between its first batch and
-its last; planning, loading and compiling come before. The rate of several workers is that of the time in which all of
-them were at work, by the times in their commits.
+A model is loaded once for the runs of one process: alone, then with as many decoding threads as feed it, then with at
+most 4, 8 and 16. The tars are links to one, so that they are written fast. The rate of one process is that between its
+first batch and its last; planning, loading and compiling come before. The rate of several workers is that of the time
+in which all of them were at work, by the times in their commits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.embed import embed
 from clip_batch.embeddings.slots import Slot, partitions
 from clip_batch.embeddings.workers import WorkerRun
+from clip_batch.encoders.torch_encoder import LANES
 from clip_batch.errors import EncoderError
 from clip_batch.launch.local import run_workers
 from clip_batch.plan.plan import make_plan
@@ -29,13 +32,14 @@ from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 from tests.bench.data_path import write_tars
 from tests.bench.gpu_parts import Options, Part, Skipped
-from tests.bench.gpu_parts.encoder import Work, loaded, resolved
+from tests.bench.gpu_parts.encoder import loaded, resolved
+from tests.bench.gpu_parts.model import alone
 from tests.bench.gpu_parts.timing import watched
 
 SAMPLES = 4000
 """Samples of a tar."""
 
-MOST = 8000
+MOST = 4000
 """Pairs a second that one process is thought to get through at most: what is planned is to last as long as asked."""
 
 
@@ -50,12 +54,14 @@ def run(part: Part) -> None:
     quick = part.options.quick
     first, *others = part.options.model
     small = others[-1] if others else first
-    steady = 1.0 if quick else 12.0
+    steady = 1.0 if quick else 6.0
     rates: dict[str, Alone] = {}
     part.attempt(f"{first}, one process", 30, one_process, part, first, steady, rates)
     for model, workers in [(small, 1), (small, 2 if quick else 4), (small, 2), (first, 2)][: 2 if quick else None]:
         if workers > 1:
-            part.attempt(f"{model}, {workers} workers", 24, several, part, model, workers, steady * 2 / 3, rates)
+            part.attempt(
+                f"{model}, {workers} workers", 24, several, part, model, workers, 8.0 if steady > 1 else steady, rates
+            )
         elif model != first:
             part.attempt(f"{model}, one process", 24, one_process, part, model, steady, rates)
 
@@ -74,7 +80,7 @@ def tars(options: Options, samples: int) -> list[str]:
 
 
 def batch_size(model: str, options: Options) -> int:
-    """The size of batches, for which the part `model` has compiled this model before."""
+    """The size of batches, for which the model is compiled."""
     return (512 if model == options.model[0] else 1024) if options.cuda else 8
 
 
@@ -104,24 +110,77 @@ def one_process(part: Part, model: str, steady: float, rates: dict[str, Alone]) 
         part.note(f"{model} is not compiled: {error}")
         compiled = False
         encoder, load = loaded(spec, options, 0)
-    alone = Work.of(encoder, size, options.precision, options.device).pairs(steady / 6, 2)
-    rates[model] = Alone(alone, compiled)
+    launches = Launches(encoder._launching)
+    encoder._launching = launches
+    rate = alone(part, model, size, compiled, encoder, load)
+    rates[model] = Alone(rate, compiled)
+    part.figure(f"{model}_launch_ms_alone", launches.mean_ms())
     out = f"{options.home}/{model}-1"
-    begun = time.perf_counter()
-    planned(spec, options, out, round(min(alone, MOST) * steady), 4)
-    plan = time.perf_counter() - begun
-    config = EmbedConfig(batch_size=size, device=options.device, progress=False)
-    counters = WorkerRun()
-    with watched(options.cuda) as gpu, Watch(counters) as watch:
+    planned(spec, options, out, round(min(rate, MOST) * steady), 4)
+    for threads in (0, 4) if options.quick else (0, 4, 8, 16):
+        shutil.copytree(out, f"{out}-{threads}")
+        config = EmbedConfig(batch_size=size, device=options.device, progress=False, threads=threads)
+        part.attempt(
+            f"{model}, threads: {threads}", steady, embedded, part, model, config, f"{out}-{threads}", encoder, rate
+        )
+
+
+def embedded(part: Part, model: str, config: EmbedConfig, out: str, encoder: Any, alone: float) -> None:
+    """`embed` of a plan in this process, with an encoder that does `alone` pairs a second."""
+    counters, launches = WorkerRun(), encoder._launching
+    launches.clear()
+    with watched(part.options.cuda) as gpu, Watch(counters, launches) as watch:
         outcomes = embed(out, config, run=counters, encoder=encoder)
         state = gpu(watch.first)
     assert all(outcome.state == "committed" and not outcome.failed for outcome in outcomes), outcomes
-    part.row(f"{model}_1", f"{model}: tars to commits, one process", "pairs/s", watch.rate, alone, "the model alone")
+    key, what = f"{model}_1", f"{model}, {'up to ' if config.threads else 'enough'}{config.threads or ''} threads"
+    if config.threads:
+        key += f"_{config.threads}"
+    part.row(key, f"{what}: tars to commits", "pairs/s", watch.rate, alone, "the model alone")
     if state:
-        part.row(f"{model}_1_busy", f"{model}: the GPU is busy", "%", state["busy"])
-    part.row(f"{model}_1_cpu", f"{model}: time of the cores for a pair", "ms", 1000 * watch.cpu)
-    figures = {"load_s": load, "plan_s": plan, "first_batch_s": watch.first, "whole_s": watch.whole, "gpu": state}
-    part.figure(model, {**figures, "batch": size, "pairs": counters.samples, "threads": watch.summary()})
+        part.row(f"{key}_busy", f"{what}: the GPU is busy", "%", state["busy"])
+    part.row(f"{key}_cpu", f"{what}: time of the cores for a pair", "ms", 1000 * watch.cpu)
+    part.row(f"{key}_launch", f"{what}: launching, of a batch", "ms", 1000 * watch.launch * config.batch_size)
+    places = watch.summary()
+    part.row(f"{key}_lock", f"{what}: encoders wait for a launch", "%", 100 * watch.waiting)
+    part.row(f"{key}_wait", f"{what}: encoders wait for the GPU", "%", 100 * watch.share("encode", "_unit_rows"))
+    figures: dict[str, Any] = {
+        "first_batch_s": watch.first,
+        "whole_s": watch.whole,
+        "gpu": state,
+        "pairs": counters.samples,
+    }
+    figures["launch_ms"] = launches.mean_ms()
+    name = f"{model}_{config.threads}" if config.threads else model
+    part.figure(name, {**figures, "batch": config.batch_size, "threads": places})
+
+
+class Launches:
+    """Stands in for the lock within which batches are launched: how long threads waited for it, and held it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was."""
+        self.waited = self.held = self._begun = 0.0
+        self.count = 0
+
+    def mean_ms(self) -> float:
+        """Milliseconds of one launch, of images or of captions, on average."""
+        return 1000 * self.held / max(self.count, 1)
+
+    def __enter__(self) -> None:
+        asked = time.perf_counter()
+        self.lock.__enter__()
+        self._begun = time.perf_counter()
+        self.waited += self._begun - asked
+
+    def __exit__(self, *raised: Any) -> None:
+        self.held += time.perf_counter() - self._begun
+        self.count += 1
+        self.lock.__exit__(*raised)
 
 
 def several(part: Part, model: str, workers: int, steady: float, rates: dict[str, Alone]) -> None:
@@ -164,10 +223,10 @@ def several(part: Part, model: str, workers: int, steady: float, rates: dict[str
 class Watch:
     """Looks at a run every tenth of a second: its samples, the time of the cores, and what its threads are doing."""
 
-    def __init__(self, run: WorkerRun) -> None:
-        self.run = run
-        self.first = self.whole = self.rate = self.cpu = 0.0
-        self._seen: list[tuple[float, int, float]] = []
+    def __init__(self, run: WorkerRun, launches: Launches) -> None:
+        self.run, self.launches = run, launches
+        self.first = self.whole = self.rate = self.cpu = self.launch = self.waiting = 0.0
+        self._seen: list[tuple[float, int, float, float, float]] = []
         self._places: dict[str, Counter[str]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch")
@@ -183,10 +242,13 @@ class Watch:
         self._thread.join()
         self._look()
         idle = len(list(takewhile(lambda seen: not seen[1], self._seen)))
-        (first, before, cpu), (last, after, cpu_after) = self._seen[min(idle, len(self._seen) - 2)], self._seen[-1]
+        first, before, cpu, held, waited = self._seen[min(idle, len(self._seen) - 2)]
+        last, after, cpu_after, held_after, waited_after = self._seen[-1]
         self.first, self.whole = first, last
         self.rate = (after - before) / (last - first)
         self.cpu = (cpu_after - cpu) / max(after - before, 1)
+        self.launch = (held_after - held) / max(after - before, 1)
+        self.waiting = (waited_after - waited) / (last - first) / LANES
 
     def summary(self) -> dict[str, dict[str, float]]:
         """By kind of thread, the share of its looks in each function, the most frequent first."""
@@ -195,12 +257,20 @@ class Watch:
             for kind, places in self._places.items()
         }
 
+    def share(self, kind: str, function: str) -> float:
+        """The share of the looks at a kind of thread in which it was in a function of ours."""
+        places = self._places.get(kind, Counter())
+        return sum(count for place, count in places.items() if place.startswith(f"{function} ")) / max(
+            places.total(), 1
+        )
+
     def _loop(self) -> None:
         while not self._stop.wait(0.1):
             self._look()
 
     def _look(self) -> None:
-        self._seen.append((time.perf_counter() - self._started, self.run.samples, time.process_time()))
+        now, launches = time.perf_counter() - self._started, self.launches
+        self._seen.append((now, self.run.samples, time.process_time(), launches.held, launches.waited))
         names = {thread.ident: thread.name.partition("_")[0] for thread in threading.enumerate()}
         for ident, frame in sys._current_frames().items():
             kind = names.get(ident, "other")

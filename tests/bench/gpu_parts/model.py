@@ -1,6 +1,7 @@
-"""The model alone, from uint8 pixels in the host's memory to vectors there: eager and compiled, by size of batch.
+"""The model alone, from uint8 pixels in the host's memory to vectors there: eager, and in other sizes of batches.
 
-Two threads call the encoder at once, as `embed` does; one shows how much of the copies the second one hides.
+The part `files` measures it compiled, in the batches of its own runs, by `alone`. Two threads call the encoder at once,
+as `embed` does; one shows how much of the copies the second one hides.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ def run(part: Part) -> None:
     first, *others = options.model
     large, small = ((512, 1024, 256), (1024, 512, 256)) if options.cuda else ((8,), (8,))
     # What a decision needs comes first; the budget seldom lets the last ones through.
-    tries = [(first, large[0], True), (first, large[0], False)]
-    tries += [(model, small[0], True) for model in others]
+    tries = [(first, large[0], False)]
     tries += [(first, size, True) for size in large[1:2]]
     tries += [(model, small[0], False) for model in others]
     tries += [(model, size, True) for model in others for size in small[1:]]
@@ -49,10 +49,14 @@ def ceiling(part: Part) -> float | None:
 
 
 def measure(part: Part, model: str, size: int, compiled: bool) -> None:
+    encoder, load = loaded(resolved(model, part.options), part.options, size if compiled else 0)
+    alone(part, model, size, compiled, encoder, load)
+
+
+def alone(part: Part, model: str, size: int, compiled: bool, encoder: Any, load: float) -> float:
+    """Measure an encoder that took `load` seconds to load: pairs a second."""
     options = part.options
-    seconds = 0.2 if options.quick else 2.0
-    spec = resolved(model, options)
-    encoder, load = loaded(spec, options, size if compiled else 0)
+    seconds = 0.2 if options.quick else 1.5
     work = Work.of(encoder, size, options.precision, options.device)
     key, what = f"{model}_{name(compiled)}_{size}", f"{model} {name(compiled)} {size}"
     one = work.images(seconds / 2)
@@ -61,13 +65,15 @@ def measure(part: Part, model: str, size: int, compiled: bool) -> None:
     part.row(f"{key}_images", f"{what}: images, two threads", "images/s", two, one, "one thread")
     if gflop and most:
         part.row(f"{key}_share", f"{what}: of them", "TFLOP/s", two * gflop / 1000, most, "the product")
-    part.row(f"{key}_pairs", f"{what}: pairs, two threads", "pairs/s", work.pairs(seconds, 2), two, "images alone")
+    pairs = work.pairs(seconds, 2)
+    part.row(f"{key}_pairs", f"{what}: pairs, two threads", "pairs/s", pairs, two, "images alone")
     figures: dict[str, Any] = {"load_s": load, "gflop_image": gflop, "texts_s": work.texts(seconds / 2, 2)}
     if options.cuda:
         figures["peak_gb"] = torch.cuda.max_memory_allocated(options.device) / 1e9
     part.figure(key, figures)
-    if options.cuda:
+    if options.cuda and part.options.part == "model":
         part.attempt(f"{what}: kernels", 3, lambda: part.figure(f"{key}_kernels_ms", kernels(work)))
+    return pairs
 
 
 def kernels(work: Work, most: int = 14) -> dict[str, float]:

@@ -20,7 +20,7 @@ ALONE = 20
 
 PYTEST = (
     "--dist=loadgroup -v -rA --show-capture=stdout --tb=short --durations=15 --timeout=60 "
-    "-p no:cacheprovider -p no:benchmark"
+    "-p no:cacheprovider -p no:benchmark -p tests.bench.gpu_parts.report"
 )
 
 
@@ -39,7 +39,7 @@ def run(part: Part) -> None:
     counts = Counter(re.findall(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) ", output, re.MULTILINE))
     for name in sorted({"PASSED", "FAILED", "ERROR", "SKIPPED"} | set(counts)):
         part.row(name.lower(), f"tests marked cuda: {name.lower()}", "", counts[name])
-    for line in re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)[:8]:
+    for line in re.findall(r"^failed: (.*)$", output, re.MULTILINE)[:8]:
         part.note(line)
 
 
