@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -251,6 +253,32 @@ def test_exports_give_their_models_vectors(kind: str, tmp_path: Path, request: p
             same(found.encode_texts(TEXTS), whole.encode_texts(TEXTS))
     with pytest.raises(EncoderError, match="plan with fp32"):
         loaded(f"onnx:{to}", precision="bf16")
+
+
+SIGNALLED = """
+import faulthandler, gc, os, signal, sys
+from clip_batch import encoders
+faulthandler.enable()
+held = [encoders.load(encoders.resolve(sys.argv[1]), "cpu") for _ in range(2)]
+del held[0]
+gc.collect()
+held.clear()
+gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_signals_are_handled_after_openvino_models_were_released(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from clip_batch.encoders.onnx_export import export_onnx
+
+    folder = str(tmp_path / "export")
+    export_onnx("demo", "", folder)
+    _to_openvino(folder)
+    command = [sys.executable, "-W", "ignore", "-c", SIGNALLED, f"openvino:{folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_an_export_runs_on_the_gpu_that_was_named_or_not_at_all(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ of an open_clip name, "." if its configuration lies in the folder. `clip-batch e
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -120,15 +121,25 @@ def _onnx(path: str, device: str) -> Graph:
 
 def _openvino(path: str) -> Graph:
     """A graph run by OpenVINO on the CPU, in float32, which is not its default everywhere."""
-    import openvino
-
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch_threads()}
-    model = openvino.Core().compile_model(path, "CPU", settings)
+    model = _core().compile_model(path, "CPU", settings)
     inputs = {each.get_any_name(): np.dtype(each.get_element_type().to_dtype()).str for each in model.inputs}
     rows = model.inputs[0].get_partial_shape()[0]
     names = [each.get_any_name() for each in model.outputs]
     index = names.index(_output(names))
     return Graph(inputs, 0 if rows.is_dynamic else rows.get_length(), lambda feed: model(feed)[index])
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's one core of this process, which is never released.
+
+    A core sets the stack on which signals are handled, and restores the former one when it is released: if two are
+    released oldest first, that is memory which was freed, and the next signal, such as SIGTERM, ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _output(names: Sequence[str]) -> str:
