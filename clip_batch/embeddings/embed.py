@@ -29,7 +29,7 @@ from clip_batch.embeddings.partition_queue import PartitionQueue
 from clip_batch.embeddings.slabs import Slab, Slabs
 from clip_batch.embeddings.spare import spare
 from clip_batch.embeddings.workers import WorkerRun, recorded
-from clip_batch.encoders.device import pick_device, torch_threads, use_torch_threads
+from clip_batch.encoders.device import LANES, pick_device, torch_threads, use_torch_threads
 from clip_batch.errors import ClipBatchError, DecodeError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
@@ -234,7 +234,7 @@ class _Worker:
         files = Prefetcher(self._slices(queue), self.storage.storage_options, self.prefetch, self.run.stop)
         forward_threads = torch_threads()
         # A GPU is given its next batch while it computes one; on a CPU, one batch keeps all of torch's threads busy.
-        lanes = 1 if pick_device(self.config.device) == "cpu" else 2
+        lanes = 1 if pick_device(self.config.device) == "cpu" else LANES
         device = ThreadPoolExecutor(lanes, "encode", use_torch_threads, (forward_threads,))
         with self.decoders, device, files:
             try:

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+LANES = 2
+"""Batches that are on a GPU at the same time, each on a stream of its own: one is copied while another is computed."""
+
+
 def cores() -> int:
     """CPU cores that this process may use: its CPU affinity, and no more than its SLURM task was allocated."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from clip_batch.encoders import inductor
-from clip_batch.encoders.device import pick_device
+from clip_batch.encoders.device import LANES, pick_device
 from clip_batch.encoders.encoder import NO_TEXT
 from clip_batch.encoders.preprocess import GREY, GREY_SIDE, Preprocessing, normalizer
 from clip_batch.errors import EncoderError
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 ImageTower = Callable[[torch.Tensor], torch.Tensor]
 """From normalized pixels (n, 3, h, w) to rows (n, d)."""
-
-LANES = 2
-"""Batches that are on a GPU at the same time, each on a stream of its own: one is copied while another is computed."""
 
 TextTower = Callable[[Sequence[str]], torch.Tensor]
 """From n texts to rows (n, d)."""
