@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_batch.cli.arguments import JsonArguments, answer, say
 from clip_batch.config import EmbedConfig, SlurmConfig, StorageConfig
+from clip_batch.config.values import Count
 from clip_batch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class DoctorArguments(JsonArguments):
     """Run on a compute node, through srun with the options of `submit slurm`, instead of on this machine."""
     calibrate: bool = False
     """Instead of the checks, measure what bounds embed here and what to set (for --slots workers)."""
-    slots: int | None = None
+    slots: Count | None = None
     """How many workers --calibrate assumes to share the plan; default: 1."""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from clip_batch.cli.arguments import JsonArguments, Only, OutputArguments, answer, say
 from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig
+from clip_batch.config.values import Count, Threads
 from clip_batch.errors import ConfigError
 from clip_batch.types import counted, format_counts
 
@@ -83,7 +84,7 @@ def prefetch(
 class EmbedArguments(JsonArguments, OutputArguments):
     """What is embedded on this machine, and by how many processes."""
 
-    workers: int = 0
+    workers: Threads = 0
     """Worker processes on this machine; 0: one per GPU, or one."""
 
 
@@ -114,7 +115,7 @@ class WorkerArguments(JsonArguments, OutputArguments):
     """The partitions to embed, such as 0,3-5; without it, those of --slot."""
     slot: int | None = None
     """This worker's number among `slots`, from 0."""
-    slots: int | None = None
+    slots: Count | None = None
     """How many workers share the plan; may change between launches."""
     submission: str = ""
     """Take the partitions of `slot` from this submission (see `submit`) instead of the plan."""

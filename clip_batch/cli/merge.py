@@ -8,6 +8,7 @@ from typing import Literal
 
 from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArguments, answer, say
 from clip_batch.config import MergeConfig, StorageConfig, SweepConfig
+from clip_batch.config.values import Count
 from clip_batch.errors import ConfigError
 
 
@@ -19,7 +20,7 @@ class MergeArguments(JsonArguments, IndexArguments, OutputArguments):
     """Which task of the merge to run; `shards` takes --slot I and --slots N; all: one after another."""
     slot: int | None = None
     """Number of this task among `slots`, from 0; with --task shards."""
-    slots: int | None = None
+    slots: Count | None = None
     """How many tasks share the index shards; with --task shards."""
 
 

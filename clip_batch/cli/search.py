@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from clip_batch.cli.arguments import IndexArguments, JsonArguments, answer, say
 from clip_batch.config import SearchConfig, StorageConfig
 from clip_batch.config.texts import query_text, shell_text
+from clip_batch.config.values import ANY
 from clip_batch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class QueryArguments(JsonArguments, IndexArguments):
     """A .npy file of one vector to search for."""
     id: list[int] = field(default_factory=list, metadata=_REPEAT)
     """A row of the index, to search for rows like it."""
-    weight: list[float] = field(default_factory=list, metadata=_REPEAT)
+    weight: list[Annotated[float, ANY]] = field(default_factory=list, metadata=_REPEAT)
     """Weight of a text, image, vector or row; negative: away from it. Give one for each, in this order, or none."""
 
 

@@ -16,6 +16,7 @@ from clip_batch.config import (
     ServeConfig,
     StorageConfig,
 )
+from clip_batch.config.values import Threads
 from clip_batch.errors import ConfigError
 
 WEB = ("host", "port", "token")
@@ -65,7 +66,7 @@ class End2EndArguments(JsonArguments):
 
     output: str
     """The folder for images, embeddings and index: a path, or any URL that fsspec opens."""
-    workers: int = 0
+    workers: Threads = 0
     """Worker processes on this machine; 0: one per GPU, or one."""
     serve: bool = True
     """Serve the index with its web page at the end."""

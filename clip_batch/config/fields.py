@@ -6,17 +6,12 @@ import ast
 import dataclasses
 import functools
 import inspect
-import math
-import os
-import re
 import reprlib
 import textwrap
-import types
 import typing
-from collections.abc import Mapping
-from numbers import Integral, Real
 from typing import Any, TypeVar
 
+from clip_batch.config.values import NotAllowed, checked, rule
 from clip_batch.errors import ConfigError
 
 
@@ -50,85 +45,21 @@ class Options:
 
     def __post_init__(self) -> None:
         section: Any = type(self)
-        hints = _hints(section)
         for field in dataclasses.fields(section):
-            value, kind = getattr(self, field.name), hints[field.name]
+            value, kind = getattr(self, field.name), bounded_hints(section)[field.name]
             try:
-                checked = _checked(value, kind)
-                rule = _range(field, checked)
-            except _Wrong as error:
-                rule = str(error)
-            if rule:
-                raise ConfigError(f"{section.__name__}: {field.name} is {reprlib.repr(value)}: it must be {rule}")
-            if checked is not value:
-                object.__setattr__(self, field.name, checked)
-
-
-class _Wrong(Exception):
-    """A value is not of its field's type; the message is the rule that it breaks."""
-
-
-def _checked(value: Any, kind: Any) -> Any:
-    """A value of a type, in which path objects have become text. _Wrong: it is of another type."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return value if value is None else _checked_union(value, arguments)
-    if origin is list:
-        if not isinstance(value, list | tuple):
-            raise _Wrong(f"a list, {[value]!r}" if isinstance(value, str) else "a list")
-        items = [_checked(item, arguments[0]) for item in value]
-        return value if items == value else items
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise _Wrong(f"one of {', '.join(map(str, arguments))}")
-    elif origin is dict:
-        if not isinstance(value, Mapping):
-            raise _Wrong("a mapping")
-    elif kind is str:
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        if not isinstance(value, str):
-            raise _Wrong("a text")
-    elif kind is bool:
-        if not isinstance(value, bool):
-            raise _Wrong("True or False")
-    elif not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
-        raise _Wrong("a whole number" if kind is int else "a number")
-    return value
-
-
-def _checked_union(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """A value of one of several types. _Wrong: it is of none of them."""
-    rules = []
-    for kind in kinds:
-        if kind is not type(None):
-            try:
-                return _checked(value, kind)
-            except _Wrong as error:
-                rules.append(str(error))
-    raise _Wrong(" or ".join(rules))
-
-
-_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
-
-
-def _range(field: dataclasses.Field[Any], value: Any) -> str:
-    """The rule that a value of the right type breaks; "" where it breaks none.
-
-    A number is 0 or more, unless the field's metadata has "negative".
-    """
-    if field.name == "device" and not _DEVICE.fullmatch(value):
-        return "auto, cpu, cuda or cuda:N"
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return ""
-    if math.isnan(value):
-        return "a number"
-    return "0 or more" if value < 0 and not field.metadata.get("negative") else ""
+                right = checked(value, kind)
+            except NotAllowed:
+                wrong = f"{section.__name__}: {field.name} is {reprlib.repr(value)}"
+                raise ConfigError(f"{wrong}: it must be {rule(kind, value)}") from None
+            if right is not value:
+                object.__setattr__(self, field.name, right)
 
 
 @functools.cache
-def _hints(section: type) -> dict[str, Any]:
-    return typing.get_type_hints(section)
+def bounded_hints(section: type) -> dict[str, Any]:
+    """Field name -> its type, annotated with the bounds of its values."""
+    return typing.get_type_hints(section, include_extras=True)
 
 
 Section = TypeVar("Section")

@@ -14,12 +14,14 @@ import argparse
 import dataclasses
 import json
 import os
+import reprlib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from clip_batch import config
-from clip_batch.config.fields import default, helps, required, show
+from clip_batch.config.fields import bounded_hints, default, helps, required, show
+from clip_batch.config.values import NotAllowed, checked, rule
 from clip_batch.errors import ConfigError, one_line
 
 SECTIONS: dict[str, type] = {
@@ -126,9 +128,21 @@ def read_file(path: str, arguments: Iterable[str] = ()) -> dict[str, Any]:
     """A YAML configuration with the sections of SECTIONS and keys of `arguments`; ConfigError lists the valid ones."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that a mapping has twice: YAML's own loader takes the last one, and says nothing."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                line = key.start_mark.line + 1
+                if first := lines.get(str(key.value)):
+                    raise ConfigError(f"{path} has {key.value!r} twice, in lines {first} and {line}: remove one")
+                lines[str(key.value)] = line
+            return super().construct_mapping(node, deep)
+
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file) or {}
+            content = yaml.load(file, Loader) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path} cannot be read: {one_line(error)}") from None
     _check_keys(path, content, [*SECTIONS, *arguments])
@@ -174,12 +188,14 @@ def gather(
         if required(field) and values.get(field.name) in (None, "", []):
             text = helps(section)[field.name].rstrip(".")
             raise ConfigError(f"{_flag(field.name)} {field.name.upper()} is needed: {text[0].lower()}{text[1:]}")
-    try:
-        return pydantic.TypeAdapter(section).validate_python(values)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = sources.get(str(first["loc"][0]), section.__name__)
-        raise ConfigError(f"{where} {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    for field_name, value in values.items():
+        kind = bounded_hints(section)[field_name]
+        try:
+            values[field_name] = checked(pydantic.TypeAdapter(hints[field_name]).validate_python(value), kind)
+        except (pydantic.ValidationError, NotAllowed):
+            wrong = f"{sources[field_name]} is {reprlib.repr(value)}"
+            raise ConfigError(f"{wrong}: it must be {rule(kind, value)}") from None
+    return section(**values)
 
 
 def _used_variable(section: type, field: str, environ: Mapping[str, str]) -> str | None:

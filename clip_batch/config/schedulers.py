@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clip_batch.config.fields import Options, documented
+from clip_batch.config.values import Count
 
 
 @documented
@@ -15,7 +16,7 @@ class SubmitConfig(Options):
 
     tasks: int = 0
     """Tasks that share the missing partitions; 0: one per partition, at most 1,000."""
-    merge_tasks: int = 4
+    merge_tasks: Count = 4
     """Tasks that share the index shards, if `submit` is given --index."""
     wait: bool = False
     """Wait until no job of the submission is left; the exit code is 0 only if everything is committed."""
@@ -30,7 +31,7 @@ class SlurmConfig(Options):
 
     logs: str = ""
     """Folder of logs and pickles, seen by every node; default: OUT/_clip_batch/logs, or ./clip-batch-logs."""
-    concurrency: int = 256
+    concurrency: Count = 256
     """Largest number of array tasks that run at the same time."""
     slurm_partition: str = ""
     """SLURM partition (queue) of the tasks."""
@@ -38,21 +39,21 @@ class SlurmConfig(Options):
     """Account that is charged."""
     qos: str = ""
     """Quality of service of the tasks."""
-    time: int = 240
+    time: Count = 240
     """Minutes that an embed task may run; what it has not finished continues after a requeue."""
     grace: int = 120
     """Seconds between a task's warning and its time limit; a batch must finish within them."""
     timeouts: int = 20
     """How often a task may be requeued because its time was up."""
-    nodes: int = 1
+    nodes: Count = 1
     """Nodes of a task; with tasks_per_node, each of their processes is a worker."""
-    tasks_per_node: int = 1
+    tasks_per_node: Count = 1
     """Workers on each node of a task; for whole nodes, the number of their GPUs."""
     gpus_per_task: int = 0
     """GPUs of a worker; 0: none are requested, except by `gres`."""
     gres: str = ""
     """Generic resources in SLURM's notation, such as gpu:a100:1, instead of gpus_per_task."""
-    cpus_per_task: int = 1
+    cpus_per_task: Count = 1
     """Cores of a worker."""
     memory: str = ""
     """Memory of a task on each node, such as 32GB."""
@@ -84,9 +85,9 @@ class SlurmConfig(Options):
     """Shell lines to run before a task, such as "module load cuda"."""
     sbatch: dict[str, Any] = field(default_factory=dict)
     """Further sbatch options, as JSON: {"reservation": "night"}."""
-    merge_time: int = 720
+    merge_time: Count = 720
     """Minutes that a merge task may run."""
-    merge_cpus: int = 8
+    merge_cpus: Count = 8
     """Cores of a merge task."""
     merge_memory: str = "64GB"
     """Memory of a merge task; it must fit `shard_rows`."""

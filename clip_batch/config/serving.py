@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from clip_batch.config.fields import Options, documented
+from clip_batch.config.values import ANY, Count, Device, Memory, Range, Seconds, Share, Size, Threads
 
 
 @documented
@@ -13,25 +14,25 @@ from clip_batch.config.fields import Options, documented
 class SearchConfig(Options):
     """Search an index from the shell, in process."""
 
-    k: int = field(default=10, metadata={"short": "-k"})
+    k: Count = field(default=10, metadata={"short": "-k"})
     """Largest number of hits."""
-    threshold: float | None = field(default=None, metadata={"negative": True})
+    threshold: Annotated[float, ANY] | None = None
     """Lowest score of a hit; `filter` then writes every such row, however many there are. Default: no limit."""
     modality: Literal["image", "text"] = "image"
     """Index to search: the images' or the captions'."""
-    effort: int | None = None
+    effort: Count | None = None
     """Search effort of the index (nprobe or efSearch); default: as tuned by merge."""
     where: str | None = field(default=None, metadata={"once": True})
     """Condition that the metadata of a hit must meet, such as 'license = "cc0" and width > 512'; see docs/search.md."""
     unique: bool = False
     """Leave out near duplicates: of hits that are, take only the best."""
-    unique_threshold: float | None = None
+    unique_threshold: Share | None = None
     """The cosine from which two hits are near duplicates, with `unique`; default: 0.94."""
     safe: bool = False
     """Leave out hits that the safety head refuses."""
     nonviolent: bool = False
     """Leave out hits that the violence head refuses."""
-    aesthetic: float | None = field(default=None, metadata={"negative": True})
+    aesthetic: Annotated[float, ANY] | None = None
     """Weight of the aesthetic head in the order of the hits; default: none."""
     columns: list[str] = field(default_factory=list)
     """Metadata columns of the hits; default: all, of which `search` prints key and caption unless --json is given."""
@@ -41,7 +42,7 @@ class SearchConfig(Options):
     """FILE or URL of weights that judge violence, written as for `safety_head`."""
     aesthetic_head: str = ""
     """FILE or URL of weights that judge beauty, written as for `safety_head`."""
-    device: str = "auto"
+    device: Device = "auto"
     """Device of the query's encoder: cpu, cuda or cuda:N; auto: a GPU if there is one."""
     model: str = ""
     """Model of the encoder on this machine, if it is not where it was planned. Its weights must match."""
@@ -56,15 +57,15 @@ class ServeConfig(Options):
 
     host: str = "127.0.0.1"
     """Address to listen on. The default is reachable from this machine alone."""
-    port: int = 1234
+    port: Annotated[int, Range(0, 65_535)] = 1234
     """Port to listen on; the default is clip-retrieval's."""
-    device: str = "auto"
+    device: Device = "auto"
     """Device of the queries' encoder: cpu, cuda or cuda:N; auto: a GPU if there is one."""
     model: str = ""
     """Model of the encoder on this machine, if it is not where it was planned. Its weights must match."""
     pretrained: str = ""
     """Pretrained tag, or checkpoint file, of that encoder on this machine."""
-    poll: float = 5.0
+    poll: Annotated[float, Range(0, 86_400)] = 5.0
     """Seconds between looks for a new version, which is opened beside the old one and replaces it; 0: never look."""
     token: str = ""
     """Token that clients must send as `Authorization: Bearer TOKEN`. Set it as CLIP_BATCH_TOKEN, not as a flag."""
@@ -72,37 +73,37 @@ class ServeConfig(Options):
     """Origins whose web pages may send requests, such as https://example.org; * allows any."""
     columns: list[str] = field(default_factory=list)
     """Metadata columns in answers; default: all. `image` adds the image itself to /knn-service, in base64."""
-    max_k: int = 10_000
+    max_k: Count = 10_000
     """Largest number of hits that a request may ask for."""
     prefilter_rows: int = 1_000_000
     """Largest index, in rows, whose whole metadata is filtered before a search, so that rare matches are found."""
-    max_scan: int = 100_000
+    max_scan: Count = 100_000
     """Largest number of candidates that a request with filters may look through in a larger index."""
-    max_queries: int = 16
+    max_queries: Count = 16
     """Largest number of queries that a request may mix or embed."""
-    max_body: str = "20MB"
+    max_body: Memory = "20MB"
     """Largest size of a request, and of an image that is fetched."""
-    max_pixels: int = 50_000_000
+    max_pixels: Count = 50_000_000
     """Largest width times height of a query's image."""
-    max_pending: int = 256
+    max_pending: Count = 256
     """Largest number of requests in progress or waiting; others are answered 503, to be repeated later."""
     rate: float = 0.0
     """Requests per second that each client address may make; 0: no limit."""
-    rate_burst: int = 50
+    rate_burst: Count = 50
     """Requests that a client may make at once before `rate` limits it."""
     image_url: bool = False
     """Let requests name an image by its URL, which this machine then fetches, though never from private addresses."""
     image_url_private: bool = False
     """Fetch images from private and loopback addresses too. Every client can then reach them: for tests only."""
-    fetch_timeout: float = 10.0
+    fetch_timeout: Seconds = 10.0
     """Seconds for fetching an image, redirects included."""
-    query_batch: int = 32
+    query_batch: Count = 32
     """Largest number of queries that are encoded together."""
-    query_wait: float = 2.0
+    query_wait: Annotated[float, Range(0, 60_000)] = 2.0
     """Milliseconds that a query waits for others to be encoded with."""
-    text_cache: str = "64MB"
+    text_cache: Size = "64MB"
     """Memory for the vectors of texts that were queried before."""
-    serve_threads: int = 0
+    serve_threads: Threads = 0
     """Threads that search and read metadata and images; 0: two per core."""
     aesthetic_head: str = ""
     """FILE or URL of weights that judge beauty, with #sha256=...&activation=relu&output=sigmoid as they need."""

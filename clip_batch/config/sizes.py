@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from clip_batch.errors import ConfigError
 
@@ -14,4 +15,4 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match[2] not in _UNITS:
         raise ConfigError(f"size {text!r} is not understood: write it like 4GB, 512MiB or 1000000")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(Decimal(match[1]) * _UNITS[match[2]])

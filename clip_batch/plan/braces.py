@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from clip_batch.errors import InputError
+from clip_batch.errors import ConfigError
 
 LONGEST_RANGE = 10_000_000
 
@@ -14,7 +14,7 @@ def expand_braces(pattern: str) -> list[str]:
 
     A brace holds a comma list or a range of whole numbers. A bound with a leading zero pads all numbers to the longer
     bound, and `{8..0..2}` has a step. A brace that opens neither a list nor a range, or never closes, stands for
-    itself. InputError: a range of more than `LONGEST_RANGE` numbers.
+    itself. ConfigError: a range of more than `LONGEST_RANGE` numbers.
 
     >>> expand_braces("{a,b}{08..10}.tar")
     ['a08.tar', 'a09.tar', 'a10.tar', 'b08.tar', 'b09.tar', 'b10.tar']
@@ -55,7 +55,7 @@ def _range(text: str) -> list[str]:
         return []
     first, last, step = int(match[1]), int(match[2]), int(match[3] or 1) or 1
     if abs(last - first) // step >= LONGEST_RANGE:
-        raise InputError(f"{{{text}}} names over {LONGEST_RANGE:,} inputs: correct the range, or plan several outputs")
+        raise ConfigError(f"{{{text}}} names over {LONGEST_RANGE:,} inputs: correct the range, or plan several outputs")
     padded = any(bound.startswith("0") and len(bound) > 1 for bound in (match[1], match[2]))
     width = max(len(match[1]), len(match[2])) if padded else 0
     numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)

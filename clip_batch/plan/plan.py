@@ -224,19 +224,14 @@ def _upright(config: PlanConfig) -> bool:
 
 
 def _target(config: PlanConfig) -> PartitionTarget:
-    """What partitions are packed by. ConfigError: it is below 1, or two options contradict each other."""
+    """What partitions are packed by. ConfigError: two options contradict each other."""
     if config.partition_count is not None and config.partition_samples is not None:
         raise ConfigError("--partition-count and --partition-samples exclude each other: give one")
     if config.partition_count is not None:
-        target = PartitionTarget("partitions", config.partition_count)
-    elif config.partition_samples is not None or config.format == "files":
-        samples = FILES_SAMPLES if config.partition_samples is None else config.partition_samples
-        target = PartitionTarget("samples", samples)
-    else:
-        target = PartitionTarget("bytes", parse_bytes(config.partition_bytes))
-    if target.value < 1:
-        raise ConfigError(f"a partition target of {target.value} {target.unit} is too small: give 1 or more")
-    return target
+        return PartitionTarget("partitions", config.partition_count)
+    if config.partition_samples is not None or config.format == "files":
+        return PartitionTarget("samples", config.partition_samples or FILES_SAMPLES)
+    return PartitionTarget("bytes", parse_bytes(config.partition_bytes))
 
 
 def _partitions(

@@ -68,7 +68,7 @@ class Inputs:
 def expand_inputs(specs: Sequence[str], format: str = "tar", options: Options | None = None) -> Inputs:
     """The shards that SPECs name: tars, or folders with format "files".
 
-    ConfigError: there is no SPEC. InputError: an input is missing, matches nothing, or is named twice.
+    ConfigError: there is no SPEC, or one is named twice. InputError: an input is missing, or matches nothing.
     """
     if not specs:
         raise ConfigError("no input: name tars or folders with --input SPEC")
@@ -80,9 +80,9 @@ def expand_inputs(specs: Sequence[str], format: str = "tar", options: Options | 
         _expand_spec(spec, format == "files", options or {}, inputs)
     if len({shard.url for shard in inputs.shards}) < len(inputs.shards):
         repeated = [url for url, times in Counter(shard.url for shard in inputs.shards).items() if times > 1]
-        raise InputError(f"named more than once: {some(repeated)}; name each input once")
+        raise ConfigError(f"named more than once: {some(repeated)}; name each input once")
     if format == "files" and (inside := _inside(shard.url for shard in inputs.shards)):
-        raise InputError(f"named twice, as they are in other folders that are named: {some(inside)}; name only those")
+        raise ConfigError(f"named twice, as they are in other folders that are named: {some(inside)}; name only those")
     return inputs
 
 
@@ -101,7 +101,7 @@ def unpiped(spec: str) -> str:
     """The URL that a `pipe:` command copies to its standard output; any other SPEC as it is.
 
     The commands are `aws s3 cp URL -`, `hdfs dfs -cat URL` and `hadoop fs -cat URL`, and switches that
-    only make them quiet. InputError: any other command, whose output cannot be frozen in a plan.
+    only make them quiet. ConfigError: any other command, whose output cannot be frozen in a plan.
 
     >>> unpiped("pipe:aws s3 cp --quiet s3://bucket/{000..999}.tar -")
     's3://bucket/{000..999}.tar'
@@ -112,7 +112,7 @@ def unpiped(spec: str) -> str:
     try:
         words = [word for word in shlex.split(spec.removeprefix("pipe:")) if word not in _QUIET]
     except ValueError as error:
-        raise InputError(f"{spec}: {error}; name files or URLs") from None
+        raise ConfigError(f"{spec}: {error}; name files or URLs") from None
     match words:
         case ["aws", "s3", "cp", url, "-"] if url.startswith("s3://"):
             return url
@@ -122,7 +122,7 @@ def unpiped(spec: str) -> str:
             why = "of aws only `s3 cp [--quiet] s3://... -` is understood; the rest belongs in --storage-options"
         case ["hdfs" | "hadoop", "dfs" | "fs", "-cat", *_]:
             why = "of hdfs only `dfs -cat hdfs://...`, with one URL, is understood"
-    raise InputError(f"{spec} is not run: {why}; name files or URLs")
+    raise ConfigError(f"{spec} is not run: {why}; name files or URLs")
 
 
 def _read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
@@ -172,7 +172,9 @@ def _add(entries: Iterable[Entry], folders: bool, options: Options, inputs: Inpu
     for url, size, etag, folder in entries:
         if folders and not folder:
             place, _ = split_url(url)
-            raise InputError(f"{url} is a file: --format files takes folders, such as {place} (for tars: --format tar)")
+            raise ConfigError(
+                f"{url} is a file: --format files takes folders, such as {place} (for tars: --format tar)"
+            )
         if folder and not folders:
             inputs.shards += [Shard(*entry[:3]) for entry in _tars_under(url, options, inputs)]
         else:

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import typing
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ from clip_batch.config import (
     options,
     parse_bytes,
 )
-from clip_batch.config.fields import helps
+from clip_batch.config.fields import helps, required
 from clip_batch.errors import ConfigError
 from docs.generate import GENERATED
 from tests import ROOT
@@ -57,8 +58,8 @@ def test_flag_beats_environment_beats_file_beats_default() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"batch_size": "many"}, "--batch-size 'many'"),
-        ({"broken_shard": "shrug"}, "--broken-shard 'shrug'.*'record' or 'fail'"),
+        ({"batch_size": "many"}, "--batch-size is 'many': it must be a whole number, 0 or more"),
+        ({"broken_shard": "shrug"}, "--broken-shard is 'shrug': it must be one of record, fail"),
     ],
 )
 def test_a_wrong_value_is_named(flags: dict[str, str], message: str) -> None:
@@ -195,10 +196,13 @@ def test_flags_made_of_a_section_give_it_back(data: st.DataObject) -> None:
     drawn: dict[Any, Any] = {str: words, int: st.integers(0, 99), bool: st.booleans(), float: st.floats(0, 1)}
     drawn |= {list[str]: st.lists(words, min_size=1), dict[str, Any]: st.dictionaries(words, words)}
     values = {}
-    for name, kind in typing.get_type_hints(section).items():
+    for name, kind in typing.get_type_hints(section, include_extras=True).items():
         if typing.get_origin(kind) is typing.Literal:
             drawn[kind] = st.sampled_from(typing.get_args(kind))
-        if kind in drawn and name != "device" and data.draw(st.booleans()):
+        if typing.get_origin(kind) is Annotated and typing.get_args(kind)[0] in (int, float):
+            number, bound = typing.get_args(kind)
+            drawn[kind] = drawn[number].filter(bound.allows)
+        if kind in drawn and data.draw(st.booleans()):
             values[name] = data.draw(drawn[kind])
     made = section(**values)
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -280,3 +284,84 @@ def test_a_variable_that_no_option_reads_is_told_with_the_nearest(
     (line, _) = capsys.readouterr().err.splitlines()
     assert "no option reads the environment's CLIP_BATCH_EMBED_BATCHSIZE" in line
     assert line.endswith("the nearest is CLIP_BATCH_EMBED_BATCH_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "says"),
+    [
+        (ServeConfig, "port", 99_999, "a whole number between 0 and 65,535"),
+        (EmbedConfig, "max_bad_share", 7, "a number between 0 and 1"),
+        (EmbedConfig, "max_pixels", 0, "a whole number, 1 or more"),
+        (EmbedConfig, "prefetch", "foo", "a size like 4GB or 512MiB"),
+        (StorageConfig, "index_cache", "9" * 400 + "GGB", "a size like 4GB or 512MiB"),
+        (MergeConfig, "index_memory", "1", "a size of 1,000 bytes or more, like 4GB"),
+        (MergeConfig, "recall_target", 0, "a number between 0.01 and 1"),
+        (MergeConfig, "rerank", 99_999, "a whole number between 0 and 10,000, or auto"),
+        (MergeConfig, "rerank", "foo", "a whole number between 0 and 10,000, or auto"),
+        (MergeConfig, "queries", -3, "a whole number between 1 and 100,000"),
+        (MergeConfig, "queries", 0, "a whole number between 1 and 100,000"),
+        (MergeConfig, "made_by", ["a", "b", "c"], "a list, each a text, 1 to 2 of them"),
+        (ServeConfig, "poll", float("inf"), "a number between 0 and 86,400"),
+        (EmbedConfig, "device", "gpu", "auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_alike_wherever_it_comes_from(
+    section: type, field: str, value: Any, says: str
+) -> None:
+    name = next(name for name, known in options.SECTIONS.items() if known is section)
+    text = " ".join(value) if isinstance(value, list) else str(value)
+    flag, variable = f"--{field.replace('_', '-')}", options.variable(section, field)
+    with pytest.raises(ConfigError, match=re.escape(f"{section.__name__}: {field} is ") + f".*: it must be {says}$"):
+        section(**{field: value})
+    for where, flags, file, environ in (
+        (flag, {field: value if isinstance(value, list) else text}, {}, {}),
+        (f"key {field} of --config", {}, {name: {field: value}}, {}),
+        (variable, {}, {}, {variable: text}),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(where)} is [^\n]*: it must be {says}$"):
+            options.gather(section, flags, file, environ)
+
+
+def test_every_number_has_a_bound_that_its_default_keeps() -> None:
+    """A number without one is 0 or more, and no number is NaN, whatever section has it."""
+    for section in ALL:
+        kinds = get_type_hints(section)
+        needed = [field.name for field in dataclasses.fields(section) if required(field)]
+        given: dict[str, Any] = {name: ["x"] if get_origin(kinds[name]) is list else "x" for name in needed}
+        for name, kind in kinds.items():
+            if {int, float} & {kind, *typing.get_args(kind)} and get_origin(kind) is not list:
+                with pytest.raises(ConfigError, match=r"it must be a (whole )?number"):
+                    options.gather(section, {**given, name: "nan"}, {}, {})
+        options.gather(section, given, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["embed", "--output", "x", "--workers", "-1"],
+            "--workers is '-1': it must be a whole number between 0 and 4,096",
+        ),
+        (
+            ["worker", "--output", "x", "--slot", "0", "--slots", "0"],
+            "--slots is '0': it must be a whole number, 1 or more",
+        ),
+        (["search", "--index", "x", "--id", "-1"], "--id is ['-1']: it must be a list, each a whole number, 0 or more"),
+        (
+            ["serve", "--index", "x", "--port", "99999"],
+            "--port is '99999': it must be a whole number between 0 and 65,535",
+        ),
+    ],
+)
+def test_arguments_of_commands_have_bounds_too(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"clip-batch {words[0]}: {says}\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["embed:\n  threads: 1\n  threads: 2\n", "embed: {}\nmerge: {}\nembed: {threads: 1}\n"]
+)
+def test_a_key_that_a_file_has_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"options.yaml has '(threads|embed)' twice, in lines [12] and 3: remove one"):
+        options.read_file(str(tmp_path / "options.yaml"))

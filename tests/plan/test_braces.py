@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_batch.errors import InputError
+from clip_batch.errors import ConfigError
 from clip_batch.plan.braces import expand_braces
 
 # A pattern as a tree, and beside it what it means, by plain rules: a literal is itself, an
@@ -68,5 +68,5 @@ def test_braces_as_bash_has_them(pattern: str, names: list[str]) -> None:
 
 
 def test_a_range_that_cannot_be_meant_is_refused() -> None:
-    with pytest.raises(InputError, match="correct the range"):
+    with pytest.raises(ConfigError, match="correct the range"):
         expand_braces("{0..99999999999}")

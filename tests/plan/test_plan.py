@@ -274,10 +274,10 @@ def test_files_are_cut_by_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"partition_count": 0}, "give 1 or more"),
-        ({"partition_samples": 0}, "give 1 or more"),
+        ({"partition_count": 0}, "a whole number, 1 or more"),
+        ({"partition_samples": 0}, "a whole number, 1 or more"),
         ({"partition_count": 2, "partition_samples": 2}, "exclude each other"),
-        ({"partition_bytes": "4 apples"}, "not understood"),
+        ({"partition_bytes": "4 apples"}, "a size of 1,000 bytes or more, like 4GB"),
         ({"caption_extensions": ["txt", ".JSON"]}, "--caption-field"),
         ({"image_extensions": ["jpg", "txt"]}, "--image-extensions has txt"),
         ({"image_extensions": ["json"]}, "--image-extensions has json"),

@@ -116,14 +116,6 @@ def test_missing_members_of_a_pattern_are_all_named(folder: Path) -> None:
         (["{}/{{sub,none}}/*.gz"], "none/\\*.gz matches no file"),
         (["{}/none"], "none; correct"),
         (["{}/empty"], "empty holds no tar"),
-        (["{}/00.tar", "{}/*.tar"], "more than once: .*00.tar;"),
-        (["pipe:cat x"], "pipe:cat x is not run: no other command has a size"),
-        (["pipe:aws s3 cp --region eu-1 s3://b/x.tar -"], "belongs in --storage-options"),
-        (["pipe:aws s3 cp s3://b/x.tar y.tar"], "of aws only"),
-        (["pipe:aws s3 cp s3://b/x.tar - | gunzip"], "of aws only"),
-        (["pipe:hdfs dfs -cat /a.tar"], "with one URL"),
-        (["pipe:hadoop fs -cat hdfs://a/1.tar hdfs://a/2.tar"], "with one URL"),
-        (["pipe:aws s3 cp 's3://b/x.tar -"], "No closing quotation; name files"),
         (["@{}/none.txt"], "none.txt cannot be read"),
         (["{}/empty.list"], "names no input"),
         (["{}/half.list"], "half.list cannot be read: .*utf-16"),
@@ -138,6 +130,25 @@ def test_what_matches_nothing_is_refused_by_name(folder: Path, specs: list[str],
     with pytest.raises(InputError, match=says) as caught:
         expand_inputs([spec.format(folder) for spec in specs])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("specs", "says"),
+    [
+        (["{}/00.tar", "{}/*.tar"], "more than once: .*00.tar;"),
+        (["pipe:cat x"], "pipe:cat x is not run: no other command has a size"),
+        (["pipe:aws s3 cp --region eu-1 s3://b/x.tar -"], "belongs in --storage-options"),
+        (["pipe:aws s3 cp s3://b/x.tar y.tar"], "of aws only"),
+        (["pipe:aws s3 cp s3://b/x.tar - | gunzip"], "of aws only"),
+        (["pipe:hdfs dfs -cat /a.tar"], "with one URL"),
+        (["pipe:hadoop fs -cat hdfs://a/1.tar hdfs://a/2.tar"], "with one URL"),
+        (["pipe:aws s3 cp 's3://b/x.tar -"], "No closing quotation; name files"),
+    ],
+)
+def test_a_spec_that_cannot_be_meant_is_a_usage_error(folder: Path, specs: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        expand_inputs([spec.format(folder) for spec in specs])
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -163,7 +174,7 @@ def test_no_spec_is_a_configuration_error() -> None:
 def test_folders_of_files(folder: Path) -> None:
     (shard,) = expand_inputs([f"{folder}/su*"], "files").shards
     assert (names([shard], folder), shard.size, shard.samples) == (["sub"], None, None)
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(ConfigError, match="is a file"):
         expand_inputs([f"{folder}/00.tar"], "files")
 
 
@@ -179,5 +190,5 @@ def test_a_folder_in_another_one_is_named_twice(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
     apart = [f"{tmp_path}/{name}" for name in ("pics/a", "pics-2", "pics/c")]
     assert len(expand_inputs(apart, "files").shards) == 3
-    with pytest.raises(InputError, match=r"named twice.*: \S+/pics/a, \S+/pics/c; name only those"):
+    with pytest.raises(ConfigError, match=r"named twice.*: \S+/pics/a, \S+/pics/c; name only those"):
         expand_inputs([*apart, f"{tmp_path}/pics"], "files")

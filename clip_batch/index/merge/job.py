@@ -242,7 +242,6 @@ def open_source(out: Store, made_by: EncoderSpec, allow_partial: bool = False) -
 
 def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageConfig = StorageConfig()) -> MergeJob:
     """The merge job, once its options, OUT and the version that is added to are checked. Errors: see `merge`."""
-    _check(config)
     out, home = Store(output, storage.storage_options), Store(index_url, storage.storage_options)
     made_by = EncoderSpec(config.made_by[0], "".join(config.made_by[1:]), weights="")
     source = open_source(out, made_by, config.allow_partial)
@@ -269,20 +268,3 @@ def _check_base(source: reader.Embeddings, base: Manifest) -> None:
 
 def _named(encoder: EncoderSpec) -> str:
     return f"{encoder.model} {encoder.pretrained} ({encoder.fingerprint})"
-
-
-def _check(config: MergeConfig) -> None:
-    parse_bytes(config.max_memory), parse_bytes(config.index_memory)
-    wrong = [
-        f"{name} is {getattr(config, name)!r}, not {allowed}"
-        for name, good, allowed in (
-            ("modalities", config.modalities and set(config.modalities) <= {"image", "text"}, "image, text or both"),
-            ("made_by", len(config.made_by) in (1, 2), "MODEL or MODEL PRETRAINED"),
-            ("queries", config.queries >= 1, "1 or more"),
-            ("dedup", 0 <= config.dedup <= 1, "between 0 and 1"),
-            ("recall_target", 0 <= config.recall_target <= 1, "between 0 and 1"),
-        )
-        if not good
-    ]
-    if wrong:
-        raise ConfigError(f"merge: {'; '.join(wrong)}")

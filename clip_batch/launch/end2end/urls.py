@@ -124,9 +124,6 @@ def read_frozen(home: Store, url_list: UrlList) -> Iterator[tuple[int, pa.Table]
 def _check(config: DownloadConfig) -> None:
     if not config.urls:
         raise ConfigError("end2end needs --urls FILE: a list of images' URLs")
-    for name in ("image_size", "shard_samples", "download_threads"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}, not 1 or more")
     if reserved := RESERVED_COLUMNS.intersection(config.save_columns):
         raise ConfigError(f"save_columns cannot have {', '.join(sorted(reserved))}: img2dataset writes these columns")
 

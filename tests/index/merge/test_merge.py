@@ -500,11 +500,13 @@ def test_held_out_rows_are_not_trained_on_and_every_part_gives_its_share(tmp_pat
     [
         ({"index_key": "IVF16,Flat"}, r"IVF16,Flat.*on 2 training vectors.*need as many"),
         ({"index_key": "Nonsense"}, "index key 'Nonsense'"),
-        ({"shard_rows": -1}, "shard_rows is -1: it must be 0 or more"),
-        ({"queries": 0, "dedup": 2}, r"queries is 0, not 1 or more; dedup is 2"),
+        ({"shard_rows": -1}, "shard_rows is -1: it must be a whole number, 0 or more"),
+        ({"queries": 0}, "queries is 0: it must be a whole number between 1 and 100,000"),
+        ({"dedup": 2}, "dedup is 2: it must be a number between 0 and 1"),
+        ({"rerank": 99_999}, "rerank is 99999: it must be a whole number between 0 and 10,000, or auto"),
         ({"modalities": ["sound"]}, "modalities"),
         ({"recall_target": 95}, "recall_target"),
-        ({"max_memory": "much"}, "size 'much'"),
+        ({"max_memory": "much"}, "max_memory is 'much': it must be a size"),
     ],
 )
 def test_wrong_options_are_one_line(tmp_path: Path, change: dict[str, object], text: str) -> None:
