@@ -35,7 +35,7 @@ def merge(arguments: MergeArguments, merge: MergeConfig, storage: StorageConfig)
     if slot is not None and slots is not None and not 0 <= slot < slots:
         raise ConfigError(f"merge --slot {slot} of --slots {slots} does not exist: slots count from 0 to {slots - 1}")
     job = open_job(arguments.output, index, merge, storage)
-    manifest = stage.finished(job, say)
+    manifest = stage.finished(job, say, rebuild=task in ("all", "train"))
     if manifest is None and task in ("all", "train"):
         stage.train(job, say)
     if manifest is None and task in ("all", "shards"):

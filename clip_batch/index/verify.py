@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from clip_batch.embeddings.verify import VerifyReport, check_file
+from clip_batch.errors import CorruptError
+from clip_batch.index import kept, removals
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.index.metadata import MetadataFile
@@ -13,7 +15,8 @@ from clip_batch.storage.store import Store
 def verify_index(store: Store, deep: bool = False) -> VerifyReport:
     """Check that the live version of INDEX is complete: sizes and rows, and with `deep` every byte.
 
-    `deep` also opens every index and metadata file and compares their rows.
+    That includes what only `merge --add` reads (see `clip_batch.index.kept`), and the removal lists. `deep` also opens
+    every index and metadata file and compares their rows.
     """
     manifest = load_manifest(store)
     report = VerifyReport(checked=len(manifest.shards), rows=manifest.rows)
@@ -34,6 +37,12 @@ def verify_index(store: Store, deep: bool = False) -> VerifyReport:
             for name, stored in prediction["file"].items():
                 if problem := check_file(store, name, stored, deep):
                     report.problems[f"predictor of {kind} queries in the {modality} index"] = problem
+    report.problems |= dict(kept.problems(store, manifest, deep))
+    for digest in removals.names(store):
+        try:
+            removals.load(store, digest)
+        except CorruptError as error:
+            report.problems[f"removal list {digest}"] = str(error)
     if offset != manifest.rows:
         report.problems["manifest"] = f"{offset} rows in shards, {manifest.rows} in all"
     return report
@@ -51,13 +60,16 @@ def _check_index_shard(store: Store, manifest: Manifest, shard: IndexShard, deep
 
 def _check_index_file(store: Store, whole: str, name: str, rows: int) -> str | None:
     """Open a file of a shard and compare its rows; the problem, or None."""
-    with store.fetch(whole) as path:
-        if name.startswith("metadata/"):
-            count = MetadataFile(path).rows
-        elif name.endswith(".npy"):
-            count = len(open_matrix(path))
-        else:
-            count = int(faiss_index.read(path, mapped=True).ntotal)
+    try:
+        with store.fetch(whole) as path:
+            if name.startswith("metadata/"):
+                count = MetadataFile(path).rows
+            elif name.endswith(".npy"):
+                count = len(open_matrix(path))
+            else:
+                count = int(faiss_index.read(path, mapped=True).ntotal)
+    except CorruptError as error:
+        return str(error)
     if count != rows and not (name.startswith("text") and count < rows):
         return f"{whole} holds {count} rows, the manifest says {rows}"
     return None

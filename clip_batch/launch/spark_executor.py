@@ -163,7 +163,7 @@ def merge_task(
 
     try:
         job = open_job(output, index, config, storage)
-        if merge.finished(job):
+        if merge.finished(job, rebuild=task == "train"):
             pass
         elif task == "train":
             merge.train(job)

@@ -63,8 +63,7 @@ def merge(
     """
     say = progress or (lambda line: None)
     job = open_job(path_text(output, "output"), path_text(index, "index"), config, storage)
-    _discard_broken(job, say)
-    if manifest := finished(job, say):
+    if manifest := finished(job, say, rebuild=True):
         return manifest
     train(job, say)
     for shard in range(job.shards):
@@ -72,28 +71,27 @@ def merge(
     return publish(job, say)
 
 
-def finished(job: MergeJob, progress: Say = lambda line: None) -> Manifest | None:
-    """The manifest of the job's version if it is finished, made live and rid of left-over files; None otherwise."""
+def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = False) -> Manifest | None:
+    """The manifest of the job's version if it is finished, made live and rid of left-over files; None otherwise.
+
+    With `rebuild`, a finished version that has lost a file since is deleted, so that it is built anew: only the first
+    task of a merge may do so.
+    """
     if job.base and any(source.digest == job.digest for source in job.base.sources):
         progress(f"version {job.base.version} has this OUT already")
         return job.base
     if not job.index.exists(job.paths.manifest):
         return None
-    make_current(job.index, job.version)
     manifest = load_manifest(job.index, job.version)
+    own = {name: file for name, file in manifest.files.items() if name.startswith(f"{job.version}/")}
+    if rebuild and (problem := broken(job.index, own)):
+        progress(f"{problem}: version {job.version} is built anew")
+        discard(job.index, job.version)
+        return None
+    make_current(job.index, job.version)
     _tidy(job, manifest)
     progress(f"version {job.version} is finished already")
     return manifest
-
-
-def _discard_broken(job: MergeJob, progress: Say) -> None:
-    """Delete the job's version if it was finished and has lost a file since, so that it is built anew."""
-    if job.index.exists(job.paths.manifest):
-        manifest = load_manifest(job.index, job.version)
-        own = {name: file for name, file in manifest.files.items() if name.startswith(f"{job.version}/")}
-        if problem := broken(job.index, own):
-            progress(f"{problem}: version {job.version} is built anew")
-            discard(job.index, job.version)
 
 
 def train(job: MergeJob, progress: Say = lambda line: None) -> None:
@@ -247,7 +245,7 @@ def _join(template: Template, modality: str, shards: list[IndexShard]) -> dict[s
             os.makedirs(folder)
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clip-batch-"))
-        template_path = stack.enter_context(job.index.fetch(template.index_path(modality)))
+        template_path = stack.enter_context(template.fetch(template.index_path(modality)))
         parts = [
             (stack.enter_context(job.index.fetch(job.paths.index(modality, shard.name))), shard.offset)
             for shard in shards

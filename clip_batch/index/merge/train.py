@@ -8,20 +8,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clip_batch.config import parse_bytes
-from clip_batch.errors import ConfigError
+from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.index import kept
 from clip_batch.index.ann import clusters, faiss_index, index_keys
 from clip_batch.index.ann.index_keys import Choice
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.predictor import Predictor
-from clip_batch.index.manifest import DuplicateRows
+from clip_batch.index.kept import Files
+from clip_batch.index.manifest import DuplicateRows, Manifest
 from clip_batch.index.merge import duplicates, predict
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.choose import choose
@@ -30,6 +33,7 @@ from clip_batch.index.merge.queries import Queries, draw_queries, filled_rows, h
 from clip_batch.index.paths import TemplatePaths, VersionPaths
 from clip_batch.plan.paths import VECTORS
 from clip_batch.storage import npy
+from clip_batch.storage.store import Store
 from clip_batch.types import StoredFile
 
 MOST_ORDER_LISTS = 4096
@@ -59,7 +63,7 @@ class Template:
     `folder`, relative to INDEX, has the trained indices, and `reference` is the file of the index's own queries
     ("" where this OUT is not added to an index). `duplicates` is empty without `--dedup`.
     `predictors[modality][kind]` has the file of a predictor of lists, by its
-    path below INDEX, where there is one.
+    path below INDEX, where there is one. `files` are all of these files, by their path below INDEX.
     """
 
     job: MergeJob
@@ -72,12 +76,16 @@ class Template:
     rerank: int
     tried: dict[str, list[dict[str, Any]]]
     predictors: dict[str, dict[str, dict[str, StoredFile]]]
+    files: Files
 
     @classmethod
     def read(cls, job: MergeJob) -> Template | None:
         """The template of a job; None if it is not trained yet."""
         if (record := job.template_record()) is None:
             return None
+        files = kept.template_files(job.paths, record)
+        if job.base:
+            files |= base_template(job.index, job.base)[1]
         return cls(
             job,
             record["attempt"],
@@ -89,6 +97,7 @@ class Template:
             record["rerank"],
             record["tried"],
             record["predictors"],
+            files,
         )
 
     @property
@@ -105,9 +114,26 @@ class Template:
         """The file of the trained empty index, relative to INDEX."""
         return TemplatePaths(self.folder).index(modality)
 
+    @cached_property
+    def trials(self) -> Files:
+        """The files of the recall trials of all shards, once they are built, by their path below INDEX."""
+        job, files = self.job, dict[str, StoredFile]()
+        shards = [(job.paths, job.shard_name(shard)) for shard in range(job.shards)]
+        shards += [(job.base.paths(shard), shard.name) for shard in job.base.shards] if job.base else []
+        for version, name in shards:
+            files |= kept.trial_file(job.index, version, name)
+        return files
+
+    def fetch(self, name: str) -> AbstractContextManager[str]:
+        """A local path of one of `files` or `trials`. CorruptError: it is missing, or has another content."""
+        own = name.startswith(f"{self.job.version}/")
+        remedy = f"drop the version {self.job.version} (clip-batch versions --drop) and merge again"
+        stored = self.files.get(name) or self.trials[name]
+        return kept.fetched(self.job.index, name, stored, remedy if own else kept.ADD_REMEDY)
+
     def index(self, modality: str) -> Index:
         """The trained empty index."""
-        with self.job.index.fetch(self.index_path(modality)) as path:
+        with self.fetch(self.index_path(modality)) as path:
             return faiss_index.read(path)
 
     def read_predictors(self, modality: str) -> dict[str, Predictor]:
@@ -115,7 +141,7 @@ class Template:
         predictors = {}
         for kind, files in self.predictors.get(modality, {}).items():
             for name in files:
-                with self.job.index.fetch(name) as path:
+                with self.fetch(name) as path:
                     predictors[kind] = Predictor.of_array(np.load(path))
         return predictors
 
@@ -124,7 +150,7 @@ class Template:
         queries = {}
         for prefix, name in (("", self.paths.queries), (REFERENCE, self.reference)):
             if name:
-                with self.job.index.fetch(name) as path, np.load(path) as arrays:
+                with self.fetch(name) as path, np.load(path) as arrays:
                     for kind in VECTORS:
                         if f"{kind}.rows" in arrays:
                             queries[prefix + kind] = arrays[f"{kind}.rows"], arrays[f"{kind}.vectors"]
@@ -135,14 +161,14 @@ class Template:
         index = self.index(self.order_modality)
         if faiss_index.has_lists(index):
             return faiss_index.assigner(index)
-        with self.job.index.fetch(TemplatePaths(self.folder).centroids) as path:
+        with self.fetch(TemplatePaths(self.folder).centroids) as path:
             return clusters.nearest_of(np.load(path))
 
     def left_out(self, start: int, stop: int) -> Ids:
         """The rows among [start, stop) that are left out as duplicates, counted from `start`."""
         if not self.duplicates:
             return np.empty(0, dtype=np.int64)
-        with self.job.index.fetch(self.paths.dropped) as path:
+        with self.fetch(self.paths.dropped) as path:
             rows: Ids = np.load(path, mmap_mode="r")
             low, high = np.searchsorted(rows, [start, stop])
             return np.asarray(rows[low:high]) - start
@@ -159,9 +185,10 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
     queries = draw_queries(job.source, filled, job.config)
     _write_queries(attempt, queries)
     if job.base:
-        paths = VersionPaths(job.base.template)
-        record = job.index.read_json(paths.template_record)
-        base = paths.template(record["attempt"])
+        if problem := next(kept.problems(job.index, job.base, deep=True), None):
+            raise CorruptError(f"{job.index.url}: {': '.join(problem)}")
+        record, files = base_template(job.index, job.base)
+        base = VersionPaths(job.base.template).template(record["attempt"])
         template = Template(
             job,
             attempt.id,
@@ -173,9 +200,10 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
             job.base.rerank,
             job.base.tried,
             record.get("predictors", {}),  # older versions have none
+            files,
         )
     else:
-        template = Template(job, attempt.id, {}, kinds, attempt.folder, "", {}, 0, {}, {})
+        template = Template(job, attempt.id, {}, kinds, attempt.folder, "", {}, 0, {}, {}, {})
         template = _train(template, attempt, modalities, filled, queries, progress)
     left_out = _find_duplicates(template, attempt, progress) if job.config.dedup else {}
     attempt.commit(
@@ -189,6 +217,13 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
         predictors=template.predictors,
         seconds=time.monotonic() - started,
     )
+
+
+def base_template(index: Store, base: Manifest) -> tuple[dict[str, Any], Files]:
+    """The record of the training that a version's shards are copies of, and its files. CorruptError: it is damaged."""
+    paths = VersionPaths(base.template)
+    record = kept.read_record(index, paths.template_record)
+    return record, kept.template_files(paths, record)
 
 
 def _modalities(job: MergeJob, filled: Mapping[str, list[int]]) -> list[str]:
@@ -259,7 +294,8 @@ def _train(
             count = max(1, min(math.isqrt(job.source.rows), MOST_ORDER_LISTS, len(sample)))
             centroids = clusters.train(sample, count, seed)
             attempt.write(names.centroids, lambda file, centroids=centroids: np.save(file, centroids))  # type: ignore[misc]
-    return replace(template, keys=keys, rerank=rerank, tried=tried, predictors=predictors)
+    files = {f"{attempt.folder}/{name}": file for name, file in attempt.files.items()}
+    return replace(template, keys=keys, rerank=rerank, tried=tried, predictors=predictors, files=files)
 
 
 def _others(job: MergeJob, filled: Mapping[str, list[int]], queries: Queries, kind: str, count: int) -> Vectors:

@@ -207,7 +207,7 @@ def _fold(template: Template, modality: str, kind: str, prefix: str) -> RecallTr
     whole: RecallTrial | None = None
     for paths, name in _truths(job, with_base=_is_whole(job, kind)):
         own = _own(kind) if job.base and paths.folder == job.base.template else kind
-        with job.index.fetch(paths.truth(name)) as path, np.load(path) as arrays:
+        with template.fetch(paths.truth(name)) as path, np.load(path) as arrays:
             trial = recall.load(arrays, f"{modality}.{prefix}{own}")
         whole = recall.fold(whole, trial) if whole else trial
     assert whole is not None
@@ -216,9 +216,9 @@ def _fold(template: Template, modality: str, kind: str, prefix: str) -> RecallTr
 
 def _list_sizes(template: Template, modality: str) -> npt.NDArray[np.int64]:
     """The number of rows in each inverted list (lists,), of all shards together."""
-    job, sizes = template.job, []
-    for paths, name in _truths(job, with_base=True):
-        with job.index.fetch(paths.truth(name)) as path, np.load(path) as arrays:
+    sizes = []
+    for paths, name in _truths(template.job, with_base=True):
+        with template.fetch(paths.truth(name)) as path, np.load(path) as arrays:
             sizes.append(arrays[predict.sizes(modality)])
     total: npt.NDArray[np.int64] = np.sum(sizes, axis=0)
     return total

@@ -116,7 +116,7 @@ class Stages:
     def merge(self, request: MergeTask, config: MergeConfig) -> MergeAnswer:
         """Run a task of a merge and return its record, or the version's manifest once the version is complete."""
         job = open_job(request.output, request.index, config, self.storage)
-        manifest = merge_stage.finished(job)
+        manifest = merge_stage.finished(job, rebuild=request.task in ("all", "train"))
         if manifest is None:
             if request.task in ("all", "train"):
                 merge_stage.train(job)

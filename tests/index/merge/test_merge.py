@@ -289,6 +289,9 @@ def test_a_finished_version_that_lost_a_file_is_built_anew(tmp_path: Path) -> No
         assert merge(out, index, CONFIG, progress=lines.append).version == first.version
         assert any("is built anew" in line for line in lines)
         assert verify_index(Store(index), deep=True).problems == {}
+    path.unlink()
+    assert main(["merge", "--output", out, "--index", index, "--queries", str(CONFIG.queries)]) == 0
+    assert verify_index(Store(index), deep=True).problems == {}, "the command does so too"
     assert any("finished already" in line for line in _progress(out, index)), "a sound one is not"
 
 

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.index import removals
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.ann.footprint import predictor_bytes
 from clip_batch.index.ann.libfaiss import load, make
 from clip_batch.index.ann.rerank import candidates
-from clip_batch.index.manifest import Manifest
-from clip_batch.index.merge.job import BASE_BYTES, MergeJob
+from clip_batch.index.manifest import Manifest, load_manifest
+from clip_batch.index.merge import merge as merge_stage
+from clip_batch.index.merge.job import BASE_BYTES, MergeJob, open_job
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.verify import verify_index
 from clip_batch.search.searcher import Searcher
@@ -212,6 +214,61 @@ def test_the_index_of_many_rows_grows_and_gives_every_row_over_a_threshold(tmp_p
             scores, ids = (np.concatenate(parts) for parts in zip(*searcher.search_over(query, 0.5), strict=True))
             assert np.array_equal(ids, np.flatnonzero(rows @ query >= 0.5))
             assert np.allclose(scores, rows[ids] @ query, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut", "missing"])
+@pytest.mark.parametrize("what", ["image.index", "text.index", "queries.npz", "record.json", "truth"])
+def test_a_damaged_template_is_named_and_never_added_to(tmp_path: Path, damage: str, what: str) -> None:
+    images, texts = clustered(500, 8, 10)
+    first = build(tmp_path, images[:400], texts[:400], replace(CONFIG, index_key="IVF4,SQ8", rerank=0, shard_rows=200))
+    make_out(tmp_path / "more", images[400:], texts[400:], [100])
+    store, index = Store(str(tmp_path / "index")), tmp_path / "index"
+    pattern = "truth/0001.npz" if what == "truth" else f"template/**/{what}"
+    (path,) = (index / first.version).glob(pattern)
+    whole = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(whole[:-9])
+    else:
+        place = whole.index(b'"sha256": "') + 11 if what == "record.json" else len(whole) * 2 // 3
+        whole[place] = whole[place] ^ 1
+        path.write_bytes(whole)
+    if damage != "flipped bit":
+        assert len(verify_index(store).problems) == 1
+    name, says = next(iter(verify_index(store, deep=True).problems.items()))
+    assert name == ("recall trials of index shard 0001" if what == "truth" else "template")
+    assert what in says or (what == "record.json" and damage == "flipped bit")
+    before = {file: file.read_bytes() for file in index.rglob("*") if file.is_file()}
+    with pytest.raises(CorruptError, match="put it back from a copy, or merge everything into a new INDEX") as caught:
+        merge(f"{tmp_path}/more", str(index), replace(CONFIG, index_key="IVF4,SQ8", rerank=0, add=True))
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert load_manifest(store) == first
+    assert before.items() <= {file: file.read_bytes() for file in index.rglob("*") if file.is_file()}.items()
+
+
+def test_what_a_merge_in_progress_has_trained_is_compared_as_it_is_read(tmp_path: Path) -> None:
+    images, texts = clustered(300, 8, 5)
+    make_out(tmp_path / "out", images, texts, [300])
+    job = open_job(f"{tmp_path}/out", f"{tmp_path}/index", replace(CONFIG, index_key="IVF4,SQ8", rerank=0))
+    merge_stage.train(job)
+    (path,) = (tmp_path / "index").glob("*/template/*/image.index")
+    whole = bytearray(path.read_bytes())
+    whole[-100] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(CorruptError, match=r"image.index is not what was written .*versions --drop\) and merge again"):
+        merge_stage.build_shard(job, 0)
+
+
+def test_a_damaged_removal_list_is_named(tmp_path: Path) -> None:
+    images, texts = clustered(50, 8, 5)
+    build(tmp_path, images, texts, CONFIG)
+    store = Store(str(tmp_path / "index"))
+    digest = removals.add(store, "key", ["0-1"])
+    assert verify_index(store).ok
+    path = tmp_path / "index/tombstones" / f"{digest}.json"
+    path.write_bytes(path.read_bytes().replace(b"0-1", b"0-2"))
+    assert "is not the list of its name" in verify_index(store).problems[f"removal list {digest}"]
 
 
 def test_rows_unlike_the_old_ones_ask_for_retraining(tmp_path: Path) -> None:
