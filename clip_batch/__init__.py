@@ -50,6 +50,7 @@ from clip_batch.types import Hit, Plan
 if _typing.TYPE_CHECKING:
     from clip_batch.client import AsyncClient, Client, FakeService
     from clip_batch.embeddings.embed import Outcome, embed
+    from clip_batch.embeddings.encoder import Encoder
     from clip_batch.export.dataset import FilteredDataset
     from clip_batch.index.manifest import Manifest
     from clip_batch.index.merge.merge import merge
@@ -71,6 +72,7 @@ __all__ = [
     "DecodeError",
     "DownloadConfig",
     "EmbedConfig",
+    "Encoder",
     "EncoderError",
     "FakeService",
     "FilteredDataset",
@@ -108,6 +110,7 @@ __all__ = [
 _HOMES = {
     "AsyncClient": "client",
     "Client": "client",
+    "Encoder": "embeddings.encoder",
     "FakeService": "client",
     "FilteredDataset": "export.dataset",
     "Manifest": "index.manifest",

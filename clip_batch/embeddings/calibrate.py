@@ -29,7 +29,7 @@ from clip_batch.storage.store import Store
 from clip_batch.types import Failure, Item, PassedOver, Plan, Sample, Slice
 
 if TYPE_CHECKING:
-    from clip_batch.encoders.encoder import Encoder, Pixels
+    from clip_batch.encoders.encoder import Model, Pixels
 
 SAMPLES = 512
 """The most samples that are decoded."""
@@ -68,7 +68,7 @@ def calibrate(
     config: EmbedConfig = EmbedConfig(),
     storage: StorageConfig = StorageConfig(),
     workers: int = 1,
-    encoder: Encoder | None = None,
+    encoder: Model | None = None,
 ) -> Calibration:
     """Measure the steps of `embed` on this machine, for a plan that `workers` will share.
 
@@ -200,7 +200,7 @@ def _read_piece(read: _Read, items: Iterable[Item], start: int, listed: bool, cu
 
 
 def _decode(
-    encoder: Encoder, samples: Sequence[Sample], threads: int, max_pixels: int
+    encoder: Model, samples: Sequence[Sample], threads: int, max_pixels: int
 ) -> tuple[list[tuple[Sample, Pixels | DecodeError]], float]:
     """The samples that there is time to decode, each with its pixels or its error, and the images a second."""
     deadline = inf
@@ -230,7 +230,7 @@ def _side(sample: Sample, max_pixels: int) -> int:
 
 
 def _climb(
-    encoder: Encoder, pairs: Sequence[tuple[Pixels, str | None]], sizes: Sequence[int]
+    encoder: Model, pairs: Sequence[tuple[Pixels, str | None]], sizes: Sequence[int]
 ) -> tuple[tuple[int, float], ...]:
     """Pairs a second of each batch size, until it grows no more, memory is full or the time is up."""
     rungs: list[tuple[int, float]] = []
@@ -251,7 +251,7 @@ def _climb(
     return tuple(rungs)
 
 
-def _pace(encoder: Encoder, pairs: Sequence[tuple[Pixels, str | None]]) -> float:
+def _pace(encoder: Model, pairs: Sequence[tuple[Pixels, str | None]]) -> float:
     """Pairs a second of the fastest forward pass of one batch."""
     import numpy as np
 

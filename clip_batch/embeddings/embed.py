@@ -53,7 +53,7 @@ from clip_batch.types import (
 )
 
 if TYPE_CHECKING:
-    from clip_batch.encoders.encoder import Array, Encoder
+    from clip_batch.encoders.encoder import Array, Model
 
     Encoded = tuple["_Batch", Array | None, Array | None]
 
@@ -162,7 +162,7 @@ def embed(
     storage: StorageConfig = StorageConfig(),
     progress: Callable[[str], None] | None = None,
     run: WorkerRun | None = None,
-    encoder: Encoder | None = None,
+    encoder: Model | None = None,
 ) -> list[Outcome]:
     """Embed and commit the given partitions (None: all) that are not committed yet; the outcome of each.
 
@@ -214,7 +214,7 @@ class _Worker:
         config: EmbedConfig,
         storage: StorageConfig,
         run: WorkerRun,
-        encoder: Encoder,
+        encoder: Model,
         progress: Callable[[str], None],
     ) -> None:
         self.store, self.plan, self.config, self.storage = store, plan, config, storage

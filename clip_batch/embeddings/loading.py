@@ -10,7 +10,7 @@ from clip_batch import encoders
 from clip_batch.config import EmbedConfig
 from clip_batch.embeddings.advice import planned_samples
 from clip_batch.encoders.device import pick_device
-from clip_batch.encoders.encoder import CannotCompile, Encoder
+from clip_batch.encoders.encoder import CannotCompile, Model
 from clip_batch.types import EncoderSpec, Partition, Plan
 
 COMPILE_FROM = 50_000
@@ -25,7 +25,7 @@ def batch_size(config: EmbedConfig) -> int:
     return config.batch_size or (32 if pick_device(config.device) == "cpu" else 512)
 
 
-def load_encoder(spec: EncoderSpec, config: EmbedConfig, options: dict[str, Any] | None, many: bool = True) -> Encoder:
+def load_encoder(spec: EncoderSpec, config: EmbedConfig, options: dict[str, Any] | None, many: bool = True) -> Model:
     """The encoder of a spec, as `encoders.load` gives it, for a worker that has `many` samples to embed, or few.
 
     By default it is compiled on a GPU for many; where it cannot be, it runs as it is, with a warning. EncoderError:

@@ -1,4 +1,4 @@
-"""The `Encoder` protocol: images and captions to unit vectors of one space."""
+"""The `Model` protocol: images and captions to unit vectors of one space."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CannotCompile(EncoderError):
     """A model cannot be compiled on this machine."""
 
 
-class Encoder(Protocol):
+class Model(Protocol):
     """Encodes images and texts as vectors of one space. Several threads call its methods at the same time."""
 
     dim: int
@@ -53,7 +53,7 @@ class Encoder(Protocol):
 
 
 def encode_pairs(
-    encoder: Encoder, batch: Pixels, captions: Sequence[str | None], precision: str = "fp32"
+    encoder: Model, batch: Pixels, captions: Sequence[str | None], precision: str = "fp32"
 ) -> tuple[Array, Array | None]:
     """Image vectors and text vectors, float32 (n, dim), of n images, as `encode_images` takes them, and their captions.
 

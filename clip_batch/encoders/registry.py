@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from clip_batch.encoders import hub
 from clip_batch.encoders.embedded import model_path
-from clip_batch.encoders.encoder import Encoder
+from clip_batch.encoders.encoder import Model
 from clip_batch.errors import EncoderError, InputError
 from clip_batch.storage.cache import local_copy
 from clip_batch.storage.paths import is_local, local_path
@@ -35,7 +35,7 @@ class Family(Protocol):
         It does not load a local model. It may download files, unless `hub.offline` is active.
         """
 
-    def load(self, spec: EncoderSpec, device: str, compiled: int) -> Encoder:
+    def load(self, spec: EncoderSpec, device: str, compiled: int) -> Model:
         """The encoder; `device` and `compiled` are as `clip_batch.encoders.load` takes them."""
 
 
@@ -90,7 +90,7 @@ def load(
     compiled: int = 0,
     *,
     check: bool = True,
-) -> Encoder:
+) -> Model:
     """The encoder of a spec, loaded offline. EncoderError: its weights are not the spec's, or it does
     not turn images upright though the spec says so.
 
@@ -108,7 +108,7 @@ def load(
     return encoder
 
 
-def _turns(encoder: Encoder) -> bool:
+def _turns(encoder: Model) -> bool:
     """Whether an encoder applies EXIF orientation; those of other distributions may not."""
     from PIL import Image
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from clip_batch.config import EmbedConfig
-from clip_batch.encoders.encoder import Encoder, NeedsExact
+from clip_batch.encoders.encoder import Model, NeedsExact
 from clip_batch.encoders.registry import load
 from clip_batch.errors import ClipBatchError, DecodeError, EncoderError, one_line
 from clip_batch.types import EncoderSpec
@@ -77,7 +77,7 @@ def _try(
     return spec
 
 
-def _pixels(encoder: Encoder, images: Iterable[bytes | memoryview]) -> Pixels:
+def _pixels(encoder: Model, images: Iterable[bytes | memoryview]) -> Pixels:
     """The pixels of the first image that can be decoded; of a grey one where none can."""
     for image in images:
         try:
@@ -87,7 +87,7 @@ def _pixels(encoder: Encoder, images: Iterable[bytes | memoryview]) -> Pixels:
     return encoder.preprocess(_GREY, _MOST_PIXELS)
 
 
-def _check_vectors(model: str, encoder: Encoder, pixels: Pixels, caption: str) -> None:
+def _check_vectors(model: str, encoder: Model, pixels: Pixels, caption: str) -> None:
     """EncoderError if the vectors of a picture and a caption have no norm, or differ in length or from pass to pass."""
     import numpy as np
 
@@ -111,7 +111,7 @@ def _check_vectors(model: str, encoder: Encoder, pixels: Pixels, caption: str) -
             )
 
 
-def _check_contrast(model: str, encoder: Encoder) -> None:
+def _check_contrast(model: str, encoder: Model) -> None:
     """EncoderError if two quite different pictures, or two quite different texts, have one vector."""
     import numpy as np
 

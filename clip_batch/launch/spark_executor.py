@@ -26,7 +26,7 @@ from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Plan
 
 if TYPE_CHECKING:
-    from clip_batch.encoders import Encoder
+    from clip_batch.encoders import Model
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def pin(addresses: Sequence[str]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def encoder(spec: EncoderSpec, config: EmbedConfig, options: str) -> Encoder:
+def encoder(spec: EncoderSpec, config: EmbedConfig, options: str) -> Model:
     """The encoder of this process. Spark reuses its Python processes, so that each loads the encoder once."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
     line = f"process {os.getpid()} loads {spec.model} on {config.device}, CUDA_VISIBLE_DEVICES={visible}"

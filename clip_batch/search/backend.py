@@ -17,7 +17,7 @@ from clip_batch.search.rows import Ids, RowSet, Vectors
 
 if TYPE_CHECKING:
     from clip_batch.config import StorageConfig
-    from clip_batch.encoders import Encoder
+    from clip_batch.encoders import Model
     from clip_batch.index.manifest import Manifest
 
 
@@ -37,7 +37,7 @@ class Backend(Protocol):
         """Largest number of hits of one search."""
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Model:
         """The encoder that made the index."""
 
     def search_ids(

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from clip_batch import encoders
 from clip_batch.config import SearchConfig, StorageConfig
-from clip_batch.encoders import Encoder
+from clip_batch.encoders import Model
 from clip_batch.errors import EncoderError
 from clip_batch.types import EncoderSpec
 
 
-def load_encoder(spec: EncoderSpec, config: SearchConfig, storage: StorageConfig) -> Encoder:
+def load_encoder(spec: EncoderSpec, config: SearchConfig, storage: StorageConfig) -> Model:
     """The encoder of an index, where `config` says it lies. EncoderError: it is not there, or not that one."""
     made_by = f"{spec.model} {spec.pretrained}".strip()
     names = config.model or spec.model, config.pretrained or spec.pretrained

@@ -53,7 +53,7 @@ from clip_batch.storage.store import Store
 from clip_batch.types import Hit, StoredFile, StrPath
 
 if TYPE_CHECKING:
-    from clip_batch.encoders import Encoder
+    from clip_batch.encoders import Model
 
 EXACT = 10_000
 """Up to this many selected rows are all scored, rather than searched for in the lists of the index."""
@@ -96,7 +96,7 @@ class Searcher:
         self,
         index: StrPath,
         storage: StorageConfig = StorageConfig(),
-        encoder: Encoder | None = None,
+        encoder: Model | None = None,
         config: SearchConfig = SearchConfig(),
     ) -> None:
         store = Store(path_text(index, "index"), storage.storage_options)
@@ -202,7 +202,7 @@ class Searcher:
         return self._cache.file(name, recorded) if self._cache else store.path(name)
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Model:
         """The encoder that made the index, loaded when it is first needed; EncoderError if it is not here."""
         with self._loading:
             if self._encoder is None:

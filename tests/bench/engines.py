@@ -15,7 +15,7 @@ import numpy as np
 
 from clip_batch import encoders
 from clip_batch.demo import data
-from clip_batch.encoders import Encoder
+from clip_batch.encoders import Model
 from clip_batch.encoders.device import torch_threads
 from tests.bench import result
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
-    engines: dict[str, Encoder] = {}
+    engines: dict[str, Model] = {}
     load: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as home:
         weights = options.pretrained or checkpoint(options.model, home)

@@ -22,7 +22,7 @@ from clip_batch import encoders
 from clip_batch.demo import data
 from clip_batch.demo.captions import name_forms
 from clip_batch.embeddings.commits import committed
-from clip_batch.encoders import Encoder
+from clip_batch.encoders import Model
 from clip_batch.encoders.embedded import model_path
 from clip_batch.storage.store import Store
 from clip_batch.types import Plan
@@ -131,7 +131,7 @@ def paraphrases(pictures: Pictures, scenes: Scenes, rng: np.random.Generator) ->
     return texts
 
 
-def encode_texts(encoder: Encoder, texts: Sequence[str]) -> Vectors:
+def encode_texts(encoder: Model, texts: Sequence[str]) -> Vectors:
     """Vectors (n, d); texts of similar length are encoded together, which is faster."""
     order = np.argsort([len(text) for text in texts], kind="stable")
     batches = [order[low : low + BATCH] for low in range(0, len(order), BATCH)]
@@ -139,17 +139,17 @@ def encode_texts(encoder: Encoder, texts: Sequence[str]) -> Vectors:
     return np.asarray(vectors[np.argsort(order)])
 
 
-def encode_images(encoder: Encoder, pixels: npt.NDArray[np.uint8]) -> Vectors:
+def encode_images(encoder: Model, pixels: npt.NDArray[np.uint8]) -> Vectors:
     """Vectors (n, d)."""
     return np.concatenate([encoder.encode_images(pixels[low : low + BATCH]) for low in range(0, len(pixels), BATCH)])
 
 
-def load_encoder() -> Encoder:
+def load_encoder() -> Model:
     """The demo's model."""
     return encoders.load(encoders.resolve(f"local-dir:{model_path()}"), "cpu")
 
 
-def make_out(out: Path, rows: int, encoder: Encoder | None = None, seed: int = 0) -> Plan:
+def make_out(out: Path, rows: int, encoder: Model | None = None, seed: int = 0) -> Plan:
     """Commit `rows` scenes in parts of 20,000; what an earlier run committed there stays, and is not made again."""
     parts = -(-rows // PART_ROWS)
     plan = make_plan(out, parts)
@@ -166,7 +166,7 @@ def make_out(out: Path, rows: int, encoder: Encoder | None = None, seed: int = 0
     return plan
 
 
-def make_queries(count: int, encoder: Encoder | None = None, seed: int = 1) -> dict[str, Vectors]:
+def make_queries(count: int, encoder: Model | None = None, seed: int = 1) -> dict[str, Vectors]:
     """Vectors (count, d) by kind of query: image, caption, paraphrase, all of the same scenes, which are in no OUT."""
     pictures, encoder, rng = Pictures(), encoder or load_encoder(), np.random.default_rng(seed)
     scenes = draw(pictures, count, rng, held_out=True)

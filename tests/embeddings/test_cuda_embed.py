@@ -148,7 +148,7 @@ def test_slabs_are_pinned_and_are_encoded_as_other_arrays(device: str) -> None:
 class Lost:
     """An encoder whose GPU is lost at the third batch: what no later call in the process survives."""
 
-    def __init__(self, encoder: encoders.Encoder, device: str) -> None:
+    def __init__(self, encoder: encoders.Model, device: str) -> None:
         self.dim, self.has_text, self.preprocess = encoder.dim, encoder.has_text, encoder.preprocess
         self.encode_texts, self.encoder, self.device, self.calls = encoder.encode_texts, encoder, device, 0
 

@@ -464,7 +464,7 @@ def test_a_full_disk_fails_the_partition_and_publishes_nothing(tars: list[str], 
 class Lost:
     """An encoder whose GPU is lost after so many batches, as torch tells it."""
 
-    def __init__(self, encoder: encoders.Encoder, batches: int) -> None:
+    def __init__(self, encoder: encoders.Model, batches: int) -> None:
         self.dim, self.preprocess, self.encode_texts = encoder.dim, encoder.preprocess, encoder.encode_texts
         self.has_text, self.encoder, self.left = encoder.has_text, encoder, batches
 
@@ -584,7 +584,7 @@ def test_the_zoo_of_bad_input_is_embedded_or_listed(tmp_path: Path, out: str) ->
 class Held:
     """An encoder that encodes when it is let."""
 
-    def __init__(self, encoder: encoders.Encoder, go: threading.Event) -> None:
+    def __init__(self, encoder: encoders.Model, go: threading.Event) -> None:
         self.dim, self.preprocess, self.encode_texts = encoder.dim, encoder.preprocess, encoder.encode_texts
         self.has_text, self.encoder, self.go = encoder.has_text, encoder, go
 
@@ -601,7 +601,7 @@ def test_a_worker_that_is_done_helps_a_slow_one(share: bool, tmp_path: Path) -> 
     store = Store(out)
     encoder = encoders.load(frozen.encoder)
 
-    def work(run: WorkerRun, encoder: encoders.Encoder) -> list[Outcome]:
+    def work(run: WorkerRun, encoder: encoders.Model) -> list[Outcome]:
         return embed(out, config, partitions(store, Slot(*run.slot)), run=run, encoder=encoder)
 
     with ThreadPoolExecutor(1) as pool:

@@ -114,7 +114,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     return make
 
 
-def vectors(encoder: encoders.Encoder) -> tuple[np.ndarray, np.ndarray | None]:
+def vectors(encoder: encoders.Model) -> tuple[np.ndarray, np.ndarray | None]:
     images = encoder.encode_images(np.stack([encoder.preprocess(file, LIMIT) for file in pictures()]))
     return images, encoder.encode_texts(tiny.TEXTS) if encoder.has_text else None
 
@@ -153,7 +153,7 @@ def test_vectors_are_a_cpus(name: str, precision: str, device: str, made: Callab
 class Demo(NamedTuple):
     """The demo's model, with the pixels and captions of some of its pictures, no two of which have near vectors."""
 
-    encoder: encoders.Encoder
+    encoder: encoders.Model
     pixels: np.ndarray
     captions: list[str]
 

@@ -35,7 +35,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> FakeEncoder:
 
 
 class FakeEncoder:
-    """An `Encoder`; see the module."""
+    """A `Model`; see the module."""
 
     has_text = True
 

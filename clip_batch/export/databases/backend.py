@@ -32,7 +32,7 @@ from clip_batch.search.rows import Ids, RowSet, Vectors, selection
 from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
-    from clip_batch.encoders import Encoder
+    from clip_batch.encoders import Model
 
 SURPLUS = 1_000
 """Largest number of removed rows that the databases may still hold.
@@ -66,7 +66,7 @@ class DatabaseBackend:
                 f"{store.url}: the rows of a removal are not known yet: run clip-batch export sql again"
             )
         self._removed = removed
-        self._encoder: Encoder | None = None
+        self._encoder: Model | None = None
         self._loading = Lock()
         name, expected = table_name(databases.table_prefix, manifest.version), identity(manifest)
         with ExitStack() as stack:
@@ -102,7 +102,7 @@ class DatabaseBackend:
         self._open.close()
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Model:
         with self._loading:
             if self._encoder is None:
                 self._encoder = load_encoder(self.manifest.encoder, self._config, self.storage)

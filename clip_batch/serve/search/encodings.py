@@ -14,14 +14,14 @@ from clip_batch.serve.search.batching import Lane, TextCache, Vector
 from clip_batch.serve.search.metrics import Metrics
 
 if TYPE_CHECKING:
-    from clip_batch.encoders.encoder import Encoder, Pixels
+    from clip_batch.encoders.encoder import Model, Pixels
     from clip_batch.search.backend import Backend
 
 
 class Encoding:
     """An encoder with a lane for texts, a lane for images and a cache of text vectors."""
 
-    def __init__(self, encoder: Encoder, config: ServeConfig, metrics: Metrics) -> None:
+    def __init__(self, encoder: Model, config: ServeConfig, metrics: Metrics) -> None:
         self.encoder, self._metrics = encoder, metrics
 
         def timed(step: str, lane: str, encode: Callable[[Any], Any]) -> Callable[[list[Any]], Vector]:

@@ -12,7 +12,7 @@ from clip_batch.embeddings import embed as embed_stage
 from clip_batch.embeddings.commits import read_commit
 from clip_batch.embeddings.loading import load_encoder
 from clip_batch.embeddings.workers import WorkerRun
-from clip_batch.encoders import Encoder
+from clip_batch.encoders import Model
 from clip_batch.errors import (
     ClipBatchError,
     ConfigError,
@@ -64,7 +64,7 @@ class Stages:
     def __init__(self, allowed: Allowed, config: EmbedConfig, storage: StorageConfig) -> None:
         self.allowed, self.config, self.storage = allowed, config, storage
         self.jobs = Jobs()
-        self._encoder: tuple[str, Encoder] | None = None
+        self._encoder: tuple[str, Model] | None = None
 
     def store(self, url: str) -> Store:
         """Return the store at a URL, opened with this worker's storage options."""
@@ -105,7 +105,7 @@ class Stages:
         assert commit is not None
         return commit
 
-    def _load(self, spec: EncoderSpec) -> Encoder:
+    def _load(self, spec: EncoderSpec) -> Model:
         """Return the encoder, which stays loaded until a request needs another one."""
         if self._encoder is None or self._encoder[0] != spec.fingerprint:
             self._encoder = None  # free its memory before the next one is loaded
