@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
+from math import ceil, inf
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,10 @@ QUICK = 2**20
 
 SOON = 2**24
 """Bytes of codes up to which faiss's threads are not woken for one query: other clients need the cores."""
+
+
+SPARE = 0.01
+"""Share of an inverted list that is not worth a visit to one more where rows were removed."""
 
 
 @dataclass(frozen=True)
@@ -297,11 +301,21 @@ class Searcher:
 
         if effort is None and among is None and (tuned := self.manifest.predicted_effort(modality, k, kind)):
             assert kind is not None
+            tuned = self._spread(tuned, among)
             scores, ids = self._ranked(vectors, k, modality, tuned, None, self._predictors[modality][kind])
             if (ids[:, -1:] >= 0).all():
                 return scores, ids
-        effort = self.manifest.effort_for(modality, k, kind) if effort is None else effort
+        if effort is None and (tuned := self.manifest.effort_for(modality, k, kind)):
+            effort = self._spread(tuned, among)
         return self._ranked(vectors, k, modality, effort, among)
+
+    def _spread(self, effort: int, among: RowSet | None = None) -> int:
+        """The effort at which as many rows that may be hits are scored as by `effort` where every row may be one.
+
+        Removed rows and those that are not `among` still lie in the lists: fewer are left in each.
+        """
+        possible = len(among.ids) if among else self.manifest.rows - len(self.removed)
+        return min(ceil(effort * self.manifest.rows / max(possible, 1) - SPARE), self.manifest.rows)
 
     def _ranked(
         self,
@@ -393,7 +407,8 @@ class Searcher:
         """
         vector, shards = checked_search(self.manifest, query, 1, modality, effort)[:1], self.indices[modality]
         stored = self.stored.get(modality)
-        effort = self.manifest.effort[modality] if effort is None else effort
+        if effort is None and (tuned := self.manifest.effort[modality]):
+            effort = self._spread(tuned)
         if stored is None:
             for shard in shards:
                 scores, ids = faiss_search.search_over(shard.index, vector, threshold, effort, shard.removed)

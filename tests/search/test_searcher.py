@@ -342,3 +342,34 @@ def test_an_image_that_is_absent_is_named(searcher: Searcher, tmp_path: Path) ->
         searcher.find(Query(image=f"{tmp_path}/no.jpg"))
     with pytest.raises(ConfigError, match="is no file"):
         searcher.find(Query(image=str(tmp_path)))
+
+
+def test_recall_is_kept_where_rows_may_not_be_found(tmp_path: Path) -> None:
+    """Rows that were removed, or that a condition leaves out, take places in the lists that a search visits."""
+    images, texts = clustered(12_200, 32, 12, spread=1.2)
+    queries, images, texts = images[12_000:], images[:12_000], texts[:12_000]
+    make_out(tmp_path / "out", images, texts, [12_000])
+    index = str(tmp_path / "index")
+    config = MergeConfig(modalities=["image"], queries=200, index_key="IVF64,Flat", shard_rows=6000)
+    assert merge(str(tmp_path / "out"), index, config).efforts["image"]["image"]["100"] < 16
+
+    def recall(searcher: Searcher, kept: np.ndarray, **how: object) -> float:
+        order = [row["row"] for row in searcher.metadata(np.flatnonzero(kept), ["row"])]
+        scores = queries @ images[order].T
+        least = np.sort(scores, axis=1)[:, -100] - 1e-3  # codes are of float16
+        found, _ = searcher.search_ids(queries, 100, kind="image", **how)  # type: ignore[arg-type]
+        return float((found >= least[:, None]).mean())
+
+    with Searcher(index) as searcher:
+        every = recall(searcher, np.ones(12_000, bool))
+        some = np.zeros(12_000, bool)
+        some[np.random.default_rng(1).choice(12_000, 10_500, replace=False)] = True
+        assert recall(searcher, some, among=searcher.select(np.flatnonzero(some))) > every - 0.01
+    keys = [f"0-{row}" for row in np.random.default_rng(0).permutation(12_000)[:9600]]
+    removals.add(Store(index), "key", keys)
+    with Searcher(index) as searcher:
+        kept = np.ones(12_000, bool)
+        kept[searcher.removed] = False
+        assert kept.sum() == 2400
+        assert recall(searcher, kept) > every - 0.01
+        assert recall(searcher, kept, effort=4) < every - 0.01, "an effort that is given is the number of lists"
