@@ -62,9 +62,9 @@ class PlanConfig(Options):
     """Freeze which input is embedded, by which encoder, in which partitions."""
 
     input: list[str] = field(default_factory=list)
-    """Tars: paths, URLs, globs, brace patterns ({000..999}) or @FILE lists. With --format files, folders of images."""
-    format: Literal["tar", "files"] = "tar"
-    """Kind of input. tar: webdataset tars; files: folder trees of images with .txt and .json files beside them."""
+    """Tars: paths, URLs, globs, brace patterns ({000..999}) or @FILE lists; or folders of images."""
+    format: Literal["auto", "tar", "files"] = "auto"
+    """Kind of input. tar: webdataset tars; files: folders of images with .txt and .json beside them; auto: it looks."""
     unreadable: Literal["fail", "record"] = "fail"
     """What a folder that may not be listed does. fail: the plan is refused; record: it is among the failures."""
     model: str = "ViT-B-32"
@@ -74,7 +74,7 @@ class PlanConfig(Options):
     preprocess: Literal["auto", "fast", "exact", "scaled"] = "auto"
     """Image transform. exact: the model's own; fast: nearly equal; scaled: for large JPEGs; auto: fast, else exact."""
     exif_rotation: Literal["auto", "apply", "ignore"] = "auto"
-    """Whether EXIF orientation turns images. auto: apply with --format files; ignore in tars, as open_clip does."""
+    """Whether EXIF orientation turns images. auto: apply in folders of images; ignore in tars, as open_clip does."""
     try_model: bool = True
     """Embed one sample before the plan is written, on this machine's CPU, so that an unfit model is refused here."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"

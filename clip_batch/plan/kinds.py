@@ -1,6 +1,7 @@
-"""Refuses input that is no tar, by its names and its first bytes, and says which format or command takes it.
+"""Tells what input is: `detect_format` for `--format auto`, and what is no tar is refused, by names and first bytes.
 
-Only input of which nothing that is looked at is a tar is refused: a broken tar among others is a worker's to record.
+A refusal says which format or command takes it. Only input of which nothing that is looked at is a tar is refused: a
+broken tar among others is a worker's to record.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ import contextlib
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from clip_batch.errors import InputError
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.kinds import picture
-from clip_batch.storage.paths import is_local
+from clip_batch.samples.tar.suffixes import is_tar
+from clip_batch.storage.filesystem import filesystem
+from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
+from clip_batch.storage.tree import list_tree
 from clip_batch.types import IMAGE_EXTENSIONS, UNREADABLE, Shard, extension
 
 PICTURES = {*IMAGE_EXTENSIONS, "dds", "dng", "j2k", "jp2", "pbm", "pcx", "pgm", "pnm", "ppm", "psd", "tga"}
@@ -56,17 +61,57 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _TARS = ("tar", "tgz", "tbz", "tbz2", "txz", "tzst")
 
 _REMEDIES = {
-    "picture": "a picture: name its folder, with --format files",
+    "picture": "a picture: name its folder",
     "list": "a list: clip-batch end2end --urls downloads and embeds what it names",
     "Parquet": "a Parquet file: clip-batch end2end --urls takes a list of URLs, and clip-batch merge takes embeddings",
     "npy": "a file of vectors: clip-batch merge --output takes the folder of embeddings that it is in",
-    "archive": "an archive, but no tar: unpack it, and name the folder with --format files",
+    "archive": "an archive, but no tar: unpack it, and name the folder",
     "HTML": "an HTML page, as servers send in place of a file: check the URL, and download it again",
     "XML": "an XML document, as stores send in place of a file: check the URL, and download it again",
-    "PDF": "a PDF: make pictures of its pages, and name their folder with --format files",
-    "no tar": "no tar: name tars, or a folder of pictures with --format files",
+    "PDF": "a PDF: make pictures of its pages, and name their folder",
+    "no tar": "no tar: name tars, or a folder of pictures",
 }
 """What a kind is, and what takes it."""
+
+
+Format = Literal["tar", "files"]
+"""A kind of input that a plan may have."""
+
+
+def detect_format(specs: Sequence[str], options: dict[str, Any]) -> Format | Literal["urls"]:
+    """What SPECs, of which lists have been replaced by their lines, name: tars, folders of pictures, or a list of URLs.
+
+    Some of them are looked at: a folder by the extensions of all that is in it. What cannot be told apart, and what
+    does not exist, is left to what reads tars, whose errors say what is wrong. InputError: tars and pictures are
+    beside each other, so that either would be left out.
+    """
+    count = min(len(specs), LOOKED_AT)
+    spread = dict.fromkeys(specs[(len(specs) - 1) * k // max(count - 1, 1)] for k in range(count))
+    if all(_by_name(spec) in ("list", "Parquet") and not _is_folder(spec, options) for spec in spread):
+        return "urls"
+    found = Counter[str]()
+    for folder in (spec for spec in spread if not is_tar(spec) and _is_folder(spec, options)):
+        for entry in list_tree(absolute(folder), options).entries:
+            if is_tar(entry.url):
+                found["tar"] += 1
+            elif extension(entry.url) in PICTURES:
+                found["files"] += 1
+        if len(found) > 1:
+            pictures = f"{found['tar']:,} tars and {found['files']:,} pictures"
+            raise InputError(f"{folder} holds {pictures}: say which are the input, with --format tar or --format files")
+    return "files" if found["files"] else "tar"
+
+
+def _is_folder(spec: str, options: dict[str, Any]) -> bool:
+    """Whether a SPEC is the name of a folder that exists."""
+    if is_local(spec):
+        return os.path.isdir(absolute(spec))
+    if any(character in spec for character in "*{") or spec.startswith(("http://", "https://", "pipe:")):
+        return False
+    with contextlib.suppress(Exception):  # each remote store has exceptions of its own; expanding the SPEC raises them
+        fs, path = filesystem(spec, options)
+        return bool(fs.isdir(path))
+    return False
 
 
 def check_names(specs: Sequence[str]) -> None:

@@ -79,9 +79,11 @@ def make_plan(
     options = storage.storage_options
     config = replace(config, input=[path_text(spec, "an input") for spec in _as_list(input)])
     store = Store(path_text(output, "output"), options)
-    target = _target(config)
     images, captions = _extensions(config)
+    _target(config)  # refuses wrong options before it looks at input
     inputs = specs.expand_inputs(config.input, config.format, options)
+    config = replace(config, format=inputs.format)
+    target = _target(config)
     if config.format == "files":
         _count_folders(inputs, images, captions, options)
     else:

@@ -15,11 +15,11 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from clip_batch.errors import ConfigError, InputError, some
 from clip_batch.plan.braces import expand_braces
-from clip_batch.plan.kinds import check_names
+from clip_batch.plan.kinds import Format, check_names, detect_format
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.tar.suffixes import TAR_SUFFIXES, is_tar
 from clip_batch.storage.filesystem import filesystem
@@ -45,11 +45,13 @@ _QUIET = {"--quiet", "--no-progress", "--only-show-errors"}
 class Inputs:
     """What SPECs name.
 
+    - `format`: the kind of input, which `--format auto` found.
     - `shards`: tars, or folders with format "files".
     - `passed_over`: the number of files in listed folders, and of matches of globs, that are no input, by extension.
     - `unreadable`: folders that cannot be listed, and why.
     """
 
+    format: Format = "tar"
     shards: list[Shard] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -65,23 +67,26 @@ class Inputs:
         self.passed_over.update("folder" if entry.folder else name_text(extension(entry.url)) for entry in entries)
 
 
-def expand_inputs(specs: Sequence[str], format: str = "tar", options: Options | None = None) -> Inputs:
-    """The shards that SPECs name: tars, or folders with format "files".
+def expand_inputs(
+    specs: Sequence[str], format: Format | Literal["auto"] = "auto", options: Options | None = None
+) -> Inputs:
+    """The shards that SPECs name: tars, or folders with format "files"; "auto" looks which of them they are.
 
     ConfigError: there is no SPEC, or one is named twice. InputError: an input is missing, or matches nothing.
     """
     if not specs:
         raise ConfigError("no input: name tars or folders with --input SPEC")
-    inputs = Inputs()
-    named = list(_read_lists(specs, options))
-    if format == "tar":
+    named = list(read_lists(specs, options))
+    found = detect_format(named, options or {}) if format == "auto" else format
+    if found != "files":
         check_names(named)
+    inputs = Inputs("files" if found == "files" else "tar")
     for spec in named:
-        _expand_spec(spec, format == "files", options or {}, inputs)
+        _expand_spec(spec, inputs.format == "files", options or {}, inputs)
     if len({shard.url for shard in inputs.shards}) < len(inputs.shards):
         repeated = [url for url, times in Counter(shard.url for shard in inputs.shards).items() if times > 1]
         raise ConfigError(f"named more than once: {some(repeated)}; name each input once")
-    if format == "files" and (inside := _inside(shard.url for shard in inputs.shards)):
+    if inputs.format == "files" and (inside := _inside(shard.url for shard in inputs.shards)):
         raise ConfigError(f"named twice, as they are in other folders that are named: {some(inside)}; name only those")
     return inputs
 
@@ -125,7 +130,7 @@ def unpiped(spec: str) -> str:
     raise ConfigError(f"{spec} is not run: {why}; name files or URLs")
 
 
-def _read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
+def read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
     """The SPECs, with each list file replaced by its lines; a list in a list is not read.
 
     Lists are UTF-8, or UTF-16 with its byte-order mark. Names in them may have any bytes, as those of files may.

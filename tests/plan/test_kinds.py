@@ -6,12 +6,15 @@ import gzip
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from clip_batch.cli import main
-from clip_batch.plan.kinds import kind_of
+from clip_batch.errors import InputError
+from clip_batch.plan.kinds import detect_format, kind_of
+from clip_batch.plan.specs import expand_inputs
 from tests import corpus
 
 HTML = b"\n<!DOCTYPE html><html><title>404</title></html>"
@@ -68,9 +71,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("*.jpg", "*.jpg is a picture: name its folder, with --format files"),
+        ("*.jpg", "*.jpg is a picture: name its folder"),
         ("0.jpg", "0.jpg is a picture: name its folder"),
-        ("[01]*", "0.jpg is a picture: name its folder, with --format files (nor is any other that was looked at of 2"),
+        ("[01]*", "0.jpg is a picture: name its folder (nor is any other that was looked at of 2"),
         ("page*.tar", "page0.tar is an HTML page, as servers send in place of a file: check the URL"),
         ("nameless", "nameless is a Parquet file: clip-batch end2end --urls takes a list of URLs"),
         ("urls.list", "1.jpg is a picture"),
@@ -101,6 +104,40 @@ def test_input_without_a_folder_of_pictures_is_refused(
     flags = ["--output", out, "--model", "fake:8", "--format", "files"]
     assert main(["plan", "--input", f"{folder}/{spec}", *flags]) == 1
     assert says.format(folder) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_format_is_told_by_looking(folder: Path, remote: bool) -> None:
+    for name in ("tars/sub", "both", "pictures"):
+        (folder / name).mkdir(parents=True)
+    tar = corpus.good_tar(f"{folder}/tars/sub/0.tar", 1)
+    corpus.good_tar(f"{folder}/both/0.tar", 1)
+    (folder / "both" / "1.JPG").write_bytes(corpus.jpeg())
+    (folder / "page0.tar").rename(folder / "img_emb" / "page0.html")
+    for name in ("page1.tar", "page2.tar"):
+        (folder / name).unlink()
+    (folder / "0.jpg").rename(folder / "pictures" / "0.jpg")
+    root = f"memory:/{folder}" if remote else str(folder)
+    if remote:
+        fsspec.filesystem("memory").put(f"{folder}/", f"{folder}/", recursive=True)
+    found = {
+        name: detect_format([f"{root}/{name}"], {})
+        for name in ("tars", "tars/sub/0.tar", "pictures", "img_emb", "none", "1.jpg", "a.csv", "b.parquet")
+    }
+    assert found == {
+        "tars": "tar",
+        "tars/sub/0.tar": "tar",
+        "pictures": "files",
+        "img_emb": "tar",
+        "none": "tar",
+        "1.jpg": "tar",
+        "a.csv": "urls",
+        "b.parquet": "urls",
+    }
+    assert expand_inputs([f"{root}/pictures"]).format == "files"
+    assert [shard.url.removeprefix("memory:/") for shard in expand_inputs([f"{root}/tars"]).shards] == [tar]
+    with pytest.raises(InputError, match="holds 1 tars and 1 pictures: say which are the input, with --format tar or"):
+        detect_format([f"{root}/both"], {})
 
 
 def test_an_html_page_among_tars_is_left_to_its_worker(
