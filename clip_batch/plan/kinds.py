@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from clip_batch.errors import InputError
+from clip_batch.errors import ConfigError, InputError
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.kinds import picture
 from clip_batch.samples.tar.suffixes import is_tar
@@ -82,7 +82,7 @@ def detect_format(specs: Sequence[str], options: dict[str, Any]) -> Format | Lit
     """What SPECs, of which lists have been replaced by their lines, name: tars, folders of pictures, or a list of URLs.
 
     Some of them are looked at: a folder by the extensions of all that is in it. What cannot be told apart, and what
-    does not exist, is left to what reads tars, whose errors say what is wrong. InputError: tars and pictures are
+    does not exist, is left to what reads tars, whose errors say what is wrong. ConfigError: tars and pictures are
     beside each other, so that either would be left out.
     """
     count = min(len(specs), LOOKED_AT)
@@ -98,7 +98,7 @@ def detect_format(specs: Sequence[str], options: dict[str, Any]) -> Format | Lit
                 found["files"] += 1
         if len(found) > 1:
             pictures = f"{found['tar']:,} tars and {found['files']:,} pictures"
-            raise InputError(f"{folder} holds {pictures}: say which are the input, with --format tar or --format files")
+            raise ConfigError(f"{folder} holds {pictures}: say which are the input, with --format tar or --format files")
     return "files" if found["files"] else "tar"
 
 
