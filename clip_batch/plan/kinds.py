@@ -97,8 +97,8 @@ def detect_format(specs: Sequence[str], options: dict[str, Any]) -> Format | Lit
             elif extension(entry.url) in PICTURES:
                 found["files"] += 1
         if len(found) > 1:
-            pictures = f"{found['tar']:,} tars and {found['files']:,} pictures"
-            raise ConfigError(f"{folder} holds {pictures}: say which are the input, with --format tar or --format files")
+            both = f"{folder} holds {found['tar']:,} tars and {found['files']:,} pictures"
+            raise ConfigError(f"{both}: say which are the input, with --format tar or --format files")
     return "files" if found["files"] else "tar"
 
 
