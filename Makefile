@@ -1,22 +1,30 @@
-# Every target makes its own virtual environment first; nothing else is needed but Python 3.11 or newer.
+# Every target makes its own virtual environment first; nothing else is needed but Python 3.11 or newer. PYTHON=python3.13 makes
+# and uses one beside it, .venv-python3.13.
 PYTHON ?= python3
-VENV ?= .venv
+PEERS_PYTHON ?= python3
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+DEMO_STAMP = $(VENV)/.demo
 DEMO ?= clip-batch-demo
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile
+# Installed without what they pin: autofaiss and embedding_reader numpy<2 and pandas<3, cn_clip an lmdb that nothing here needs.
+UNPINNED = --no-deps --constraint constraints.txt autofaiss embedding_reader fire termcolor cn_clip
 
 .PHONY: demo test test-fast lowest check docs bench services spark35 clip-retrieval img2dataset clean
 .DELETE_ON_ERROR:
 
-$(STAMP): setup.cfg constraints.txt
+$(DEMO_STAMP): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps 'cn_clip==1.6.0' # it pins an lmdb that nothing here needs
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[heif]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
-demo: $(STAMP)          ## the whole line on embedded pictures, then the web page
+$(STAMP): $(DEMO_STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,heif,dev]'
+	$(BIN)/python -m pip install --quiet $(UNPINNED)
+	touch $@
+
+demo: $(DEMO_STAMP)     ## the whole line on embedded pictures, then the web page
 	$(BIN)/clip-batch demo $(DEMO)
 
 test: $(STAMP) check services spark35 clip-retrieval img2dataset ## everything; the fast tests measure branch coverage
@@ -41,13 +49,13 @@ spark35: .spark35/pyspark ## Spark 3.5 beside Spark 4, for its test
 
 clip-retrieval: .clip-retrieval/.installed ## clip-retrieval in an environment of its own, for the tests of moving over
 .clip-retrieval/.installed: tests/clip-retrieval.txt
-	$(PYTHON) -m venv .clip-retrieval
+	$(PEERS_PYTHON) -m venv .clip-retrieval
 	.clip-retrieval/bin/python -m pip install --quiet --no-compile --no-deps -r tests/clip-retrieval.txt
 	touch $@
 
 img2dataset: .img2dataset/.installed ## img2dataset likewise, for the tests of end2end
 .img2dataset/.installed: tests/img2dataset.txt
-	$(PYTHON) -m venv .img2dataset
+	$(PEERS_PYTHON) -m venv .img2dataset
 	.img2dataset/bin/python -m pip install --quiet --no-compile --no-deps -r tests/img2dataset.txt
 	touch $@
 
@@ -61,6 +69,7 @@ lowest: .lowest/.installed ## on the oldest versions that setup.cfg allows, whos
 	$(PYTHON) -m venv --clear .lowest
 	.lowest/bin/python -m pip install --quiet uv
 	VIRTUAL_ENV=.lowest .lowest/bin/uv pip install --quiet --resolution lowest-direct --editable '.[all,dev]'
+	VIRTUAL_ENV=.lowest .lowest/bin/uv pip install --quiet $(UNPINNED)
 	touch $@
 
 check: $(STAMP)         ## style, types, generated files
@@ -77,4 +86,4 @@ bench: $(STAMP)         ## the benchmarks, some hours of them; each prints JSON;
 	for name in $(BENCHES); do $(BIN)/python -m tests.bench.$$name || exit 1; done
 
 clean:
-	rm -rf $(VENV) .lowest .spark35 .clip-retrieval .img2dataset $(DEMO)
+	rm -rf .venv* .lowest .spark35 .clip-retrieval .img2dataset $(DEMO)

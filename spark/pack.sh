@@ -21,6 +21,7 @@ case $KIND in
   conda) conda create --yes --quiet --channel conda-forge --prefix "$work/environment" "python=$VERSION" pip ;;
   *) echo "pack.sh: KIND=$KIND is neither venv nor conda" >&2; exit 2 ;;
 esac
-"$work/environment/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" "${SOURCE}[$EXTRAS]" "$KIND-pack"
+# pandas is for Spark 3.5, whose mapInArrow needs it
+"$work/environment/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" "${SOURCE}[$EXTRAS]" pandas "$KIND-pack"
 "$work/environment/bin/$KIND-pack" --quiet --force --prefix "$work/environment" --output "$ARCHIVE"
 ls -l "$ARCHIVE"

@@ -6,10 +6,7 @@ import ast
 import configparser
 import importlib.metadata
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -19,6 +16,7 @@ import pytest
 
 from clip_batch.config.extras import EXTRAS, remedy
 from tests import ROOT
+from tests.environments import CONSTRAINTS, Environment, build_wheel
 
 BROUGHT = {
     "py4j": "pyspark",
@@ -58,7 +56,6 @@ def imported() -> set[str]:
 def test_each_library_is_declared() -> None:
     assert imported() - BASE <= EXTRAS.keys()
     homes, extras = importlib.metadata.packages_distributions(), declared()
-    homes = {"autofaiss": ["autofaiss"], **homes}  # which Python 3.13 does without
     for module in sorted(imported() | EXTRAS.keys()):
         extra = EXTRAS.get(module, "")
         assert module in BASE or extra
@@ -74,32 +71,18 @@ def test_what_is_missing_is_named() -> None:
 @pytest.mark.slow
 def test_a_wheel_in_a_lean_environment(tmp_path: Path) -> None:
     """It holds all it needs to plan and to tell its state; what it cannot do, it says how to mend."""
-    source = tmp_path / "source"  # it is built where it lies
-    shutil.copytree(ROOT / "clip_batch", source / "clip_batch", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    wheels = ["--quiet", "--no-deps", "--wheel-dir", tmp_path]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *wheels, source], check=True)
-    (wheel,) = tmp_path.glob("clip_batch-*.whl")
+    wheel = build_wheel(tmp_path)
     files = ZipFile(wheel).namelist()
     assert {"clip_batch/py.typed", "clip_batch/demo/NOTICE", "clip_batch/serve/page/index.html"} <= set(files)
     assert not [name for name in files if name.startswith(("tests/", "docs/"))]
-    python = tmp_path / "lean/bin/python"
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "lean"], check=True)
-    constraints = ["--constraint", ROOT / "constraints.txt"]
-    bare = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CLIP_BATCH_"))}
-    bare["PATH"] = os.defpath  # no spark-submit of this environment
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *constraints, wheel], check=True, env=bare)
+    lean = Environment(tmp_path / "lean")
+    lean.install("--constraint", CONSTRAINTS, wheel)
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.add(__file__, "0.jpg")
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [tmp_path / "lean/bin/clip-batch", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=bare)
-
-    planned = run("plan", "--input", "0.tar", "--output", "out", "--model", "fake:8")
+    planned = lean.run("clip-batch", "plan", "--input", "0.tar", "--output", "out", "--model", "fake:8")
     assert planned.returncode == 0, planned.stderr
-    assert json.loads(run("status", "--output", "out", "--json").stdout)["missing"] == [0]
+    assert json.loads(lean.run("clip-batch", "status", "--output", "out", "--json").stdout)["missing"] == [0]
     for extra, arguments in {
         "embed": ["embed", "--output", "out"],
         "serve": ["serve", "--index", "index"],
@@ -108,6 +91,6 @@ def test_a_wheel_in_a_lean_environment(tmp_path: Path) -> None:
         "slurm": ["submit", "slurm", "--output", "out"],
         "spark": ["submit", "spark", "--output", "out"],
     }.items():
-        refused = run(*arguments)
+        refused = lean.run("clip-batch", *arguments)
         last = refused.stderr.splitlines()[-1]
         assert refused.returncode in (1, 2) and f"pip install 'clip-batch[{extra}]'" in last, refused.stderr

@@ -10,7 +10,7 @@ from clip_batch.cli.arguments import escape_output
 from clip_batch.cli.commands import COMMANDS
 from clip_batch.cli.parser import call
 from clip_batch.config import extras
-from clip_batch.errors import ClipBatchError, ConfigError
+from clip_batch.errors import ClipBatchError, ConfigError, one_line
 
 __all__ = ["COMMANDS", "main"]
 
@@ -55,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or remedy is None:
             raise
         print(f"clip-batch {name}: it needs {error.name}, which is not installed: {remedy}", file=sys.stderr)
+        return 2
+    except ImportError as error:  # of two libraries that do not go together, as pyarrow 26 and numpy 1
+        if debug:
+            raise
+        print(f"clip-batch {name}: {one_line(error)}: pip install --upgrade the one that is too old", file=sys.stderr)
         return 2
     except OSError as error:
         if debug:

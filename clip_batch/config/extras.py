@@ -13,7 +13,7 @@ EXTRAS = {
     "huggingface_hub": "embed",
     "simplejpeg": "embed",
     "faiss": "merge",
-    "autofaiss": "merge",
+    "autofaiss": "autofaiss",
     "fastapi": "serve",
     "uvicorn": "serve",
     "starlette": "serve",

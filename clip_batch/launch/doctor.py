@@ -29,20 +29,16 @@ from clip_batch.plan import paths
 from clip_batch.storage.store import Store
 
 TESTED = {
-    "numpy": ("1.26", "2", ""),
-    "pyarrow": ("25", "26", ""),
+    "numpy": ("1.26", "3", ""),
+    "pyarrow": ("25", "27", ""),
     "fsspec": ("2026", "2027", ""),
     "torch": ("2.15", "3", "embed"),
     "open_clip_torch": ("3.3", "4", "embed"),
     "pillow": ("13", "14", ""),
     "faiss-cpu": ("1.15", "2", "merge"),
-    "autofaiss": ("2.18", "3", "merge"),
+    "autofaiss": ("2.18", "3", "autofaiss"),
 }
 """Package -> (from, below, extra): the range of versions that the tests run with; others may work too."""
-
-if sys.version_info >= (3, 13):  # numpy 1, which autofaiss needs, has no wheels for it
-    TESTED["numpy"] = ("2.5", "3", "")
-    del TESTED["autofaiss"]
 
 RACERS = 8
 """Threads that try to create the same file at once."""
@@ -98,7 +94,7 @@ def _packages() -> Iterator[Check]:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            remedy = f"pip install 'clip-batch[{extra}]', where this machine is to {extra}" if extra else ""
+            remedy = f"pip install 'clip-batch[{extra}]', where it is needed" if extra else ""
             yield Check(name, None if extra else False, f"not installed: {remedy or f'pip install {name}'}")
             continue
         tested = _numbers(least) <= _numbers(version) < _numbers(below)

@@ -60,7 +60,7 @@ class Head:
 
     def __call__(self, vectors: Array) -> Array:
         """A value (n,) for each unit vector (n, d)."""
-        values = vectors
+        values: npt.NDArray[Any] = vectors
         last = len(self.layers) - 1
         for number, (weight, bias) in enumerate(self.layers):
             if number and (self.before_last if number == last else self.activation) == "relu":

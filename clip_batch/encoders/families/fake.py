@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clip_batch.errors import EncoderError
 from clip_batch.samples.decode import open_image
@@ -48,7 +49,7 @@ class FakeEncoder:
         return np.asarray(image).transpose(2, 0, 1)
 
     def encode_images(self, batch: Pixels) -> Array:
-        pixels = batch.astype(np.float32) / 127.5 - 1 + 1e-3
+        pixels: npt.NDArray[Any] = batch.astype(np.float32) / 127.5 - 1 + 1e-3
         return _unit(pixels.reshape(len(batch), -1) @ self._projection)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:

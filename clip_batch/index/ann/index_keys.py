@@ -68,8 +68,9 @@ def autofaiss_key(rows: int, dim: int, memory: int) -> str:
             from autofaiss.external.optimize import get_optimal_index_keys_v2
         except ImportError as error:
             raise ConfigError(
-                "--index-key autofaiss: autofaiss is not installed, as clip-batch[merge] brings it up to Python 3.12 "
-                "alone: leave --index-key auto"
+                "--index-key autofaiss: autofaiss is not installed: pip install 'clip-batch[autofaiss]' in an "
+                "environment of its own, as it brings numpy 1 (docs/containers.md says how it runs on numpy 2), "
+                "or leave --index-key auto"
             ) from error
     logging.getLogger("autofaiss").setLevel(logging.ERROR)
     keys = get_optimal_index_keys_v2(rows, dim, f"{memory}B", should_be_memory_mappable=True)

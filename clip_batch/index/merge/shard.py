@@ -41,7 +41,7 @@ def build(template: Template, shard: int, attempt: Attempt) -> None:
     started, job, names = time.monotonic(), template.job, VersionPaths()
     name, (start, stop) = job.shard_name(shard), job.bounds(shard)
     captionless = job.source.read_captionless(start, stop)
-    queries, trials = template.queries(), dict[str, npt.NDArray[Any]]()
+    queries, trials = template.queries(), dict[str, Any]()
     order: Ids | None = None
     with ThreadPoolExecutor(1, "write") as background:
         for modality in sorted(template.keys, key=lambda modality: modality != template.order_modality):

@@ -18,7 +18,7 @@ BLOCK = 512
 MOST = 1024  # headers in a run: their 512 kB stay in the processor's cache
 _LEAST = 16  # headers; for fewer the strict parser is as fast
 _SIZE_AND_TYPE = struct.Struct("124x11s21xs")
-_OCTAL_WEIGHTS = 8 ** np.arange(5, -1, -1, np.uint32)
+_OCTAL_WEIGHTS = 8 ** np.arange(5, -1, -1, dtype=np.uint32)
 
 Fields = tuple[str, int, int, int]
 """The fields of a `clip_batch.samples.tar.headers.Member`: name, offset, size, header."""

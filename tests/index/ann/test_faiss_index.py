@@ -315,7 +315,9 @@ def test_lists_of_a_key() -> None:
 
 def test_without_autofaiss_auto_works_and_its_name_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "autofaiss.external.optimize", None)
-    with pytest.raises(ConfigError, match=r"autofaiss is not installed.*leave --index-key auto"):
+    with pytest.raises(
+        ConfigError, match=r"autofaiss is not installed: pip install 'clip-batch\[autofaiss\]'.*leave --index-key auto"
+    ):
         index_keys.autofaiss_key(1001, 64, 10**9)
     assert index_keys.choices(10**6, 64, 10**9)
     assert len(default_keys(10**6, 64, 2 * 10**9)) == 8, "a sweep does without"
