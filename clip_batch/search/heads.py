@@ -60,7 +60,7 @@ class Head:
 
     def __call__(self, vectors: Array) -> Array:
         """A value (n,) for each unit vector (n, d)."""
-        values: npt.NDArray[Any] = vectors
+        values = vectors
         last = len(self.layers) - 1
         for number, (weight, bias) in enumerate(self.layers):
             if number and (self.before_last if number == last else self.activation) == "relu":
@@ -72,7 +72,7 @@ class Head:
 
 
 def _sigmoid(values: Array) -> Array:
-    probabilities: Array = 1 / (1 + np.exp(-np.clip(values, -80, 80)))
+    probabilities: npt.NDArray[Any] = 1 / (1 + np.exp(-np.clip(values, -80, 80)))
     return probabilities
 
 
