@@ -62,7 +62,7 @@ class Environment:
     def check(self, name: str, *arguments: str | Path) -> str:
         """Run a program likewise and return what it prints; an exit code other than 0 fails the test."""
         done = self.run(name, *arguments)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         return done.stdout
 
     def install(self, *requirements: str | Path) -> None:

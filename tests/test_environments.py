@@ -18,6 +18,9 @@ pytestmark = pytest.mark.slow
 HELD = {"numpy": "2.", "pandas": "3.", "pyarrow": "26.", "scikit-learn": "1."}
 """What the prepared environment holds, by the beginning of its version."""
 
+SOUND = "No broken requirements found."
+"""All that `pip check` says of a sound environment."""
+
 RUNNING = ".".join(map(str, sys.version_info[:2]))
 
 
