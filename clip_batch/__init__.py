@@ -51,6 +51,7 @@ if _typing.TYPE_CHECKING:
     from clip_batch.client import AsyncClient, Client, FakeService
     from clip_batch.embeddings.embed import Outcome, embed
     from clip_batch.embeddings.encoder import Encoder
+    from clip_batch.export.arrow import RowDataset, read
     from clip_batch.export.dataset import FilteredDataset
     from clip_batch.index.manifest import Manifest
     from clip_batch.index.merge.merge import merge
@@ -89,6 +90,7 @@ __all__ = [
     "Preempted",
     "Query",
     "QueryTerm",
+    "RowDataset",
     "SearchConfig",
     "SearchResult",
     "Searcher",
@@ -105,6 +107,7 @@ __all__ = [
     "errors",
     "make_plan",
     "merge",
+    "read",
 ]
 
 _HOMES = {
@@ -117,11 +120,13 @@ _HOMES = {
     "Outcome": "embeddings.embed",
     "Query": "search.query",
     "QueryTerm": "search.query",
+    "RowDataset": "export.arrow",
     "SearchResult": "search.results",
     "Searcher": "search.searcher",
     "embed": "embeddings.embed",
     "make_plan": "plan.plan",
     "merge": "index.merge.merge",
+    "read": "export.arrow",
 }
 """The modules of the names that are loaded when they are first used."""
 

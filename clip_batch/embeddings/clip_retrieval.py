@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import IO, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.embeddings import metadata
-from clip_batch.embeddings.reader import Embeddings
+from clip_batch.embeddings.reader import BLOCK, Embeddings
 from clip_batch.embeddings.tables import Tables, without_metadata
 from clip_batch.errors import CorruptError
 from clip_batch.plan import paths
@@ -59,6 +59,18 @@ class ClipRetrievalEmbeddings(Embeddings):
         if not path or not self.tables.has_captions(path):
             return np.zeros(commit.rows, dtype=np.bool_)
         return metadata.without_caption(self.store, path)
+
+    @property
+    def metadata_schema(self) -> pa.Schema:
+        """As in `Embeddings`."""
+        return self.tables.schema
+
+    def scan_metadata(
+        self, commit: Commit, columns: Sequence[str], keep: Callable[[IO[bytes]], Sequence[int]] | None
+    ) -> Iterator[pa.Table]:
+        """As in `Embeddings`, but in blocks of rows, all of which are read."""
+        for start in range(0, commit.rows, BLOCK):
+            yield self._read_table(commit, start, min(start + BLOCK, commit.rows))
 
     def _read_table(self, commit: Commit, start: int, stop: int) -> pa.Table:
         if path := commit.file(paths.METADATA):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,10 +58,38 @@ def read_rows(store: Store, path: str, partition: int, start: int, stop: int) ->
         first, last = int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, stop, "left"))
         table = file.read(groups=range(first, last + 1))
         before = int(ends[first - 1]) if first else 0
-    table = table.slice(start - before, stop - start).replace_schema_metadata(None)
-    rows = np.arange(start, stop, dtype=np.int32)
+    return with_lineage(table.slice(start - before, stop - start), partition, start)
+
+
+def read_groups(
+    store: Store,
+    path: str,
+    partition: int,
+    columns: Sequence[str],
+    keep: Callable[[IO[bytes]], Sequence[int]] | None,
+) -> Iterator[pa.Table]:
+    """The rows of a part's Parquet file, row group by row group, with the lineage columns.
+
+    Only `columns`, under the names that `with_lineage` gives them, are read. `keep` says which row groups.
+    """
+    groups: Sequence[int] | None = None
+    if keep is not None:
+        with store.open(path) as opened:
+            groups = keep(opened)
+    with _open(store, path) as file:
+        starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))])
+        names = [name for name in file.schema.names if (f"json_{name}" if name in LINEAGE else name) in columns]
+        for group in range(file.metadata.num_row_groups) if groups is None else groups:
+            table = file.read(names or file.schema.names[:1], [group])  # one column at least, for the number of rows
+            yield with_lineage(table, partition, int(starts[group]))
+
+
+def with_lineage(table: pa.Table, partition: int, start: int) -> pa.Table:
+    """Rows of a part from row `start` on, with the lineage columns; a side-car field of such a name is renamed."""
+    table = table.replace_schema_metadata(None)
+    rows = np.arange(start, start + len(table), dtype=np.int32)
     for name, values in zip(LINEAGE, (np.full_like(rows, partition), rows), strict=True):
-        if name in table.column_names:  # a side-car field of that name is renamed
+        if name in table.column_names:
             table = table.rename_columns([f"json_{name}" if old == name else old for old in table.column_names])
         table = table.append_column(pa.field(name, pa.int32()), pa.array(values))
     return table

@@ -8,10 +8,11 @@ duplicate before the row itself).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +99,21 @@ class Embeddings:
         """Metadata rows [start, stop), part by part, with their lineage: columns `partition` and `row` (int32)."""
         for commit, low, high in self.pieces(start, stop):
             yield self._read_table(commit, low, high)
+
+    @property
+    def metadata_schema(self) -> pa.Schema:
+        """The columns of the tables of `read_metadata`."""
+        fields = metadata.metadata_schema(self.plan.fields)
+        return metadata.with_lineage(fields.empty_table(), 0, 0).schema
+
+    def scan_metadata(
+        self, commit: Commit, columns: Sequence[str], keep: Callable[[IO[bytes]], Sequence[int]] | None
+    ) -> Iterator[pa.Table]:
+        """Some metadata columns of a part, row group by row group, with the lineage columns.
+
+        `keep` is given the open Parquet file, and says which row groups to read.
+        """
+        yield from metadata.read_groups(self.store, self._path(commit, paths.METADATA), commit.partition, columns, keep)
 
     def read_captionless(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Which of the rows [start, stop) have no caption, so that their text vector may be all zero: (n,)."""
@@ -213,15 +229,17 @@ class Embeddings:
             raise CorruptError(f"{where} is cut: it has {size} bytes for {header}: {self.remedy}")
         return header
 
-    def _gather_part(self, commit: Commit, kind: str, rows: Rows) -> Half:
-        """Rows (n,), ascending, of a part as float16 (n, dim). Memory-mapped, so that only their pages are read."""
+    @contextmanager
+    def mapped(self, commit: Commit, kind: str) -> Iterator[npt.NDArray[Any]]:
+        """The matrix of a part, memory-mapped, so that only the pages of rows that are used are read."""
         header = self._header(commit, kind)
         with self.store.fetch(self._path(commit, paths.VECTORS[kind])) as local:
-            mapped = map_matrix(local, header)
-            with np.errstate(over="ignore"):
-                vectors = np.asarray(mapped[rows], dtype=np.float16)
-            del mapped
-        return vectors
+            yield map_matrix(local, header)
+
+    def _gather_part(self, commit: Commit, kind: str, rows: Rows) -> Half:
+        """Rows (n,), ascending, of a part as float16 (n, dim)."""
+        with self.mapped(commit, kind) as matrix, np.errstate(over="ignore"):
+            return np.asarray(matrix[rows], dtype=np.float16)
 
     def _draw_part(self, part: int, kind: str, order: Rows, captioned: int) -> tuple[Rows, Half]:
         """(rows, vectors) of a part in a random `order` (m,) of its row numbers, without zero rows."""
