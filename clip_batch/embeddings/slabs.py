@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import threading
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from clip_batch.encoders.device import host_array
+from clip_batch.encoders.device import host_array, host_batch
 from clip_batch.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Slab:
         """Copy the pixels of one image; its place among those of the batch. EncoderError: it has another shape."""
         with self._lock:
             if self._pixels is None:
-                self._pixels = _rows_like(pixels, self._size, self._device)
+                self._pixels = host_batch(pixels, self._size, self._device)
             place = next(self._places)
         if pixels.shape != self._pixels.shape[1:]:
             raise EncoderError(
@@ -69,11 +69,3 @@ class Slabs:
         """Take back a slab that nobody reads or fills any more."""
         slab.clear()
         self._free.put(slab)
-
-
-def _rows_like(pixels: Pixels, size: int, device: str) -> Pixels:
-    """Memory for `size` images with their axes in memory as in `pixels`, so that each is copied as one block."""
-    order: list[int] = sorted(range(pixels.ndim), key=lambda axis: -pixels.strides[axis])
-    rows: Any = host_array((size, *(pixels.shape[axis] for axis in order)), pixels.dtype, device)
-    back: Pixels = rows.transpose(0, *(1 + order.index(axis) for axis in range(pixels.ndim)))
-    return back

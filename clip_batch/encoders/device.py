@@ -58,6 +58,13 @@ def host_array(shape: tuple[int, ...], dtype: npt.DTypeLike, device: str) -> npt
     return np.empty(shape, dtype)
 
 
+def host_batch(pixels: npt.NDArray[Any], size: int, device: str) -> npt.NDArray[Any]:
+    """A `host_array` for `size` images like `pixels`, axes in memory in the same order: each is copied as one block."""
+    order = sorted(range(pixels.ndim), key=lambda axis: -pixels.strides[axis])
+    rows = host_array((size, *(pixels.shape[axis] for axis in order)), pixels.dtype, device)
+    return rows.transpose(0, *(1 + order.index(axis) for axis in range(pixels.ndim)))
+
+
 def torch_threads() -> int:
     """Threads that one torch operation of the calling thread may use; 1 if torch is not loaded."""
     torch = sys.modules.get("torch")

@@ -6,7 +6,10 @@ In a causal tower no token sees the padding after it, so padding can be left out
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clip_batch.encoders.replay import Pass
 
 STEP = 8
 """Lengths are rounded up to a multiple of this, so that a model of 77 tokens sees only ten shapes."""
@@ -20,12 +23,19 @@ class TrimmedTextTower:
 
     It is exact where each token sees only those before it and the vector is the end-of-text token's: in CLIP and
     CustomTextCLIP with open_clip's own tower, but not in CoCa, SigLIP or towers of Hugging Face. Those run unchanged.
+    With `recorded`, a GPU replays chunks, of which there are few shapes.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, recorded: bool = False) -> None:
         self._model, self._device = model, next(model.parameters()).device
         self._trimmed: dict[int, Any] = {}
         self._pooling = _pooling(model)
+        self._chunk = CHUNK.get(self._device.type, CHUNK["cpu"])
+        self._replay: Pass | None = None
+        if recorded and self._device.type == "cuda":
+            from clip_batch.encoders.replay import Replay
+
+            self._replay = Replay(self._run, self._device)
 
     def __call__(self, tokens: Any) -> Any:
         """Rows (n, d), on the model's device, of token ids (n, context) on the host."""
@@ -37,17 +47,26 @@ class TrimmedTextTower:
         lengths = _lengths(tokens, *self._pooling)
         order = lengths.argsort(descending=True)
         longest = lengths[order].tolist()
-        tokens = tokens[order].to(self._device)
-        chunks = max(1, -(-len(tokens) // CHUNK.get(self._device.type, CHUNK["cpu"])))
+        tokens = tokens[order]
+        chunks = max(1, -(-len(tokens) // self._chunk))
         size = -(-len(tokens) // chunks)  # all nearly equal: a GPU is slow with few
         rows = [self._encode(tokens[at : at + size], longest[at]) for at in range(0, len(tokens), size)]
         return torch.cat(rows)[order.argsort().to(self._device)]
 
     def _encode(self, tokens: Any, length: int) -> Any:
-        length = min(-(-length // STEP) * STEP, tokens.shape[1])
+        """Rows of a chunk of tokens on the host, the longest of which has this length."""
+        count = len(tokens)
+        tokens = tokens[:, : -(-length // STEP) * STEP]
+        if self._replay is None or 2 * count < self._chunk:
+            return self._run(tokens.to(self._device))
+        # All chunks have one size: padding with captions that are there costs less than recording many shapes.
+        return self._replay(tokens[[number % count for number in range(self._chunk)]])[:count]
+
+    def _run(self, tokens: Any) -> Any:
+        length = tokens.shape[1]
         if length not in self._trimmed:
             self._trimmed[length] = _trim(self._model, length)
-        return self._trimmed[length].encode_text(tokens[:, :length])
+        return self._trimmed[length].encode_text(tokens)
 
 
 def _pooling(model: Any) -> tuple[str, int] | None:

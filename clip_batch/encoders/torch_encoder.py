@@ -1,7 +1,7 @@
 """`TorchEncoder` makes an `Encoder` of any model that runs in torch.
 
-A family's `load` gives it two functions of the model, from pixels and from texts to rows. TorchEncoder does the rest:
-the device, its streams, the precision, compilation, batches that are too large for a GPU, unit norm.
+A family's `load` tells it how pixels become rows, and how texts do. TorchEncoder does the rest: the device, its
+streams, the precision, compilation, batches that are too large for a GPU, unit norm.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from clip_batch.encoders import inductor
-from clip_batch.encoders.device import LANES, pick_device
+from clip_batch.encoders.device import LANES, host_batch, pick_device
 from clip_batch.encoders.encoder import NO_TEXT
 from clip_batch.encoders.preprocess import GREY, GREY_SIDE, Preprocessing, normalizer
+from clip_batch.encoders.replay import Replay
 from clip_batch.errors import EncoderError
 from clip_batch.types import EncoderSpec
 
@@ -29,14 +30,19 @@ if TYPE_CHECKING:
 ImageTower = Callable[[torch.Tensor], torch.Tensor]
 """From normalized pixels (n, 3, h, w) to rows (n, d)."""
 
-TextTower = Callable[[Sequence[str]], torch.Tensor]
-"""From n texts to rows (n, d)."""
-
 _DTYPES = {"fp32": torch.float32, "int8": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 _LAUNCHING = threading.Lock()
 """Torch may compile at any call, and no other thread may run what is compiled then. A launch takes milliseconds."""
+
+
+class TextSide(NamedTuple):
+    """How n texts become rows (n, d)."""
+
+    tokenize: Callable[[Sequence[str]], Any]
+    """What the tower takes, on the host, where other threads may compute meanwhile."""
+    tower: Callable[[Any], torch.Tensor]
 
 
 class Placement(NamedTuple):
@@ -94,24 +100,26 @@ class TorchEncoder:
         self,
         model: Any,
         image_tower: ImageTower,
-        text_tower: TextTower | None,
+        text_side: TextSide | None,
         preprocessing: Preprocessing,
         placement: Placement,
     ) -> None:
-        self.has_text = text_tower is not None
-        self._image_tower, self._text_tower = image_tower, text_tower
+        self.has_text = text_side is not None
+        self._image_tower, self._text_side = image_tower, text_side
         self._preprocess, normalize = preprocessing
         self._device, self._dtype = placement.device, placement.dtype
         self._normalize = normalizer(normalize, self._device) if normalize else lambda pixels: pixels
-        self._compiled, self._compiled_size, self._least = image_tower, 0, 1
+        self._compiled, self._padded, self._least = image_tower, 0, 1
+        self._replay, self._recorded = Replay(self._image_rows, self._device), 0
         if placement.compiled and self._device.type == "cuda":
             self._image_tower = inductor.compile_tower(model, image_tower, self._blank(2))
             self._normalize = torch.compile(self._normalize, dynamic=True)
             self._least = 2  # a batch of one would be compiled anew
+            self._recorded = placement.compiled
         elif placement.compiled:  # inductor gains nothing on a CPU
             from clip_batch.encoders import onnx_runtime
 
-            self._compiled_size = placement.compiled
+            self._padded = placement.compiled
             self._compiled = onnx_runtime.compile_tower(model, image_tower, self._blank(placement.compiled))
         if placement.int8:
             from clip_batch.encoders.onnx_runtime import quantize
@@ -124,17 +132,22 @@ class TorchEncoder:
             for _ in range(LANES):
                 self._streams.put(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
         self._fit_images, self._fit_texts = Fitting(self._encode_images), Fitting(self._encode_texts)
-        if text_tower is None or self._least > 1:  # compiled code is made here, and not when a batch waits for it
+        if text_side is None or self._least > 1:  # compiled code is made here, and not when a batch waits for it
             self.dim = int(self.encode_images(np.stack([self._grey()])).shape[1])
-        if text_tower:
+        if self._recorded:
+            batch = host_batch(self._grey(), self._recorded, "cpu")
+            batch[:] = self._grey()
+            for _ in range(LANES):
+                self.encode_images(batch)
+        if text_side:
             self.dim = int(self.encode_texts(["a"]).shape[1])
 
     def preprocess(self, data: bytes | memoryview, max_pixels: int) -> Pixels:
         return self._preprocess(data, max_pixels)
 
     def encode_images(self, batch: Pixels) -> Array:
-        if len(batch) < self._compiled_size:  # padded, because a batch of another size would run uncompiled
-            padding = np.zeros((self._compiled_size - len(batch), *batch.shape[1:]), batch.dtype)
+        if len(batch) < self._padded:  # padded, because a batch of another size would run uncompiled
+            padding = np.zeros((self._padded - len(batch), *batch.shape[1:]), batch.dtype)
             return self._fit_images(np.concatenate([batch, padding]))[: len(batch)]
         if 0 < len(batch) < self._least:
             return self._fit_images(np.concatenate([batch, batch]))[: len(batch)]
@@ -149,19 +162,26 @@ class TorchEncoder:
 
     def _encode_images(self, batch: Pixels) -> Array:
         with self._lane(), torch.inference_mode():
-            pixels = torch.from_numpy(batch).to(self._device, non_blocking=True)
-            tower = self._compiled if len(pixels) == self._compiled_size else self._image_tower
+            pixels = torch.from_numpy(batch)
             with self._launching:
-                rows = tower(self._normalize(pixels).to(self._dtype))
-            return _unit_rows(rows)
+                if 0 < len(batch) == self._recorded:
+                    rows = self._replay(pixels)
+                else:
+                    rows = self._image_rows(pixels.to(self._device, non_blocking=True))
+            return _on_host(rows)
+
+    def _image_rows(self, pixels: torch.Tensor) -> torch.Tensor:
+        tower = self._compiled if len(pixels) == self._padded else self._image_tower
+        return _unit_rows(tower(self._normalize(pixels).to(self._dtype)))
 
     def _encode_texts(self, texts: list[str]) -> Array:
-        if self._text_tower is None:
+        if self._text_side is None:
             raise EncoderError(NO_TEXT)
+        tokens = self._text_side.tokenize(texts)
         with self._lane(), torch.inference_mode():
             with self._launching:
-                rows = self._text_tower(texts)
-            return _unit_rows(rows)
+                rows = _unit_rows(self._text_side.tower(tokens))
+            return _on_host(rows)
 
     @contextlib.contextmanager
     def _lane(self) -> Iterator[None]:
@@ -209,12 +229,17 @@ class Fitting:
         return np.concatenate([self(batch[at : at + size]) for at in range(0, len(batch), size)])
 
 
-def _unit_rows(rows: torch.Tensor) -> Array:
-    """Rows of unit norm, float32 on the host, whatever the model computes in. EncoderError: they are not (n, d)."""
+def _unit_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of unit norm, float32, whatever the model computes in. EncoderError: they are not (n, d)."""
     if rows.ndim != 2:
         raise EncoderError(
             f"the model answers with {' x '.join(map(str, rows.shape))} numbers, not with one vector for each input: "
             "take another model, see docs/models.md"
         )
-    array: Array = torch.nn.functional.normalize(rows.float(), dim=-1).cpu().numpy()
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+
+def _on_host(rows: torch.Tensor) -> Array:
+    """The rows once the device has computed them."""
+    array: Array = rows.cpu().numpy()
     return array

@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
 from clip_batch.encoders.preprocess import from_transform
-from clip_batch.encoders.torch_encoder import TorchEncoder, place
+from clip_batch.encoders.torch_encoder import TextSide, TorchEncoder, place
 from clip_batch.encoders.transforms import to_rgb
 from clip_batch.errors import EncoderError
 from clip_batch.storage.store import file_digest
@@ -32,12 +32,14 @@ def load(spec, device, compiled):
     def image_tower(pixels):  # (n, 3, h, w), normalized, on the device
         return layer(pixels.flatten(1))
 
-    def text_tower(texts):  # None for a model of images alone
-        counts = [
-            np.bincount(list(text.encode()) or [0], minlength=3 * SIDE * SIDE)[: 3 * SIDE * SIDE] for text in texts
-        ]
-        return layer(torch.tensor(np.stack(counts)).to(placement.device, placement.dtype))
+    def tokenize(texts):  # on the host
+        counts = [np.bincount(list(text.encode()) or [0], minlength=3 * SIDE * SIDE) for text in texts]
+        return torch.tensor(np.stack([each[: 3 * SIDE * SIDE] for each in counts]))
+
+    def text_tower(tokens):
+        return layer(tokens.to(placement.device, placement.dtype))
 
     transform = Compose([Resize((SIDE, SIDE)), to_rgb, ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
     preprocessing = from_transform(transform, spec.preprocess, spec.exif_rotation)
-    return TorchEncoder(layer, image_tower, text_tower, preprocessing, placement)
+    text_side = TextSide(tokenize, text_tower)  # None for a model of images alone
+    return TorchEncoder(layer, image_tower, text_side, preprocessing, placement)

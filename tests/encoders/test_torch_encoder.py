@@ -59,14 +59,14 @@ def test_texts_too_many_for_the_gpu_are_halved() -> None:
 
     encoder: Any = encoders.load(encoders.resolve("demo"), "cpu")
     texts = ["a red apple", "一只猫", "the sky", "a dog", "x", "water"]
-    whole, tower = encoder.encode_texts(texts), encoder._text_tower
+    whole, side = encoder.encode_texts(texts), encoder._text_side
 
-    def narrow(some: list[str]) -> Any:
-        if len(some) > 2:
+    def narrow(tokens: Any) -> Any:
+        if len(tokens) > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return tower(some)
+        return side.tower(tokens)
 
-    encoder._text_tower = narrow
+    encoder._text_side = side._replace(tower=narrow)
     assert np.allclose(encoder.encode_texts(texts), whole, atol=1e-6)
 
 

@@ -65,19 +65,22 @@ def _vocabulary(pretrained: str) -> str:
 def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     """Load the model, as `Family.load` describes."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.torch_encoder import TorchEncoder, place
+    from clip_batch.encoders.torch_encoder import TextSide, TorchEncoder, place
 
     placement = place(spec, device, compiled)
     model, transform = load_model(spec.model, spec.pretrained)
     model, tokenize = model.to(placement.device, placement.dtype), load_tokenizer(spec.pretrained)
 
-    def text_tower(texts: Sequence[str]) -> torch.Tensor:
+    def tokens(texts: Sequence[str]) -> Any:
         options = {"padding": True, "truncation": True, "max_length": CONTEXT, "split_special_tokens": True}
-        tokens = tokenize(list(texts), return_tensors="pt", **options).to(placement.device)
+        return tokenize(list(texts), return_tensors="pt", **options)
+
+    def text_tower(tokens: Any) -> torch.Tensor:
+        tokens = tokens.to(placement.device)
         return encode_text(model, tokens["input_ids"], tokens["attention_mask"])
 
     preprocessing = preprocess.from_transform(transform, spec.preprocess, spec.exif_rotation)
-    return TorchEncoder(model, model["visual"], text_tower, preprocessing, placement)
+    return TorchEncoder(model, model["visual"], TextSide(tokens, text_tower), preprocessing, placement)
 
 
 def load_model(model: str, pretrained: str) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.torch_encoder import ImageTower, TextTower, TorchEncoder
+    from clip_batch.encoders.torch_encoder import ImageTower, TextSide, TorchEncoder
 
 _FULL_LENGTH = ("siglip", "siglip2")
 """Types of models that were trained on texts padded to the context."""
@@ -61,7 +61,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     if not hasattr(model, "get_image_features") and "pixel_values" not in inspect.signature(model.forward).parameters:
         raise EncoderError(f"{spec.model} has no image side: take another model, see docs/models.md")
     try:
-        texts = text_tower(model, folder, placement.device) if hasattr(model, "get_text_features") else None
+        texts = text_side(model, folder, placement.device) if hasattr(model, "get_text_features") else None
     except EncoderError:
         raise
     except Exception as error:
@@ -111,17 +111,22 @@ def image_tower(model: Any) -> ImageTower:
     return tower
 
 
-def text_tower(model: Any, folder: str, device: torch.device) -> TextTower:
+def text_side(model: Any, folder: str, device: torch.device) -> TextSide:
     """From texts to text features, with the folder's own tokenizer."""
-    tokenize, length = load_tokenizer(model, folder)
+    from clip_batch.encoders.torch_encoder import TextSide
+
+    tokenizer, length = load_tokenizer(model, folder)
     padding = "max_length" if model.config.model_type in _FULL_LENGTH else True
 
-    def tower(texts: Sequence[str]) -> torch.Tensor:
+    def tokenize(texts: Sequence[str]) -> Any:
         options = {"padding": padding, "truncation": True, "max_length": length, "return_tensors": "pt"}
-        tokens = tokenize(list(texts), **options).to(device)
+        return tokenizer(list(texts), **options)
+
+    def tower(tokens: Any) -> torch.Tensor:
+        tokens = tokens.to(device)
         return rows(model.get_text_features(**{name: tokens[name] for name in text_inputs(model, tokens)}))
 
-    return tower
+    return TextSide(tokenize, tower)
 
 
 def load_tokenizer(model: Any, folder: str) -> tuple[Any, int]:

@@ -21,7 +21,7 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.torch_encoder import TextTower, TorchEncoder
+    from clip_batch.encoders.torch_encoder import TextSide, TorchEncoder
 
 
 def weights_digest(model: str, pretrained: str) -> str:
@@ -62,20 +62,21 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     model, transform, _ = open_clip.load_model(image, spec.pretrained, spec.precision, placement.device)
     preprocessing = preprocess.from_transform(transform, spec.preprocess, spec.exif_rotation)
     try:
-        text_tower = _text_tower(hub.folder(text), placement.device, placement.dtype)
+        text_side = _text_side(hub.folder(text), placement.device, placement.dtype)
     except EncoderError:
         raise
     except Exception as error:
         raise EncoderError(f"M-CLIP's text tower {text} cannot be loaded: {hub.line(error)}") from None
-    return TorchEncoder(model, model.encode_image, text_tower, preprocessing, placement)
+    return TorchEncoder(model, model.encode_image, text_side, preprocessing, placement)
 
 
-def _text_tower(folder: str, device: torch.device, dtype: torch.dtype) -> TextTower:
-    """The text tower of a folder. EncoderError: weights or the tokenizer are missing."""
+def _text_side(folder: str, device: torch.device, dtype: torch.dtype) -> TextSide:
+    """The text side of a folder. EncoderError: weights or the tokenizer are missing."""
     import torch
     from transformers import AutoConfig, AutoModel
 
     from clip_batch.encoders.families.hf import context
+    from clip_batch.encoders.torch_encoder import TextSide
 
     tokenizer = hub.tokenizer(folder)
     config = _config(folder)
@@ -91,15 +92,17 @@ def _text_tower(folder: str, device: torch.device, dtype: torch.dtype) -> TextTo
     modules = modules.eval().to(device, dtype)
     length = context(tokenizer, base)
 
-    def tower(texts: Sequence[str]) -> torch.Tensor:
-        tokens = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length)
+    def tokenize(texts: Sequence[str]) -> Any:
+        return tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length)
+
+    def tower(tokens: Any) -> torch.Tensor:
         tokens = tokens.to(device)
         mask = tokens["attention_mask"][:, :, None]
         hidden = modules["transformer"](**tokens)[0]
         rows: torch.Tensor = modules["LinearTransformation"]((hidden * mask).sum(1) / mask.sum(1))
         return rows
 
-    return tower
+    return TextSide(tokenize, tower)
 
 
 def _weights(folder: str) -> dict[str, Any]:

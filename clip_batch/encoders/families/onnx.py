@@ -30,7 +30,7 @@ from clip_batch.types import EncoderSpec
 if TYPE_CHECKING:
     import torch
 
-    from clip_batch.encoders.torch_encoder import ImageTower, TextTower, TorchEncoder
+    from clip_batch.encoders.torch_encoder import ImageTower, TextSide, TorchEncoder
 
 CONFIG = "clip_batch.json"
 
@@ -83,9 +83,9 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
         config = json.load(file)
     try:
         image = _graph(runtime, os.path.join(folder, config["image"]), device)
-        text_tower = None
+        text_side = None
         if config.get("text"):
-            text_tower = _text_tower(folder, config, _graph(runtime, os.path.join(folder, config["text"]), device))
+            text_side = _text_side(folder, config, _graph(runtime, os.path.join(folder, config["text"]), device))
         if "pixels" in config:
             preprocessing = preprocess.from_transform(
                 transforms.build(config["pixels"]), spec.preprocess, spec.exif_rotation
@@ -99,7 +99,7 @@ def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     except Exception as error:  # runtimes raise errors of any class
         raise EncoderError(f"{folder} cannot be loaded: {hub.line(error)}") from None
     image_tower: ImageTower = lambda pixels: image({"pixels": pixels.numpy()})  # noqa: E731
-    return TorchEncoder(None, image_tower, text_tower, preprocessing, Placement(torch.device("cpu"), torch.float32))
+    return TorchEncoder(None, image_tower, text_side, preprocessing, Placement(torch.device("cpu"), torch.float32))
 
 
 def _graph(runtime: str, path: str, device: str) -> Graph:
@@ -147,8 +147,10 @@ def _output(names: Sequence[str]) -> str:
     return next((name for name in names if name.endswith("_embeds")), names[0])
 
 
-def _text_tower(folder: str, config: dict[str, Any], graph: Graph) -> TextTower:
+def _text_side(folder: str, config: dict[str, Any], graph: Graph) -> TextSide:
     """The text side, with the tokenizer that the configuration names."""
+    from clip_batch.encoders.torch_encoder import TextSide
+
     tokens = config["tokens"]
     if "open_clip" in tokens:
         import open_clip
@@ -157,7 +159,7 @@ def _text_tower(folder: str, config: dict[str, Any], graph: Graph) -> TextTower:
 
         name = tokens["open_clip"]
         tokenizer = by_words(open_clip.get_tokenizer(f"local-dir:{folder}" if name == "." else name))
-        return lambda texts: graph({"input_ids": tokenizer(list(texts)).numpy()})
+        return TextSide(lambda texts: {"input_ids": tokenizer(list(texts)).numpy()}, graph)
     tokenize = hub.tokenizer(folder)
     options = {"padding": "max_length", "truncation": True, "max_length": tokens["length"], "return_tensors": "np"}
-    return lambda texts: graph(dict(tokenize(list(texts), **options)))
+    return TextSide(lambda texts: dict(tokenize(list(texts), **options)), graph)

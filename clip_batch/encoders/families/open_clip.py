@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -113,18 +112,13 @@ def _fetch_text(model: str, settings: dict[str, Any]) -> None:
 def load(spec: EncoderSpec, device: str, compiled: int) -> TorchEncoder:
     """Load the model, as `Family.load` describes."""
     from clip_batch.encoders import preprocess
-    from clip_batch.encoders.torch_encoder import TorchEncoder, place
+    from clip_batch.encoders.torch_encoder import TextSide, TorchEncoder, place
 
     placement = place(spec, device, compiled)
     model, transform, tokenizer = load_model(spec.model, spec.pretrained, spec.precision, placement.device)
-    trimmed = TrimmedTextTower(model)
     preprocessing = preprocess.from_transform(transform, spec.preprocess, spec.exif_rotation)
-
-    def text_tower(texts: Sequence[str]) -> torch.Tensor:
-        rows: torch.Tensor = trimmed(tokenizer(texts))
-        return rows
-
-    return TorchEncoder(model, model.encode_image, text_tower, preprocessing, placement)
+    text_side = TextSide(tokenizer, TrimmedTextTower(model, recorded=compiled > 0))
+    return TorchEncoder(model, model.encode_image, text_side, preprocessing, placement)
 
 
 def load_model(model: str, pretrained: str, precision: str, device: torch.device) -> tuple[Any, Any, Any]:

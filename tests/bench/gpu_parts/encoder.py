@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from clip_batch import encoders
-from clip_batch.encoders.device import host_array
+from clip_batch.encoders.device import host_batch
 from clip_batch.types import EncoderSpec
 from tests.bench.data_path import photo
 from tests.bench.gpu_parts import Options
@@ -84,7 +84,7 @@ class Work:
         """Three batches of `size` images each, in memory such as `embed` gives an encoder."""
         one = encoder.preprocess(photo(0, 256), LIMIT)
         draw = np.random.default_rng(0)
-        batches = [host_array((size, *one.shape), np.uint8, device) for _ in range(3)]
+        batches = [host_batch(one, size, device) for _ in range(3)]
         for batch in batches:
             batch[:] = draw.integers(0, 256, batch.shape, dtype=np.uint8)
         return cls(encoder, batches, captions(random.Random(0), size), precision)

@@ -143,7 +143,7 @@ def embedded(part: Part, model: str, config: EmbedConfig, out: str, encoder: Any
     part.row(f"{key}_launch", f"{what}: launching, of a batch", "ms", 1000 * watch.launch * config.batch_size)
     places = watch.summary()
     part.row(f"{key}_lock", f"{what}: encoders wait for a launch", "%", 100 * watch.waiting)
-    part.row(f"{key}_wait", f"{what}: encoders wait for the GPU", "%", 100 * watch.share("encode", "_unit_rows"))
+    part.row(f"{key}_wait", f"{what}: encoders wait for the GPU", "%", 100 * watch.share("encode", "_on_host"))
     figures: dict[str, Any] = {
         "first_batch_s": watch.first,
         "whole_s": watch.whole,
