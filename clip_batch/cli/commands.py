@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from clip_batch.cli import doctor, embed, export, merge, search, serve, state, submit
+from clip_batch.cli import doctor, embed, export, merge, models, search, serve, state, submit
 from clip_batch.cli.parser import Command
 
 COMMANDS: dict[str, Command] = {
     "demo": serve.demo,
     "plan": embed.plan,
+    "models": models.models,
     "prefetch": embed.prefetch,
     "embed": embed.embed,
     "worker": embed.worker,

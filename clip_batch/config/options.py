@@ -56,7 +56,7 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
         shown = "" if value in ("", None, [], {}) else f" [{show(value)}]"
         settings: dict[str, Any] = {"help": text + shown, "default": argparse.SUPPRESS}
         if field.metadata.get("positional"):
-            parser.add_argument(field.name, nargs="?", **settings)
+            parser.add_argument(field.name, nargs="*" if typing.get_origin(kind) is list else "?", **settings)
             continue
         if kind in (bool, bool | None):
             settings["action"] = argparse.BooleanOptionalAction

@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-from clip_batch.encoders import hub
+from clip_batch.encoders import hub, open_clip_names
 from clip_batch.encoders.embedded import model_path
 from clip_batch.encoders.encoder import Model
 from clip_batch.errors import EncoderError, InputError
@@ -68,10 +68,14 @@ def resolve(
 ) -> EncoderSpec:
     """The identity of a model, with the digest of its weights; a local model is not loaded, others may be downloaded.
 
-    `pretrained` is a tag, a path, or a URL that is opened with storage `options`. EncoderError: the weights cannot be
-    found.
+    `pretrained` is a tag, a path, or a URL that is opened with storage `options`; a name of open_clip without one gets
+    its default tag, and "auto" is the default model. EncoderError: the weights cannot be found.
     """
-    prefix, _, name = model.partition(":")
+    if model == "auto":
+        model = open_clip_names.DEFAULT_MODEL
+    prefix, colon, name = model.partition(":")
+    if not (colon or pretrained) and model != "demo":
+        pretrained = open_clip_names.default_tag(model.replace("/", "-"))
     for folder in (name, name.partition("+")[0]):  # absolute, so that a plan can be read from any working directory
         if os.path.isdir(folder):
             model = f"{prefix}:{os.path.abspath(folder)}{name.removeprefix(folder)}"

@@ -96,6 +96,8 @@ def make_plan(
     modes = AUTO if config.preprocess == "auto" else (config.preprocess,)
     names = config.model, config.pretrained, modes[0], config.precision
     encoder = encoders.resolve(*names, options, exif_rotation=_upright(config))
+    if encoder.pretrained and not config.pretrained:
+        say(f"the model is {encoder.model} with its default tag {encoder.pretrained}")
     draft = Plan((), encoder, config.format, {}, images, captions, "", passed_over, config.caption_field)
     draft = replace(draft, key_ends=config.key_ends)
 

@@ -111,7 +111,8 @@ def test_a_gpu_that_is_not_there_is_named_with_the_remedy(monkeypatch: pytest.Mo
         encoders.load(encoders.resolve("demo"), "cuda:7")
 
 
-def test_a_model_without_weights_names_five_tags() -> None:
-    with pytest.raises(EncoderError, match=r" and [0-9]+ more \(open_clip.list_pretrained_tags_by_model") as caught:
-        encoders.resolve("ViT-B-32")
+def test_an_unknown_tag_names_three_tags_and_the_command_that_lists_all() -> None:
+    near = r"are --pretrained laion2b_s34b_b79k, (\w+), (\w+); clip-batch models ViT-B-32 lists all"
+    with pytest.raises(EncoderError, match=near) as caught:
+        encoders.resolve("ViT-B-32", "laion2b_s34b")
     assert len(str(caught.value)) < 250

@@ -123,9 +123,10 @@ def test_another_model_at_the_same_place_is_refused(out: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("model", "pretrained", "message"),
     [
-        ("ViT-B-32", "", "model ViT-B-32 needs weights"),
+        ("ViT-B-32", "", "weights of ViT-B-32 datacomp_xl_s13b_b90k cannot be found: .*with no network"),
         ("ViT-B-32", "nonsense", "neither a file nor a tag"),
         ("ViT-Z-1", "x", "has no model"),
+        ("ViT-M-16", "", "needs weights: give --pretrained a checkpoint's path, as open_clip has no weights of it"),
         ("local-dir:/nowhere", "", "no open_clip_config.json in /nowhere"),
         ("ViT-B-32", "laion2b_s34b_b79k", "with no network"),
     ],

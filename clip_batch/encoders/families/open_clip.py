@@ -9,10 +9,10 @@ from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from clip_batch.encoders import hub
+from clip_batch.encoders import hub, open_clip_names
 from clip_batch.encoders.text_tower import TrimmedTextTower
 from clip_batch.encoders.word_tokenizer import by_words
-from clip_batch.errors import EncoderError, some
+from clip_batch.errors import EncoderError
 from clip_batch.storage.store import file_digest
 from clip_batch.types import EncoderSpec
 
@@ -75,16 +75,9 @@ def _hub_digest(name: str) -> str:
 
 def _tag_digest(model: str, tag: str) -> str:
     """sha256 over the name, the tag's weights, and the tag's settings that differ from OpenAI's."""
+    settings = open_clip_names.settings(model, tag)  # a refusal does not wait for the import of open_clip
     import open_clip
 
-    if model not in open_clip.list_models():
-        raise EncoderError(f"open_clip has no model {model!r}; open_clip.list_models() lists the names")
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    settings = open_clip.get_pretrained_cfg(model, tag) if tag else None
-    if not settings:
-        what = f"{tag!r} is neither a file nor a tag of {model}" if tag else f"model {model} needs weights"
-        known = f"one of {some(tags)} (open_clip.list_pretrained_tags_by_model({model!r}) lists all)"
-        raise EncoderError(f"{what}: give --pretrained a checkpoint's path{f' or {known}' if tags else ''}")
     special = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in settings.items()
