@@ -70,7 +70,7 @@ class PlanConfig(Options):
     model: str = "auto"
     """Model: open_clip's name, hf:..., timm:..., onnx:..., demo, ... (docs/models.md); auto: ViT-B-32."""
     pretrained: str = ""
-    """open_clip's tag of weights, which clip-batch models lists, or a checkpoint's path or URL; default: a tag of ours."""
+    """open_clip's tag of weights (see clip-batch models), or a checkpoint's path or URL; default: a tag of ours."""
     preprocess: Literal["auto", "fast", "exact", "scaled"] = "auto"
     """Image transform. exact: the model's own; fast: nearly equal; scaled: for large JPEGs; auto: fast, else exact."""
     exif_rotation: Literal["auto", "apply", "ignore"] = "auto"

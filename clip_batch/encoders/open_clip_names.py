@@ -24,7 +24,9 @@ DEFAULT_MODEL = "ViT-B-32"
 
 DEFAULT_TAGS = {
     "RN50": "openai",
+    "RN50-quickgelu": "openai",
     "RN101": "openai",
+    "RN101-quickgelu": "openai",
     "ViT-B-32": "datacomp_xl_s13b_b90k",
     "ViT-B-32-quickgelu": "openai",
     "ViT-B-16": "datacomp_xl_s13b_b90k",
@@ -113,12 +115,9 @@ def _names() -> _Names:
         import open_clip
 
         names = open_clip.list_models()
-        known = {
-            name: {
-                tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)
-            }
-            for name in names
-        }
+        known: dict[str, Tags] = {name: {} for name in names}
+        for name, tag in open_clip.list_pretrained():
+            known.setdefault(name, {})[tag] = open_clip.get_pretrained_cfg(name, tag)
         return _Names(known, {name: open_clip.get_model_config(name) for name in names})
 
 
