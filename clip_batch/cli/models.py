@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from clip_batch.cli.arguments import JsonArguments, answer
+from clip_batch.config import StorageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class ModelsArguments(JsonArguments):
     """Words that all must be in a model's name, tag, licence or source, or `cached`; without any, all models."""
 
 
-def models(arguments: ModelsArguments) -> int:
+def models(arguments: ModelsArguments, storage: StorageConfig) -> int:
     """List models and their tags: dimension, image size, arithmetic, licence, and what is cached on this machine."""
     from clip_batch.encoders.model_list import describe, model_list
 
