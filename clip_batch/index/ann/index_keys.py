@@ -85,6 +85,21 @@ def lists(index_key: str) -> int:
     return int(match[1]) * {"": 1, "k": 2**10, "M": 2**20}[match[2]] if match else 0
 
 
+def codewords(index_key: str) -> int:
+    """The codewords of each part of a product quantizer of an index key; 0 for a key without one.
+
+    >>> codewords("IVF128,PQ24x8"), codewords("OPQ48_96,PQ48x4fs"), codewords("IVF128,SQ8")
+    (256, 16, 0)
+    """
+    match = re.search(r"PQ\d+(?:x(\d+))?", index_key.replace("OPQ", ""))
+    return int(2 ** int(match[1] or 8)) if match else 0
+
+
+def least_rows(index_key: str) -> int:
+    """The fewest rows that lists and codewords can be made of; 0 for a key without any."""
+    return max(lists(index_key), codewords(index_key))
+
+
 def list_count(rows: int) -> int:
     """The number of inverted lists for `rows` rows: the power of two nearest to sqrt(rows), or rows / 1000 if larger.
 

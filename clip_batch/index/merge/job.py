@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -29,6 +30,9 @@ FORMAT = 5
 
 MOST_ROWS = 5_000_000
 """Rows of an index shard at most, unless `shard_rows` is larger: a lost task loses little, a server opens few files."""
+
+MOST_SHARDS = 10_000
+"""Index shards of one merge at most: a search asks each of them, and a server opens their files."""
 
 FEW_ROWS = 1000
 """Rows up to which `--index-key auto` is Flat whatever `flat_rows` is: they train no codebook."""
@@ -92,19 +96,19 @@ class MergeJob:
         """The kinds of vectors that every part has."""
         return vector_kinds(self.source)
 
-    def choices(self, rows: int) -> list[Choice]:
+    def choices(self, rows: int, indices: int) -> list[Choice]:
         """The index keys that may serve an index of `rows` rows, the best first; one where it was given by hand.
 
-        ConfigError: nothing fits in `index_memory`.
+        `indices` share `index_memory`, as many as there are modalities with vectors. ConfigError: nothing fits in it.
         """
         config, rerank = self.config, None if self.config.rerank == "auto" else self.config.rerank
-        modalities = [modality for modality in config.modalities if modality in self.kinds]
-        memory = parse_bytes(config.index_memory) // max(1, len(modalities))
+        memory = parse_bytes(config.index_memory) // indices
         if config.index_key == "autofaiss":
             return [Choice(index_keys.autofaiss_key(rows, self.source.dim, memory), rerank or 0)]
         if config.index_key != "auto":
             return [Choice(config.index_key, rerank or 0)]
-        if rows <= max(config.flat_rows, FEW_ROWS):
+        flat_fits = footprint.served_bytes("Flat", rows, self.source.dim) <= memory
+        if rows <= FEW_ROWS or (rows <= config.flat_rows and flat_fits):
             return [Choice("Flat", rerank or 0)]
         mapped = config.layout == "single"
         return index_keys.choices(rows, self.source.dim, memory, rerank, config.growing, mapped)
@@ -115,7 +119,15 @@ class MergeJob:
 
     @cached_property
     def _index_keys(self) -> set[str]:
-        return set(self.base.key.values()) if self.base else {choice.key for choice in self.choices(self.source.rows)}
+        """The index keys that a task must have memory for; how many modalities have vectors is not known yet."""
+        if self.base:
+            return set(self.base.key.values())
+        most = sum(modality in self.kinds for modality in self.config.modalities) or 1
+        keys = {choice.key for choice in self.choices(self.source.rows, 1)}
+        for count in range(2, most + 1):
+            with contextlib.suppress(ConfigError):  # if as many have vectors, training will say so
+                keys |= {choice.key for choice in self.choices(self.source.rows, count)}
+        return keys
 
     @cached_property
     def task_bytes(self) -> int:
@@ -143,7 +155,7 @@ class MergeJob:
     def shards(self) -> int:
         """The number of index shards: as few as `shard_rows` or, without it, `max_memory` allows.
 
-        ConfigError: a shard of `shard_rows` rows does not fit in `max_memory`.
+        ConfigError: a shard of `shard_rows` rows does not fit in `max_memory`, or there would be over `MOST_SHARDS`.
         """
         room = parse_bytes(self.config.max_memory) - self.task_bytes
         most = max(0, room) // self.row_bytes
@@ -155,7 +167,12 @@ class MergeJob:
                 f"an index shard takes {needed:,} bytes of memory, {self.row_bytes:,} a row, "
                 f"and --max-memory is {self.config.max_memory}: {remedy}"
             )
-        return math.ceil(self.source.rows / rows)
+        if (count := math.ceil(self.source.rows / rows)) > MOST_SHARDS:
+            raise ConfigError(
+                f"{count:,} index shards of {rows:,} rows are too many to search, {MOST_SHARDS:,} are the most: "
+                f"raise {'--shard-rows' if self.config.shard_rows else '--max-memory'}"
+            )
+        return count
 
     def bounds(self, shard: int) -> tuple[int, int]:
         """The contiguous rows [start, stop) of OUT that a shard has; the sizes of shards differ by one at most."""

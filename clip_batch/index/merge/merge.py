@@ -23,7 +23,7 @@ from clip_batch.config.paths import path_text
 from clip_batch.embeddings.status import describe_partitions
 from clip_batch.errors import ConfigError, IncompleteError
 from clip_batch.index import removals, removed_rows
-from clip_batch.index.ann import ondisk
+from clip_batch.index.ann import index_keys, ondisk
 from clip_batch.index.manifest import (
     IndexShard,
     Manifest,
@@ -151,7 +151,8 @@ def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
     tuning, shards, base = tune(template, progress), _shards(job, records), job.base
     single = dict(base.single) if base else {}
     if job.config.layout == "single" and not base:
-        single = {modality: _join(template, modality, shards) for modality in template.keys}
+        with_lists = [modality for modality, key in template.keys.items() if index_keys.lists(key)]
+        single = {modality: _join(template, modality, shards) for modality in with_lists or template.keys}
         shards = [replace(shard, files=_without(shard.files, single)) for shard in shards]
     duplicates = template.duplicates
     if duplicates:

@@ -9,7 +9,6 @@ proportion, which the milliseconds here include.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +130,7 @@ def sweep(
     out, modality = Store(output, storage.storage_options), config.modalities[0]
     source = reader.open_embeddings(out, load_plan(out), config.allow_partial)
     sample, rows = draw(source, modality, config, options.sample)
-    memory = parse_bytes(config.index_memory) // len(config.modalities)
+    memory = parse_bytes(config.index_memory) // sum(kind in sample.queries for kind in config.modalities)
     keys = options.keys_to_try or index_keys.default_keys(rows, source.dim, memory)
     tried: list[Candidate] = []
     for index_key in dict.fromkeys(key.replace("{}", str(index_keys.list_count(rows))) for key in keys):
@@ -160,8 +159,7 @@ def codebook_rows(index_key: str) -> int:
     >>> codebook_rows("IVF128,PQ24x8"), codebook_rows("PQ48x4fs"), codebook_rows("IVF128,SQ8")
     (9984, 624, 0)
     """
-    match = re.search(r"PQ\d+(?:x(\d+))?", index_key.replace("OPQ", ""))
-    return TRAINING_ROWS * 2 ** int(match[1] or 8) if match else 0
+    return TRAINING_ROWS * index_keys.codewords(index_key)
 
 
 def draw(source: reader.Embeddings, modality: str, config: MergeConfig, count: int) -> tuple[SweepSample, int]:

@@ -269,9 +269,13 @@ def _train(
     asked = {kind: npy.unit(vectors) for kind, (_, vectors) in queries.items()}
     keys, rerank, tried = dict[str, str](), 0, dict[str, list[dict[str, Any]]]()
     predictors: dict[str, dict[str, dict[str, StoredFile]]] = {}
+    small = _too_small(job, modalities, filled, queries)
     for modality in modalities:
         counts = filled[modality]
-        choices = job.choices(sum(counts))
+        choices = job.choices(sum(counts), len(modalities))
+        if modality in small:
+            progress(f"{modality}: {sum(counts):,} rows are too few for index key {choices[0].key}: Flat instead")
+            choices = [Choice("Flat", choices[0].rerank)]
         sample = _sample(job, modality, counts, queries, choices)
         if job.is_tried(choices):
             index, choice, trials = choose(
@@ -296,6 +300,15 @@ def _train(
             attempt.write(names.centroids, lambda file, centroids=centroids: np.save(file, centroids))  # type: ignore[misc]
     files = {f"{attempt.folder}/{name}": file for name, file in attempt.files.items()}
     return replace(template, keys=keys, rerank=rerank, tried=tried, predictors=predictors, files=files)
+
+
+def _too_small(
+    job: MergeJob, modalities: Sequence[str], filled: Mapping[str, list[int]], queries: Queries
+) -> list[str]:
+    """The modalities with too few rows for the index key that is given, unless all have."""
+    least = index_keys.least_rows(job.config.index_key)
+    small = [each for each in modalities if sum(filled[each]) - len(queries[each][0]) < least]
+    return small if len(small) < len(modalities) else []
 
 
 def _others(job: MergeJob, filled: Mapping[str, list[int]], queries: Queries, kind: str, count: int) -> Vectors:

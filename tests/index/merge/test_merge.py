@@ -25,6 +25,7 @@ from clip_batch.config import MergeConfig
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.errors import ConfigError, CorruptError, IncompleteError
 from clip_batch.index.ann import faiss_index
+from clip_batch.index.ann.footprint import served_bytes
 from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.merge import choose
 from clip_batch.index.merge import merge as stage
@@ -518,6 +519,43 @@ def test_wrong_options_are_one_line(tmp_path: Path, change: dict[str, object], t
     with pytest.raises(ConfigError, match=text) as error:
         merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, **change))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+def test_a_key_for_many_rows_is_not_refused_for_few_captions(tmp_path: Path) -> None:
+    images, texts = clustered(1000, 16, 10)
+    texts[30:] = 0
+    make_out(tmp_path / "out", images, texts, [1000])
+    lines: list[str] = []
+    for number, config in enumerate([replace(CONFIG, layout="single"), CONFIG]):
+        index = str(tmp_path / f"index{number}")
+        config = replace(config, index_key="IVF32,SQ8")
+        manifest = merge(str(tmp_path / "out"), index, config, progress=lines.append)
+        assert manifest.key == {"image": "IVF32,SQ8", "text": "Flat"}
+        assert any("text: 30 rows are too few for index key IVF32,SQ8: Flat instead" in line for line in lines)
+        with Searcher(index) as searcher:
+            (hit,) = searcher.search(texts[7], 1, modality="text")[0]
+            assert hit.metadata["row"] == 7
+        assert verify_index(Store(index), deep=True).problems == {}
+
+
+@pytest.mark.parametrize("gaps", [1, 2])
+def test_the_memory_of_the_index_is_shared_by_the_kinds_that_have_vectors(tmp_path: Path, gaps: int) -> None:
+    images, texts = clustered(3000, 32, 10)
+    texts[::gaps] = 0
+    make_out(tmp_path / "out", images, texts, [3000])
+    memory = served_bytes("Flat", 3000, 32)  # enough for one index in full
+    config = replace(CONFIG, index_memory=str(memory + 1000))
+    key = merge(str(tmp_path / "out"), str(tmp_path / "index"), config).key
+    assert key["image"] == "Flat" if gaps == 1 else key["image"].startswith("IVF"), key
+
+
+def test_more_shards_than_anybody_can_search_are_refused(tmp_path: Path) -> None:
+    images, texts = clustered(10_002, 4, 3)
+    make_out(tmp_path / "out", images, texts, [10_002])
+    with pytest.raises(
+        ConfigError, match=r"10,002 index shards of 1 rows are too many to search, .* raise --shard-rows"
+    ):
+        merge(str(tmp_path / "out"), str(tmp_path / "index"), replace(CONFIG, shard_rows=1))
 
 
 def test_an_unfinished_or_broken_manifest_is_not_read(tmp_path: Path) -> None:
