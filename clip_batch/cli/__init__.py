@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from clip_batch.cli.arguments import escape_output
 from clip_batch.cli.commands import COMMANDS
@@ -15,14 +15,14 @@ from clip_batch.errors import ClipBatchError, ConfigError, one_line
 __all__ = ["COMMANDS", "main"]
 
 
-def _usage() -> str:
+def _usage(names: Iterable[str] = COMMANDS) -> str:
     lines = [
         "usage: clip-batch COMMAND [--help] ...",
         "",
         "Plan, embed, merge and search image-text data with CLIP.",
         "",
     ]
-    lines += [f"  {name:<23}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<23}{(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names]
     lines += ["", "Exit codes: 0 all committed; 1 something failed; 2 usage or configuration; 75 run again."]
     return "\n".join(lines)
 
@@ -78,6 +78,9 @@ def _run(name: str, arguments: list[str]) -> int:
         print(f"clip-batch {__version__}")
         return 0
     if kinds := [command for command in COMMANDS if command.startswith(f"{name} ")]:
+        if {"-h", "--help"} & {*arguments}:
+            print(_usage(kinds))
+            return 0
         raise ConfigError(f"say which: clip-batch {', or clip-batch '.join(kinds)}; see --help of each")
     if name not in COMMANDS:
         raise ConfigError(f"no such command; the commands are {', '.join(COMMANDS)}")

@@ -18,6 +18,15 @@ def test_the_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> No
     assert main([]) == 2 and capsys.readouterr().out == usage
 
 
+@pytest.mark.parametrize("name", ["export", "submit"])
+def test_the_first_word_of_some_commands_has_help_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all((f"  {command} " in usage) == command.startswith(f"{name} ") for command in COMMANDS)
+    assert main([name]) == 2
+    assert "say which" in capsys.readouterr().err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"clip-batch {clip_batch.__version__}\n"

@@ -76,15 +76,12 @@ def _copy(index: Index) -> Index:
 def _by_lists(parts: Sequence[Part], removed: Ids) -> Index:
     faiss = load()
     source = _codes(parts[0][0])
-    filled = source.invlists
-    source.invlists = None  # so that only centroids and tables are copied
+    filled, none = source.invlists, faiss.ArrayInvertedLists(source.nlist, source.code_size)
+    source.invlists = none  # so that only centroids and tables are copied; without any lists faiss prints a warning
     whole = _copy(parts[0][0])
     source.invlists = filled
     ivf = _codes(whole)
-    lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
-    ivf.replace_invlists(lists, True)
-    lists.this.disown()  # the index frees it
-    total = 0
+    lists, total = ivf.invlists, 0
     for part, offset in parts:
         theirs = _codes(part).invlists
         for number in range(ivf.nlist):
