@@ -20,6 +20,15 @@ KEY_COLUMNS = ("key", "shard", "offset", "length", "caption")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jpe", "heic", "heif")
 """Extensions of images, without a dot, unless an option names others."""
 
+CAPTION_FIELDS = ("caption", "captions", "text", "TEXT")
+"""Fields of JSON side-cars, and columns of Parquet files, that are captions in the data sets of others."""
+
+MODALITIES = ("image", "text")
+"""What may be embedded of a sample: its image, and its caption."""
+
+ROW_GROUP, IMAGE_COLUMN = "row_group", "image_column"
+"""Metadata columns of rows of Parquet files: the row group that has the row, and the column that has its image."""
+
 EXTRA_COLUMN = "extra"
 """Metadata column (JSON text, null where empty) for side-car fields outside the pinned schema."""
 
@@ -30,7 +39,7 @@ UNREADABLE = "unreadable"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One input: a tar, or with `--format files` a folder of images.
+    """One input: a tar, a Parquet file, or with `--format files` a folder of images.
 
     - `url`: its path or URL.
     - `size`: bytes; None for a folder, or where the store does not tell.
@@ -49,8 +58,9 @@ class Shard:
 class Slice:
     """A run of whole samples of one shard.
 
-    - `start`, `stop`: the bytes [start, stop) of a tar, or, with `--format files`, the samples [start, stop) of the
-      folder's sorted listing. `stop` None means to the end.
+    - `start`, `stop`: the bytes [start, stop) of a tar, or of a Parquet file, whose row groups that begin there belong
+      to the slice, or, with `--format files`, the samples [start, stop) of the folder's sorted listing. `stop` None
+      means to the end.
     - `samples`: number of samples in the slice; None where it was not counted.
     """
 
@@ -136,14 +146,17 @@ class Plan:
 
     - `partitions`: every partition; partition i has the id i.
     - `encoder`: the encoder that embeds it.
-    - `format`: "tar", or "files" for folders.
+    - `format`: "tar", "parquet", or "files" for folders.
     - `fields`: the pinned schema of JSON side-car fields: by name "string", "int64", "double", "bool", or "json"
       (any other value, kept as JSON text).
     - `image_extensions`, `caption_extensions`: without a dot; of several that a sample has, the first one here is used.
     - `digest`: sha256 (hex) of the plan's content.
     - `passed_over`: number of files in the input's folders that are no input, by extension; no part of the digest.
     - `key_ends`: where keys of a tar's members end, at the "first-dot" (webdataset's rule) or the "last-dot".
-    - `caption_field`: the field of JSON side-cars that has the captions; "" where only caption files have them.
+    - `caption_field`: the field of JSON side-cars that has the captions; "" where only caption files have them. In
+      Parquet the column that has them; "" chooses one in each file by its name.
+    - `image_field`: the column of a Parquet file that has the images; "" chooses one in each file.
+    - `modalities`: what is embedded, of "image" and "text". Without "image", samples need no image.
     """
 
     partitions: tuple[Partition, ...]
@@ -156,6 +169,8 @@ class Plan:
     passed_over: dict[str, int] = field(default_factory=dict)
     caption_field: str = ""
     key_ends: str = "first-dot"
+    image_field: str = ""
+    modalities: tuple[str, ...] = MODALITIES
 
     def __repr__(self) -> str:
         """Short, however many partitions there are."""
@@ -171,7 +186,8 @@ class Sample(NamedTuple):
 
     - `key`: its key as `clip_batch.storage.names.name_text` writes it, unique in well-formed shards only.
     - `shard`: the URL of its shard.
-    - `offset`, `length`: the place of the image file in the tar, in bytes; None in a compressed tar or a folder.
+    - `offset`, `length`: the place of the image file in the tar, in bytes; None in a compressed tar or a folder. In a
+      Parquet file `offset` is the number of the row, and `length` None.
     - `image`, `caption`, `json`: the files' bytes; None where absent.
     - `beside`: its caption by the plan's `caption_field` in the Parquet file beside its tar; None without one.
     """
@@ -192,7 +208,8 @@ class Failure:
 
     - `key`: the sample's key; None for a stretch of a shard.
     - `shard`: the URL of its shard.
-    - `offset`: the byte of the tar where the sample or the damage begins; None where unknown.
+    - `offset`: the byte of the tar where the sample or the damage begins, or the row of a Parquet file; None where
+      unknown.
     - `reason`: one of SAMPLE_REASONS or SHARD_REASONS.
     - `message`: one line that says what is wrong.
     """
@@ -228,6 +245,8 @@ SHARD_REASONS = frozenset(
         "bad_gzip",
         "bad_compression",
         "unreadable_folder",
+        "not_parquet",
+        "corrupt_parquet",
     }
 )
 """Reasons of failures that concern a shard."""
@@ -238,6 +257,8 @@ SAMPLE_REASONS = frozenset(
         "broken_link",
         "dotted_name",
         "unreadable_file",
+        "unreadable_row",
+        "missing_caption",
         "truncated_member",
         "undecodable_image",
         "too_many_pixels",

@@ -23,6 +23,13 @@ class Only:
     flags: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Without:
+    """Annotates a config section of which a command lacks some flags, as another section has them."""
+
+    flags: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class JsonArguments:
     """How a command answers."""

@@ -1,7 +1,8 @@
 """Call a command with what its parameters name: the flags, the file, the environment and the defaults of each section.
 
 A command is a function whose parameters are annotated with dataclasses: the arguments of its own, and sections of
-the configuration. `Annotated[Section, Only(("name", ...))]` takes a section of which the command has these flags alone.
+the configuration. `Annotated[Section, Only(("name", ...))]` takes a section of which the command has these flags alone,
+and `Without` one of which it lacks them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NoReturn
 
-from clip_batch.cli.arguments import CommandLine, Only
+from clip_batch.cli.arguments import CommandLine, Only, Without
 from clip_batch.errors import ConfigError
 
 Command = Callable[..., int]
@@ -35,7 +36,9 @@ def sections(command: Command) -> dict[str, Section]:
         if dataclasses.is_dataclass(kind):
             every = tuple(field.name for field in dataclasses.fields(kind))
             only = next((extra.flags for extra in extras if isinstance(extra, Only)), every)
-            taken[name] = Section(typing.cast(type, kind), only)
+            without = next((extra.flags for extra in extras if isinstance(extra, Without)), ())
+            flags = tuple(flag for flag in only if flag not in without)
+            taken[name] = Section(typing.cast(type, kind), flags)
     return taken
 
 

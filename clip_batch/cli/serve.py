@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
-from clip_batch.cli.arguments import JsonArguments, Only, answer, say
+from clip_batch.cli.arguments import JsonArguments, Only, Without, answer, say
 from clip_batch.cli.embed import processes
 from clip_batch.config import (
     DatabaseConfig,
@@ -77,7 +77,7 @@ def end2end(
     download: DownloadConfig,
     plan: PlanConfig,
     embed: EmbedConfig,
-    merge: MergeConfig,
+    merge: Annotated[MergeConfig, Without(("modalities",))],
     serve: Annotated[ServeConfig, Only(WEB)],
     storage: StorageConfig,
 ) -> int:

@@ -62,9 +62,11 @@ class PlanConfig(Options):
     """Freeze which input is embedded, by which encoder, in which partitions."""
 
     input: list[str] = field(default_factory=list)
-    """Tars: paths, URLs, globs, brace patterns ({000..999}) or @FILE lists; or folders of images."""
-    format: Literal["auto", "tar", "files"] = "auto"
-    """Kind of input. tar: webdataset tars; files: folders of images with .txt and .json beside them; auto: it looks."""
+    """Tars: paths, URLs, globs, brace patterns ({000..999}) or @FILE lists; or Parquet files, or folders of images."""
+    format: Literal["auto", "tar", "parquet", "files"] = "auto"
+    """Kind of input: webdataset tars, Parquet with images or captions, or folders of images; auto: it looks."""
+    modalities: list[Literal["image", "text"]] = field(default_factory=lambda: ["image", "text"])
+    """What is embedded: images, captions or both. With text alone, samples need no image, but a caption."""
     unreadable: Literal["fail", "record"] = "fail"
     """What a folder that may not be listed does. fail: the plan is refused; record: it is among the failures."""
     model: str = "auto"
@@ -92,7 +94,9 @@ class PlanConfig(Options):
     key_ends: Literal["first-dot", "last-dot"] = "first-dot"
     """Where keys of tar members end. first-dot: webdataset's rule; last-dot: for dotted names, such as 22.05.png."""
     caption_field: str = ""
-    """JSON field that has the captions. It goes before caption files, which serve where it is missing or blank."""
+    """JSON field or Parquet column of captions. It goes before caption files, used where it is missing or blank."""
+    image_field: str = ""
+    """Parquet column that has the images; by default the only one, or the first by name, such as image or jpg."""
 
 
 @documented

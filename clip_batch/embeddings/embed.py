@@ -30,7 +30,8 @@ from clip_batch.embeddings.slabs import Slab, Slabs
 from clip_batch.embeddings.spare import spare
 from clip_batch.embeddings.workers import WorkerRun, recorded
 from clip_batch.encoders.device import LANES, pick_device, torch_threads, use_torch_threads
-from clip_batch.errors import ClipBatchError, DecodeError, PartitionFailed, PlanError, Preempted
+from clip_batch.encoders.encoder import NO_TEXT
+from clip_batch.errors import ClipBatchError, DecodeError, EncoderError, PartitionFailed, PlanError, Preempted
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.plan.replace import check_digest
@@ -116,10 +117,11 @@ _Placed = int | Failure | PassedOver
 
 
 class _Texts(NamedTuple):
-    """What becomes of a sample's texts: its metadata row, and what was mended in them."""
+    """What becomes of a sample's texts: its metadata row, what was mended in them, and why it cannot be embedded."""
 
     row: dict[str, Any]
     warnings: list[str]
+    failure: Failure | None = None
 
 
 @dataclass
@@ -148,7 +150,7 @@ class _Decoding(NamedTuple):
         """The batch with its decoded items, once they are all decoded."""
         places = chain.from_iterable(future.result() for future in self.images)
         self.batch.items = [
-            _Decoded(texts.row, place, texts.warnings) if isinstance(place, int) else place
+            texts.failure or (_Decoded(texts.row, place, texts.warnings) if isinstance(place, int) else place)
             for texts, place in zip(self.texts.result(), places, strict=True)
         ]
         return self.batch
@@ -189,6 +191,8 @@ def embed(
     run = run or WorkerRun()
     run.total = len(todo)
     encoder = encoder or load_encoder(plan.encoder, config, storage.storage_options, are_many(plan, todo))
+    if not (encoder.has_text or "image" in plan.modalities):
+        raise EncoderError(f"captions alone were planned, and {NO_TEXT}")
     gpus = 0 if pick_device(config.device) == "cpu" else 1
     with recorded(store, run, gpus), _frozen_heap():
         return _Worker(store, plan, config, storage, run, encoder, progress or (lambda line: None)).embed(todo)
@@ -226,6 +230,7 @@ class _Worker:
         self.decoders = Decoders(config.threads)
         self.encoding: deque[Future[Encoded]] = deque()
         self.prefetch = parse_bytes(config.prefetch)
+        self.images, self.captions = ("image" in plan.modalities), ("text" in plan.modalities)
 
     def embed(self, todo: list[Partition]) -> list[Outcome]:
         self.tried.update(partition.id for partition in todo)
@@ -332,12 +337,18 @@ class _Worker:
     def _decode_text(self, sample: Sample) -> _Texts:
         caption, values, warnings = decode_texts(sample, self.plan.caption_field)
         names = [] if is_utf8(text_name(sample.key)) else ["name_not_utf8"]
-        return _Texts(metadata_row(sample, caption, values, self.plan.fields), names + warnings)
+        failure = None
+        if caption is None and not self.images:
+            message = "no caption, or a blank one, and only captions are embedded"
+            failure = Failure(sample.key, sample.shard, sample.offset, "missing_caption", message)
+        return _Texts(metadata_row(sample, caption, values, self.plan.fields), names + warnings, failure)
 
     def _decode_images(self, items: list[Item], slab: Slab) -> list[_Placed]:
         return [self._decode_image(item, slab) if isinstance(item, Sample) else item for item in items]
 
     def _decode_image(self, sample: Sample, slab: Slab) -> int | Failure:
+        if not self.images:
+            return 0
         try:
             assert sample.image is not None
             return slab.add(self.encoder.preprocess(sample.image, self.config.max_pixels))
@@ -362,13 +373,16 @@ class _Worker:
         try:
             if not decoded or batch.partition in self.abandoned:
                 return batch, None, None
+            places = [item.place for item in decoded] if self.images else list(range(len(decoded)))
             captions: list[str | None] = [None] * len(decoded)
-            for item in decoded:
-                captions[item.place] = item.row["caption"]
-            pixels = batch.slab.pixels(len(decoded))
-            images, texts = encoders.encode_pairs(self.encoder, pixels, captions, self.plan.encoder.precision)
-            places = [item.place for item in decoded]
-            return batch, images[places], None if texts is None else texts[places]
+            for place, item in zip(places, decoded, strict=True):
+                captions[place] = item.row["caption"]
+            pixels = batch.slab.pixels(len(decoded)) if self.images else None
+            vectors = encoders.encode_pairs(
+                self.encoder, pixels, captions if self.captions else None, self.plan.encoder.precision
+            )
+            images, texts = (None if one is None else one[places] for one in vectors)
+            return batch, images, texts
         except (ClipBatchError, RuntimeError) as error:
             batch.error = error
             return batch, None, None
@@ -418,7 +432,6 @@ class _Worker:
             if isinstance(item, PassedOver):
                 writer.passed_over.update(item.files)
         if decoded:
-            assert images is not None
             writer.add([item.row for item in decoded], images, texts)
             writer.warnings.update(warning for item in decoded for warning in item.warnings)
         self.run.samples += len(decoded)

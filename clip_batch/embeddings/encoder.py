@@ -98,10 +98,9 @@ class Encoder:
         """
         if isinstance(images, (str, PathLike, bytes, memoryview)) or hasattr(images, "convert"):
             raise ConfigError(f"images is {reprlib.repr(images)}: give a list of pictures, such as [picture]")
-        pieces = [
-            encoders.encode_pairs(self._model, np.stack(pixels), [None] * len(pixels), self.spec.precision)[0]
-            for pixels in self._decoded(images)
-        ]
+        batches = map(np.stack, self._decoded(images))
+        pairs = (encoders.encode_pairs(self._model, pixels, None, self.spec.precision) for pixels in batches)
+        pieces = [vectors for vectors, _ in pairs if vectors is not None]
         return _joined(pieces, self.dim)
 
     def texts(self, texts: Iterable[str]) -> Array:

@@ -73,12 +73,13 @@ class PartWriter:
     def add(
         self,
         rows: Sequence[dict[str, Any]],
-        images: npt.NDArray[np.float32],
+        images: npt.NDArray[np.float32] | None,
         texts: npt.NDArray[np.float32] | None,
     ) -> None:
         """Append n rows: metadata dicts, and image and text vectors (n, dim) of unit norm.
 
-        `texts` is None in every call where the encoder has no text side; the part then has no text file.
+        `images` is None in every call where images are not embedded, and `texts` where captions are not; the part then
+        has no such file.
         """
         import numpy as np
 

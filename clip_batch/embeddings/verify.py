@@ -105,6 +105,8 @@ def _check_rows(store: Store, commit: Commit) -> str | None:
 
     if not commit.rows:
         return None
+    if not _folders(commit):
+        return "its commit names no file of vectors: run clip-batch repair"
     for folder in _folders(commit):
         name = commit.file(folder) or ""
         with _readable(name), store.open(name) as file:
@@ -122,8 +124,8 @@ def _readable(name: str) -> AbstractContextManager[None]:
 
 
 def _folders(commit: Commit) -> list[str]:
-    """The folders of a part's vectors; there is none for texts where the encoder has no text side."""
-    return [folder for folder in paths.VECTORS.values() if folder == paths.VECTORS["image"] or commit.file(folder)]
+    """The folders of a part's vectors; there is none for what the plan does not embed."""
+    return [folder for folder in paths.VECTORS.values() if commit.file(folder)]
 
 
 def _check_vectors(store: Store, commit: Commit) -> str | None:

@@ -53,19 +53,22 @@ class Model(Protocol):
 
 
 def encode_pairs(
-    encoder: Model, batch: Pixels, captions: Sequence[str | None], precision: str = "fp32"
-) -> tuple[Array, Array | None]:
+    encoder: Model, batch: Pixels | None, captions: Sequence[str | None] | None, precision: str = "fp32"
+) -> tuple[Array | None, Array | None]:
     """Image vectors and text vectors, float32 (n, dim), of n images, as `encode_images` takes them, and their captions.
 
-    A text vector without a caption is zero. A model without a text side gives None for the text vectors.
-    EncoderError: a vector has a NaN or an infinity; the remedy depends on the `precision` of the model.
+    None for images or captions gives None for their vectors; so does a model without a text side for those of captions.
+    A text vector without a caption is zero. EncoderError: a vector has a NaN or an infinity; the remedy depends on the
+    `precision` of the model.
     """
     import numpy as np
 
-    images = encoder.encode_images(batch)
-    texts = np.zeros_like(images) if encoder.has_text else None
-    captioned = [index for index, caption in enumerate(captions) if caption is not None]
-    if captioned and texts is not None:
+    images = None if batch is None else encoder.encode_images(batch)
+    texts = None
+    if captions is not None and encoder.has_text:
+        texts = np.zeros((len(captions), encoder.dim), dtype=np.float32)
+        captioned = [index for index, caption in enumerate(captions) if caption is not None]
+    if texts is not None and captions is not None and captioned:
         texts[captioned] = encoder.encode_texts([caption for caption in captions if caption is not None])
     for name, vectors in (("image", images), ("text", texts)):
         if vectors is not None and not np.isfinite(vectors).all():

@@ -9,6 +9,7 @@ from typing import Any
 
 from clip_batch.errors import InputError
 from clip_batch.plan.kinds import PICTURES
+from clip_batch.plan.parquet import count_rows
 from clip_batch.plan.specs import SIDE_CARS, Options
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.files import Folder, listing_digest
@@ -30,10 +31,15 @@ def count_samples(tars: list[Shard], needed: bool, draft: Plan, options: Options
     from clip_batch.samples.tar.samples import NameRule
     from clip_batch.samples.tar.scan import scan_tar
 
+    if draft.format == "parquet":
+        return list(map_in_threads(lambda file: count_rows(file, options), tars)) if needed or _cheap(tars) else tars
     if needed:
         return count_tars(tars, options, lambda tar: scan_tar(tar, NameRule.of(draft), options)[1])
-    cheap = len(tars) <= CHEAP_COUNTS and all(is_local(tar.url) for tar in tars)
-    return count_tars(tars, options, lambda tar: None) if cheap else tars
+    return count_tars(tars, options, lambda tar: None) if _cheap(tars) else tars
+
+
+def _cheap(shards: Sequence[Shard]) -> bool:
+    return len(shards) <= CHEAP_COUNTS and all(is_local(shard.url) for shard in shards)
 
 
 def count_tars(tars: Sequence[Shard], options: Options, scan: Callable[[Shard], int | None]) -> list[Shard]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from clip_batch.plan.pack import Cut
+from clip_batch.plan.parquet import read_footer
 from clip_batch.plan.specs import Options
 from clip_batch.types import Plan, Shard
 
@@ -46,6 +47,19 @@ def tar_cuts(tar: Shard, places: Sequence[float], by_samples: bool, draft: Plan,
     ]
     axis = [cut.samples if by_samples else cut.at for cut in cuts]
     return [cuts[_nearest(axis, place)] for place in places] if cuts else []
+
+
+def parquet_cuts(shard: Shard, places: Sequence[float], by_samples: bool, options: Options) -> list[Cut]:
+    """The cuts of a file, between row groups or before the first; [] if it has only one, or cannot be read.
+
+    Places are in samples with `by_samples`, else in bytes. OSError: the store does not answer.
+    """
+    file = read_footer(shard, options)
+    if file is None or not file.cuttable or len(file.groups) < 2:
+        return []
+    cuts = [Cut(0, 0), *(Cut(group.start, group.first) for group in file.groups[1:])]
+    axis = [cut.samples if by_samples else cut.at for cut in cuts]
+    return [cuts[_nearest(axis, place)] for place in places]
 
 
 def _nearest(axis: Sequence[int], place: float) -> int:

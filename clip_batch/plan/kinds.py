@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from clip_batch.errors import ConfigError, InputError
+from clip_batch.plan.braces import expand_braces
+from clip_batch.plan.parquet import parquet_kind, read_schema
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.kinds import picture
 from clip_batch.samples.tar.suffixes import is_tar
 from clip_batch.storage.filesystem import filesystem
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
-from clip_batch.storage.tree import list_tree
+from clip_batch.storage.tree import list_glob, list_tree
 from clip_batch.types import IMAGE_EXTENSIONS, UNREADABLE, Shard, extension
 
 PICTURES = {*IMAGE_EXTENSIONS, "dds", "dng", "j2k", "jp2", "pbm", "pcx", "pgm", "pnm", "ppm", "psd", "tga"}
@@ -63,7 +65,8 @@ _TARS = ("tar", "tgz", "tbz", "tbz2", "txz", "tzst")
 _REMEDIES = {
     "picture": "a picture: name its folder",
     "list": "a list: clip-batch end2end --urls downloads and embeds what it names",
-    "Parquet": "a Parquet file: clip-batch end2end --urls takes a list of URLs, and clip-batch merge takes embeddings",
+    "Parquet": "a Parquet file: --format parquet embeds the images or captions in it, clip-batch end2end --urls a list "
+    "of URLs, and clip-batch merge takes embeddings",
     "npy": "a file of vectors: clip-batch merge --output takes the folder of embeddings that it is in",
     "archive": "an archive, but no tar: unpack it, and name the folder",
     "HTML": "an HTML page, as servers send in place of a file: check the URL, and download it again",
@@ -74,32 +77,53 @@ _REMEDIES = {
 """What a kind is, and what takes it."""
 
 
-Format = Literal["tar", "files"]
+Format = Literal["tar", "parquet", "files"]
 """A kind of input that a plan may have."""
 
 
 def detect_format(specs: Sequence[str], options: dict[str, Any]) -> Format | Literal["urls"]:
-    """What SPECs, of which lists have been replaced by their lines, name: tars, folders of pictures, or a list of URLs.
+    """What SPECs, of which lists have been replaced by their lines, name: tars, Parquet, folders of pictures, or URLs.
 
-    Some of them are looked at: a folder by the extensions of all that is in it. What cannot be told apart, and what
-    does not exist, is left to what reads tars, whose errors say what is wrong. ConfigError: tars and pictures are
-    beside each other, so that either would be left out.
+    Some of them are looked at: a folder by the extensions of all that is in it, a Parquet file by its columns (images,
+    or captions without URLs). Parquet files beside tars or pictures are side-cars of these. What cannot be told apart,
+    and what does not exist, is left to what reads tars, whose errors say what is wrong. ConfigError: tars and pictures
+    are beside each other, so that either would be left out.
     """
     count = min(len(specs), LOOKED_AT)
     spread = dict.fromkeys(specs[(len(specs) - 1) * k // max(count - 1, 1)] for k in range(count))
+    if all(_by_name(spec) == "Parquet" and not _is_folder(spec, options) for spec in spread):
+        return _parquet_format(specs[0], options)
     if all(_by_name(spec) in ("list", "Parquet") and not _is_folder(spec, options) for spec in spread):
         return "urls"
-    found = Counter[str]()
+    found, tables = Counter[str](), list[str]()
     for folder in (spec for spec in spread if not is_tar(spec) and _is_folder(spec, options)):
         for entry in list_tree(absolute(folder), options).entries:
             if is_tar(entry.url):
                 found["tar"] += 1
             elif extension(entry.url) in PICTURES:
                 found["files"] += 1
+            elif _extension(entry.url) == "parquet":
+                tables.append(entry.url)
+            elif extension(entry.url) == "npy":
+                return "tar"  # embeddings and their metadata; the error says what takes them
         if len(found) > 1:
             both = f"{folder} holds {found['tar']:,} tars and {found['files']:,} pictures"
             raise ConfigError(f"{both}: say which are the input, with --format tar or --format files")
+    if tables and not found:
+        return _parquet_format(tables[0], options)
     return "files" if found["files"] else "tar"
+
+
+def _parquet_format(spec: str, options: dict[str, Any]) -> Literal["parquet", "urls"]:
+    """What a Parquet file, or the first one that a pattern names, makes of the input."""
+    name = absolute(expand_braces(spec)[0])
+    with contextlib.suppress(Exception):  # each remote store has exceptions of its own; expanding the SPEC raises them
+        if any(character in name for character in "*?[") and not (is_local(name) and os.path.exists(name)):
+            name = list_glob(name, options).entries[0].url
+        schema = read_schema(name, options)
+        if schema is not None and parquet_kind(schema) == "urls":
+            return "urls"
+    return "parquet"
 
 
 def _is_folder(spec: str, options: dict[str, Any]) -> bool:
@@ -121,13 +145,16 @@ def check_names(specs: Sequence[str]) -> None:
         raise _refusal(specs[0], kinds[specs[0]], len(specs))
 
 
-def check_kinds(tars: Sequence[Shard], options: dict[str, Any]) -> None:
-    """Refuse tars of which none is one. InputError: each of the files that are looked at is something else."""
+def check_kinds(tars: Sequence[Shard], options: dict[str, Any], format: str = "tar") -> None:
+    """Refuse files of which none is of the format. InputError: each of those that are looked at is something else."""
     files = [tar.url for tar in tars if tar.etag != UNREADABLE]
     count = min(len(files), LOOKED_AT)
     spread = [files[(len(files) - 1) * k // max(count - 1, 1)] for k in range(count)]
     heads = map_in_threads(lambda url: _head(url, options), spread)
-    kinds = [kind for url, head in zip(spread, heads, strict=True) if (kind := kind_of(url, head))]
+    what = _not_parquet if format == "parquet" else kind_of
+    kinds = [kind for url, head in zip(spread, heads, strict=True) if (kind := what(url, head))]
+    if kinds and len(kinds) == len(spread) and format == "parquet":
+        raise InputError(f"{spread[0]} is {_REMEDIES.get(kinds[0], kinds[0])}")
     if kinds and len(kinds) == len(spread):
         raise _refusal(spread[0], kinds[0], len(files))
 
@@ -175,6 +202,16 @@ def kind_of(name: str, head: bytes | None) -> str | None:
         return "picture"
     known = next((kind for start, kind in _BEGINS.items() if head.startswith(start) or text.startswith(start)), None)
     return known or (None if _extension(name) in _TARS else _by_name(name) or "no tar")
+
+
+def _not_parquet(name: str, head: bytes | None) -> str | None:
+    """What a file is that is no Parquet file; None if it is one, or may be a broken one."""
+    if not head or head.startswith((b"PAR1", b"PARE")):
+        return None
+    kind = kind_of(name, head)
+    if kind is None and _is_header(head):
+        return "a tar: --format tar takes it"
+    return kind if kind not in (None, "no tar", "Parquet") else None
 
 
 def _is_header(head: bytes) -> bool:

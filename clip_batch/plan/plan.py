@@ -21,15 +21,19 @@ from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError, some
 from clip_batch.plan import paths, specs
 from clip_batch.plan.counts import count_folder, count_samples, image_advice
-from clip_batch.plan.cuts import find_cuts, folder_cuts, tar_cuts
+from clip_batch.plan.cuts import FindCuts, find_cuts, folder_cuts, parquet_cuts, tar_cuts
 from clip_batch.plan.kinds import check_kinds
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
+from clip_batch.plan.parquet import column_lines
 from clip_batch.plan.replace import obstacle, replaced
 from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples, name_advice
 from clip_batch.samples.files import list_samples
 from clip_batch.storage.names import name_text, text_name
 from clip_batch.storage.store import Store
 from clip_batch.types import (
+    IMAGE_COLUMN,
+    MODALITIES,
+    ROW_GROUP,
     UNREADABLE,
     EncoderSpec,
     Partition,
@@ -87,7 +91,7 @@ def make_plan(
     if config.format == "files":
         _count_folders(inputs, images, captions, options)
     else:
-        check_kinds(inputs.shards, options)
+        check_kinds(inputs.shards, options, config.format)
     _check_unreadable(inputs, config)
     shards, passed_over = inputs.shards, dict(inputs.passed_over)
     say(f"{counted(len(shards), 'input')} found")
@@ -99,7 +103,10 @@ def make_plan(
     if encoder.pretrained and not config.pretrained:
         say(f"the model is {encoder.model} with its default tag {encoder.pretrained}")
     draft = Plan((), encoder, config.format, {}, images, captions, "", passed_over, config.caption_field)
-    draft = replace(draft, key_ends=config.key_ends)
+    draft = replace(draft, key_ends=config.key_ends, image_field=config.image_field, modalities=_modalities(config))
+    if config.format == "parquet":
+        for line in column_lines([shard for shard in shards if shard.etag != UNREADABLE], draft, options):
+            say(line)
 
     def differences(existing: Plan, head: dict[str, Any]) -> list[str]:
         """How the plan to be made differs from the one that exists, one phrase each."""
@@ -115,7 +122,7 @@ def make_plan(
         return old[0]
     if old and (why := obstacle(store)):
         raise PlanError(f"another plan exists at {store.url} ({'; '.join(phrases)}), and {why}")
-    if config.format == "tar":
+    if config.format != "files":
         shards = count_samples(shards, target.unit == "samples", draft, options)
     partitions = _partitions(shards, target, draft, options)
     look = look_at_samples(shards, draft, options)
@@ -124,7 +131,7 @@ def make_plan(
     if advice := caption_advice(look, config.caption_field):
         say(advice)
     encoder = _tried(encoder, look.firsts, config, modes, options, say)
-    plan = replace(draft, partitions=partitions, fields=infer_fields(look.records), encoder=encoder)
+    plan = replace(draft, partitions=partitions, fields=_fields(draft, look.records), encoder=encoder)
     plan = replace(plan, digest=_digest(plan))
     settings = {**asdict(config), "preprocess": encoder.preprocess}
     with replaced(store, old[0].digest) if old else nullcontext():
@@ -222,6 +229,22 @@ def _extensions(config: PlanConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return images, captions
 
 
+def _modalities(config: PlanConfig) -> tuple[str, ...]:
+    """What is embedded, in the order of `MODALITIES`. ConfigError: nothing is."""
+    modalities = tuple(name for name in MODALITIES if name in config.modalities)
+    if not modalities:
+        raise ConfigError("--modalities names nothing to embed: give image, text or both")
+    return modalities
+
+
+def _fields(draft: Plan, records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The pinned schema, which in Parquet has the columns that say where a row's image is, whatever was looked at."""
+    fields = infer_fields(records)
+    if draft.format == "parquet":
+        fields |= {ROW_GROUP: "int64", **({IMAGE_COLUMN: "string"} if "image" in draft.modalities else {})}
+    return dict(sorted(fields.items()))
+
+
 def _upright(config: PlanConfig) -> bool:
     """Whether EXIF orientation is applied: unless an option says otherwise, to photographs in folders."""
     return config.format == "files" if config.exif_rotation == "auto" else config.exif_rotation == "apply"
@@ -243,8 +266,10 @@ def _partitions(
 ) -> tuple[Partition, ...]:
     """The shards packed into partitions, large ones cut between samples."""
     by_samples = target.unit == "samples"
-    find_in_tar = partial(tar_cuts, by_samples=by_samples, draft=draft, options=options)
-    find = folder_cuts if draft.format == "files" else find_in_tar
+    find: FindCuts = partial(tar_cuts, by_samples=by_samples, draft=draft, options=options)
+    if draft.format != "tar":
+        parquet = partial(parquet_cuts, by_samples=by_samples, options=options)
+        find = parquet if draft.format == "parquet" else folder_cuts
     return pack(shards, target, find_cuts(shards, places_to_cut(shards, target), find))
 
 
@@ -253,6 +278,8 @@ def _digest(plan: Plan) -> str:
     head = [FORMAT, plan.encoder.fingerprint, plan.format, plan.fields, plan.image_extensions, plan.caption_extensions]
     head += [{"caption_field": plan.caption_field}] if plan.caption_field else []  # older plans keep their digests
     head += [{"key_ends": plan.key_ends}] if plan.key_ends != "first-dot" else []
+    head += [{"image_field": plan.image_field}] if plan.image_field else []
+    head += [{"modalities": plan.modalities}] if plan.modalities != MODALITIES else []
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for partition in plan.partitions:
         rows = [(s.shard.url, s.shard.size, s.shard.etag, s.start, s.stop) for s in partition.slices]
@@ -285,6 +312,8 @@ def _write(
         "caption_extensions": plan.caption_extensions,
         "caption_field": plan.caption_field,
         "key_ends": plan.key_ends,
+        "image_field": plan.image_field,
+        "modalities": plan.modalities,
         "passed_over": plan.passed_over,
         "target": {target.unit: target.value},
         "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
@@ -350,7 +379,8 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
     images, captions = tuple(head["image_extensions"]), tuple(head["caption_extensions"])
     plan = Plan(_read_partitions(table), encoder, head["format_"], head["fields"], images, captions, head["digest"])
     plan = replace(plan, passed_over=head.get("passed_over", {}), caption_field=head.get("caption_field", ""))
-    plan = replace(plan, key_ends=head.get("key_ends", "first-dot"))
+    plan = replace(plan, key_ends=head.get("key_ends", "first-dot"), image_field=head.get("image_field", ""))
+    plan = replace(plan, modalities=tuple(head.get("modalities", MODALITIES)))
     return plan, head
 
 
@@ -380,7 +410,8 @@ def _differences(
         phrases += [
             f"{name} {str(was[name])[:40]!r} -> {str(now[name])[:40]!r}" for name in was if was[name] != now[name]
         ]
-    names = ("format", "image_extensions", "caption_extensions", "caption_field", "key_ends")
+    extensions = ("image_extensions", "caption_extensions")
+    names = ("format", *extensions, "caption_field", "key_ends", "image_field", "modalities")
     settings = [(name, getattr(plan, name), getattr(draft, name)) for name in names]
     [(unit, value)] = head["target"].items()
     settings.append(("partition target", PartitionTarget(unit, value), target))

@@ -14,7 +14,7 @@ from clip_batch.plan.threads import map_in_threads
 from clip_batch.samples.tar.suffixes import is_compressed
 from clip_batch.storage.names import is_utf8, text_name
 from clip_batch.storage.paths import is_local
-from clip_batch.types import EXTRA_COLUMN, KEY_COLUMNS, Failure, Plan, Sample, Shard, Slice
+from clip_batch.types import CAPTION_FIELDS, EXTRA_COLUMN, KEY_COLUMNS, Failure, Plan, Sample, Shard, Slice
 
 SCHEMA_SHARDS, SCHEMA_SAMPLES = 32, 20
 """The schema is inferred from this many shards, and from this many samples of each."""
@@ -23,9 +23,6 @@ SCHEMA_BYTES = 8 * 2**20
 """Bytes of a remote tar that are read for it."""
 
 MOST_FIELDS = 256
-
-CAPTION_FIELDS = ("caption", "captions", "text", "TEXT")
-"""Fields of JSON side-cars that are captions in the data sets of others."""
 
 _RESERVED = {*KEY_COLUMNS, EXTRA_COLUMN, "partition", "row"}
 
@@ -57,6 +54,7 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
     `draft` is the plan without partitions. Samples that cannot be read are skipped here: `embed` reports them.
     """
     from clip_batch.samples import read_slice
+    from clip_batch.samples.parquet.reader import first_samples
     from clip_batch.samples.texts import decode_caption
     from clip_batch.storage.text import decode
 
@@ -70,7 +68,12 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
         whole = is_local(shard.url) or is_compressed(shard.url) or (shard.size or 0) <= SCHEMA_BYTES
         stop = SCHEMA_SAMPLES if draft.format == "files" else None if whole else SCHEMA_BYTES
         with contextlib.suppress(Exception):
-            for sample in islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES):
+            samples = (
+                first_samples(shard, draft, SCHEMA_SAMPLES, options)
+                if draft.format == "parquet"
+                else islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES)
+            )
+            for sample in samples:
                 if isinstance(sample, Failure) and sample.reason == "dotted_name":
                     dotted.append(sample)
                 if isinstance(sample, Sample):

@@ -1,6 +1,6 @@
 """Expands SPECs, which `--input` takes, to shards with their sizes and versions, in a fixed order.
 
-A SPEC is a path or URL of a tar, a folder, a glob (`*`, `?`, `[..]`, `**`), a brace pattern
+A SPEC is a path or URL of a tar or a Parquet file, a folder, a glob (`*`, `?`, `[..]`, `**`), a brace pattern
 (`{000..999}`, `{a,b}`, nested), or a list of SPECs (`@FILE`, `FILE.txt`, `FILE.list`). A `pipe:`
 command that only copies a URL to standard output stands for that URL. Shards are in the order of the
 SPECs; the shards of a brace pattern are in its order, those of a glob or a folder are sorted.
@@ -34,6 +34,9 @@ from clip_batch.types import Shard, extension, format_counts
 SIDE_CARS = ("_stats.json", ".parquet")
 """Suffixes of the files that img2dataset writes beside NAME.tar: globs skip them, and counts come from them."""
 
+PARQUET_SUFFIXES = (".parquet", ".pq")
+"""Suffixes of the files in a folder that are its Parquet files."""
+
 Options = dict[str, Any]
 """Storage options, as fsspec takes them."""
 
@@ -46,7 +49,7 @@ class Inputs:
     """What SPECs name.
 
     - `format`: the kind of input, which `--format auto` found.
-    - `shards`: tars, or folders with format "files".
+    - `shards`: tars, Parquet files, or folders with format "files".
     - `passed_over`: the number of files in listed folders, and of matches of globs, that are no input, by extension.
     - `unreadable`: folders that cannot be listed, and why.
     """
@@ -70,19 +73,19 @@ class Inputs:
 def expand_inputs(
     specs: Sequence[str], format: Format | Literal["auto"] = "auto", options: Options | None = None
 ) -> Inputs:
-    """The shards that SPECs name: tars, or folders with format "files"; "auto" looks which of them they are.
+    """The shards that SPECs name: tars, Parquet files, or folders with format "files"; "auto" looks what they are.
 
     ConfigError: there is no SPEC, or one is named twice. InputError: an input is missing, or matches nothing.
     """
     if not specs:
-        raise ConfigError("no input: name tars or folders with --input SPEC")
+        raise ConfigError("no input: name tars, Parquet files or folders with --input SPEC")
     named = list(read_lists(specs, options))
     found = detect_format(named, options or {}) if format == "auto" else format
-    if found != "files":
+    if found in ("tar", "urls"):
         check_names(named)
-    inputs = Inputs("files" if found == "files" else "tar")
+    inputs = Inputs("tar" if found == "urls" else found)
     for spec in named:
-        _expand_spec(spec, inputs.format == "files", options or {}, inputs)
+        _expand_spec(spec, inputs.format, options or {}, inputs)
     if len({shard.url for shard in inputs.shards}) < len(inputs.shards):
         repeated = [url for url, times in Counter(shard.url for shard in inputs.shards).items() if times > 1]
         raise ConfigError(f"named more than once: {some(repeated)}; name each input once")
@@ -153,16 +156,16 @@ def read_lists(specs: Sequence[str], options: Options | None) -> Iterable[str]:
         yield from listed
 
 
-def _expand_spec(spec: str, folders: bool, options: Options, inputs: Inputs) -> None:
-    """Add the shards of one SPEC; `folders` tells that they are folders of files, not tars."""
+def _expand_spec(spec: str, format: str, options: Options, inputs: Inputs) -> None:
+    """Add the shards of one SPEC, which are of the plan's format."""
     exists = is_local(spec) and os.path.exists(absolute(spec))  # then what looks like a pattern is its name
     names = [absolute(name) for name in ([spec] if exists else expand_braces(unpiped(spec)))]
     if not any(map(_is_glob, names)):
-        _add(_entries(names, options), folders, options, inputs)
+        _add(_entries(names, options), format, options, inputs)
         return
     for name in names:
-        entries = _glob(name, folders, options, inputs) if _is_glob(name) else _entries([name], options)
-        _add(entries, folders, options, inputs)
+        entries = _glob(name, format, options, inputs) if _is_glob(name) else _entries([name], options)
+        _add(entries, format, options, inputs)
 
 
 def _is_glob(name: str) -> bool:
@@ -172,8 +175,9 @@ def _is_glob(name: str) -> bool:
     return any(character in name for character in "*?[") and not (is_local(name) and os.path.exists(name))
 
 
-def _add(entries: Iterable[Entry], folders: bool, options: Options, inputs: Inputs) -> None:
-    """Add entries as shards; a folder that is not a shard itself is searched for tars."""
+def _add(entries: Iterable[Entry], format: str, options: Options, inputs: Inputs) -> None:
+    """Add entries as shards; a folder that is not a shard itself is searched for files of the format."""
+    folders = format == "files"
     for url, size, etag, folder in entries:
         if folders and not folder:
             place, _ = split_url(url)
@@ -181,7 +185,7 @@ def _add(entries: Iterable[Entry], folders: bool, options: Options, inputs: Inpu
                 f"{url} is a file: --format files takes folders, such as {place} (for tars: --format tar)"
             )
         if folder and not folders:
-            inputs.shards += [Shard(*entry[:3]) for entry in _tars_under(url, options, inputs)]
+            inputs.shards += [Shard(*entry[:3]) for entry in _files_under(url, format, options, inputs)]
         else:
             inputs.shards.append(Shard(url) if folder else Shard(url, size, etag))
 
@@ -226,18 +230,20 @@ def _remote_entry(example: str, options: Options) -> Callable[[str], Entry | Non
     return info
 
 
-def _glob(pattern: str, folders: bool, options: Options, inputs: Inputs) -> list[Entry]:
-    """The folders, or the tars, that a glob matches, sorted; what else it matches is counted.
+def _glob(pattern: str, format: str, options: Options, inputs: Inputs) -> list[Entry]:
+    """The folders, or the files of the format, that a glob matches, sorted; what else it matches is counted.
 
-    Names without a tar's suffix are taken for tars where no match has one, and folders where no file matches.
+    Names without a suffix of the format are taken where no match has one, and folders where no file matches.
     """
+    folders = format == "files"
     tree = list_glob(pattern, options)
     matches = [entry for entry in inputs.entries(tree) if not _base(entry).startswith(".")]
     if folders:
         taken = [entry for entry in matches if entry.folder]
     else:
-        files = [entry for entry in matches if not entry.folder and not entry.url.endswith(SIDE_CARS)]
-        taken = [entry for entry in files if _is_tar(_base(entry))] or files
+        side_cars = SIDE_CARS if format == "tar" else SIDE_CARS[:1]
+        files = [entry for entry in matches if not entry.folder and not entry.url.endswith(side_cars)]
+        taken = [entry for entry in files if _is_input(_base(entry), format)] or files
         taken = taken or [entry for entry in matches if entry.folder]
     if not taken and not tree.unreadable:
         raise InputError(f"{pattern} matches no {'folder' if folders else 'file'}: {_hint(pattern, folders, matches)}")
@@ -253,26 +259,27 @@ def _hint(pattern: str, folders: bool, matches: Sequence[Entry]) -> str:
     return "correct the pattern, or quote it"
 
 
-def _tars_under(folder: str, options: Options, inputs: Inputs) -> list[Entry]:
-    """All tars in a folder and below, sorted; hidden ones are skipped, since most are still being copied."""
+def _files_under(folder: str, format: str, options: Options, inputs: Inputs) -> list[Entry]:
+    """All files of the format in a folder and below, sorted; hidden ones are skipped: most are still being copied."""
     tree = list_tree(folder, options)
     entries = inputs.entries(tree)
-    tars = [entry for entry in entries if _is_tar(_base(entry))]
-    if not tars and not tree.unreadable:
+    files = [entry for entry in entries if _is_input(_base(entry), format)]
+    if not files and not tree.unreadable:
         counts = Counter(extension(entry.url) for entry in entries)
         found = f", but {format_counts(counts)}" if counts else ""
-        raise InputError(
-            f"{folder} holds no tar ({' '.join(TAR_SUFFIXES)}){found}: name another folder{_other(counts)}"
-        )
-    inputs.leave(entry for entry in entries if not _is_tar(_base(entry)))
-    return _with_versions(tars, options)
+        kind = f"tar ({' '.join(TAR_SUFFIXES)})" if format == "tar" else f"Parquet file ({' '.join(PARQUET_SUFFIXES)})"
+        raise InputError(f"{folder} holds no {kind}{found}: name another folder{_other(counts)}")
+    inputs.leave(entry for entry in entries if not _is_input(_base(entry), format))
+    return _with_versions(files, options)
 
 
 def _other(counts: Counter[str]) -> str:
     """The format or command that takes a folder whose files have these extensions."""
     if "npy" in counts:
         return ", or merge these embeddings with clip-batch merge --output"
-    return ", or --format files" if counts else ""
+    if "parquet" in counts:
+        return ", or --format parquet"
+    return ", or --format tar" if "tar" in counts else ", or --format files" if counts else ""
 
 
 def _with_versions(entries: list[Entry], options: Options) -> list[Entry]:
@@ -286,5 +293,11 @@ def _base(entry: Entry) -> str:
     return entry.url.rpartition("/")[2]
 
 
-def _is_tar(name: str) -> bool:
-    return is_tar(name) and not name.startswith(".")
+def _is_input(name: str, format: str) -> bool:
+    """Whether a file in a folder is of the format, by its name.
+
+    Hidden files are not, nor are Spark's `_metadata` and the like, which repeat what stands in others.
+    """
+    if format == "tar":
+        return is_tar(name) and not name.startswith(".")
+    return name.lower().endswith(PARQUET_SUFFIXES) and not name.startswith((".", "_"))

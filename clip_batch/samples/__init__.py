@@ -1,4 +1,4 @@
-"""Samples of webdataset tars and of folders of files: reading, fetching ahead and decoding them."""
+"""Samples of webdataset tars, Parquet files and folders of files: reading, fetching ahead and decoding them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def read_slice(
 
     At most one PassedOver, the last, counts the files that are part of neither.
 
-    A sample without a readable image is a Failure; a Failure whose key is None concerns the shard. `files` fetches
-    remote tars ahead; without it a remote tar is fetched when its first sample is requested.
+    A sample without a readable image is a Failure, unless the plan embeds captions alone; a Failure whose key is None
+    concerns the shard. `files` fetches remote files ahead; without it a remote file is fetched when its first sample is
+    requested.
 
     InputError: the shard is missing or not what was planned. OSError: the store does not answer.
     """
@@ -31,6 +32,10 @@ def read_slice(
         from clip_batch.samples.files import read_files
 
         return read_files(piece, plan, options)
+    if plan.format == "parquet":
+        from clip_batch.samples.parquet.reader import read_parquet
+
+        return read_parquet(piece, plan, options, files)
     from clip_batch.samples.tar.reader import read_tar
 
     return read_tar(piece, plan, options, files)

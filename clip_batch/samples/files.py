@@ -45,8 +45,8 @@ def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) 
     store = Store(piece.shard.url, options)
     for key, names in _planned_listing(piece.shard, plan, options)[piece.start : piece.stop]:
         key = name_text(key)
-        image = _first(names, plan.image_extensions)
-        if image is None:
+        image = _first(names, plan.image_extensions) if "image" in plan.modalities else None
+        if image is None and "image" in plan.modalities:
             extensions = ", ".join(plan.image_extensions)
             yield Failure(key, url, None, "missing_image", f"no file of this key ends in {extensions}")
             continue

@@ -1,7 +1,8 @@
 """Trace a row of the index back to its embedding in OUT and to its image in a tar.
 
-A row's metadata says where its vectors are in OUT (`partition` and `row`) and where its image is (`shard`, `offset` and
-`length`). The manifest says, for each index shard, from which OUT its rows came.
+A row's metadata says where its vectors are in OUT (`partition` and `row`) and where its image is: `shard`, `offset` and
+`length` in a tar, or `shard`, `offset` (the number of the row) and `image_column` in a Parquet file. The manifest says,
+for each index shard, from which OUT its rows came.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
+from clip_batch.samples.parquet.reader import read_image
+from clip_batch.storage.arrow import UNREADABLE
 from clip_batch.storage.names import text_name
 from clip_batch.storage.npy import read_npy_header
 from clip_batch.storage.paths import split_url
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import has_ranges, read_range
-from clip_batch.types import partition_name
+from clip_batch.types import IMAGE_COLUMN, ROW_GROUP, partition_name
 
 Vectors = npt.NDArray[np.float32]
 
@@ -40,7 +43,8 @@ _HEADER = 256
 class Lineage:
     """Where a row came from: its vectors are at `row` of `partition` in OUT `output`, its image is in the tar `shard`.
 
-    `offset` and `length` are None if the image has no byte range, as in a compressed tar, or outside of tars.
+    `offset` and `length` are None if the image has no byte range, as in a compressed tar, or in a folder. If it is in a
+    Parquet file, `offset` is its row there, in the row group `row_group`, and `length` is None.
     """
 
     output: str
@@ -49,6 +53,7 @@ class Lineage:
     shard: str
     offset: int | None
     length: int | None
+    row_group: int | None = None
 
 
 def shard_of(manifest: Manifest, id: int) -> IndexShard:
@@ -86,7 +91,7 @@ def _verified(manifest: Manifest, shard: IndexShard) -> bool:
 def where(manifest: Manifest, id: int, row: dict[str, Any]) -> Lineage:
     """Return the lineage of row `id`, whose metadata is `row`. ConfigError: no such row, or OUT is not recorded."""
     output = _source(manifest, shard_of(manifest, id).source).output
-    image = row["shard"], row["offset"], row["length"]
+    image = row["shard"], row["offset"], row["length"], row.get(ROW_GROUP)
     return Lineage(output, row["partition"], row["row"], *image)
 
 
@@ -154,19 +159,36 @@ def _numbered(store: Store, origin: MergedOutput, folder: str, partition: int) -
     return f"{folder}/{names[0]}"
 
 
+COLUMNS = ("shard", "offset", "length", IMAGE_COLUMN)
+"""The metadata columns that locate a row's image; an index without Parquet files has not the last one."""
+
+
+def has_place(row: dict[str, Any]) -> bool:
+    """Return whether a row's metadata locates its image, in a tar or in a Parquet file."""
+    return None not in (row.get("shard"), row.get("offset"), row.get("length" if _in_tar(row) else IMAGE_COLUMN))
+
+
+def _in_tar(row: dict[str, Any]) -> bool:
+    """Return whether a row's image, if it has a place, is a range of bytes; in a Parquet file it has no length."""
+    return row.get("length") is not None
+
+
 def image(row: dict[str, Any], storage: StorageConfig = StorageConfig()) -> bytes | None:
-    """Read a row's image file by its byte range in a tar; None if it has no range, or if the tar cannot be read.
+    """Read a row's image by its place in a tar or a Parquet file; None if it has none, or if that cannot be read.
 
     Call it only for rows that are `planned`: their `shard` is a URL that our planner recorded, which data cannot
     choose, as a side-car field of that name is never stored there.
     """
-    if row.get("offset") is None or row.get("length") is None:
+    if not has_place(row):
         return None
     folder, name = split_url(text_name(row["shard"]))
     store = Store(folder, storage.storage_options)
     try:
+        if not _in_tar(row):
+            with store.open(name) as file:
+                return read_image(file, row["offset"], row[IMAGE_COLUMN])
         return _read(store, name, row["offset"], row["offset"] + row["length"])
-    except (OSError, InputError):
+    except (OSError, InputError, *UNREADABLE):
         return None
 
 

@@ -26,11 +26,12 @@ class ParquetFile:
     """An open Parquet file: its rows, and `metadata` and `schema` from its footer.
 
     Row groups are read one by one, in file order; reading column by column would request the blocks of a remote
-    file more than once. OSError or one of UNREADABLE: the file is not Parquet, or damaged.
+    file more than once. With a `buffer_size`, only so many bytes of a column are in memory, not a row group's.
+    OSError or one of UNREADABLE: the file is not Parquet, or damaged.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = pq.ParquetFile(file, pre_buffer=False)
+    def __init__(self, file: IO[bytes], buffer_size: int = 0) -> None:
+        self._file = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer_size)
         self.metadata: Any = self._file.metadata
         self.schema: pa.Schema = self._file.schema_arrow
 
@@ -46,8 +47,13 @@ class ParquetFile:
     def pieces(self, rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Read all rows as tables of at most `rows` rows; `columns` as in `read`."""
         for group in range(self.metadata.num_row_groups):
-            for batch in self._file.iter_batches(rows, [group], _names(columns), use_threads=False):
+            for batch in self.batches(group, rows, columns):
                 yield pa.Table.from_batches([batch])
+
+    def batches(self, group: int, rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Read a row group as batches of at most `rows` rows; `columns` as in `read`."""
+        batches: Iterator[pa.RecordBatch] = self._file.iter_batches(rows, [group], _names(columns), use_threads=False)
+        return batches
 
 
 def _names(columns: Sequence[str] | None) -> list[str] | None:
@@ -75,7 +81,7 @@ def _strings(column: pa.ChunkedArray, convert: Callable[[Any], str | None]) -> p
     """Return a column as strings; rows that Arrow cannot convert are given to `convert`."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    raw = column.cast(_undecoded(column.type))  # readers do not check that what a file calls a string is UTF-8
+    raw = column.cast(undecoded(column.type))  # readers do not check that what a file calls a string is UTF-8
     if pa.types.is_floating(raw.type):
         raw = pc.if_else(pc.is_nan(raw), None, raw)
     try:
@@ -84,16 +90,16 @@ def _strings(column: pa.ChunkedArray, convert: Callable[[Any], str | None]) -> p
         return pa.chunked_array([pa.array(map(convert, raw.to_pylist()), pa.string())])
 
 
-def _undecoded(kind: pa.DataType) -> pa.DataType:
+def undecoded(kind: pa.DataType) -> pa.DataType:
     """Return a type with binary in place of strings."""
     if pa.types.is_string(kind) or pa.types.is_string_view(kind):
         return pa.binary()
     if pa.types.is_large_string(kind):
         return pa.large_binary()
     if pa.types.is_list(kind) or pa.types.is_list_view(kind):
-        return pa.list_(_undecoded(kind.value_type))
+        return pa.list_(undecoded(kind.value_type))
     if pa.types.is_large_list(kind):
-        return pa.large_list(_undecoded(kind.value_type))
+        return pa.large_list(undecoded(kind.value_type))
     if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _undecoded(field.type)) for field in kind])
+        return pa.struct([(field.name, undecoded(field.type)) for field in kind])
     return kind

@@ -53,8 +53,8 @@ def as_text(value: Any) -> str | None:
     >>> as_text(["a", b"b", float("nan")]), as_text(float("nan")), as_text(True)
     ('["a", "b", null]', None, 'true')
     """
-    plain = _plain(value)
-    return plain if plain is None or isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+    simple = plain(value)
+    return simple if simple is None or isinstance(simple, str) else json.dumps(simple, ensure_ascii=False)
 
 
 def as_caption(value: Any) -> str | None:
@@ -63,13 +63,13 @@ def as_caption(value: Any) -> str | None:
     >>> as_caption(["", "a cat", "a pet"]), as_caption({"en": "a cat"}), as_caption(7)
     ('a cat', None, '7')
     """
-    plain = _plain(value)
-    if isinstance(plain, list):
-        return next((text for item in plain if (text := as_caption(item)) and not text.isspace()), None)
-    return None if isinstance(plain, dict) else as_text(plain)
+    simple = plain(value)
+    if isinstance(simple, list):
+        return next((text for item in simple if (text := as_caption(item)) and not text.isspace()), None)
+    return None if isinstance(simple, dict) else as_text(simple)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value in terms of strict JSON."""
     if isinstance(value, str):
         return encodable(value)
@@ -80,5 +80,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        return {encodable(str(name)): _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)
+        return {encodable(str(name)): plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else str(value)

@@ -75,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
         ("0.jpg", "0.jpg is a picture: name its folder"),
         ("[01]*", "0.jpg is a picture: name its folder (nor is any other that was looked at of 2"),
         ("page*.tar", "page0.tar is an HTML page, as servers send in place of a file: check the URL"),
-        ("nameless", "nameless is a Parquet file: clip-batch end2end --urls takes a list of URLs"),
+        ("nameless", "nameless is a Parquet file: --format parquet embeds the images or captions in it"),
         ("urls.list", "1.jpg is a picture"),
         ("none.csv", "none.csv is a list: clip-batch end2end --urls downloads and embeds"),
         ("img_emb", "holds no tar (.tar"),
@@ -132,7 +132,7 @@ def test_the_format_is_told_by_looking(folder: Path, remote: bool) -> None:
         "none": "tar",
         "1.jpg": "tar",
         "a.csv": "urls",
-        "b.parquet": "urls",
+        "b.parquet": "parquet",
     }
     assert expand_inputs([f"{root}/pictures"]).format == "files"
     assert [shard.url.removeprefix("memory:/") for shard in expand_inputs([f"{root}/tars"]).shards] == [tar]

@@ -1,4 +1,4 @@
-"""Fetch a row's image file, by its byte range in a tar or by its URL. Any number of threads may fetch at once."""
+"""Fetch a row's image, by its place in a tar or a Parquet file or by its URL; in any number of threads."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import os
 import threading
 from typing import Any, NamedTuple
 
-from clip_batch.errors import ClipBatchError, InputError, Preempted, one_line
+from clip_batch.errors import ClipBatchError, InputError, Preempted, StorageUnavailable, one_line
+from clip_batch.samples.parquet.reader import read_image
 from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import name_and_size
 from clip_batch.samples.tar.scan import scan_links
 from clip_batch.storage import web
+from clip_batch.storage.arrow import UNREADABLE
 from clip_batch.storage.names import text_name
-from clip_batch.storage.paths import is_local, local_path
+from clip_batch.storage.paths import is_local, local_path, split_url
+from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
 
 OPEN = 64
@@ -43,6 +46,7 @@ class Place(NamedTuple):
     offset: int | None
     length: int | None
     url: str | None = None
+    image_column: str | None = None
 
 
 class Fetch:
@@ -55,6 +59,7 @@ class Fetch:
 
     def __init__(self, via: str, options: dict[str, Any], timeout: float, limit: int, private: bool) -> None:
         self._via, self._timeout, self._limit, self._private = via, timeout, limit, private
+        self._options = options
         self.stop = threading.Event()
         self._local = functools.lru_cache(OPEN)(_Tar)
         self._links = functools.lru_cache(OPEN)(functools.partial(scan_links, options=options))
@@ -62,11 +67,13 @@ class Fetch:
 
     def __call__(self, place: Place) -> bytes:
         """Return an image file. Lost: it cannot be fetched. InputError: no package opens the tar's store."""
-        located = None not in (place.shard, place.offset, place.length) and self._via != "url"
-        if located:
-            return self._member(place)
+        if self._via != "url" and None not in (place.shard, place.offset):
+            if place.length is not None:
+                return self._member(place)
+            if place.image_column is not None:
+                return self._row(place, place.image_column)
         if self._via == "tar" or not place.url:
-            absent = "no URL" if self._via == "url" else "no byte range in a tar that our planner recorded"
+            absent = "no URL" if self._via == "url" else "no place in a file that our planner recorded"
             raise Lost("no_place", f"{absent}{' and no URL' if self._via == 'either' else ''}")
         try:
             return web.fetch(place.url, self._limit, self._timeout, self._private)
@@ -97,6 +104,24 @@ class Fetch:
             member = f"member {place.key} of {place.length} bytes at byte {place.offset}"
             raise Lost("changed_tar", f"{place.shard} no longer has {member}: put the planned tar back, or plan again")
         return data[BLOCK:]
+
+    def _row(self, place: Place, column: str) -> bytes:
+        """Return the image in a column of a row of a Parquet file, if the row has the planned key."""
+        assert place.shard is not None and place.offset is not None
+        folder, name = split_url(text_name(place.shard))
+        store = Store(folder, self._options)
+        try:
+            with store.open(name) as file:
+                data = read_image(file, place.offset, column, place.key)
+        except FileNotFoundError:
+            raise Lost("missing_tar", f"{place.shard} does not exist: put it back, or plan again") from None
+        except StorageUnavailable as error:
+            raise Lost("unavailable", one_line(error)) from None
+        except (InputError, OSError, *UNREADABLE) as error:
+            raise Lost("changed_tar", f"{place.shard}: {one_line(error)}") from None
+        if data is None:
+            raise Lost("changed_tar", f"{place.shard} no longer has an image in row {place.offset}: plan again")
+        return data
 
     def _is_member(self, data: bytes, place: Place, shard: str) -> bool:
         """Return whether `data`, a header and the bytes behind it, is the member that was planned at a place."""

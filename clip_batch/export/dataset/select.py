@@ -1,7 +1,7 @@
 """Select the rows of a dataset, by queries or from a folder of `clip-batch filter`, and save them as one mapped file.
 
-    FOLDER/rows.arrow        id, score, query, key, shard, offset, length, url, caption, then the requested columns;
-                             in the order of the tars' bytes, with the rows that have no place in a tar last
+    FOLDER/rows.arrow        id, score, query, key, shard, offset, length, image_column, url, caption, then the
+                             requested columns; in the order of the tars' bytes, rows without a place in a file last
     FOLDER/selection.json    the request, the number of rows of each query, and a digest of the ids
 
 The folder is renamed into place as a whole. If several processes make it at once, the first wins and the others open
@@ -32,6 +32,7 @@ from clip_batch.search.query import Query
 from clip_batch.storage.arrow import ParquetFile
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.store import Store
+from clip_batch.types import IMAGE_COLUMN
 
 if TYPE_CHECKING:
     from clip_batch.config import SearchConfig, StorageConfig
@@ -42,7 +43,7 @@ ROWS, ABOUT = "rows.arrow", "selection.json"
 GROUP = 100_000
 """Rows whose metadata is in memory at a time."""
 
-TAR = {"shard": pa.string(), "offset": pa.int64(), "length": pa.int64()}
+TAR = {"shard": pa.string(), "offset": pa.int64(), "length": pa.int64(), IMAGE_COLUMN: pa.string()}
 PLACE = {**TAR, "url": pa.string()}
 TYPES = {**PLACE, "key": pa.string(), "caption": pa.string()}
 OURS = ("id", "score", "query", "image")
@@ -283,7 +284,7 @@ def _by_place(candidates: _Candidates) -> tuple[Ids, Ids, Ids, bool]:
 def _shaped(table: pa.Table, names: Sequence[str], planned: Runs) -> pa.Table:
     """Return id, score, query and these columns.
 
-    A column that the table lacks is null, and so is a place in a tar that our planner did not record.
+    A column that the table lacks is null, and so is a place in a file that our planner did not record.
     """
     ids = table["id"].to_numpy()
     trusted = np.zeros(len(ids), dtype=bool)

@@ -242,7 +242,7 @@ def _narrowed(query: Query, where: Where | None, unique: bool) -> Query:
 
 def _sample(row: Row, fetch: Fetch, decode: Callable[[bytes], Any], columns: Sequence[str]) -> Row | Failed:
     """Return a row as a sample, with its image in place of those columns of its place that are not in `columns`."""
-    place = Place(row["key"], *(row.get(name) for name in PLACE))
+    place = Place(row["key"], **{name: row.get(name) for name in PLACE})
     for name in PLACE:
         if name not in columns:
             row.pop(name, None)

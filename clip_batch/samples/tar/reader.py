@@ -41,14 +41,16 @@ def read_tar(
 
     dotted = {samples.table[WIDTH * number]: found for number, found in samples.dotted.items()}
     flags = _flags_for_dots(samples, plan)
+    wanted = "image" in plan.modalities
     for key, header, offset, size, caption, caption_size, fields, fields_size in samples.rows():
-        if offset > 0 and offset + size <= end:
+        has_image = offset > 0 and offset + size <= end
+        if has_image or not wanted:
             yield Sample(
                 key,
                 url,
-                None if compressed else base + offset,
-                None if compressed else size,
-                data[offset : offset + size],
+                place(offset) if has_image else None,
+                None if compressed or not has_image else size,
+                data[offset : offset + size] if wanted else None,
                 data[caption : caption + caption_size].tobytes() if 0 < caption <= end - caption_size else None,
                 data[fields : fields + fields_size].tobytes() if 0 < fields <= end - fields_size else None,
                 beside.get(key),
@@ -76,7 +78,7 @@ def read_tar(
         yield Failure(None, url, None, "empty_file", "the file is empty; copy or download it again")
     elif piece.whole and not (samples.keys or samples.damage or problem):
         yield Failure(None, url, None, "empty_shard", "a tar without a single sample; look at what wrote it")
-    if passed_over := samples.passed_over():
+    if passed_over := samples.passed_over(wanted):
         yield PassedOver(url, {name_text(kind): count for kind, count in passed_over.items()})
 
 

@@ -89,13 +89,14 @@ class TarSamples(NamedTuple):
         """The offset of each sample's image; 0 where there is none."""
         return self.table[1::WIDTH]
 
-    def passed_over(self) -> Counter[str]:
+    def passed_over(self, needs_image: bool = True) -> Counter[str]:
         """Number of members that are part of no sample that has an image, and of no failure, by extension.
 
         The failure of a sample without an image stands for its parts and for one other member, or if it has members
-        that are images but for a dot, for these: each of them is a failure.
+        that are images but for a dot, for these: each of them is a failure. Without `needs_image` there are no such
+        failures.
         """
-        images = self.images
+        images = self.images if needs_image else [1] * len(self.keys)
         passed = Counter(self.ignored)
         for number, members in self.dotted.items():
             if images[number]:

@@ -1,8 +1,8 @@
-"""The original image of a row, read from its tar at the byte range in the metadata."""
+"""The original image of a row, read from its tar or its Parquet file at the place in the metadata."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from clip_batch.samples import kinds
@@ -14,22 +14,13 @@ if TYPE_CHECKING:
 SHOWN = ("jpeg", "png", "webp", "gif", "bmp", "avif")
 """Formats that browsers show."""
 
-COLUMNS = ("shard", "offset", "length")
-"""The metadata columns that locate a row's image."""
-
-
-def has_image(row: dict[str, Any]) -> bool:
-    """Whether a row's metadata locates its image."""
-    return all(row.get(name) is not None for name in COLUMNS)
-
 
 def original(version: OpenVersion, row: int) -> bytes | None:
-    """Return the image bytes of a row, or None if its metadata locates none or its tar is gone. Blocks."""
-    if not version.planned(row) or not set(COLUMNS) <= set(version.columns):
+    """Return the image bytes of a row, or None if its metadata locates none or its file is gone. Blocks."""
+    columns = [name for name in lineage.COLUMNS if name in version.columns]
+    if not version.planned(row) or "shard" not in columns:
         return None
-    (location,) = version.searcher.metadata([row], list(COLUMNS))
-    if not has_image(location):
-        return None
+    (location,) = version.searcher.metadata([row], columns)
     return lineage.image(location, version.searcher.storage)
 
 

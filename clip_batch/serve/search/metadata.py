@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from clip_batch.search import lineage
 from clip_batch.search.rows import Ids
-from clip_batch.serve.search.images import COLUMNS, has_image
 
 if TYPE_CHECKING:
     from clip_batch.serve.search.live import OpenVersion
@@ -24,11 +24,10 @@ def metadata(
     service: Service, version: OpenVersion, ids: Ids, columns: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[bool]]:
     """Return columns of rows (n,), and whether each row has an image that can be read. Blocks."""
-    located = [name for name in COLUMNS if name in version.columns]
+    located = [name for name in lineage.COLUMNS if name in version.columns]
     with service.metrics.steps["metadata_get_time"].time():
         rows = version.searcher.metadata(ids, list(dict.fromkeys([*columns, *located])))
-    complete = len(located) == len(COLUMNS)
-    readable = [complete and has_image(row) and version.planned(int(id)) for id, row in zip(ids, rows, strict=True)]
+    readable = [lineage.has_place(row) and version.planned(int(id)) for id, row in zip(ids, rows, strict=True)]
     return [_to_json({name: row[name] for name in columns}) for row in rows], readable
 
 
