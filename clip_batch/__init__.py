@@ -48,17 +48,26 @@ from clip_batch.errors import (
 from clip_batch.types import Hit, Plan
 
 if _typing.TYPE_CHECKING:
-    from clip_batch.client import AsyncClient, Client, FakeService
+    from clip_batch.api.index import filter, remove, sweep, versions
+    from clip_batch.api.output import status, verify
+    from clip_batch.client import AsyncClient, Client, FakeService, ServiceHits
     from clip_batch.embeddings.embed import Outcome, embed
     from clip_batch.embeddings.encoder import Encoder
+    from clip_batch.embeddings.status import OutputStatus
+    from clip_batch.embeddings.verify import VerifyReport
     from clip_batch.export.arrow import RowDataset, read
     from clip_batch.export.dataset import FilteredDataset
+    from clip_batch.export.filter import Filtered
     from clip_batch.index.manifest import Manifest
     from clip_batch.index.merge.merge import merge
+    from clip_batch.index.merge.sweep import Sweep
+    from clip_batch.index.remove import RemoveReport
+    from clip_batch.index.versions import VersionInfo
     from clip_batch.plan.plan import make_plan
     from clip_batch.search.query import Query, QueryTerm
     from clip_batch.search.results import SearchResult
     from clip_batch.search.searcher import Searcher
+    from clip_batch.serve.search.app import make_app
 
 __version__ = "0.1.0"
 
@@ -76,6 +85,7 @@ __all__ = [
     "Encoder",
     "EncoderError",
     "FakeService",
+    "Filtered",
     "FilteredDataset",
     "Hit",
     "IncompleteError",
@@ -83,6 +93,7 @@ __all__ = [
     "Manifest",
     "MergeConfig",
     "Outcome",
+    "OutputStatus",
     "PartitionFailed",
     "Plan",
     "PlanConfig",
@@ -90,24 +101,36 @@ __all__ = [
     "Preempted",
     "Query",
     "QueryTerm",
+    "RemoveReport",
     "RowDataset",
     "SearchConfig",
     "SearchResult",
     "Searcher",
     "ServeConfig",
     "ServiceError",
+    "ServiceHits",
     "ServiceUnavailable",
     "SlurmConfig",
     "SparkConfig",
     "StorageConfig",
     "StorageUnavailable",
     "SubmitConfig",
+    "Sweep",
     "SweepConfig",
+    "VerifyReport",
+    "VersionInfo",
     "embed",
     "errors",
+    "filter",
+    "make_app",
     "make_plan",
     "merge",
     "read",
+    "remove",
+    "status",
+    "sweep",
+    "verify",
+    "versions",
 ]
 
 _HOMES = {
@@ -115,18 +138,32 @@ _HOMES = {
     "Client": "client",
     "Encoder": "embeddings.encoder",
     "FakeService": "client",
+    "Filtered": "export.filter",
     "FilteredDataset": "export.dataset",
+    "ServiceHits": "client",
     "Manifest": "index.manifest",
     "Outcome": "embeddings.embed",
+    "OutputStatus": "embeddings.status",
     "Query": "search.query",
     "QueryTerm": "search.query",
+    "RemoveReport": "index.remove",
     "RowDataset": "export.arrow",
     "SearchResult": "search.results",
     "Searcher": "search.searcher",
+    "Sweep": "index.merge.sweep",
+    "VerifyReport": "embeddings.verify",
+    "VersionInfo": "index.versions",
     "embed": "embeddings.embed",
+    "filter": "api.index",
+    "make_app": "serve.search.app",
     "make_plan": "plan.plan",
     "merge": "index.merge.merge",
     "read": "export.arrow",
+    "remove": "api.index",
+    "status": "api.output",
+    "sweep": "api.index",
+    "verify": "api.output",
+    "versions": "api.index",
 }
 """The modules of the names that are loaded when they are first used."""
 

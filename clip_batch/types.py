@@ -7,7 +7,7 @@ as fast: there is one for each sample that is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypedDict
 
@@ -330,6 +330,27 @@ class Hit:
     score: float
     metadata: dict[str, Any]
     aesthetic: float | None = None
+
+    def image(self) -> bytes:
+        """The image file, of the version of the index that was searched; by a second request where `Client` searched.
+
+        LookupError: it cannot be read from a tar, or the hit does not come from a search or has been pickled. From a
+        Client, errors as of `Client.image`.
+        """
+        read: Callable[[Hit], bytes | None] | None = self.__dict__.get("_read")
+        if read is None:
+            raise LookupError(f"row {self.id} is not bound to a search: take Client.image or Searcher.image")
+        if (data := read(self)) is None:
+            raise LookupError(f"row {self.id} has no image that can be read from a tar")
+        return data
+
+    def bound(self, read: Callable[[Hit], bytes | None]) -> Hit:
+        """The same hit, whose `image` calls `read`; it is no field, so that hits compare and copy without it."""
+        self.__dict__["_read"] = read
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_read"}
 
 
 def parse_numbers(text: str) -> list[int]:

@@ -29,6 +29,7 @@ FOLDERS = (
     "launch",
     "export",
     "serve",
+    "api",
     "demo",
     "cli",
 )

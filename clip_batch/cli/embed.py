@@ -164,7 +164,8 @@ def report(arguments: JsonArguments, outcomes: Sequence[Outcome], allow_empty: b
     if empty and not allow_empty:
         print("look at its input and options; --allow-empty accepts partitions without a row", file=sys.stderr)
     rows, bad = sum(outcome.rows for outcome in outcomes), sum(outcome.failed for outcome in outcomes)
-    text = f"{len(outcomes) - len(failed)} partitions done, {rows:,} samples embedded, {bad:,} listed as failed"
+    done = counted(len(outcomes) - len(failed), "partition")
+    text = f"{done} done, {counted(rows, 'sample')} embedded, {bad:,} listed as failed"
     if passed_over := sum((Counter(outcome.passed_over) for outcome in outcomes), Counter[str]()):
         text += f", passed over: {format_counts(passed_over)}"
     if warnings := sum((Counter(outcome.warnings) for outcome in outcomes), Counter[str]()):

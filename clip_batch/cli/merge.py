@@ -10,6 +10,7 @@ from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArgume
 from clip_batch.config import MergeConfig, StorageConfig, SweepConfig
 from clip_batch.config.values import Count
 from clip_batch.errors import ConfigError
+from clip_batch.types import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def merge(arguments: MergeArguments, merge: MergeConfig, storage: StorageConfig)
         summary = {"task": task, "version": job.version, "index_shards": job.shards}
         answer(arguments, summary, f"{task} done of version {job.version}, which has {job.shards} index shards")
         return 0
-    text = f"merged {manifest.rows:,} rows into {len(manifest.shards)} index shards: {index}"
+    text = f"merged {counted(manifest.rows, 'row')} into {counted(len(manifest.shards), 'index shard')}: {index}"
     answer(arguments, json.loads(manifest.to_json()), text)
     return 0
 
@@ -118,8 +119,9 @@ def remove(arguments: RemoveArguments, storage: StorageConfig) -> int:
     from clip_batch.index import remove as stage
 
     report = stage.remove(arguments.index_folder, arguments.keys, arguments.column, storage, say)
-    text = f"{report.rows:,} rows of the live version removed by {report.values:,} values of {arguments.column}"
+    text = f"{counted(report.rows, 'row')} of the live version removed by {counted(report.values, 'value')}"
+    text += f" of {arguments.column}"
     if report.missing:
-        text += f"; {report.missing:,} values have no row in it, such as {', '.join(report.examples)}"
+        text += f"; {counted(report.missing, 'value')} without a row in it, such as {', '.join(report.examples)}"
     answer(arguments, asdict(report), text)
     return 0

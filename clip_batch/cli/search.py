@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from clip_batch.cli.arguments import IndexArguments, JsonArguments, answer, say
 from clip_batch.config import SearchConfig, StorageConfig
 from clip_batch.config.texts import query_text, shell_text
 from clip_batch.config.values import ANY
 from clip_batch.errors import ConfigError
+from clip_batch.types import counted
 
 if TYPE_CHECKING:
     from clip_batch.search.query import Query, QueryTerm
@@ -57,6 +58,8 @@ class FilterArguments(QueryArguments):
     """The folder to write: a path, or any URL that fsspec opens."""
     images: bool = False
     """Copy the rows' images too, into tars."""
+    images_from: Literal["tar", "path", "url"] = "tar"
+    """Where images are copied from: byte ranges in planned tars, or the files that column image_path, or url, names."""
 
 
 def filter(arguments: FilterArguments, search: SearchConfig, storage: StorageConfig) -> int:
@@ -67,11 +70,11 @@ def filter(arguments: FilterArguments, search: SearchConfig, storage: StorageCon
 
     query = _query(arguments, search, search.k if search.threshold is None else None)
     with Searcher(arguments.index_folder, storage, config=search) as searcher:
-        done = filter_rows(
-            searcher, query, Store(arguments.output, storage.storage_options), arguments.images, search.columns or None
-        )
-    text = f"{done.rows:,} rows, {done.images:,} images: {arguments.output}"
-    text += f"; {done.missing:,} images are not in a tar that can be read" if done.missing else ""
+        store = Store(arguments.output, storage.storage_options)
+        done = filter_rows(searcher, query, store, arguments.images, search.columns or None, arguments.images_from)
+    text = f"{counted(done.rows, 'row')}, {counted(done.images, 'image')}: {arguments.output}"
+    place = {"tar": "a tar", "path": "an image_path", "url": "a url"}[arguments.images_from]
+    text += f"; {counted(done.missing, 'image')} could not be read from {place}" if done.missing else ""
     text += "" if done.complete else f"; fewer than {search.k:,}, and there may be more: lower --k"
     answer(arguments, asdict(done), text)
     return 0

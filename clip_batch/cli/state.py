@@ -9,7 +9,7 @@ from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArgume
 from clip_batch.cli.embed import report
 from clip_batch.config import EmbedConfig, StorageConfig
 from clip_batch.errors import ConfigError
-from clip_batch.types import format_counts
+from clip_batch.types import counted, format_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,10 @@ def verify(arguments: VerifyArguments, storage: StorageConfig) -> int:
     for name, problem in (*report.problems.items(), *report.empty.items()):
         print(f"{name}: {problem}", file=sys.stderr)
     proof = "deep" if arguments.deep else "quick"
-    text = f"{report.checked - len(report.problems)} of {report.checked} sound ({proof}), {report.rows:,} rows"
+    text = f"{report.checked - len(report.problems)} of {report.checked} sound ({proof}), {counted(report.rows, 'row')}"
     text += f", {report.failed:,} listed as failed" if report.failed else ""
     text += f", passed over: {format_counts(report.passed_over)}" if report.passed_over else ""
-    text += f", {len(report.empty):,} partitions without a row" if report.empty else ""
+    text += f", {counted(len(report.empty), 'partition')} without a row" if report.empty else ""
     answer(arguments, {"ok": report.ok, **asdict(report)}, text)
     return 0 if report.ok else 1
 
@@ -102,5 +102,5 @@ def gc(arguments: GcArguments, storage: StorageConfig) -> int:
     store = Store(arguments.output, storage.storage_options)
     count_partitions(store)  # refuses a folder without a plan, such as a mistyped one
     removed = gc(store, arguments.everything)
-    answer(arguments, removed, f"{len(removed)} files removed")
+    answer(arguments, removed, f"{counted(len(removed), 'file')} removed")
     return 0

@@ -6,26 +6,31 @@ What is sent and how a response is read lies in `requests`; these classes send, 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import httpx2
 
 from clip_batch.client import requests
+from clip_batch.client.hits import ServiceHits
 from clip_batch.client.requests import Image, SearchArguments, ServiceRequest, T
 from clip_batch.errors import ConfigError, ServiceError, ServiceUnavailable, one_line
-from clip_batch.types import Hit
 
 if TYPE_CHECKING:
     from clip_batch.client.requests import Vectors
 
 RETRIED = frozenset({429, 502, 503, 504})
 """HTTP statuses of requests that may succeed later (RFC 6585, RFC 9110)."""
+
+_POLL = 0.2
+"""Seconds between two looks whether a service is ready."""
 
 MAX_PAUSE = 60.0
 """The longest wait before a request is repeated, in seconds, whatever the service says."""
@@ -41,11 +46,12 @@ class _Connection:
             parsed = httpx2.URL(url)
         except httpx2.InvalidURL as error:
             raise ConfigError(f"service URL {url!r}: {error}") from None
+        _check_options(token, timeout, retries)
         self.url = str(parsed.copy_with(userinfo=b"")).rstrip("/")  # without a password, because messages contain it
         self.retries = retries
         self._options: dict[str, Any] = {
             "base_url": str(parsed).rstrip("/") + "/",
-            "timeout": timeout,
+            "timeout": float(timeout),
             "headers": {"authorization": f"Bearer {token}"} if token else {},
         }
 
@@ -58,6 +64,18 @@ class _Connection:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             what = one_line(f"{type(error).__name__}: {error}", 500)
             raise ServiceError(f"{self.url}/{request.path} responds as no clip-batch service does ({what})") from error
+
+    def _ready(self, response: httpx2.Response) -> httpx2.Response:
+        """The response of a service that is ready. ServiceUnavailable: not yet. ServiceError: it is another service."""
+        if response.is_success:
+            return response
+        if response.status_code in RETRIED:
+            raise ServiceUnavailable(_problems(response), response.status_code)
+        raise ServiceError(f"{self.url} answers {response.status_code}: {_detail(response)}", response.status_code)
+
+    def _not_ready(self, error: Exception, timeout: float) -> ServiceUnavailable:
+        why = one_line(error, 500)
+        return ServiceUnavailable(f"{self.url} is not ready after {timeout:g} s: {why}", getattr(error, "status", None))
 
     def _check(self, attempt: int, result: httpx2.Response | httpx2.HTTPError) -> float | httpx2.Response:
         """The response if it is a success, or the seconds to wait before a retry; raises if neither makes sense."""
@@ -110,23 +128,41 @@ class Client(_Connection):
         """Close the connections."""
         self._http.close()
 
-    def search(self, **query: Unpack[SearchArguments]) -> list[Hit]:
-        """The hits of one query, best first."""
-        return self._send(requests.search(query))
+    def wait(self, timeout: float = 60.0) -> Self:
+        """Wait until the service runs and every index is open with its encoder; the client itself.
+
+        ServiceUnavailable says what is missing after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._read(requests.READY, self._ready(self._http.get(requests.READY.path)))
+                return self
+            except (httpx2.HTTPError, ServiceUnavailable) as error:
+                if time.monotonic() >= deadline:
+                    raise self._not_ready(error, timeout) from None
+            time.sleep(_POLL)
+
+    def search(self, text: str | None = None, /, **query: Unpack[SearchArguments]) -> ServiceHits:
+        """The hits of one query, best first: `client.search("a red bicycle", k=5)`.
+
+        They carry what the service says of the search; `hits[0].image()` is an original image file.
+        """
+        return self._bound(self._send(requests.search(requests.with_text(text, query))))
 
     def search_many(
         self, queries: Iterable[str | SearchArguments], /, concurrency: int = 8, **common: Unpack[SearchArguments]
-    ) -> Iterator[list[Hit]]:
+    ) -> Iterator[ServiceHits]:
         """The hits of each query (a str is a text), in order, with at most `concurrency` requests in progress."""
-        waiting: deque[Future[list[Hit]]] = deque()
+        waiting: deque[Future[ServiceHits]] = deque()
         with ThreadPoolExecutor(concurrency) as pool:
             try:
                 for query in queries:
                     waiting.append(pool.submit(self._send, requests.search(requests.with_common(query, common))))
                     if len(waiting) > concurrency:
-                        yield waiting.popleft().result()
+                        yield self._bound(waiting.popleft().result())
                 while waiting:
-                    yield waiting.popleft().result()
+                    yield self._bound(waiting.popleft().result())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -138,9 +174,15 @@ class Client(_Connection):
         """The vectors of images, float32 (n, d) of unit norm, by the encoder of `index`."""
         return requests.stack([self._send(part) for part in requests.embed("images", images, index)])
 
-    def image(self, index: str, id: int) -> bytes:
-        """The original image file of a row."""
-        return self._send(requests.image(index, id))
+    def image(self, index: str, id: int, version: str | None = None) -> bytes:
+        """The original image file of a row. ServiceError: `version` is not the live one, or there is no such image."""
+        return self._send(requests.image(index, id, version))
+
+    def _bound(self, hits: ServiceHits) -> ServiceHits:
+        """The hits, each with its image of the version that was searched."""
+        for hit in hits:
+            hit.bound(lambda hit: self.image(hits.index_name, hit.id, hits.version))
+        return hits
 
     def metadata(self, index: str, ids: Sequence[int]) -> list[dict[str, Any]]:
         """The metadata of rows, in the order of `ids`."""
@@ -189,15 +231,27 @@ class AsyncClient(_Connection):
         """Close the connections."""
         await self._http.aclose()
 
-    async def search(self, **query: Unpack[SearchArguments]) -> list[Hit]:
-        """As `Client.search`."""
-        return await self._send(requests.search(query))
+    async def wait(self, timeout: float = 60.0) -> Self:
+        """As `Client.wait`."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._read(requests.READY, self._ready(await self._http.get(requests.READY.path)))
+                return self
+            except (httpx2.HTTPError, ServiceUnavailable) as error:
+                if time.monotonic() >= deadline:
+                    raise self._not_ready(error, timeout) from None
+            await asyncio.sleep(_POLL)
+
+    async def search(self, text: str | None = None, /, **query: Unpack[SearchArguments]) -> ServiceHits:
+        """As `Client.search`; an image is had by `await client.image(hits.index_name, hit.id, hits.version)`."""
+        return await self._send(requests.search(requests.with_text(text, query)))
 
     async def search_many(
         self, queries: Iterable[str | SearchArguments], /, concurrency: int = 8, **common: Unpack[SearchArguments]
-    ) -> AsyncIterator[list[Hit]]:
+    ) -> AsyncIterator[ServiceHits]:
         """As `Client.search_many`, for `async for`."""
-        waiting: deque[asyncio.Task[list[Hit]]] = deque()
+        waiting: deque[asyncio.Task[ServiceHits]] = deque()
         try:
             for query in queries:
                 if len(waiting) >= concurrency:
@@ -218,9 +272,9 @@ class AsyncClient(_Connection):
         """As `Client.embed_image`."""
         return requests.stack([await self._send(part) for part in requests.embed("images", images, index)])
 
-    async def image(self, index: str, id: int) -> bytes:
+    async def image(self, index: str, id: int, version: str | None = None) -> bytes:
         """As `Client.image`."""
-        return await self._send(requests.image(index, id))
+        return await self._send(requests.image(index, id, version))
 
     async def metadata(self, index: str, ids: Sequence[int]) -> list[dict[str, Any]]:
         """As `Client.metadata`."""
@@ -245,6 +299,16 @@ class AsyncClient(_Connection):
             attempt += 1
 
 
+def _check_options(token: Any, timeout: Any, retries: Any) -> None:
+    """ConfigError: an option of a client is of the wrong type or size."""
+    if token is not None and not isinstance(token, str):
+        raise ConfigError(f"token is a {type(token).__name__}: it must be a text")
+    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not 0 < float(timeout) < math.inf:
+        raise ConfigError(f"timeout is {timeout!r}: it must be a number of seconds over 0")
+    if isinstance(retries, bool) or not isinstance(retries, Integral) or int(retries) < 0:
+        raise ConfigError(f"retries is {retries!r}: it must be a whole number, 0 or more")
+
+
 def back_off(attempt: int) -> float:
     """Seconds before a retry: a random part of 0.25 * 2**attempt, so that clients do not return all at once."""
     return random.uniform(0.5, 1.0) * min(0.25 * 2.0**attempt, MAX_PAUSE)
@@ -259,6 +323,15 @@ def retry_after(header: str | None) -> float | None:
     except (ValueError, OverflowError):
         return None
     return min(max(seconds, 0.0), MAX_PAUSE)
+
+
+def _problems(response: httpx2.Response) -> str:
+    """What /readyz says is missing, on one line."""
+    try:
+        problems = response.json()["problems"]
+        return one_line("; ".join(f"{name}: {problem}" for name, problem in problems.items()), 500) or "not ready"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return _detail(response)
 
 
 def _detail(response: httpx2.Response) -> str:

@@ -50,6 +50,10 @@ class FakeService:
 
     def fail(self, status: int, detail: str = "as the test asks", times: int = 1) -> None:
         """Answer the next `times` requests with an HTTP status, such as 503, and an error message."""
+        if isinstance(status, bool) or not isinstance(status, int) or not 400 <= status <= 599:
+            raise ConfigError(f"status is {status!r}: it must be an HTTP status of an error, 400 to 599")
+        if isinstance(times, bool) or not isinstance(times, int) or times < 0:
+            raise ConfigError(f"times is {times!r}: it must be a whole number, 0 or more")
         headers = {"retry-after": "0"} if status in (429, 503) else {}
         self._errors += [httpx2.Response(status, json={"detail": detail}, headers=headers) for _ in range(times)]
 
@@ -91,12 +95,16 @@ class FakeService:
         threshold, columns = body.get("threshold", -1.0), body.get("columns")
         hits = [hit for hit in self.hits if hit.score >= threshold][: body.get("k", 10)]
         answers = [
-            {"id": hit.id, "score": hit.score, "metadata": {name: hit.metadata.get(name) for name in columns}}
-            if columns is not None
-            else {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
+            {
+                "id": hit.id,
+                "score": hit.score,
+                "image": f"/v1/image/{self.index}/{hit.id}?version=fake" if hit.id in self.images else None,
+                "metadata": hit.metadata if columns is None else {name: hit.metadata.get(name) for name in columns},
+            }
             for hit in hits
         ]
-        return httpx2.Response(200, json={"hits": answers, "index": self.index})
+        rest = {"index": self.index, "version": "fake", "scanned": len(self.hits), "complete": True}
+        return httpx2.Response(200, json={"hits": answers, **rest})
 
     def _vector(self, item: str) -> list[float]:
         """A vector (dim,) of unit norm that depends on the item alone."""

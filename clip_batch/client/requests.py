@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
 
+from clip_batch.client.hits import ServiceHits
 from clip_batch.config.paths import path_text
 from clip_batch.config.texts import query_text
 from clip_batch.errors import ConfigError
@@ -76,9 +77,18 @@ class ServiceRequest(Generic[T]):
     raw: bool = False
 
 
-def search(query: SearchArguments) -> ServiceRequest[list[Hit]]:
+def search(query: SearchArguments) -> ServiceRequest[ServiceHits]:
     """POST /v1/search. ConfigError: an image cannot be read, or a vector has NaN."""
-    return ServiceRequest("POST", "v1/search", _plain(query), lambda answer: [_hit(hit) for hit in answer["hits"]])
+    return ServiceRequest("POST", "v1/search", _plain(query), _hits)
+
+
+def with_text(text: str | None, query: SearchArguments) -> SearchArguments:
+    """The arguments of a search, with a text that stands alone before them. ConfigError: there are two texts."""
+    if text is None:
+        return query
+    if "text" in query:
+        raise ConfigError("a search is given two texts: give one")
+    return {**query, "text": text}
 
 
 def embed(kind: str, items: Any, index: str | None) -> list[ServiceRequest[Vectors]]:
@@ -93,9 +103,11 @@ def embed(kind: str, items: Any, index: str | None) -> list[ServiceRequest[Vecto
     ]
 
 
-def image(index: str, id: int) -> ServiceRequest[bytes]:
-    """GET /v1/image/{index}/{id}."""
-    return ServiceRequest("GET", f"v1/image/{quote(index, safe='')}/{operator.index(id)}", None, bytes, raw=True)
+def image(index: str, id: int, version: str | None = None) -> ServiceRequest[bytes]:
+    """GET /v1/image/{index}/{id}, of a version."""
+    of_version = f"?version={quote(version, safe='')}" if version else ""
+    path = f"v1/image/{quote(index, safe='')}/{operator.index(id)}{of_version}"
+    return ServiceRequest("GET", path, None, bytes, raw=True)
 
 
 def metadata(index: str, ids: Sequence[int]) -> ServiceRequest[list[dict[str, Any]]]:
@@ -108,6 +120,9 @@ def metadata(index: str, ids: Sequence[int]) -> ServiceRequest[list[dict[str, An
 
     return ServiceRequest("POST", "metadata", {"ids": numbers, "indice_name": index}, read)
 
+
+READY: ServiceRequest[None] = ServiceRequest("GET", "readyz", None, lambda answer: None)
+"""GET /readyz, whose response is a success once every index is open with its encoder."""
 
 INDICES: ServiceRequest[list[dict[str, Any]]] = ServiceRequest(
     "GET", "v1/indices", None, lambda answer: list(answer["indices"])
@@ -162,5 +177,19 @@ def _vectors(rows: Any) -> Vectors:
     return np.asarray(rows, dtype=np.float32)
 
 
+def _hits(answer: Mapping[str, Any]) -> ServiceHits:
+    return ServiceHits(
+        map(_hit, answer["hits"]),
+        str(answer.get("index", "")),
+        str(answer.get("version", "")),
+        int(answer.get("scanned", 0)),
+        bool(answer.get("complete", True)),
+        [int(hit["id"]) for hit in answer["hits"] if hit.get("image")],
+    )
+
+
 def _hit(hit: Mapping[str, Any]) -> Hit:
-    return Hit(int(hit["id"]), float(hit["score"]), dict(hit["metadata"]))
+    aesthetic = hit.get("aesthetic")
+    return Hit(
+        int(hit["id"]), float(hit["score"]), dict(hit["metadata"]), None if aesthetic is None else float(aesthetic)
+    )

@@ -51,6 +51,7 @@ from clip_batch.types import (
     Sample,
     Slice,
     StrPath,
+    counted,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Outcome:
     @property
     def line(self) -> str:
         """The outcome as one line of text."""
-        counts = f"{self.rows:,} samples embedded, {self.failed:,} listed as failed"
+        counts = f"{counted(self.rows, 'sample')} embedded, {self.failed:,} listed as failed"
         counts += f"; {self.hint}" if self.hint else ""
         return f"partition {self.partition} {self.state}: {self.error or self.empty or counts}"
 

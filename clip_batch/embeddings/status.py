@@ -9,8 +9,9 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from clip_batch.config import html
 from clip_batch.embeddings import submission, workers
 from clip_batch.embeddings.attempts import last_errors
 from clip_batch.embeddings.commits import read_commits
@@ -18,7 +19,7 @@ from clip_batch.embeddings.workers import CommitCounts, WorkerRecord
 from clip_batch.plan.plan import count_partitions
 from clip_batch.plan.state import commit_names
 from clip_batch.storage.store import Store
-from clip_batch.types import format_numbers
+from clip_batch.types import counted, format_numbers
 
 LONGEST_COMMAND = 2000
 """A relaunch command names the missing partitions if their numbers take at most this many characters."""
@@ -62,6 +63,10 @@ class OutputStatus:
     eta_seconds: int | None
     gpu_hours: float
     relaunch: str | None
+
+    def _repr_html_(self) -> str:
+        names = {"missing": len(self.missing), "running": len(self.running), "workers": len(self.workers)}
+        return html.table({**asdict(self), **names})
 
 
 def status(store: Store) -> OutputStatus:
@@ -135,7 +140,7 @@ def describe(status: OutputStatus) -> str:
         f"{status.done:,} of {status.partitions:,} partitions done, {len(status.missing):,} missing: "
         f"{len(status.running):,} of them running on {len(status.workers):,} workers, "
         f"{len(status.failed):,} failed when last tried",
-        f"{status.rows:,} samples embedded, {status.images_per_second:,} images/s"
+        f"{counted(status.rows, 'sample')} embedded, {status.images_per_second:,} images/s"
         + (f", ETA {_duration(status.eta_seconds)}" if status.eta_seconds else "")
         + (f", {status.gpu_hours:,} GPU-hours" if status.gpu_hours else ""),
     ]

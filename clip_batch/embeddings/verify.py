@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from clip_batch.config import html
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.errors import CorruptError
 from clip_batch.plan import paths
@@ -39,6 +40,9 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether there is no problem."""
         return not self.problems
+
+    def _repr_html_(self) -> str:
+        return html.table({"ok": self.ok, **asdict(self)})
 
 
 def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | None = None) -> VerifyReport:

@@ -13,15 +13,18 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_batch.errors import ConfigError, some
+from clip_batch.config import StorageConfig
+from clip_batch.errors import ClipBatchError, ConfigError, some
 from clip_batch.samples import kinds
 from clip_batch.search import lineage
 from clip_batch.search.checks import check_columns
@@ -29,7 +32,8 @@ from clip_batch.search.find import THOROUGH, best_rows, rows_over
 from clip_batch.search.query import Query
 from clip_batch.search.rows import Ids, Vectors
 from clip_batch.search.searcher import Searcher
-from clip_batch.storage.store import Store
+from clip_batch.storage import web
+from clip_batch.storage.store import Store, read_url
 
 GROUP = 10_000
 """Rows of a Parquet row group and of a tar, which are in memory at a time."""
@@ -40,13 +44,22 @@ FILE = 100 * GROUP
 
 _ABOUT = "filter.json"
 
+ImagesFrom = Literal["tar", "path", "url"]
+"""Where the pictures of rows are copied from."""
+
+_COLUMN = {"path": "image_path", "url": "url"}
+"""The metadata column that says where a picture is."""
+
+_READERS, _TIMEOUT, _LARGEST, _PRIVATE = 32, 10.0, 2**26, False
+"""Files and URLs that are read at a time, seconds and bytes of one URL, and whether addresses may be private ones."""
+
 
 @dataclass(frozen=True)
 class Filtered:
     """What `filter_rows` wrote.
 
-    `missing` images have no byte range in a tar, or are no longer in it. `complete` is false if fewer than k rows were
-    found and a deeper search might find more.
+    `missing` images are not where they were looked for: they have no byte range in a tar, or are no longer in it.
+    `complete` is false if fewer than k rows were found and a deeper search might find more.
     """
 
     rows: int
@@ -56,20 +69,31 @@ class Filtered:
 
 
 def filter_rows(
-    searcher: Searcher, query: Query, store: Store, images: bool = False, columns: Sequence[str] | None = None
+    searcher: Searcher,
+    query: Query,
+    store: Store,
+    images: bool = False,
+    columns: Sequence[str] | None = None,
+    images_from: ImagesFrom = "tar",
 ) -> Filtered:
     """Write the k best rows of a query to the folder `store`; with a threshold and no `k`, every row over it.
 
-    `columns` are the metadata columns to write; None writes all. Every row over a threshold is written in the order of
-    the index, the k best are written best first. The result of an earlier run is replaced. Memory: one index shard's
-    ids and scores (with `unique`, those of all rows), and 10,000 rows. ConfigError: the folder has files, but no result
-    of an earlier run; and the errors of `Searcher.find`.
+    `columns` are the metadata columns to write; None writes all. `images` copies pictures into tars from where
+    `images_from` says: their byte range in a tar that our planner recorded ("tar"), or as clip-retrieval's own filter
+    does, the file that the column image_path names ("path") or the one at the column url ("url"). Every row over a
+    threshold is written in the order of the index, the k best are written best first. The result of an earlier run is
+    replaced. Memory: one index shard's ids and scores (with `unique`, those of all rows), and 10,000 rows. ConfigError:
+    the folder has files, but no result of an earlier run; and the errors of `Searcher.find`.
     """
     if (present := store.list("")) and _ABOUT not in present:
         where = f"{store.url} has files that are no result of a filter ({some(present)})"
         raise ConfigError(f"{where}: name another --output, or remove them if an interrupted filter left them")
     if columns is not None:
         check_columns(searcher.schema, columns)
+    if images_from not in get_args(ImagesFrom):
+        raise ConfigError(f"images_from is {images_from!r}: it must be one of {', '.join(get_args(ImagesFrom))}")
+    if images and images_from != "tar":
+        check_columns(searcher.schema, [_COLUMN[images_from]])
     complete = True
     pieces: Iterator[tuple[Vectors, Ids]]
     if query.threshold is not None and query.k is None:
@@ -92,7 +116,7 @@ def filter_rows(
             writer.write_table(written)
             rows += len(table)
             if images:
-                images_copied = _copy_images(searcher, table, store, f"images/{number:05d}.tar")
+                images_copied = _copy_images(searcher, table, store, f"images/{number:05d}.tar", images_from)
                 copied, missing = copied + images_copied, missing + len(table) - images_copied
     result = Filtered(rows, copied, missing, complete)
     about = {"index": searcher.manifest.version, **query.describe(), "planned": lineage.planned(searcher.manifest)}
@@ -120,14 +144,12 @@ def _table(searcher: Searcher, scores: Vectors, ids: Ids) -> pa.Table:
     return table.select(kept).add_column(0, "score", pa.array(scores)).add_column(0, "id", pa.array(ids))
 
 
-def _copy_images(searcher: Searcher, table: pa.Table, store: Store, name: str) -> int:
+def _copy_images(searcher: Searcher, table: pa.Table, store: Store, name: str, images_from: ImagesFrom) -> int:
     """Write the rows' images, captions and metadata to a tar, and return the number of images."""
     copied = 0
     with store.writer(name) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for row in table.to_pylist():
-            if not lineage.is_planned(searcher.manifest, row["id"]):
-                continue
-            if (image := lineage.image(row, searcher.storage)) is None:
+        for row, image in _images(searcher, table.to_pylist(), images_from):
+            if image is None:
                 continue
             copied += 1
             members = {_extension(image): image, "json": json.dumps(row, ensure_ascii=False, default=str).encode()}
@@ -139,6 +161,44 @@ def _copy_images(searcher: Searcher, table: pa.Table, store: Store, name: str) -
                 tar.addfile(member, io.BytesIO(data))
     return copied
 
+
+def _images(
+    searcher: Searcher, rows: list[dict[str, Any]], images_from: ImagesFrom
+) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+    """Each row with its image file; None where it cannot be read. Files and URLs are read some at a time."""
+    if images_from == "tar":
+        for row in rows:
+            yield (
+                row,
+                lineage.image(row, searcher.storage) if lineage.is_planned(searcher.manifest, row["id"]) else None,
+            )
+        return
+    read = partial(_READ[images_from], storage=searcher.storage)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(rows), _READERS):
+            some_rows = rows[start : start + _READERS]
+            yield from zip(some_rows, pool.map(read, (row[_COLUMN[images_from]] for row in some_rows)), strict=True)
+
+
+def _at_path(path: Any, storage: StorageConfig) -> bytes | None:
+    """The image file at a path or a URL of a store; None if it cannot be read or is no image."""
+    try:
+        data = read_url(str(path), storage.storage_options) if path else None
+    except (OSError, ClipBatchError):
+        return None
+    return data if data is not None and kinds.picture(data) else None
+
+
+def _at_url(url: Any, storage: StorageConfig) -> bytes | None:
+    """The image file at a public web address; None if it cannot be had or is no image."""
+    try:
+        data = web.fetch(str(url), _LARGEST, _TIMEOUT, _PRIVATE) if url else None
+    except web.FetchError:
+        return None
+    return data if data is not None and kinds.picture(data) else None
+
+
+_READ = {"path": _at_path, "url": _at_url}
 
 _EXTENSIONS = {"PNG": "png", "WebP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif", "HEIC": "heic"}
 

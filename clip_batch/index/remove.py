@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,22 @@ def remove(
     Every row with such a value is removed, also where several have it. ConfigError: the file is not readable or has no
     value, the live version has no such column, or a value is no number where the column has numbers.
     """
-    keys = path_text(keys, "keys")
-    store = Store(index, storage.storage_options)
+    return remove_values(index, read_values(path_text(keys, "keys"), column, storage), column, storage, progress)
+
+
+def remove_values(
+    index: StrPath,
+    values: Sequence[str],
+    column: str = "key",
+    storage: StorageConfig = StorageConfig(),
+    progress: Callable[[str], None] = lambda line: None,
+) -> RemoveReport:
+    """As `remove`, with the values themselves. ConfigError: there is none."""
+    store = Store(path_text(index, "index"), storage.storage_options)
     manifest = load_manifest(store)
-    new = removals.RemovalList.of(column, read_values(keys, column, storage))
+    new = removals.RemovalList.of(column, filter(None, values))
+    if not new.values:
+        raise ConfigError("keys has no value: nothing to remove")
     for shard in {shard.source: shard for shard in manifest.shards}.values():
         schema = removed_rows.read_schema(store, manifest.paths(shard).metadata(shard.name))
         removed_rows.check_column(new, schema)
@@ -70,6 +82,10 @@ def read_values(keys: str, column: str, storage: StorageConfig = StorageConfig()
     try:
         data = read_url(keys, storage.storage_options)
         values = [value for value in _parse(data, keys, column) if value]
+    except FileNotFoundError:
+        raise ConfigError(f"--keys {keys} does not exist: name a file that has a value on each line") from None
+    except PermissionError:
+        raise ConfigError(f"--keys {keys} may not be read: mend its permissions") from None
     except (OSError, ValueError, csv.Error) as error:
         reason = one_line(error, 200)
         raise ConfigError(f"--keys {keys} cannot be read ({reason}): give text, Parquet or CSV") from None

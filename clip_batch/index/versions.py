@@ -16,7 +16,7 @@ from clip_batch.index.manifest import Manifest, current_version, load_manifest, 
 from clip_batch.index.paths import CURRENT, VersionPaths, is_version
 from clip_batch.index.removed_rows import fetch_metadata, removed_ids, removed_if_known
 from clip_batch.storage.store import Store
-from clip_batch.types import StoredFile
+from clip_batch.types import StoredFile, counted
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _line(info: VersionInfo) -> str:
     indices = [f"{modality} {key}{_recall(info.recall.get(modality, {}))}" for modality, key in info.key.items()]
     base = [f"added to {info.base}"] if info.base else []
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.created))
-    return "; ".join([f"{start}  {when}  {info.rows:,} rows, {removed}", *indices, *base])
+    return "; ".join([f"{start}  {when}  {counted(info.rows, 'row')}, {removed}", *indices, *base])
 
 
 def _recall(measured: dict[str, Recall]) -> str:

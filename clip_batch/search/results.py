@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from clip_batch.config import html
 from clip_batch.errors import one_line
 from clip_batch.types import Hit
 
@@ -20,6 +21,10 @@ class SearchResult:
     hits: list[Hit]
     scanned: int
     complete: bool
+
+    def _repr_html_(self) -> str:
+        note = "" if self.complete else f"there may be more: {self.scanned:,} candidates were looked through"
+        return html.pictures(self.hits, Hit.image, note)
 
 
 def describe_hits(hits: Sequence[Hit], columns: Sequence[str] = ()) -> str:

@@ -33,7 +33,7 @@ from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
 from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.metadata import FEW, MetadataFile, common_schema, take_as, take_few, uniform
-from clip_batch.search import clip_retrieval
+from clip_batch.search import clip_retrieval, lineage
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
 from clip_batch.search.conditions import Condition, columns_in
 from clip_batch.search.encoder import load_encoder
@@ -239,7 +239,8 @@ class Searcher:
             check_columns(self.schema, columns)
         query = Query(text=query) if isinstance(query, str) else query
         ranked = best_rows(self, query, self.heads, prefilter=self._prefilter)
-        return SearchResult(self._hits(ranked, columns), ranked.scanned, ranked.complete)
+        hits = [hit.bound(self._image) for hit in self._hits(ranked, columns)]
+        return SearchResult(hits, ranked.scanned, ranked.complete)
 
     def search(
         self,
@@ -269,6 +270,21 @@ class Searcher:
             [Hit(int(id), float(score), next(rows)) for id, score in zip(line, values, strict=True) if id >= 0]
             for line, values in zip(ids, scores, strict=True)
         ]
+
+    def image(self, id: int) -> bytes | None:
+        """The original image file of a row, by its byte range in a tar; None where that cannot be read.
+
+        Rows of embeddings that clip-retrieval made have none, as data could name any file. ConfigError: no such row.
+        """
+        (row,) = self.metadata([id])
+        return self._image(Hit(id, 0.0, row))
+
+    def _image(self, hit: Hit) -> bytes | None:
+        if not lineage.is_planned(self.manifest, hit.id):
+            return None
+        columns = ["shard", "offset", "length"]
+        row = hit.metadata if set(columns) <= set(hit.metadata) else self.metadata([hit.id], columns)[0]
+        return lineage.image(row, self.storage)
 
     def _hits(self, ranked: Ranked, columns: Sequence[str] | None = None) -> list[Hit]:
         rows = self.metadata(ranked.ids, None if columns is None else list(columns))

@@ -418,3 +418,14 @@ def test_the_client_loads_no_numpy_nor_torch() -> None:
 def test_its_errors_are_ours() -> None:
     assert issubclass(ServiceUnavailable, ServiceError)
     assert issubclass(ServiceError, ClipBatchError)
+
+
+def test_hits_are_bound_to_the_version_that_was_searched(service: str) -> None:
+    with Client(service) as client:
+        hits = client.wait().search("caption 3 of tar 0", k=3)
+        assert hits.index_name == "pictures" and re.fullmatch("[0-9a-f]{12}", hits.version) and hits.complete
+        assert hits.scanned >= 3 and hits[0].image().startswith(b"\xff\xd8")
+        assert hits[0].image() == client.image("pictures", hits[0].id)
+        with pytest.raises(ServiceError, match="search again"):
+            client.image("pictures", hits[0].id, "0123456789ab")
+        assert [hits.version for hits in client.search_many(["a", "b"])] == [hits.version] * 2

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import re
 import subprocess
 import sys
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
 
 from clip_batch.client import AsyncClient, Client, FakeService
-from clip_batch.errors import ServiceError, ServiceUnavailable
+from clip_batch.errors import ConfigError, ServiceError, ServiceUnavailable
 from clip_batch.types import Hit
 from tests import ROOT
 
@@ -88,3 +91,65 @@ def test_it_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_hits_carry_what_the_service_says_and_their_images() -> None:
+    service = FakeService(HITS, "pictures", 16, {3: b"\xff\xd8\xff a picture"})
+    with Client("http://host", transport=service.transport).wait() as client:
+        hits = client.search("anything", k=2)
+        assert (hits.index_name, hits.version, hits.scanned, hits.complete) == ("pictures", "fake", 3, True)
+        assert hits == HITS[:2] and hits.with_image == {3}
+        assert hits[0].image() == b"\xff\xd8\xff a picture"
+        assert service.requests[-1] == ("GET", "/v1/image/pictures/3", None)
+        with pytest.raises(ServiceError, match="404"):
+            hits[1].image()
+        shown = hits._repr_html_()
+        assert shown.count("data:image/jpeg;base64,") == 1 and shown.count("no picture to show") == 1
+        copied = pickle.loads(pickle.dumps(hits[0]))
+        assert copied == hits[0] and asdict(copied) == asdict(HITS[0])
+        with pytest.raises(ConfigError, match="two texts"):
+            client.search("a", text="b")
+
+    async def run() -> None:
+        async with AsyncClient("http://host", transport=service.transport) as client:
+            hits = await (await client.wait()).search("anything", k=1)
+            assert await client.image(hits.index_name, hits[0].id, hits.version) == b"\xff\xd8\xff a picture"
+
+    asyncio.run(run())
+
+
+def test_wait_gives_up_and_says_why() -> None:
+    service = FakeService(HITS)
+    with Client("http://host", transport=service.transport) as client:
+        service.fail(503, "the encoder is being loaded", times=2)
+        assert client.wait(5) is client
+        service.disconnect(times=100)
+        with pytest.raises(ServiceUnavailable, match=r"is not ready after 0.3 s: all connection attempts failed"):
+            client.wait(0.3)
+    service = FakeService(HITS)
+    service.fail(404)
+    with Client("http://host", transport=service.transport) as client, pytest.raises(ServiceError, match="404"):
+        client.wait(5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"timeout": "x"}, "timeout is 'x': it must be a number of seconds over 0"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"retries": "4"}, "retries is '4': it must be a whole number"),
+        ({"retries": -1}, "retries is -1"),
+        ({"token": 5}, "token is a int"),
+    ],
+)
+def test_wrong_options_are_one_line(options: dict[str, Any], says: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ConfigError, match=says):
+            kind("http://host", **options)
+
+
+@pytest.mark.parametrize(("status", "times"), [(200, 1), ("503", 1), (True, 1), (600, 1), (503, -1), (503, "x")])
+def test_only_errors_can_be_asked_of_a_fake_service(status: Any, times: Any) -> None:
+    with pytest.raises(ConfigError, match="it must be"):
+        FakeService(HITS).fail(status, times=times)

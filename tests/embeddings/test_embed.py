@@ -645,7 +645,7 @@ def test_a_partition_without_a_row_is_committed_and_told(
     assert main(["verify", "--output", out, "--deep"]) == 0
     told = capsys.readouterr()
     assert f"0001: {why}" in told.err
-    assert "2 of 2 sound (deep), 10 rows, 8 listed as failed, 1 partitions without a row" in told.out
+    assert "2 of 2 sound (deep), 10 rows, 8 listed as failed, 1 partition without a row" in told.out
     assert main(["merge", "--output", out, "--index", f"{tmp_path}/index"]) == 0
     assert f"partition 1: {why}" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -23,6 +24,7 @@ from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from tests import corpus
 from tests.fabricated import clustered, make_out
+from tests.servers.webserver import image, web
 
 CONFIG = MergeConfig(queries=20)
 
@@ -86,7 +88,7 @@ def test_the_command_copies_images_into_tars_that_plan_reads(
     assert expand_inputs([f"{found}/images/*.tar"], "tar", {}).shards
     (tmp_path / "0.tar").unlink()
     assert main(["filter", "--index", index, "--text", "no. 3", "-k", "4", "--output", found, "--images"]) == 0
-    assert "4 images are not in a tar that can be read" in capsys.readouterr().out
+    assert "4 images could not be read from a tar" in capsys.readouterr().out
     assert main(["filter", "--index", index, "--text", "x", "--threshold", "2", "--output", found]) == 0
     assert "0 rows" in capsys.readouterr().out
     assert not (tmp_path / "found/rows").exists()
@@ -126,3 +128,37 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path) -> None:
         assert (tmp_path / "mine/images/cat.jpg").read_bytes() == b"a cat"
         for _ in range(2):  # a result of its own is replaced
             assert filter_rows(searcher, query, Store(str(tmp_path / "found"))).rows == 2
+
+
+@pytest.mark.parametrize("origin", ["path", "url"])
+def test_images_of_a_clip_retrieval_index_are_copied_by_path_or_url(
+    tmp_path: Path, origin: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import faiss
+
+    monkeypatch.setattr(filters, "_PRIVATE", True)  # the web server of this test has a private address
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    theirs = tmp_path / "theirs"
+    (theirs / "metadata").mkdir(parents=True)
+    images, _ = clustered(6, 8, 2)
+    index = faiss.IndexFlatIP(8)
+    index.add(images)
+    faiss.write_index(index, str(theirs / "image.index"))
+    (tmp_path / "secret.jpg").write_text("not a picture")
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(corpus.jpeg(number))
+    with web() as server:
+        paths = [*(f"{tmp_path}/{number}.jpg" for number in range(3)), f"{tmp_path}/gone.jpg", f"{tmp_path}/secret.jpg"]
+        urls = [*(f"{server.url}/good/{number}.jpg" for number in range(3)), f"{server.url}/missing.jpg", "file:///x"]
+        table = pa.table({"image_path": [*paths, None], "url": [*urls, None], "caption": list("abcdef")})
+        pq.write_table(table, theirs / "metadata" / "metadata_0.parquet")
+        words = ["filter", "--index", str(theirs), "--id", "0", "-k", "6", "--images", "--output", f"{tmp_path}/found"]
+        assert main([*words, "--images-from", origin]) == 0
+        assert "6 rows, 3 images" in (told := capsys.readouterr().out)
+        assert f"3 images could not be read from {'an image_path' if origin == 'path' else 'a url'}" in told
+        with tarfile.open(tmp_path / "found/images/00000.tar") as tar:
+            assert sorted(tar.getnames())[:3] == [f"{0:012d}.jpg", f"{0:012d}.json", f"{0:012d}.txt"]
+            member = tar.extractfile(f"{1:012d}.jpg")
+            assert member is not None and member.read() == (corpus.jpeg(1) if origin == "path" else image(1))
+        assert main(words) == 0
+    assert "0 images" in capsys.readouterr().out, "unless it is asked for, no file that foreign data names is opened"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Response
@@ -11,6 +12,7 @@ from fastapi.responses import PlainTextResponse
 
 from clip_batch import __version__
 from clip_batch.config import DatabaseConfig, ServeConfig, StorageConfig
+from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.openapi import describe
@@ -19,6 +21,7 @@ from clip_batch.serve.search import clip_retrieval, v1
 from clip_batch.serve.search.assets import add_page
 from clip_batch.serve.search.schema import EmbedRequest, SearchRequest
 from clip_batch.serve.search.service import Service
+from clip_batch.types import StrPath
 
 
 def create_app(
@@ -88,6 +91,28 @@ def parse_indices(specs: list[str]) -> dict[str, str]:
             raise ConfigError(f"two indices are named {name!r}: give NAME=INDEX")
         named[name] = url
     return named
+
+
+def make_app(
+    indices: StrPath | Mapping[str, StrPath] | Iterable[StrPath],
+    config: ServeConfig = ServeConfig(),
+    *,
+    storage: StorageConfig = StorageConfig(),
+    databases: DatabaseConfig = DatabaseConfig(),
+) -> FastAPI:
+    """The search service as an ASGI application, for a server or a program of your own.
+
+    `indices` is an INDEX, or several by name; a list has each as INDEX or NAME=INDEX. They are opened when the
+    application starts. ConfigError: there is no index, or an option does not fit.
+
+    Example: `uvicorn.run(make_app({"photos": "index"}), port=1234)`.
+    """
+    if isinstance(indices, Mapping):
+        named: dict[str, str] = {name: path_text(index, f"index {name}") for name, index in indices.items()}
+    else:
+        several = [indices] if isinstance(indices, str | os.PathLike) else list(indices)
+        named = parse_indices([path_text(index, "an index") for index in several])
+    return create_app(named, config, storage, databases)
 
 
 def run(

@@ -1,0 +1,139 @@
+"""status, verify, filter, remove, versions and sweep as functions, and the service as an application."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from starlette.testclient import TestClient
+
+import clip_batch
+from clip_batch import (
+    ConfigError,
+    EmbedConfig,
+    Hit,
+    MergeConfig,
+    OutputStatus,
+    PlanConfig,
+    PlanError,
+    Query,
+    Searcher,
+    SweepConfig,
+    VerifyReport,
+    embed,
+    make_plan,
+    merge,
+)
+from clip_batch.config import html
+from tests import corpus
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of twelve pictures, and INDEX."""
+    home = tmp_path_factory.mktemp("functions")
+    corpus.good_tar(f"{home}/a.tar", 12)
+    make_plan(home / "a.tar", home / "out", PlanConfig(model="fake:8"))
+    embed(home / "out", EmbedConfig(device="cpu"))
+    merge(home / "out", home / "index")
+    return home
+
+
+def test_they_are_functions() -> None:
+    for name in ("status", "verify", "filter", "remove", "versions", "sweep", "make_app", "read"):
+        assert isinstance(getattr(clip_batch, name), FunctionType), name
+
+
+def test_status_and_verify_have_typed_results(home: Path) -> None:
+    done = clip_batch.status(home / "out")
+    assert isinstance(done, OutputStatus) and (done.done, done.rows, done.missing) == (1, 12, [])
+    for source, checked in (("out", 1), ("index", 1)):
+        report = clip_batch.verify(home / source, deep=True)
+        assert isinstance(report, VerifyReport) and report.ok and report.checked == checked and report.rows == 12
+    with pytest.raises(PlanError):
+        clip_batch.status(home)
+    with pytest.raises(PlanError):
+        clip_batch.verify(home)
+
+
+def test_filter_takes_a_text_or_a_query(home: Path, tmp_path: Path) -> None:
+    done = clip_batch.filter(home / "index", "a cat", tmp_path / "a", k=3, images=True, columns=["key"])
+    assert (done.rows, done.images) == (3, 3)
+    assert pq.read_table(tmp_path / "a" / "rows").column_names == ["id", "score", "key"]
+    assert clip_batch.filter(home / "index", "a cat", tmp_path / "a", threshold=-1.0).rows == 12
+    assert clip_batch.filter(home / "index", Query(id=3, k=2), tmp_path / "a").rows == 2
+    with pytest.raises(ConfigError, match="give them there"):
+        clip_batch.filter(home / "index", Query(id=3), tmp_path / "a", k=2)
+    with pytest.raises(ConfigError, match="images_from is 'web'"):
+        clip_batch.filter(home / "index", "a", tmp_path / "a", images=True, images_from="web")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="image_path"):
+        clip_batch.filter(home / "index", "a", tmp_path / "a", images=True, images_from="path")
+
+
+def test_rows_are_removed_by_a_list_or_a_file(home: Path, tmp_path: Path) -> None:
+    merge(home / "out", tmp_path / "index")
+    keys = clip_batch.read(tmp_path / "index").to_table(columns=["key"])["key"].to_pylist()
+    assert clip_batch.remove(tmp_path / "index", keys[:2]).rows == 2
+    (tmp_path / "keys.txt").write_text(keys[2])
+    assert clip_batch.remove(tmp_path / "index", tmp_path / "keys.txt").rows == 1
+    (version,) = clip_batch.versions(tmp_path / "index")
+    assert (version.rows, version.alive, version.live) == (12, 9, True)
+    wrong: list[tuple[Any, str]] = [
+        ([], "keys has no value"),
+        (tmp_path / "absent.txt", "absent.txt does not exist: name a file that has a value on each line"),
+        (5, "keys is 5: it must be a list of values"),
+    ]
+    for value, says in wrong:
+        with pytest.raises(ConfigError, match=says):
+            clip_batch.remove(tmp_path / "index", value)
+
+
+def test_versions_are_used_and_dropped(home: Path, tmp_path: Path) -> None:
+    first = merge(home / "out", tmp_path / "index").version
+    second = merge(home / "out", tmp_path / "index", MergeConfig(seed=1)).version
+    assert [info.live for info in clip_batch.versions(tmp_path / "index")] == [False, True]
+    listed = clip_batch.versions(tmp_path / "index", use=first, drop=second)
+    assert [(info.version, info.live) for info in listed] == [(first, True)]
+    with pytest.raises(ConfigError, match="no index at"):
+        clip_batch.versions(tmp_path / "nowhere")
+
+
+def test_sweep_recommends(home: Path) -> None:
+    tried = clip_batch.sweep(home / "out", SweepConfig(keys_to_try=["Flat"], sample=12), merge=MergeConfig(queries=2))
+    assert [candidate.key for candidate in tried.candidates] == ["Flat"]
+
+
+def test_make_app_serves(home: Path) -> None:
+    for indices in (home / "index", [str(home / "index")], {"index": home / "index"}):
+        with TestClient(clip_batch.make_app(indices)) as client:
+            assert client.post("/v1/search", json={"text": "a cat", "k": 2}).json()["index"] == "index"
+    with pytest.raises(ConfigError):
+        clip_batch.make_app({"a": 5})  # type: ignore[dict-item]
+
+
+def test_hits_have_their_image(home: Path) -> None:
+    with Searcher(home / "index") as searcher:
+        result = searcher.find(Query(text="a cat", k=2))
+        for columns in (None, ["key"]):
+            for hit in searcher.find("a cat", columns).hits:
+                assert hit.image() == searcher.image(hit.id) and hit.image().startswith(b"\xff\xd8")
+        assert result._repr_html_().count("data:image/jpeg;base64,") == 2
+        json.dumps([vars(hit) | {"_read": None} for hit in result.hits])
+    with pytest.raises(LookupError, match="is not bound to a search"):
+        Hit(1, 0.5, {}).image()
+
+
+def test_notebooks_show_tables_and_escape_all_text(home: Path) -> None:
+    shown = clip_batch.status(home / "out")._repr_html_()
+    assert "<th style='text-align:left'>rows</th><td>12</td>" in shown
+    assert "<td>True</td>" in clip_batch.verify(home / "out")._repr_html_()
+    evil = "<script>alert('x')</script>"
+    assert "<script" not in html.table({evil: {evil: evil}})
+    picture = html.pictures([Hit(1, 0.5, {"caption": evil})], lambda hit: evil.encode(), evil)
+    assert "<script" not in picture and "no picture to show" in picture and "0.500" in picture
+    many = html.pictures([Hit(row, 0.5, {}) for row in range(60)], lambda hit: None)
+    assert "and 10 more" in many and html.pictures([], lambda hit: None).count("no hits") == 1
