@@ -90,6 +90,13 @@ def test_path_objects_are_paths_everywhere(index: Path, tmp_path: Path) -> None:
         (lambda: FakeService([1]), "hits is [1]"),
         (lambda: FakeService(Hit(1, 0.5, {})), "hits is Hit("),
         (lambda: Query(image=5), "image is 5: it must be a path"),
+        (lambda: Searcher("i", config={}), "config is {}: it must be of clip_batch.SearchConfig"),
+        (lambda: Searcher("i", {}), "storage is {}: it must be of clip_batch.StorageConfig"),
+        (lambda: merge("o", "i", "x"), "config is 'x': it must be of clip_batch.MergeConfig"),
+        (lambda: merge("o", "i", storage=None), "storage is None: it must be of clip_batch.StorageConfig"),
+        (lambda: make_plan("a.tar", "o", EmbedConfig()), "it must be of clip_batch.PlanConfig"),
+        (lambda: embed("o", {"batch_size": 4}), "config is {'batch_size': 4}: it must be of clip_batch.EmbedConfig"),
+        (lambda: FilteredDataset("i", search={}), "search is {}: it must be of clip_batch.SearchConfig"),
     ],
 )
 def test_what_is_no_path_is_refused_in_one_line(call: Callable[[], Any], says: str) -> None:

@@ -43,6 +43,13 @@ class Options:
     A path object in place of a text is taken as its path. ConfigError names the field, the value and what it must be.
     """
 
+    @classmethod
+    def expect(cls, **given: object) -> None:
+        """Raise ConfigError where a program gives something else as this section; the names are its arguments'."""
+        for name, value in given.items():
+            if not isinstance(value, cls):
+                raise ConfigError(f"{name} is {reprlib.repr(value)}: it must be of clip_batch.{cls.__name__}")
+
     def __post_init__(self) -> None:
         section: Any = type(self)
         for field in dataclasses.fields(section):

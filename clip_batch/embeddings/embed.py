@@ -179,6 +179,7 @@ def embed(
     PlanError, EncoderError or ConfigError, before any work; PlanError also where the plan was replaced meanwhile.
     Preempted once `run.stop` is set: everything committed so far is kept, and nothing is half done.
     """
+    EmbedConfig.expect(config=config), StorageConfig.expect(storage=storage)
     store = Store(path_text(output, "output"), storage.storage_options)
     plan = load_plan(store)
     numbers = list(range(len(plan.partitions))) if partitions is None else list(partitions)

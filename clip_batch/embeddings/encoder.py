@@ -72,6 +72,7 @@ class Encoder:
         max_pixels: int = EmbedConfig.max_pixels,
         storage: StorageConfig = StorageConfig(),
     ) -> None:
+        StorageConfig.expect(storage=storage)
         plan = PlanConfig(
             model=model, pretrained=pretrained, preprocess=preprocess, precision=precision, exif_rotation=exif_rotation
         )

@@ -57,6 +57,7 @@ def read(source: StrPath, *, storage: StorageConfig = StorageConfig()) -> RowDat
 
     ConfigError: `source` is neither. CorruptError: a file is damaged, or OUT has no row.
     """
+    StorageConfig.expect(storage=storage)
     store = Store(path_text(source, "source"), storage.storage_options)
     if store.exists(CURRENT) or foreign_index.is_index(store):
         return IndexDataset(Searcher(source, storage))

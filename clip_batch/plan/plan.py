@@ -80,6 +80,7 @@ def make_plan(
     from clip_batch import encoders
 
     say = progress or (lambda line: None)
+    PlanConfig.expect(config=config), StorageConfig.expect(storage=storage)
     options = storage.storage_options
     config = replace(config, input=[path_text(spec, "an input") for spec in _as_list(input)])
     store = Store(path_text(output, "output"), options)

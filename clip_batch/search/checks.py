@@ -17,9 +17,13 @@ from clip_batch.search.rows import Ids, Vectors
 def checked_search(manifest: Manifest, queries: npt.ArrayLike, k: int, modality: str, effort: int | None) -> Vectors:
     """Check the arguments of a search, and return its queries as float32 (n, d). ConfigError: an argument is wrong."""
     try:
-        vectors = np.ascontiguousarray(np.atleast_2d(np.asarray(queries)), dtype=np.float32)
+        with np.errstate(over="ignore"):
+            array = np.atleast_2d(np.asarray(queries))
+            if array.dtype.kind not in "iufO":  # complex numbers would lose a part
+                raise TypeError
+            vectors = np.ascontiguousarray(array, dtype=np.float32)
     except (TypeError, ValueError):
-        raise ConfigError("queries are not an array of numbers") from None
+        raise ConfigError("queries are not an array of real numbers: give float (n, d)") from None
     if vectors.ndim != 2 or vectors.shape[1] != manifest.dim:
         raise ConfigError(f"queries have shape {vectors.shape}: this index needs (n, {manifest.dim})")
     if not np.isfinite(vectors).all():

@@ -103,6 +103,7 @@ class Searcher:
         encoder: Model | None = None,
         config: SearchConfig = SearchConfig(),
     ) -> None:
+        StorageConfig.expect(storage=storage), SearchConfig.expect(config=config)
         store = Store(path_text(index, "index"), storage.storage_options)
         self._files: dict[str, str] = {}
         if clip_retrieval.is_index(store):
@@ -120,7 +121,7 @@ class Searcher:
         self.stored: dict[str, Stacked] = {}
         self._predictors: dict[str, dict[str, Predictor]] = {}
         self.tables: list[MetadataFile] = []
-        self._reconstruct, self._loading = Lock(), Lock()
+        self._reconstruct, self._loading, self._closed = Lock(), Lock(), False
         limit = parse_bytes(storage.index_cache)
         self._cache = (
             None if store.local or self._files else IndexCache(store, self.manifest.version, self.manifest.size, limit)
@@ -145,9 +146,14 @@ class Searcher:
         self.close()
 
     def close(self) -> None:
-        """End the search threads and release the local cache."""
+        """End the search threads and release the local cache. Whoever asks afterwards gets a ConfigError."""
+        self._closed = True
         self._pool.shutdown()
         self._release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError(f"the Searcher of {redact(self._url)} is closed: open another one")
 
     def _release(self) -> None:
         if self._cache:
@@ -238,6 +244,9 @@ class Searcher:
         if columns is not None:
             check_columns(self.schema, columns)
         query = Query(text=query) if isinstance(query, str) else query
+        if not isinstance(query, Query):
+            raise ConfigError(f"query is {reprlib.repr(query)}: it must be a text, or of clip_batch.Query")
+        self._check_open()
         ranked = best_rows(self, query, self.heads, prefilter=self._prefilter)
         hits = [hit.bound(self._image) for hit in self._hits(ranked, columns)]
         return SearchResult(hits, ranked.scanned, ranked.complete)
@@ -308,6 +317,7 @@ class Searcher:
         predicted, unless `effort` or `among` is given, k is over `MOST_PREDICTED`, or they hold fewer than k rows.
         Errors as `search`.
         """
+        self._check_open()
         vectors = checked_search(self.manifest, queries, k, modality, effort)
         check_kind(kind)
         k = min(int(k), self.manifest.rows)
@@ -407,6 +417,7 @@ class Searcher:
 
         ConfigError: the index has no such column.
         """
+        self._check_open()
         names = columns_in(condition)
         check_columns(self.schema, names)
         schema = pa.schema([self.schema.field(name) for name in names])
@@ -421,6 +432,7 @@ class Searcher:
         Where exact vectors are stored these are all such rows; elsewhere those in the lists that `effort` makes the
         index visit. `query` is (d,).
         """
+        self._check_open()
         vector, shards = checked_search(self.manifest, query, 1, modality, effort)[:1], self.indices[modality]
         stored = self.stored.get(modality)
         if effort is None and (tuned := self.manifest.effort[modality]):
@@ -448,6 +460,7 @@ class Searcher:
 
     def table(self, ids: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
         """The metadata of rows (n,) as an Arrow table, in the order of `ids`; errors as `metadata`."""
+        self._check_open()
         rows, schema = checked_ids(self.manifest, self.removed, ids), self.schema
         if columns is not None:
             check_columns(schema, columns)
@@ -481,6 +494,7 @@ class Searcher:
 
         ConfigError: an id is not in the index, or this kind of index cannot give vectors back.
         """
+        self._check_open()
         rows = checked_ids(self.manifest, self.removed, ids)
         check_modality(self.manifest, modality)
         shards = self.indices[modality]

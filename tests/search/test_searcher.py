@@ -19,6 +19,7 @@ from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals
 from clip_batch.index.merge.merge import merge
+from clip_batch.search.conditions import Compare
 from clip_batch.search.query import Query
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage import download, retry
@@ -156,7 +157,9 @@ def test_a_query_with_little_to_compare_waits_for_no_other_thread(
         ({"queries": np.zeros((2, 2, 16))}, "shape"),
         ({"queries": np.full(16, np.nan)}, "NaN"),
         ({"queries": np.full(16, np.inf)}, "infinity"),
-        ({"queries": ["a"] * 16}, "not an array of numbers"),
+        ({"queries": ["a"] * 16}, "not an array of real numbers"),
+        ({"queries": np.ones(16) * 1j}, "not an array of real numbers"),
+        ({"queries": ["1.0"] * 16}, "not an array of real numbers"),
         ({"k": 0}, "k is 0"),
         ({"k": 2.5}, "k is 2.5"),
         ({"effort": 0}, "effort is 0"),
@@ -342,6 +345,25 @@ def test_an_image_that_is_absent_is_named(searcher: Searcher, tmp_path: Path) ->
         searcher.find(Query(image=f"{tmp_path}/no.jpg"))
     with pytest.raises(ConfigError, match="is no file"):
         searcher.find(Query(image=str(tmp_path)))
+
+
+def test_a_closed_searcher_says_so(folder: str) -> None:
+    searcher = Searcher(f"{folder}/index")
+    row = searcher.reconstruct([0])
+    selected = searcher.select([1, 2])
+    searcher.close()
+    for ask in (
+        lambda: searcher.find(Query(id=0)),
+        lambda: searcher.search(row),
+        lambda: searcher.search_ids(row, among=selected),
+        lambda: list(searcher.search_over(row[0], 0.5)),
+        lambda: searcher.metadata([0]),
+        lambda: searcher.reconstruct([0]),
+        lambda: searcher.where(Compare("key", "=", "x")),
+    ):
+        with pytest.raises(ConfigError, match=r"^the Searcher of \S+ is closed: open another one$"):
+            ask()
+    searcher.close()
 
 
 def test_recall_is_kept_where_rows_may_not_be_found(tmp_path: Path) -> None:

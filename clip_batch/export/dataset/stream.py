@@ -103,6 +103,7 @@ class FilteredDataset(IterableDataset[Row]):
         search: SearchConfig = SearchConfig(),
     ) -> None:
         super().__init__()
+        StorageConfig.expect(storage=storage), SearchConfig.expect(search=search)
         if via not in ("tar", "url", "either"):
             raise ConfigError(f"via is {via!r}: there are tar, url and either")
         for name, value in (("ahead", ahead), ("block", block), ("amount", 1 if amount is None else amount)):

@@ -61,6 +61,7 @@ def merge(
     its commit says, or a vector is not finite and of unit norm. ConfigError: an option is wrong, or faiss refuses the
     key. PlanError: OUT has no plan.
     """
+    MergeConfig.expect(config=config), StorageConfig.expect(storage=storage)
     say = progress or (lambda line: None)
     job = open_job(path_text(output, "output"), path_text(index, "index"), config, storage)
     if manifest := finished(job, say, rebuild=True):
