@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from clip_batch.cli import doctor, embed, export, merge, models, search, serve, state, submit
+from clip_batch.cli import doctor, embed, export, merge, models, run, search, serve, state, submit
 from clip_batch.cli.parser import Command
 
 COMMANDS: dict[str, Command] = {
+    "run": run.run,
     "demo": serve.demo,
     "plan": embed.plan,
     "models": models.models,
@@ -30,7 +31,7 @@ COMMANDS: dict[str, Command] = {
     "filter": search.filter,
     "serve": serve.serve,
     "serve-worker": serve.serve_worker,
-    "end2end": serve.end2end,
+    "end2end": run.end2end,
     "doctor": doctor.doctor,
 }
 """Each command's function; its parameters say which options it has (see `cli.parser`)."""

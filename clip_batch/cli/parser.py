@@ -70,7 +70,7 @@ def call(
     parser.add_argument("--debug", action="store_true", help="show a traceback where an error is raised")
     for section in taken.values():
         options.add_flags(parser, section.kind, section.flags)
-    flags = vars(parser.parse_args(words))
+    flags = vars(parser.parse_intermixed_args(words))  # flags may stand before what is given by its place
     commands = list(commands)
     for name, nearest in options.unknown_variables(argument_names(commands)).items():
         print(f"{prog}: no option reads the environment's {name}; the nearest is {nearest}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from clip_batch.errors import ConfigError
+
 EXTRAS = {
     "torch": "embed",
     "torchvision": "embed",
@@ -36,6 +38,16 @@ EXTRAS = {
     "psycopg": "sql",
 }
 """Import name of a library -> the extra that installs it."""
+
+
+def require(*extras: str) -> None:
+    """Refuse to begin what would end for want of an extra. ConfigError: it names all of `extras` that are missing."""
+    from importlib.util import find_spec
+
+    first = {extra: library for library, extra in reversed(EXTRAS.items())}
+    if missing := [extra for extra in extras if find_spec(first[extra]) is None]:
+        needed = " and ".join(first[extra] for extra in missing)
+        raise ConfigError(f"it needs {needed}, which is not installed: pip install 'clip-batch[{','.join(missing)}]'")
 
 
 def remedy(module: str | None) -> str | None:

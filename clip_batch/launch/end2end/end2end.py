@@ -6,16 +6,15 @@ The stages write DIR/urls, images, embeddings and index. DIR/failures.parquet an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from clip_batch.config import DownloadConfig, EmbedConfig, MergeConfig, PlanConfig, StorageConfig
-from clip_batch.errors import IncompleteError, InputError, Preempted
+from clip_batch.errors import InputError
 from clip_batch.index.merge.merge import merge
-from clip_batch.launch import local
 from clip_batch.launch.end2end import paths
 from clip_batch.launch.end2end.account import Account, account, read_account
 from clip_batch.launch.end2end.img2dataset import download, exclusive, tars
 from clip_batch.launch.end2end.urls import freeze
+from clip_batch.launch.line import embed_all
 from clip_batch.plan.plan import make_plan
 from clip_batch.storage.store import Store
 
@@ -48,30 +47,9 @@ def end2end(
     store = Store(output, options)
     if inputs := tars(home, images):
         make_plan(inputs, output, plan_config, storage=storage, progress=lambda line: say(f"plan: {line}"))
-        _embed(output, embed_config, storage, workers, say)
+        embed_all(output, embed_config, storage, workers, say)
     result = read_account(home) or account(home, url_list, store)
     if not result.embedded:
         raise InputError(f"none of {url_list.urls:,} URLs gave an image: {home.display(paths.FAILURES)} says why")
     merge(output, index, merge_config, storage=storage, progress=lambda line: say(f"merge: {line}"))
     return index, result
-
-
-def _embed(output: str, config: EmbedConfig, storage: StorageConfig, workers: int, say: Say) -> None:
-    """Embed what is not committed. Raises IncompleteError if partitions fail.
-
-    Partitions without a row are no error here: the account says of each URL what became of it.
-    """
-    config = replace(config, allow_empty=True)
-    if workers > 1:
-        code = local.run_workers(output, workers, config, storage)
-        if code == Preempted.exit_code:
-            raise Preempted()
-        failed = code != 0
-    else:
-        outcomes = local.run_worker(output, None, config, storage)
-        failures = [outcome for outcome in outcomes if outcome.state == "failed"]
-        for outcome in failures:
-            say(f"partition {outcome.partition} failed: {outcome.error}")
-        failed = bool(failures)
-    if failed:
-        raise IncompleteError(f"partitions of {output} are not embedded: see clip-batch status --output {output}")

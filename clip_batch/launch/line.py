@@ -1,0 +1,144 @@
+"""`clip-batch run`: plan, embed and merge one's own data in DIR, each stage resumed where it stopped.
+
+DIR/embeddings is an ordinary OUT and DIR/index an ordinary INDEX, as when each command is called apart. `end2end` is
+the same line behind a download.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
+from clip_batch.embeddings.status import OutputStatus, status
+from clip_batch.errors import ConfigError, EncoderError, IncompleteError, InputError, PlanError, Preempted, some
+from clip_batch.index.merge.merge import merge
+from clip_batch.launch import local
+from clip_batch.launch.end2end import paths
+from clip_batch.plan import paths as output_paths
+from clip_batch.plan.kinds import detect_format
+from clip_batch.plan.plan import load_plan, make_plan
+from clip_batch.plan.specs import Options, read_lists
+from clip_batch.samples.tar.suffixes import is_tar, tar_stem
+from clip_batch.storage.paths import absolute, is_local
+from clip_batch.storage.store import Store
+
+Say = Callable[[str], None]
+
+
+def run_line(
+    folder: str,
+    plan_config: PlanConfig,
+    embed_config: EmbedConfig,
+    merge_config: MergeConfig,
+    storage: StorageConfig,
+    workers: int,
+    say: Say,
+    then: str = "",
+) -> tuple[str, OutputStatus]:
+    """Build an index of `plan_config.input` in `folder`; return the index's URL and the state of its embeddings.
+
+    `then` names what the caller does afterwards. Raises InputError if no sample can be embedded, IncompleteError if
+    partitions fail (running it again resumes), Preempted, and what each stage raises.
+    """
+    output, index = f"{folder}/{paths.OUTPUT}", f"{folder}/{paths.INDEX}"
+    store = Store(output, storage.storage_options)
+    stages = ["plan", "embed", "merge", *([then] if then else [])]
+
+    def begin(number: int, what: str) -> None:
+        after = f"; then {', '.join(stages[number:])}" if stages[number:] else ""
+        say(f"step {number} of {len(stages)}: {what}{after}")
+
+    begin(1, "plan, which freezes what is embedded and by which model")
+    plan_line(store, index, plan_config, storage, lambda line: say(f"plan: {line}"))
+    begin(2, "embed, which turns images and captions into vectors")
+    embed_all(output, embed_config, storage, workers, say)
+    state = status(store)
+    if not state.rows:
+        raise InputError(f"none of the samples could be embedded: clip-batch status --output {output} says why")
+    begin(3, "merge, which builds the index")
+    merge(output, index, merge_config, storage=storage, progress=lambda line: say(f"merge: {line}"))
+    return index, state
+
+
+def plan_line(store: Store, index: str, config: PlanConfig, storage: StorageConfig, say: Say) -> None:
+    """Plan, or find the plan of an earlier run. PlanError: the input has changed since; it says what can be done.
+
+    With `--model auto` the model of the plan that exists is kept. Where there is none, and the default model is neither
+    on this machine nor can be fetched, the small model in this package takes its place, and a line says so.
+    """
+    if config.model == "auto" and not config.pretrained and store.exists(output_paths.PLAN):
+        planned = load_plan(store).encoder
+        config = replace(config, model=planned.model, pretrained=planned.pretrained)
+    try:
+        make_plan(config.input, store.url, config, storage=storage, progress=say)
+    except EncoderError as error:
+        if config.model != "auto" or config.pretrained:
+            raise
+        say(str(error))
+        say(
+            "so the small model in this package is used (--model demo): it was trained on 1,911 emoji, and shows how "
+            "everything works rather than what is in photographs; with network, run again with another --output"
+        )
+        make_plan(config.input, store.url, replace(config, model="demo"), storage=storage, progress=say)
+    except PlanError as error:
+        if " inputs " not in str(error):  # the input is what it was
+            raise
+        raise PlanError(
+            f"{error}; to add new files alone: clip-batch run NEW --output OTHER --no-serve, and clip-batch merge "
+            f"--output OTHER/{paths.OUTPUT} --index {index} --add; clip-batch serve --index {index} serves the old ones"
+        ) from None
+
+
+def embed_all(output: str, config: EmbedConfig, storage: StorageConfig, workers: int, say: Say) -> None:
+    """Embed what is not committed. Raises IncompleteError if partitions fail.
+
+    Partitions without a row are no error here: the callers say what became of the input.
+    """
+    config = replace(config, allow_empty=True)
+    if workers > 1:
+        code = local.run_workers(output, workers, config, storage)
+        if code == Preempted.exit_code:
+            raise Preempted()
+        failed = code != 0
+    else:
+        outcomes = local.run_worker(output, None, config, storage)
+        failures = [outcome for outcome in outcomes if outcome.state == "failed"]
+        for outcome in failures:
+            say(f"partition {outcome.partition} failed: {outcome.error}")
+        failed = bool(failures)
+    if failed:
+        raise IncompleteError(f"partitions of {output} are not embedded: see clip-batch status --output {output}")
+
+
+def url_list(specs: Sequence[str], options: Options) -> str:
+    """The list of URLs that SPECs name; "" where they name images. ConfigError: they name several lists.
+
+    A text file is one if its lines are URLs, none of them of a tar.
+    """
+    named = list(read_lists(specs, options))
+    texts = [spec for spec in specs if spec.endswith((".txt", ".list")) and not spec.startswith("@")]
+    lines = len(texts) == len(specs) and not any(
+        is_tar(name) or not name.startswith(("http://", "https://")) for name in named
+    )
+    if not lines and detect_format(named, options) != "urls":
+        return ""
+    if len(specs) > 1:
+        raise ConfigError(f"{some(specs)} are lists of URLs: give one, or the folder that they are in")
+    return specs[0]
+
+
+def default_output(spec: str) -> str:
+    """The folder in the working directory for the results of a SPEC where no --output is given.
+
+    >>> default_output("/home/ann/Pictures"), default_output("s3://bucket/cats/{000..999}.tar"), default_output("a.tar")
+    ('clip-batch-Pictures', 'clip-batch-cats', 'clip-batch-a')
+    """
+    path = (absolute(spec.removeprefix("@")) if is_local(spec) else spec).rstrip("/")
+    pattern = not (is_local(path) and os.path.exists(path)) and any(character in path for character in "*?[{")
+    while pattern and any(character in path for character in "*?[{"):
+        path = path.rpartition("/")[0]
+    name = path.rpartition("/")[2]
+    stem = tar_stem(name) if is_tar(name) else name.partition(".")[0] or name
+    return f"clip-batch-{stem or 'run'}"

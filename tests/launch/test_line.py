@@ -1,0 +1,151 @@
+"""run: the whole line on one's own data, told apart by looking, resumed by running it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clip_batch.cli import main
+from clip_batch.config import extras
+from clip_batch.errors import ConfigError
+from clip_batch.launch.line import default_output, url_list
+from tests import corpus
+
+QUICK = ["--no-serve", "--no-progress", "--device", "cpu"]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of five pictures, with a caption of one; its parent is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Pictures" / "2024").mkdir(parents=True)
+    for number in range(5):
+        (tmp_path / "Pictures" / "2024" / f"{number}.jpg").write_bytes(corpus.jpeg(number))
+    (tmp_path / "Pictures" / "2024" / "0.txt").write_text("a cat")
+    (tmp_path / "Pictures" / "notes.md").touch()
+    return tmp_path / "Pictures"
+
+
+def run(*words: str) -> int:
+    return main(["run", *words, *QUICK, "--model", "fake:8"])
+
+
+def test_a_folder_of_pictures_becomes_an_index_in_the_working_directory(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("Pictures", "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"index": "clip-batch-Pictures/index", "rows": 5, "failed": {}}
+    lines = said.err.splitlines()
+    assert lines[0].startswith("all is written to clip-batch-Pictures; run the same command again")
+    assert "step 1 of 3: plan, which freezes what is embedded and by which model; then embed, merge" in lines
+    assert any(line.startswith("step 3 of 3: merge") for line in lines)
+    assert main(["verify", "--output", "clip-batch-Pictures/embeddings", "--deep"]) == 0
+    assert main(["verify", "--index", "clip-batch-Pictures/index", "--deep"]) == 0
+
+
+def test_a_second_run_goes_on_and_grown_input_is_told_what_to_do(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--output", "out", str(pictures)) == 0  # flags may stand first
+    capsys.readouterr()
+    assert run("--input", str(pictures), "--output", "out") == 0
+    said = capsys.readouterr()
+    assert "plan: unchanged" in said.err and "5 samples embedded" in said.out
+    (pictures / "new.jpg").write_bytes(corpus.jpeg(9))
+    assert run(str(pictures), "--output", "out") == 2
+    said = capsys.readouterr()
+    assert "1 inputs changed" in said.err and "1 partitions are committed" in said.err
+    assert "clip-batch merge --output OTHER/embeddings --index out/index --add" in said.err
+    (pictures.parent / "more").mkdir()
+    (pictures / "new.jpg").rename(pictures.parent / "more" / "new.jpg")
+    assert run("more", "--output", "other") == 0
+    assert main(["merge", "--output", "other/embeddings", "--index", "out/index", "--add"]) == 0
+    assert (
+        json.loads((pictures.parent / "out/index" / _current(pictures.parent) / "manifest.json").read_text())["rows"]
+        == 6
+    )
+
+
+def _current(home: Path) -> str:
+    return (home / "out/index/CURRENT").read_text().strip()
+
+
+def test_tars_are_told_from_pictures_and_failures_are_counted(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus.write_tar("a.tar", [*corpus.good_files(3), ("x.jpg", b"noise")])
+    assert run("a.tar", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 3 and sum(found["failed"].values()) == 1
+    (pictures.parent / "bad").mkdir()
+    (pictures.parent / "bad" / "1.jpg").write_bytes(b"noise")
+    assert run("bad") == 1
+    assert "none of the samples could be embedded: clip-batch status --output clip-batch-bad" in capsys.readouterr().err
+
+
+def test_the_model_of_an_earlier_run_is_kept(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("Pictures") == 0
+    assert main(["run", "Pictures", *QUICK]) == 0
+    assert "plan: unchanged" in capsys.readouterr().err
+    assert main(["run", "Pictures", *QUICK, "--model", "fake:16"]) == 2
+    said = capsys.readouterr().err
+    assert "model 'fake:8' -> 'fake:16'" in said and "--add" not in said
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("https://a/1.jpg\nhttps://a/?image=2\n", True),
+        ("https://a/1.tar\nhttps://a/2.tar\n", False),
+        ("a.tar\n", False),
+    ],
+)
+def test_a_list_of_urls_is_told_by_its_lines(tmp_path: Path, lines: str, found: bool) -> None:
+    (tmp_path / "list.txt").write_text(lines)
+    assert url_list([f"{tmp_path}/list.txt"], {}) == (f"{tmp_path}/list.txt" if found else "")
+    assert url_list([f"{tmp_path}/urls.csv"], {}) == f"{tmp_path}/urls.csv"
+    with pytest.raises(ConfigError, match="are lists of URLs: give one"):
+        url_list(["a.csv", "b.csv"], {})
+
+
+def test_a_list_of_urls_goes_to_end2end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "urls.csv").write_text("url\nhttp://127.0.0.1:9/a.jpg\n")
+    words = [f"{tmp_path}/urls.csv", "--output", f"{tmp_path}/out", "--img2dataset", "no-such-program"]
+    assert run(*words) == 2
+    said = capsys.readouterr().err
+    assert "urls.csv is a list of URLs: its images are downloaded first" in said and "no-such-program" in said
+
+
+def test_names_of_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = {spec: default_output(spec) for spec in ("x/y/", "tars/{0..9}.tar", "s3://b/c/*.tar", "l.txt", "b.tar.gz")}
+    assert [*named.values()] == [f"clip-batch-{name}" for name in ("y", "tars", "c", "l", "b")]
+    assert default_output(".") == f"clip-batch-{tmp_path.name}"
+
+
+def test_all_missing_extras_are_named_before_anything_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"it needs torch and faiss, .*: pip install 'clip-batch\[embed,merge\]'"):
+        extras.require("embed", "merge")
+    assert main(["run", str(tmp_path), "--output", f"{tmp_path}/out"]) == 2
+    assert "clip-batch[embed,merge,serve]" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_without_network_the_small_model_takes_the_place_of_the_default(pictures: Path, tmp_path: Path) -> None:
+    environ: dict[str, Any] = {**os.environ, "HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "clip_batch", "run", "Pictures", *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "ViT-B-32 datacomp_xl_s13b_b90k cannot be found" in done.stderr
+    assert "the small model in this package is used (--model demo)" in done.stderr
+    assert "5 samples embedded" in done.stdout
