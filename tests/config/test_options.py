@@ -167,7 +167,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "the commands are demo, plan"),
+        (["nonsense"], "the commands are run, demo, plan"),
         (["plan", "--nonsense"], "--nonsense"),
         (["plan", "--output", "x"], "needs --input"),
         (["embed"], "--output OUTPUT is needed: the embeddings folder OUT"),
