@@ -35,7 +35,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nonsense"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("clip-batch nonsense: no such command; the commands are demo, plan")
+    assert line.startswith("clip-batch nonsense: no such command; the commands are run, demo, plan")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["versions", "--help"]])
