@@ -50,6 +50,7 @@ from clip_batch.types import Hit, Plan
 if _typing.TYPE_CHECKING:
     from clip_batch.api.index import filter, remove, sweep, versions
     from clip_batch.api.output import status, verify
+    from clip_batch.api.table import embed_table
     from clip_batch.client import AsyncClient, Client, FakeService, ServiceHits
     from clip_batch.embeddings.embed import Outcome, embed
     from clip_batch.embeddings.encoder import Encoder
@@ -120,6 +121,7 @@ __all__ = [
     "VerifyReport",
     "VersionInfo",
     "embed",
+    "embed_table",
     "errors",
     "filter",
     "make_app",
@@ -154,6 +156,7 @@ _HOMES = {
     "VerifyReport": "embeddings.verify",
     "VersionInfo": "index.versions",
     "embed": "embeddings.embed",
+    "embed_table": "api.table",
     "filter": "api.index",
     "make_app": "serve.search.app",
     "make_plan": "plan.plan",

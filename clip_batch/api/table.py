@@ -1,0 +1,235 @@
+"""`embed_table`: a table, a data set or a generator of samples is embedded to OUT, with the commits of tars.
+
+The rows become tars in OUT/samples, which are then planned and embedded as any others: that gives rows their byte
+ranges, from which searches show the pictures, and the same partitions, commits and failures.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import IO, Any
+
+from clip_batch.api.output import status
+from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig
+from clip_batch.config.paths import path_text
+from clip_batch.embeddings.embed import embed as embed_partitions
+from clip_batch.embeddings.encoder import image_bytes
+from clip_batch.embeddings.status import OutputStatus
+from clip_batch.errors import ClipBatchError, ConfigError, InputError, PlanError, one_line
+from clip_batch.plan import paths
+from clip_batch.plan.plan import make_plan
+from clip_batch.samples import kinds
+from clip_batch.storage.store import Store, stream_digest
+from clip_batch.types import StrPath
+
+SAMPLES = "samples"
+"""The folder of OUT that has the tars."""
+
+LIST = "samples/rows.json"
+"""Written once all tars are: the sha256 of each by its name, by which a second call knows whether rows are the same."""
+
+ROWS, BYTES = 10_000, 2**28
+"""A tar ends with the row at which it has this many rows or bytes."""
+
+Rows = Iterable[Mapping[str, Any]]
+"""Samples: an image, a caption, and other values by name."""
+
+
+def embed_table(
+    rows: Any,
+    output: StrPath,
+    plan: PlanConfig = PlanConfig(),
+    embed: EmbedConfig = EmbedConfig(),
+    *,
+    image: str = "image",
+    caption: str | None = "caption",
+    storage: StorageConfig = StorageConfig(),
+    progress: Callable[[str], None] = lambda line: None,
+) -> OutputStatus:
+    """Embed the rows of a table to OUT, each of them or a failure with its reason; the state of OUT afterwards.
+
+    `rows` is a pandas DataFrame, an Arrow table, batch or reader, a data set of Hugging Face, or any iterable of
+    mappings, which is read once, a few thousand rows at a time. The column `image` has pictures: paths or URLs, bytes
+    of image files, images of Pillow, arrays, or Hugging Face's {"bytes", "path"}; the column `caption` has texts or
+    None (None as its name: there are none). All other columns become metadata, the row's number its key.
+
+    Another call with the same rows goes on where an earlier one was stopped. A picture that cannot be read is listed
+    as failed. `plan` has the model, and how partitions are made; its `input` and `format` are ours.
+
+    Example: `embed_table(frame, "out", PlanConfig(model="ViT-B-32", pretrained="openai"))`.
+
+    ConfigError: a column is missing, or a value cannot be metadata. PlanError: OUT was made of other rows. Other
+    errors: as `make_plan` and `embed`.
+    """
+    if plan.input or plan.format != PlanConfig.format:
+        raise ConfigError("embed_table takes its rows as its input: leave input and format out of the PlanConfig")
+    store = Store(path_text(output, "output"), storage.storage_options)
+    names = _write(store, _samples(_as_rows(rows, image), image, caption, storage, progress), progress)
+    if not names:
+        raise InputError("there is no row to embed: give at least one")
+    tars = [store.display(name) for name in names]
+    rotation: Any = "apply" if plan.exif_rotation == "auto" else plan.exif_rotation  # as of files, and as Encoder does
+    make_plan(tars, output, replace(plan, exif_rotation=rotation), storage=storage, progress=progress)
+    embed_partitions(output, embed, storage=storage, progress=progress)
+    return status(output, storage=storage)
+
+
+def _as_rows(rows: Any, image: str) -> Rows:
+    """The rows of a table of any kind, one by one. ConfigError: it is none."""
+    feature: Any = (getattr(rows, "features", None) or {}).get(image)
+    if getattr(feature, "decode", False) and hasattr(rows, "cast_column"):  # Hugging Face: keep files as they are
+        rows = rows.cast_column(image, type(feature)(decode=False))
+    if hasattr(rows, "to_batches"):  # an Arrow table or dataset
+        rows = rows.to_batches()
+    elif hasattr(rows, "read_next_batch"):  # an Arrow reader
+        rows = iter(rows)
+    elif hasattr(rows, "itertuples"):  # a pandas DataFrame
+        columns = [str(name) for name in rows.columns]
+        return (dict(zip(columns, values, strict=True)) for values in rows.itertuples(index=False, name=None))
+    elif hasattr(rows, "iter_rows"):  # a Polars DataFrame
+        rows = rows.iter_rows(named=True)
+    elif hasattr(rows, "to_pylist"):  # an Arrow record batch
+        rows = [rows]
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise ConfigError(f"rows is a {type(rows).__name__}: give a table, or an iterable of mappings")
+    return _flat(rows)
+
+
+def _flat(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    for item in rows:
+        if hasattr(item, "to_pylist"):
+            for start in range(0, len(item), 1000):
+                yield from item.slice(start, 1000).to_pylist()
+        elif isinstance(item, Mapping):
+            yield item
+        else:
+            raise ConfigError(f"a row is a {type(item).__name__}: it must be a mapping from names to values")
+
+
+def _samples(
+    rows: Rows, image: str, caption: str | None, storage: StorageConfig, progress: Callable[[str], None]
+) -> Iterator[dict[str, bytes]]:
+    """The files of each row by extension."""
+    for number, row in enumerate(rows):
+        for column in filter(None, (image, caption if caption != "caption" else None)):
+            if column not in row:
+                known = ", ".join(map(str, row)) or "none"
+                raise ConfigError(f"row {number} has no column {column!r}: there are {known}; name it by {_ARGUMENT}")
+        rest = {str(name): value for name, value in row.items() if name not in (image, caption)}
+        data, problem, path = _image(row[image], storage)
+        if path is not None:
+            rest.setdefault("image_path", path)
+        if problem:
+            progress(f"row {number} has no picture, and will be listed as failed: {problem}")
+        files = {_extension(data): data} if data is not None else {}
+        text = None if caption is None else row.get(caption)
+        if not _is_missing(text):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise ConfigError(f"row {number}: {caption} is a {kind}: captions must be texts, or None")
+            files["txt"] = text.encode(errors="replace")
+        try:
+            files["json"] = json.dumps(rest, ensure_ascii=False, default=_plain).encode(errors="replace")
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"row {number} has a value that cannot be metadata ({one_line(error)}): drop it"
+            ) from None
+        yield files
+
+
+_ARGUMENT = "embed_table's image= or caption="
+
+
+def _image(value: Any, storage: StorageConfig) -> tuple[bytes | None, str, str | None]:
+    """The bytes of a row's picture, or None and what is wrong; and its path, where it has one."""
+    path: str | None = None
+    if isinstance(value, Mapping):
+        path = value.get("path")
+        value = path if value.get("bytes") is None else value["bytes"]
+    if _is_missing(value):
+        return None, "", path
+    if isinstance(value, str) or hasattr(value, "__fspath__"):
+        path = str(value)
+    try:
+        return bytes(image_bytes(value, storage)), "", path
+    except (ClipBatchError, OSError) as error:
+        return None, one_line(error, 300), path
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
+
+
+def _plain(value: Any) -> Any:
+    """A value of numpy, pandas and the like as JSON can hold it. TypeError: there is no such form."""
+    if _is_missing(value) or type(value).__name__ == "NaTType":
+        return None
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError("bytes")
+    if isinstance(value, set | frozenset):
+        return list(value)
+    return str(value)
+
+
+_EXTENSIONS = {"PNG": "png", "WebP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif", "HEIC": "heic"}
+
+
+def _extension(data: bytes) -> str:
+    return _EXTENSIONS.get(kinds.picture(data) or "", "jpg")
+
+
+def _write(store: Store, samples: Iterator[dict[str, bytes]], progress: Callable[[str], None]) -> list[str]:
+    """Write the samples as tars, and their list last; the tars' names.
+
+    Where there is a list, the same rows give the same tars, which stay as they are. PlanError: the rows are others.
+    """
+    known: dict[str, str] | None = store.read_json(LIST) if store.exists(LIST) else None
+    if known is None and store.exists(paths.PLAN):
+        raise PlanError(f"{store.url} has a plan of other input: name another output")
+    written: dict[str, str] = {}
+    keyed = enumerate(samples)
+    while True:
+        name = f"{SAMPLES}/{len(written):05d}.tar"
+        with tempfile.TemporaryFile() as file:
+            if not _fill(file, keyed):
+                break
+            file.seek(0)
+            written[name] = stream_digest(file)
+            if known is None:
+                file.seek(0)
+                with store.writer(name) as target:
+                    shutil.copyfileobj(file, target, 2**20)
+                progress(f"{name} written")
+            elif known.get(name) != written[name]:
+                raise PlanError(f"{store.display(name)} was made of other rows: name another output")
+    if known is None and written:
+        store.replace(LIST, json.dumps(written, indent=1).encode())
+    elif known is not None and known != written:
+        raise PlanError(f"{store.url} was made of {len(known)} tars of rows, not {len(written)}: name another output")
+    return list(written)
+
+
+def _fill(file: IO[bytes], samples: Iterator[tuple[int, dict[str, bytes]]]) -> int:
+    """Write samples as a tar until it is large enough; the number of rows."""
+    rows = 0
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, files in samples:
+            for extension, data in files.items():
+                member = tarfile.TarInfo(f"{number:012d}.{extension}")
+                member.size, member.mode = len(data), 0o644
+                tar.addfile(member, io.BytesIO(data))
+            rows += 1
+            if rows >= ROWS or file.tell() >= BYTES:
+                break
+    return rows

@@ -1,0 +1,167 @@
+"""`embed_table`: rows of each kind of table become commits, exactly once, and go on where they were stopped."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import clip_batch
+from clip_batch import ConfigError, EmbedConfig, Encoder, InputError, PlanConfig, PlanError, Searcher, embed_table
+from clip_batch.api import table as tables
+from tests import corpus
+
+PLAN, CPU = PlanConfig(model="fake:8"), EmbedConfig(device="cpu")
+
+
+def rows(count: int = 5) -> list[dict[str, Any]]:
+    return [{"image": corpus.jpeg(n), "caption": f"picture {n}", "width": n} for n in range(count)]
+
+
+class Feature:
+    """Hugging Face's `Image`, as far as it is looked at."""
+
+    def __init__(self, decode: bool = True) -> None:
+        self.decode = decode
+
+
+class HuggingFace(list[dict[str, Any]]):
+    """A data set that decodes pictures unless it is cast not to."""
+
+    features: ClassVar = {"image": Feature()}
+
+    def cast_column(self, name: str, feature: Feature) -> list[dict[str, Any]]:
+        assert name == "image" and not feature.decode
+        return [row | {"image": {"bytes": row["image"], "path": None}} for row in self]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pd.DataFrame,
+        pa.Table.from_pylist,
+        pa.RecordBatch.from_pylist,
+        lambda rows: pa.Table.from_pylist(rows).to_reader(2),
+        HuggingFace,
+        iter,
+        list,
+    ],
+    ids=["pandas", "table", "batch", "reader", "huggingface", "generator", "list"],
+)
+def test_each_kind_of_table(kind: Any, tmp_path: Path) -> None:
+    done = embed_table(kind(rows()), tmp_path / "out", PLAN, CPU)
+    assert (done.rows, done.missing, done.failures) == (5, [], {})
+    table = clip_batch.read(tmp_path / "out").to_table()
+    assert table["caption"].to_pylist() == [f"picture {n}" for n in range(5)]
+    assert table["width"].to_pylist() == list(range(5))
+    assert table["key"].to_pylist() == [f"{n:012d}" for n in range(5)]
+    expected = Encoder("fake:8").images([row["image"] for row in rows()])
+    assert np.allclose(np.stack([np.asarray(v) for v in table["image_vector"].to_pylist()]), expected, atol=2e-3)
+    assert clip_batch.verify(tmp_path / "out", deep=True).ok
+
+
+def test_searches_show_the_pictures(tmp_path: Path) -> None:
+    embed_table(rows(), tmp_path / "out", PLAN, CPU)
+    clip_batch.merge(tmp_path / "out", tmp_path / "index")
+    with Searcher(tmp_path / "index") as searcher:
+        hits = searcher.find("a cat").hits
+        assert {hit.metadata["width"]: hit.image() for hit in hits} == {n: corpus.jpeg(n) for n in range(5)}
+
+
+def test_pictures_of_each_form_and_those_that_fail(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(corpus.jpeg(1))
+    picture = Image.open(io.BytesIO(corpus.jpeg(2)))
+    images = [str(tmp_path / "a.jpg"), tmp_path / "a.jpg", picture, np.asarray(picture), {"bytes": corpus.jpeg(3)}]
+    bad = [None, float("nan"), str(tmp_path / "absent.jpg"), b"no picture", {"bytes": None, "path": None}]
+    lines: list[str] = []
+    table = [{"image": image, "when": pd.Timestamp("2026-01-02"), "n": np.int64(3)} for image in [*images, *bad]]
+    done = embed_table(table, tmp_path / "out", PLAN, CPU, progress=lines.append)
+    assert (done.rows, done.failures) == (5, {"missing_image": 4, "undecodable_image": 1})
+    assert [line for line in lines if line.startswith("row 7 has no picture, and will be listed as failed")]
+    read = clip_batch.read(tmp_path / "out").to_table()
+    assert read["image_path"].to_pylist()[:3] == [str(tmp_path / "a.jpg")] * 2 + [None]
+    assert set(read["when"].to_pylist()) == {"2026-01-02T00:00:00"} and set(read["n"].to_pylist()) == {3}
+    assert read["caption"].null_count == 5
+    assert clip_batch.verify(tmp_path / "out", deep=True).ok
+
+
+def test_other_names_of_columns(tmp_path: Path) -> None:
+    table = [{"photo": corpus.jpeg(1), "text": "a cat", "caption": "kept"}]
+    embed_table(table, tmp_path / "out", PLAN, CPU, image="photo", caption="text")
+    (row,) = clip_batch.read(tmp_path / "out").to_table().to_pylist()
+    assert row["caption"] == "a cat" and "kept" in str(row["extra"])
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROWS", 2)
+    plan = PlanConfig(model="fake:8", partition_samples=2)
+
+    def stopped() -> Iterator[dict[str, Any]]:
+        yield from rows(5)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_table(stopped(), tmp_path / "out", plan, CPU)
+    assert not (tmp_path / "out" / "_clip_batch").exists()
+    assert embed_table(rows(7), tmp_path / "out", plan, CPU).rows == 7
+    commits = sorted((tmp_path / "out/_clip_batch/commits").iterdir())
+    commits[1].unlink()
+    kept = {commit.name: commit.stat().st_mtime_ns for commit in (commits[0], *commits[2:])}
+    tars = {tar.name: tar.stat().st_mtime_ns for tar in (tmp_path / "out/samples").iterdir()}
+    done = embed_table(iter(rows(7)), tmp_path / "out", plan, CPU)
+    assert (done.rows, done.done) == (7, 4)
+    now = {commit.name: commit.stat().st_mtime_ns for commit in (tmp_path / "out/_clip_batch/commits").iterdir()}
+    assert kept.items() < now.items(), "what is committed stays"
+    assert {tar.name: tar.stat().st_mtime_ns for tar in (tmp_path / "out/samples").iterdir()} == tars
+
+
+def test_other_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROWS", 2)
+    embed_table(rows(5), tmp_path / "out", PLAN, CPU)
+    changed = rows(5)
+    changed[1]["caption"] = "another"
+    for others in (changed, rows(4), rows(7)):
+        with pytest.raises(PlanError, match="name another output"):
+            embed_table(others, tmp_path / "out", PLAN, CPU)
+    corpus.good_tar(f"{tmp_path}/a.tar", 2)
+    clip_batch.make_plan(tmp_path / "a.tar", tmp_path / "tars", PLAN)
+    with pytest.raises(PlanError, match="has a plan of other input"):
+        embed_table(rows(), tmp_path / "tars", PLAN, CPU)
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "says"),
+    [
+        ("rows", {}, "rows is a str: give a table"),
+        ({"image": []}, {}, "rows is a dict"),
+        (5, {}, "rows is a int"),
+        ([5], {}, "a row is a int: it must be a mapping"),
+        ([{"photo": b"x"}], {}, "row 0 has no column 'image': there are photo"),
+        ([{"image": b"x"}], {"caption": "text"}, "row 0 has no column 'text'"),
+        ([{"image": b"x", "caption": 5}], {}, "row 0: caption is a int"),
+        ([{"image": b"x", "mask": b"x"}], {}, r"row 0 has a value that cannot be metadata \(bytes\): drop it"),
+        ([{"image": b"x"}], {"plan": PlanConfig(input=["a.tar"])}, "leave input and format out"),
+    ],
+)
+def test_what_is_no_table_is_refused(table: Any, options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        embed_table(table, tmp_path / "out", **options)
+
+
+def test_nothing_is_refused_too(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no row to embed"):
+        embed_table([], tmp_path / "out", PLAN)
+
+
+def test_rows_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(rows(8)), tmp_path / "a.parquet", row_group_size=4)
+    done = embed_table(pq.ParquetFile(tmp_path / "a.parquet").iter_batches(3), tmp_path / "out", PLAN, CPU)
+    assert done.rows == 8
