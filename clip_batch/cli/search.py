@@ -59,7 +59,7 @@ class FilterArguments(QueryArguments):
     images: bool = False
     """Copy the rows' images too, into tars."""
     images_from: Literal["tar", "path", "url"] = "tar"
-    """Where images are copied from: byte ranges in planned tars, or the files that column image_path, or url, names."""
+    """Where images are copied from. tar: the planned file; path, url: what the column image_path, or url, names."""
 
 
 def filter(arguments: FilterArguments, search: SearchConfig, storage: StorageConfig) -> int:
@@ -73,7 +73,7 @@ def filter(arguments: FilterArguments, search: SearchConfig, storage: StorageCon
         store = Store(arguments.output, storage.storage_options)
         done = filter_rows(searcher, query, store, arguments.images, search.columns or None, arguments.images_from)
     text = f"{counted(done.rows, 'row')}, {counted(done.images, 'image')}: {arguments.output}"
-    place = {"tar": "a tar", "path": "an image_path", "url": "a url"}[arguments.images_from]
+    place = {"tar": "a planned file", "path": "an image_path", "url": "a url"}[arguments.images_from]
     text += f"; {counted(done.missing, 'image')} could not be read from {place}" if done.missing else ""
     text += "" if done.complete else f"; fewer than {search.k:,}, and there may be more: lower --k"
     answer(arguments, asdict(done), text)

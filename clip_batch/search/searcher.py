@@ -281,7 +281,7 @@ class Searcher:
         ]
 
     def image(self, id: int) -> bytes | None:
-        """The original image file of a row, by its byte range in a tar; None where that cannot be read.
+        """The original image file of a row, by its place in a tar or a Parquet file; None where it cannot be read.
 
         Rows of embeddings that clip-retrieval made have none, as data could name any file. ConfigError: no such row.
         """
@@ -291,7 +291,7 @@ class Searcher:
     def _image(self, hit: Hit) -> bytes | None:
         if not lineage.is_planned(self.manifest, hit.id):
             return None
-        columns = ["shard", "offset", "length"]
+        columns = [name for name in lineage.COLUMNS if name in self.schema.names]
         row = hit.metadata if set(columns) <= set(hit.metadata) else self.metadata([hit.id], columns)[0]
         return lineage.image(row, self.storage)
 

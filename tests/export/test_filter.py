@@ -88,7 +88,7 @@ def test_the_command_copies_images_into_tars_that_plan_reads(
     assert expand_inputs([f"{found}/images/*.tar"], "tar", {}).shards
     (tmp_path / "0.tar").unlink()
     assert main(["filter", "--index", index, "--text", "no. 3", "-k", "4", "--output", found, "--images"]) == 0
-    assert "4 images could not be read from a tar" in capsys.readouterr().out
+    assert "4 images could not be read from a planned file" in capsys.readouterr().out
     assert main(["filter", "--index", index, "--text", "x", "--threshold", "2", "--output", found]) == 0
     assert "0 rows" in capsys.readouterr().out
     assert not (tmp_path / "found/rows").exists()
