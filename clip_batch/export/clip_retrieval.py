@@ -60,7 +60,7 @@ def export_clip_retrieval(
                 rows = _write(table, file)
             progress(f"metadata {number + 1}: {rows:,} rows")
         for modality, effort in searcher.manifest.effort.items():
-            parts = [(one.index, one.offset) for one in searcher.indices[modality]]
+            parts = [(one.index, one.offset) for one in searcher.indices[modality].parts]
             with store.writer(f"{modality}.index") as file:
                 concatenate(parts, searcher.removed, effort, file.name, searcher.stored.get(modality))
             progress(f"{modality}: {len(parts)} index shards in one file")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from math import ceil, inf
+from math import ceil
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,12 @@ from clip_batch.embeddings.reader import blocks
 from clip_batch.encoders.device import cores
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removed_rows
-from clip_batch.index.ann import faiss_index, faiss_search, shared_lists
+from clip_batch.index.ann import faiss_index, faiss_search, shards
 from clip_batch.index.ann.order import best
 from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.ann.rerank import candidates, rerank
 from clip_batch.index.ann.rows import Stacked
+from clip_batch.index.ann.shards import OpenedIndex, Shards
 from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.metadata import FEW, MetadataFile, common_schema, take_as, take_few, uniform
 from clip_batch.search import clip_retrieval, lineage
@@ -61,25 +62,8 @@ EXACT = 10_000
 SCANNING = 8
 """Most threads that score all stored vectors: each holds 16,384 vectors, 64 MB of 512 dimensions."""
 
-QUICK = 2**20
-"""Bytes of codes that one thread compares with a query sooner than the work can be handed to several."""
-
-SOON = 2**24
-"""Bytes of codes up to which faiss's threads are not woken for one query: other clients need the cores."""
-
-
 SPARE = 0.01
 """Share of an inverted list that is not worth a visit to one more where rows were removed."""
-
-
-@dataclass(frozen=True)
-class OpenedIndex:
-    """A faiss index whose ids 0 to rows - 1 are the ids of INDEX from `offset` on."""
-
-    index: Any
-    offset: int
-    rows: int
-    removed: faiss_search.Removed | None = None
 
 
 class Searcher:
@@ -117,7 +101,7 @@ class Searcher:
         if encoder is not None and encoder.dim != self.manifest.dim:
             raise ConfigError(f"{index} has {self.manifest.dim} dimensions, this encoder {encoder.dim}: take its model")
         self._offsets = np.array([shard.offset for shard in self.manifest.shards])
-        self.indices: dict[str, list[OpenedIndex]] = {modality: [] for modality in self.manifest.key}
+        self.indices: dict[str, Shards] = {}
         self.stored: dict[str, Stacked] = {}
         self._predictors: dict[str, dict[str, Predictor]] = {}
         self.tables: list[MetadataFile] = []
@@ -132,10 +116,7 @@ class Searcher:
         except BaseException:
             self._release()
             raise
-        self._shared = {
-            modality: shared_lists.share([opened.index for opened in parts]) for modality, parts in self.indices.items()
-        }
-        workers = min(max(map(len, self.indices.values())), cores())
+        workers = min(max(len(shards.parts) for shards in self.indices.values()), cores())
         # Shards in parallel leave each worker its share of the cores.
         self._pool = ThreadPoolExecutor(workers, "search", faiss_index.use_threads, (max(1, cores() // workers),))
 
@@ -165,6 +146,7 @@ class Searcher:
 
     def _open(self, store: Store) -> None:
         metadata: list[tuple[str, int]] = []
+        opened: dict[str, list[OpenedIndex]] = {modality: [] for modality in self.manifest.key}
         stored: dict[str, list[Any]] = {modality: [] for modality in self.manifest.key}
         files = self.manifest.files
 
@@ -173,9 +155,9 @@ class Searcher:
 
         for shard in self.manifest.shards:
             paths = self.manifest.paths(shard)
-            for modality, opened in self.indices.items():
+            for modality, parts in opened.items():
                 if (name := paths.index(modality, shard.name)) in files:
-                    opened.append(OpenedIndex(faiss_index.read(local(name), mapped=True), shard.offset, shard.rows))
+                    parts.append(OpenedIndex(faiss_index.read(local(name), mapped=True), shard.offset, shard.rows))
                 if self.manifest.rerank:
                     stored[modality].append(open_matrix(local(paths.vectors(modality, shard.name))))
             metadata.append((local(paths.metadata(shard.name)), shard.offset))
@@ -185,8 +167,8 @@ class Searcher:
                 raise CorruptError(f"{store.url}: {name} is not of {shard.rows} rows: merge again")
         for modality, joined in self.manifest.single.items():
             path, *_ = [local(name) for name in sorted(joined)]
-            rows = self.manifest.rows - sum(opened.rows for opened in self.indices[modality])
-            self.indices[modality].insert(0, OpenedIndex(faiss_index.read(path, mapped=True), 0, rows))
+            rows = self.manifest.rows - sum(part.rows for part in opened[modality])
+            opened[modality].insert(0, OpenedIndex(faiss_index.read(path, mapped=True), 0, rows))
         for modality, predictions in self.manifest.predicted.items():
             paths_of = {kind: path for kind, prediction in predictions.items() for path in prediction["file"]}
             self._predictors[modality] = {
@@ -196,8 +178,9 @@ class Searcher:
         self.schema = common_schema([table.schema for table in self.tables])
         self._uniform = uniform(self.tables)
         self.removed = removed_rows.removed_ids(store, self.manifest, metadata)
-        for modality, opened in self.indices.items():
-            self.indices[modality] = [replace(part, removed=self._removed(part.offset, part.rows)) for part in opened]
+        for modality, parts in opened.items():
+            alive = [replace(part, removed=self._removed(part.offset, part.rows)) for part in parts]
+            self.indices[modality] = Shards.of(alive)
 
     def _file(self, store: Store, name: str, recorded: StoredFile) -> str:
         """A local path of a file of INDEX, of the recorded size."""
@@ -353,53 +336,12 @@ class Searcher:
         predictor: Predictor | None = None,
     ) -> tuple[Vectors, Ids]:
         """Search all shards as `search_ids` does, and rank what they find."""
-        shards, stored, depth = self.indices[modality], self.stored.get(modality), k
+        stored, depth = self.stored.get(modality), k
         if stored is not None:
             depth = candidates(depth, self.manifest.rerank)
-        parts = self._search_shards(vectors, depth, modality, effort, among, predictor)
-        found = np.hstack([ids for _, ids in parts])
-        offsets = np.repeat([shard.offset for shard in shards], [ids.shape[1] for _, ids in parts])
-        scores, ids = np.hstack([scores for scores, _ in parts]), found + offsets
-        scores[found < 0], ids[found < 0] = -np.inf, -1
-        # All shards are copies of one template, so their scores can be compared.
-        scores, ids = best(scores, ids, depth)
+        search = partial(shards.search, self.indices[modality], self._pool, vectors, depth, effort, predictor)
+        scores, ids = search(removed_of=lambda part: among.others(part.offset, part.rows)) if among else search()
         return (scores, ids) if stored is None else rerank(vectors, ids, stored, k)
-
-    def _search_shards(
-        self,
-        queries: Vectors,
-        depth: int,
-        modality: str,
-        effort: int | None,
-        among: RowSet | None,
-        predictor: Predictor | None,
-    ) -> list[tuple[Vectors, Ids]]:
-        """The `depth` best rows (n, any) in each index of a modality, by the index's own ids; -1 where there are fewer.
-
-        One query that has little to compare, or only one index, is answered in the calling thread.
-        """
-        shards, shared = self.indices[modality], self._shared[modality]
-        compared = inf if shared is None else shared.probes(effort) * shared.bytes_per_list
-        alone = len(queries) == 1 and (len(shards) == 1 or compared <= QUICK)
-        probe = None
-        if shared is not None and (predictor or (len(shards) > 1 and depth < faiss_search.DEEP)):
-            assign = partial(shared_lists.probe, shared, queries, effort, predictor)
-            probe = assign() if len(queries) == 1 else self._pool.submit(assign).result()
-            nothing_removed = shared_lists.parameters(probe)
-
-        def search(number: int) -> tuple[Vectors, Ids]:
-            shard = shards[number]
-            removed = among.others(shard.offset, shard.rows) if among else shard.removed
-            k = min(depth, shard.rows)
-            if shared is None or probe is None:
-                return faiss_search.search(shard.index, queries, k, effort, removed)
-            parameters = nothing_removed if removed is None else shared_lists.parameters(probe, removed)
-            return shared_lists.search(shared, number, probe, k, parameters)
-
-        if not alone:
-            return list(self._pool.map(search, range(len(shards))))
-        with faiss_index.one_thread() if compared <= SOON else nullcontext():
-            return [search(number) for number in range(len(shards))]
 
     def _exact(self, queries: Vectors, ids: Ids, k: int, modality: str) -> tuple[Vectors, Ids]:
         """Search a few rows, as `search_ids` does, by scoring all of them."""
@@ -433,25 +375,23 @@ class Searcher:
         index visit. `query` is (d,).
         """
         self._check_open()
-        vector, shards = checked_search(self.manifest, query, 1, modality, effort)[:1], self.indices[modality]
+        vector = checked_search(self.manifest, query, 1, modality, effort)[:1]
         stored = self.stored.get(modality)
         if effort is None and (tuned := self.manifest.effort[modality]):
             effort = self._spread(tuned)
         if stored is None:
-            for shard in shards:
-                scores, ids = faiss_search.search_over(shard.index, vector, threshold, effort, shard.removed)
-                yield scores, ids + shard.offset
+            yield from shards.search_over(self.indices[modality], vector, threshold, effort)
             return
 
         def scan(block: slice) -> tuple[Vectors, Ids]:
-            ids = np.arange(shard.offset + block.start, shard.offset + block.stop)
+            ids = np.arange(part.offset + block.start, part.offset + block.stop)
             ids = ids[~removed_rows.contains(self.removed, ids)]
             scores = unit(stored[ids]) @ vector[0]
             return scores[scores >= threshold], ids[scores >= threshold]
 
         with ThreadPoolExecutor(min(SCANNING, cores()), "scan") as pool:
-            for shard in shards:
-                yield from pool.map(scan, blocks(shard.rows))
+            for part in self.indices[modality].parts:
+                yield from pool.map(scan, blocks(part.rows))
 
     def _removed(self, offset: int, rows: int) -> faiss_search.Removed | None:
         """The removed rows in [offset, offset + rows), counted from `offset`; None if none of these was removed."""
@@ -497,16 +437,16 @@ class Searcher:
         self._check_open()
         rows = checked_ids(self.manifest, self.removed, ids)
         check_modality(self.manifest, modality)
-        shards = self.indices[modality]
+        parts = self.indices[modality].parts
         if modality in self.stored:
             return unit(self.stored[modality][rows])
         out = np.zeros((len(rows), self.manifest.dim), dtype=np.float32)
-        owner = np.searchsorted([shard.offset for shard in shards], rows, "right") - 1
+        owner = np.searchsorted([part.offset for part in parts], rows, "right") - 1
         with self._reconstruct:  # faiss builds its table of ids once; searches do not use it
-            for shard in np.unique(owner):
-                faiss_index.prepare_reconstruct(shards[shard].index)
-        for place, (id, shard) in enumerate(zip(rows, owner, strict=True)):
-            vector = faiss_index.reconstruct(shards[shard].index, int(id - shards[shard].offset))
+            for number in np.unique(owner):
+                faiss_index.prepare_reconstruct(parts[number].index)
+        for place, (id, number) in enumerate(zip(rows, owner, strict=True)):
+            vector = faiss_index.reconstruct(parts[number].index, int(id - parts[number].offset))
             if vector is not None:
                 out[place] = vector
         return out

@@ -45,7 +45,7 @@ def main() -> None:
         manifest = merge(options.output, f"{home}/index", config)
         with Searcher(f"{home}/index") as searcher:
             queries = searcher.reconstruct(range(0, manifest.rows, manifest.rows // QUERIES))
-            (shard,) = searcher.indices["image"]
+            (shard,) = searcher.indices["image"].parts
             for effort in options.efforts:
                 found[f"effort {effort}"] = {
                     "hits": int((searcher.search_ids(queries[0], options.k, effort=effort)[1] >= 0).sum()),

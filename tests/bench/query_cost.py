@@ -21,11 +21,12 @@ import numpy as np
 from clip_batch.config import MergeConfig
 from clip_batch.index.ann import faiss_search
 from clip_batch.index.ann.order import best
+from clip_batch.index.ann.shards import OpenedIndex
 from clip_batch.index.merge.merge import merge
 from clip_batch.search.find import find
 from clip_batch.search.query import Criteria
 from clip_batch.search.rows import Ids, Vectors
-from clip_batch.search.searcher import OpenedIndex, Searcher
+from clip_batch.search.searcher import Searcher
 from tests.bench import result
 from tests.fabricated import clustered, make_out
 
@@ -39,7 +40,7 @@ def shard_by_shard(searcher: Searcher, query: Vectors, effort: int) -> tuple[Vec
         scores, ids = faiss_search.search(shard.index, query[None], K, effort, shard.removed)
         return np.where(ids >= 0, scores, -np.inf), np.where(ids >= 0, ids + shard.offset, -1)
 
-    parts = list(searcher._pool.map(one, searcher.indices["image"]))
+    parts = list(searcher._pool.map(one, searcher.indices["image"].parts))
     return best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), K)
 
 

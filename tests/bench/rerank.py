@@ -53,7 +53,7 @@ def each_by_itself(searcher: Searcher, queries: Vectors, k: int) -> tuple[Vector
         _, ids = faiss_search.search(shard.index, queries, min(depth, shard.rows), effort)  # type: ignore[attr-defined]
         return rerank(queries, np.where(ids >= 0, ids + shard.offset, -1), stored, k)  # type: ignore[attr-defined]
 
-    parts = list(searcher._pool.map(one, searcher.indices["image"]))
+    parts = list(searcher._pool.map(one, searcher.indices["image"].parts))
     return best(np.hstack([part[0] for part in parts]), np.hstack([part[1] for part in parts]), k)
 
 

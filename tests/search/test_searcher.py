@@ -110,7 +110,7 @@ def test_requests_do_not_disturb_each_other(searcher: Searcher) -> None:
 def test_shards_searched_together_answer_as_each_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rerank: int, quick: int
 ) -> None:
-    monkeypatch.setattr("clip_batch.search.searcher.QUICK", quick)
+    monkeypatch.setattr("clip_batch.index.ann.shards.QUICK", quick)
     monkeypatch.setattr("clip_batch.search.searcher.EXACT", -1)
     texts = TEXTS.copy()
     texts[::5] = 0
@@ -126,13 +126,13 @@ def test_shards_searched_together_answer_as_each_by_itself(
             (queries, k, effort) for queries in (IMAGES[:1], IMAGES[:6]) for k in (1, 10, 500) for effort in (1, 8)
         ]
         for modality in ("image", "text"):
-            shared = searcher._shared[modality]
-            assert shared is not None
+            shards = searcher.indices[modality]
+            assert shards.shared is not None
             for among in (None, some):
                 together = [searcher.search_ids(q, k, modality, effort, among) for q, k, effort in cases]
-                monkeypatch.setitem(searcher._shared, modality, None)
+                monkeypatch.setitem(searcher.indices, modality, replace(shards, shared=None))
                 apart = [searcher.search_ids(q, k, modality, effort, among) for q, k, effort in cases]
-                monkeypatch.setitem(searcher._shared, modality, shared)
+                monkeypatch.setitem(searcher.indices, modality, shards)
                 for (scores, ids), (expected_scores, expected_ids) in zip(together, apart, strict=True):
                     np.testing.assert_array_equal(ids, expected_ids)
                     np.testing.assert_array_equal(scores, expected_scores)
@@ -145,7 +145,7 @@ def test_a_query_with_little_to_compare_waits_for_no_other_thread(
     expected = searcher.search(IMAGES[0], k=7)
     searcher._pool.shutdown()
     assert searcher.search(IMAGES[0], k=7) == expected
-    monkeypatch.setattr("clip_batch.search.searcher.QUICK", 0)
+    monkeypatch.setattr("clip_batch.index.ann.shards.QUICK", 0)
     with pytest.raises(RuntimeError, match="after shutdown"):
         searcher.search(IMAGES[0], k=7)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,10 +100,14 @@ class Groups:
     members: tuple[Ids, ...]
     vectors: tuple[Vectors, ...]
 
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        """The threads that assign; they end with the groups."""
+        return ThreadPoolExecutor(cores(), "assign")
+
     def assign(self, vectors: Vectors) -> Ids:
         """The centroid (n,) of largest inner product among those of the `NEAR` groups nearest to each vector (n, d)."""
-        with ThreadPoolExecutor(cores()) as pool:
-            found = list(pool.map(self._assign, (vectors[low : low + BLOCK] for low in range(0, len(vectors), BLOCK))))
+        found = self._pool.map(self._assign, (vectors[low : low + BLOCK] for low in range(0, len(vectors), BLOCK)))
         return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
     def _assign(self, vectors: Vectors) -> Ids:

@@ -30,8 +30,11 @@ TRAINS_ALONE = 1
 """faiss's code for a coarse quantizer that makes its centroids itself, such as a multi-index (IMI2x8)."""
 
 
-def train(index_key: str, vectors: Vectors, seed: int = 0) -> Index:
-    """An empty index, trained on vectors (n, d). ConfigError: faiss refuses the index key or the sample."""
+def train(index_key: str, vectors: Vectors, seed: int = 0, centroids: Vectors | None = None) -> Index:
+    """An empty index, trained on vectors (n, d). ConfigError: faiss refuses the index key or the sample.
+
+    `centroids` (lists, d) are those of the vectors, if they are known, for a key that only rotates the vectors.
+    """
     faiss = load()
     index = make(index_key, vectors.shape[1])
     if hasattr(codes := innermost(index), "pq"):
@@ -42,14 +45,17 @@ def train(index_key: str, vectors: Vectors, seed: int = 0) -> Index:
                 raise RuntimeError(f"its {ivf.nlist:,} lists need as many training vectors at least")
             ivf.cp.seed, ivf.cp.min_points_per_centroid = seed, 1
             if ivf.quantizer_trains_alone != TRAINS_ALONE:
-                _place_lists(index, vectors, seed)
+                _place_lists(index, vectors, seed, centroids)
         with one_thread() if hasattr(codes, "pq") and codes.pq.nbits <= FEW_BITS else nullcontext():
             index.train(vectors)
     return index
 
 
-def _place_lists(index: Index, vectors: Vectors, seed: int) -> None:
-    """Train the transforms of an index, and give its coarse quantizer the centroids of the transformed vectors."""
+def _place_lists(index: Index, vectors: Vectors, seed: int, centroids: Vectors | None) -> None:
+    """Train the transforms of an index, and give its coarse quantizer the centroids of the transformed vectors.
+
+    `centroids` are those of the vectors before, where they are known.
+    """
     faiss = load()
     while not isinstance(index := faiss.downcast_index(index), faiss.IndexIVF):
         if isinstance(index, faiss.IndexPreTransform):
@@ -58,8 +64,9 @@ def _place_lists(index: Index, vectors: Vectors, seed: int) -> None:
                 if not step.is_trained:
                     step.train(vectors)
                 vectors = step.apply(vectors)
+                centroids = None if centroids is None else step.apply(centroids)
         index = inner(index)
-    centroids = clusters.train(vectors, index.nlist, seed)
+    centroids = clusters.train(vectors, index.nlist, seed) if centroids is None else centroids
     if not index.quantizer.is_trained:
         index.quantizer.train(centroids)
     index.quantizer.add(centroids)

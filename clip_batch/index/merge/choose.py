@@ -6,6 +6,7 @@ the one that the index is trained on, and the winner's trained index is the temp
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clip_batch.index.ann import faiss_index, faiss_search, footprint
+from clip_batch.index.ann import clusters, faiss_index, faiss_search, footprint, index_keys
 from clip_batch.index.ann.index_keys import Choice
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.recall import DEPTHS, TOP
@@ -38,7 +39,8 @@ class TriedKey:
     """An index key that was tried with the re-ranking of so many times k candidates.
 
     `recall[kind]` has the recall at "10" and "100" on the sample with every list visited, `bytes` are those of a vector
-    in memory, `verdict` is why the key was taken or not. `seconds` were spent on training and searching it.
+    in memory, `verdict` is why the key was taken or not. `seconds` were spent on training and searching it, besides
+    the centroids that all keys share.
     """
 
     key: str
@@ -67,9 +69,10 @@ def choose(
     least, share = 1 - SHARE * (1 - target), min(1.0, len(sample) / rows)
     tried: list[TriedKey] = []
     best: tuple[float, Index, Choice] | None = None
+    centroids = clusters.train(sample, lists, seed) if (lists := _shared_lists(choices, len(sample))) else None
     for key, rerank in choices:
         started = time.monotonic()
-        index = faiss_index.train(key, sample, seed)
+        index = faiss_index.train(key, sample, seed, centroids)
         faiss_index.add(index, sample, np.arange(len(sample)))
         factors = FACTORS if rerank is None else (rerank,)
         found = {kind: _positions(index, vectors, truth[kind], factors[-1]) for kind, vectors in queries.items()}
@@ -91,6 +94,13 @@ def choose(
             break
     assert best is not None
     return best[1], best[2], tried
+
+
+def _shared_lists(choices: Sequence[Choice], rows: int) -> int:
+    """The lists that all choices have, none of which does more to the vectors than rotate them; 0 where they differ."""
+    counts = {index_keys.lists(choice.key) for choice in choices}
+    alike = len(counts) == 1 and all(re.match(r"(RR\d+,)?IVF", choice.key) for choice in choices)
+    return counts.pop() if alike and max(counts) <= rows else 0
 
 
 def _positions(index: Index, queries: Vectors, truth: Ids, factor: int) -> npt.NDArray[np.int64]:

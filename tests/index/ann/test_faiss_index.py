@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index.ann import faiss_index, faiss_search, footprint, index_keys, libfaiss, recall, shared_lists
+from clip_batch.index.ann import (
+    clusters,
+    faiss_index,
+    faiss_search,
+    footprint,
+    index_keys,
+    libfaiss,
+    recall,
+    shared_lists,
+)
 from clip_batch.index.ann.index_keys import default_keys
 from tests.fabricated import clustered, unit
 
@@ -272,6 +281,16 @@ def test_footprint_is_the_file_that_comes_out(key: str, tmp_path: Path) -> None:
 def test_footprint_of_an_unknown_key() -> None:
     with pytest.raises(ConfigError, match=r"index key 'IFV16' for vectors of 8: .*change --index-key"):
         footprint.code_bytes("IFV16", 8)
+
+
+@pytest.mark.parametrize("key", ["IVF16,Flat", "RR32,IVF16,Flat"])
+def test_known_centroids_are_rotated_as_the_vectors_are(key: str) -> None:
+    vectors, _ = clustered(2000, 32, 40)
+    centroids = clusters.train(vectors, 16)
+    lists = clusters.nearest_of(centroids)(vectors)
+    for known in (centroids, None):
+        index = faiss_index.train(key, vectors, 0, known)
+        assert np.mean(faiss_index.assigner(index)(vectors) == lists) > 0.99
 
 
 def test_an_empty_index_finds_nothing(tmp_path: Path) -> None:
