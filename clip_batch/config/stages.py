@@ -81,8 +81,8 @@ class PlanConfig(Options):
     """Embed one sample before the plan is written, on this machine's CPU, so that an unfit model is refused here."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Number format of weights and arithmetic. int8 is for CPUs: it applies to images, and captions stay in fp32."""
-    partition_bytes: Memory = "4GB"
-    """Target size of a partition's tars; a larger tar is split between samples."""
+    partition_bytes: Literal["auto"] | Memory = "auto"
+    """Target size of a partition's tars; larger tars are split. auto: some 64 partitions, of 256 samples to 4 GB."""
     partition_samples: Count | None = None
     """Target number of samples per partition, instead of a size."""
     partition_count: Count | None = None

@@ -29,6 +29,11 @@ def gpus() -> int:
     return int(torch.cuda.device_count())
 
 
+def loaded_gpus() -> int:
+    """CUDA devices that torch sees; 0 where it is not loaded, which takes seconds."""
+    return gpus() if "torch" in sys.modules else 0
+
+
 def pick_device(device: str) -> str:
     """Resolve `auto`: "cuda" where torch can use a GPU, else "cpu"; any other device is returned as it is.
 

@@ -254,6 +254,9 @@ def _plan(store: Store, embeds: bool) -> Iterator[Check]:
         yield Check("plan", False, str(error))
         return
     yield Check("plan", True, f"{len(plan.partitions):,} partitions, digest {plan.digest[:12]}")
+    if (visible := gpus()) > len(plan.partitions):
+        message = f"{len(plan.partitions)} partitions are fewer than the {visible} GPUs here, and some would be idle"
+        yield Check("partitions", None, f"{message}: plan with --partition-count {visible} or more")
     spec = plan.encoder
     try:
         with hub.offline():

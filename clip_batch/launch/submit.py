@@ -85,6 +85,7 @@ def submit_to_slurm(request: SubmitRequest, config: SlurmConfig, main: Callable[
     if not steps:
         say("nothing is missing")
         return 0
+    tell_idle(request, workers, say)
     request.freeze(draft)
     slurm.submit(steps, main, config, logs, say)
     say(f"logs: {logs}; progress: clip-batch status --output {store.url}")
@@ -110,9 +111,21 @@ def submit_to_spark(request: SubmitRequest, config: SparkConfig, say: Say) -> in
     if not draft.slots and not request.index:
         say("nothing is missing")
         return 0
+    tell_idle(request, 1, say)
     request.freeze(draft)
     say(shlex.join(command))
     return spark.submit(command)
+
+
+def tell_idle(request: SubmitRequest, workers: int, say: Say) -> None:
+    """Say so where there are fewer partitions to embed than workers that are asked for."""
+    asked = request.submit.tasks * workers
+    missing = len(submission.missing(request.store))
+    if 0 < missing < asked:
+        say(
+            f"only {missing:,} partitions are missing, fewer than the {asked:,} workers that are asked for: "
+            f"{asked - missing:,} would be idle; before anything is committed, plan again with --partition-count"
+        )
 
 
 def _progress(store: Store) -> str:

@@ -26,10 +26,13 @@ NEARLY_EQUAL = 1.1
 class PartitionTarget(NamedTuple):
     """How many bytes or samples one partition should have, or how many partitions there should be."""
 
-    unit: Literal["bytes", "samples", "partitions"]
+    unit: Literal["bytes", "samples", "partitions", "auto"]
+    """With "auto", which `pack` does not take, the value is the number of partitions that a plan got."""
     value: int
 
     def __str__(self) -> str:
+        if self.unit == "auto":
+            return "auto"
         return f"{self.value:,} {self.unit}" + ("" if self.unit == "partitions" else " a partition")
 
 

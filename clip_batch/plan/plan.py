@@ -18,8 +18,10 @@ from typing import Any
 
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
 from clip_batch.config.paths import path_text
+from clip_batch.encoders.device import loaded_gpus
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError, some
 from clip_batch.plan import paths, specs
+from clip_batch.plan.automatic import affordable, automatic_target
 from clip_batch.plan.counts import count_folder, count_samples, image_advice
 from clip_batch.plan.cuts import FindCuts, find_cuts, folder_cuts, parquet_cuts, tar_cuts
 from clip_batch.plan.kinds import check_kinds
@@ -49,8 +51,8 @@ from clip_batch.types import (
 FORMAT = 1
 """The version of the plan's files; a plan of another one is refused."""
 
-FILES_SAMPLES = 10_000
-"""Samples per partition with `--format files`, unless an option says otherwise."""
+FORMER_DEFAULTS = (PartitionTarget("bytes", 4 * 10**9), PartitionTarget("samples", 10_000))
+"""Targets that plans have from before there was "auto"; an option that says nothing keeps them."""
 
 AUTO = ("fast", "exact")
 """What `preprocess` auto stands for: the first of these that supports the model's transform."""
@@ -125,8 +127,8 @@ def make_plan(
         raise PlanError(f"another plan exists at {store.url} ({'; '.join(phrases)}), and {why}")
     if config.format != "files":
         shards = count_samples(shards, target.unit == "samples", draft, options)
-    partitions = _partitions(shards, target, draft, options)
     look = look_at_samples(shards, draft, options)
+    partitions = _partitions(shards, target, look.sample_bytes, draft, options)
     for line in name_advice(look):
         say(line)
     if advice := caption_advice(look, config.caption_field):
@@ -139,6 +141,8 @@ def make_plan(
         written = _write(store, plan, shards, target, settings)
     if written:
         say(f"{counted(len(partitions), 'partition')} planned")
+        if (visible := loaded_gpus()) > len(partitions):
+            say(f"fewer partitions than the {visible} GPUs of this machine: --partition-count {visible} gives each one")
         if old:
             say(f"they replace the plan that was there, of which nothing was committed: {'; '.join(phrases)}")
         return plan
@@ -257,21 +261,31 @@ def _target(config: PlanConfig) -> PartitionTarget:
         raise ConfigError("--partition-count and --partition-samples exclude each other: give one")
     if config.partition_count is not None:
         return PartitionTarget("partitions", config.partition_count)
-    if config.partition_samples is not None or config.format == "files":
-        return PartitionTarget("samples", config.partition_samples or FILES_SAMPLES)
+    if config.partition_samples is not None:
+        return PartitionTarget("samples", config.partition_samples)
+    if config.partition_bytes == "auto":
+        return PartitionTarget("auto", 0)
+    if config.format == "files":
+        raise ConfigError("--partition-bytes is for tars and Parquet files: give --partition-samples for a folder")
     return PartitionTarget("bytes", parse_bytes(config.partition_bytes))
 
 
 def _partitions(
-    shards: Sequence[Shard], target: PartitionTarget, draft: Plan, options: dict[str, Any]
+    shards: Sequence[Shard], target: PartitionTarget, sample_bytes: float, draft: Plan, options: dict[str, Any]
 ) -> tuple[Partition, ...]:
     """The shards packed into partitions, large ones cut between samples."""
+    automatic = target.unit == "auto"
+    if automatic:
+        target = automatic_target(shards, draft.format, sample_bytes)
     by_samples = target.unit == "samples"
     find: FindCuts = partial(tar_cuts, by_samples=by_samples, draft=draft, options=options)
     if draft.format != "tar":
         parquet = partial(parquet_cuts, by_samples=by_samples, options=options)
         find = parquet if draft.format == "parquet" else folder_cuts
-    return pack(shards, target, find_cuts(shards, places_to_cut(shards, target), find))
+    places = places_to_cut(shards, target)
+    return pack(
+        shards, target, find_cuts(shards, affordable(places, shards, draft.format) if automatic else places, find)
+    )
 
 
 def _digest(plan: Plan) -> str:
@@ -316,7 +330,7 @@ def _write(
         "image_field": plan.image_field,
         "modalities": plan.modalities,
         "passed_over": plan.passed_over,
-        "target": {target.unit: target.value},
+        "target": {target.unit: len(plan.partitions) if target.unit == "auto" else target.value},
         "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
     }
     config = yaml.safe_dump({"plan": settings}, sort_keys=False, allow_unicode=True).encode()
@@ -415,7 +429,9 @@ def _differences(
     names = ("format", *extensions, "caption_field", "key_ends", "image_field", "modalities")
     settings = [(name, getattr(plan, name), getattr(draft, name)) for name in names]
     [(unit, value)] = head["target"].items()
-    settings.append(("partition target", PartitionTarget(unit, value), target))
+    planned = PartitionTarget(unit, value)
+    if target.unit != "auto" or not (planned.unit == "auto" or planned in FORMER_DEFAULTS):
+        settings.append(("partition target", planned, target))
     return phrases + [f"{name} {was} -> {now}" for name, was, now in settings if was != now]
 
 

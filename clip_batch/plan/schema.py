@@ -24,6 +24,9 @@ SCHEMA_BYTES = 8 * 2**20
 
 MOST_FIELDS = 256
 
+HEADER_BYTES = 768
+"""Bytes of a member's header in a tar, with the mean of what fills its last block."""
+
 _RESERVED = {*KEY_COLUMNS, EXTRA_COLUMN, "partition", "row"}
 
 
@@ -37,6 +40,7 @@ class Look(NamedTuple):
     - `firsts`: the first sample of each shard that was looked at.
     - `dotted`: the failures of images with a dotted name.
     - `not_utf8`: the keys of samples whose names are not UTF-8.
+    - `sample_bytes`: their mean size in a tar or a Parquet file, with the headers of a tar; 0 where there is none.
     """
 
     samples: int
@@ -46,6 +50,7 @@ class Look(NamedTuple):
     firsts: Sequence[Sample] = ()
     dotted: Sequence[Failure] = ()
     not_utf8: Sequence[str] = ()
+    sample_bytes: float = 0.0
 
 
 def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> Look:
@@ -61,6 +66,7 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
     firsts: list[Sample] = []
     dotted: list[Failure] = []
     not_utf8: list[str] = []
+    sizes: list[int] = []
 
     def look(shard: Shard) -> list[tuple[bool, bool, Any]]:
         found: list[tuple[bool, bool, Any]] = []
@@ -77,6 +83,8 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
                 if isinstance(sample, Failure) and sample.reason == "dotted_name":
                     dotted.append(sample)
                 if isinstance(sample, Sample):
+                    parts = (sample.image, sample.caption, sample.json)
+                    sizes.append(sum(len(part) + HEADER_BYTES for part in parts if part is not None))
                     if not is_utf8(text_name(sample.key)):
                         not_utf8.append(sample.key)
                     if not found and sample.image is not None:
@@ -92,7 +100,8 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
     found = [sample for samples in map_in_threads(look, spread) for sample in samples]
     records = [record for _, _, record in found if isinstance(record, dict)]
     captions, beside = sum(caption for caption, _, _ in found), sum(beside for _, beside, _ in found)
-    return Look(len(found), captions, beside, records, firsts, dotted, not_utf8)
+    mean = sum(sizes) / len(sizes) if sizes else 0.0
+    return Look(len(found), captions, beside, records, firsts, dotted, not_utf8, mean)
 
 
 def name_advice(look: Look) -> list[str]:

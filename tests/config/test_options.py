@@ -229,7 +229,7 @@ def test_a_needed_argument_is_named_with_its_meaning(capsys: pytest.CaptureFixtu
 def test_help_shows_each_field(capsys: pytest.CaptureFixture[str]) -> None:
     help(PlanConfig)
     shown = capsys.readouterr().out
-    assert "Target size of a partition's tars; a larger tar is split between samples." in shown
+    assert "Target size of a partition's tars; larger tars are split." in shown
     for section in options.SECTIONS.values():
         assert section.__doc__ is not None and section.__doc__.count("\n\n") == 1
         assert all(f"\n{field.name}\n    " in section.__doc__ for field in dataclasses.fields(section))

@@ -145,7 +145,7 @@ def test_an_html_page_among_tars_is_left_to_its_worker(
 ) -> None:
     corpus.good_tar(f"{folder}/page1.tar", 1)
     assert main(["embed", "--input", f"{folder}/page*.tar", "--output", out, "--model", "fake:8"]) == 0
-    assert "1 samples embedded, 2 listed as failed" in capsys.readouterr().out
+    assert "1 sample embedded, 2 listed as failed" in capsys.readouterr().out
 
 
 def test_a_glob_takes_tars_and_counts_the_rest(folder: Path, out: str, capsys: pytest.CaptureFixture[str]) -> None:

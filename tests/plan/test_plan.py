@@ -142,7 +142,8 @@ def test_a_changed_input_is_refused_by_name(config: PlanConfig, tars: Path, tmp_
         ({"model": "fake:16"}, "model 'fake:8' -> 'fake:16'; weights"),
         ({"precision": "fp16"}, "precision 'fp32' -> 'fp16'"),
         ({"partition_count": 3}, "partition target 2 partitions -> 3 partitions"),
-        ({"partition_count": None}, "-> 4,000,000,000 bytes a partition"),
+        ({"partition_count": None}, "partition target 2 partitions -> auto"),
+        ({"partition_count": None, "partition_bytes": "4GB"}, "-> 4,000,000,000 bytes a partition"),
         ({"caption_extensions": ["cap"]}, r"caption_extensions \('txt',\) -> \('cap',\)"),
     ],
 )
