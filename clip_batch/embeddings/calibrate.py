@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from clip_batch import encoders
 from clip_batch.config import EmbedConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings.advice import GAIN, Advice, Measured, advise, planned_samples
+from clip_batch.embeddings.loading import are_many, load_encoder
 from clip_batch.encoders.device import cores, pick_device, torch_threads, use_torch_threads
 from clip_batch.errors import DecodeError, EncoderError, InputError, one_line
 from clip_batch.plan.plan import load_plan
@@ -78,7 +79,9 @@ def calibrate(
     """
     plan = load_plan(Store(output, storage.storage_options))
     started = time.perf_counter()
-    encoder = encoder or encoders.load(plan.encoder, config.device, storage.storage_options)
+    encoder = encoder or load_encoder(
+        plan.encoder, config, storage.storage_options, are_many(plan, list(plan.partitions))
+    )
     load_seconds = time.perf_counter() - started
     device = pick_device(config.device)
     threads = config.threads or cores()

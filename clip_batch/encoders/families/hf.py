@@ -120,13 +120,21 @@ def text_side(model: Any, folder: str, device: torch.device) -> TextSide:
 
     def tokenize(texts: Sequence[str]) -> Any:
         options = {"padding": padding, "truncation": True, "max_length": length, "return_tensors": "pt"}
-        return tokenizer(list(texts), **options)
+        tokens = tokenizer(list(texts), **options)
+        if "attention_mask" in tokens:
+            _show_padding(tokens["attention_mask"])
+        return tokens
 
     def tower(tokens: Any) -> torch.Tensor:
         tokens = tokens.to(device)
         return rows(model.get_text_features(**{name: tokens[name] for name in text_inputs(model, tokens)}))
 
     return TextSide(tokenize, tower)
+
+
+def _show_padding(mask: torch.Tensor) -> None:
+    """Let a text without a token see its padding: attention to nothing gives other vectors on each device."""
+    mask[~mask.any(dim=1)] = 1
 
 
 def load_tokenizer(model: Any, folder: str) -> tuple[Any, int]:

@@ -22,6 +22,7 @@ BUDGETS = {
     "model": 70.0,
     "fp8": 45.0,
     "index": 10.0,
+    "calibrate": 35.0,
 }
 """Seconds of each part, the part that says most first."""
 

@@ -46,7 +46,7 @@ def seconds(part: Part) -> float:
 
 def on_cores(part: Part, side: int, files: list[bytes], mode: str) -> None:
     prepare = preprocess.from_transform(image_transform(224, is_train=False), mode).prepare
-    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+    for threads in sorted({1, 4, len(os.sched_getaffinity(0))}):
         with ThreadPoolExecutor(threads, "decode", use_torch_threads, (1,)) as pool:
             many = files * (1 if threads == 1 else 4)
 

@@ -1,7 +1,7 @@
 """From tars to commits, with captions: in one process, and by several workers that share the GPU.
 
 A model is loaded once for the runs of one process: alone, then with as many decoding threads as feed it, then with at
-most 4, 8 and 16. The tars are links to one, so that they are written fast. The rate of one process is that between its
+most 4. The tars are links to one, so that they are written fast. The rate of one process is that between its
 first batch and its last; planning, loading and compiling come before. The rate of several workers is that of the time
 in which all of them were at work, by the times in their commits.
 """
@@ -57,7 +57,7 @@ def run(part: Part) -> None:
     steady = 1.0 if quick else 6.0
     rates: dict[str, Alone] = {}
     part.attempt(f"{first}, one process", 30, one_process, part, first, steady, rates)
-    for model, workers in [(small, 1), (small, 2 if quick else 4), (small, 2), (first, 2)][: 2 if quick else None]:
+    for model, workers in [(small, 1), (small, 2 if quick else 8), (small, 4), (first, 2)][: 2 if quick else None]:
         if workers > 1:
             part.attempt(
                 f"{model}, {workers} workers", 24, several, part, model, workers, 8.0 if steady > 1 else steady, rates
@@ -117,7 +117,7 @@ def one_process(part: Part, model: str, steady: float, rates: dict[str, Alone]) 
     part.figure(f"{model}_launch_ms_alone", launches.mean_ms())
     out = f"{options.home}/{model}-1"
     planned(spec, options, out, round(min(rate, MOST) * steady), 4)
-    for threads in (0, 4) if options.quick else (0, 4, 8, 16):
+    for threads in (4, 0):
         shutil.copytree(out, f"{out}-{threads}")
         config = EmbedConfig(batch_size=size, device=options.device, progress=False, threads=threads)
         part.attempt(
