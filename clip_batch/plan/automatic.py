@@ -26,7 +26,7 @@ def automatic_target(shards: Sequence[Shard], format: str, sample_bytes: float) 
     """The target that suits shards whose samples have `sample_bytes` bytes on average (0: that is not known).
 
     >>> automatic_target([Shard("a.tar", 10**9)] * 6, "tar", 10**5)
-    PartitionTarget(unit='partitions', value=39)
+    PartitionTarget(unit='partitions', value=64)
     """
     if format == "files":
         samples = sum(shard.samples or 0 for shard in shards)
