@@ -68,6 +68,13 @@ def test_what_is_missing_is_named() -> None:
     assert remedy("os") is None and remedy(None) is None
 
 
+def test_all_that_a_command_lacks_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert remedy("faiss", "serve") == "pip install 'clip-batch[merge]'", "the others are installed"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert remedy("faiss", "serve") == "pip install 'clip-batch[embed,merge,serve]'"
+    assert remedy("s3fs", "merge") == "pip install 'clip-batch[merge,s3]'"
+
+
 @pytest.mark.slow
 def test_a_wheel_in_a_lean_environment(tmp_path: Path) -> None:
     """It holds all it needs to plan and to tell its state; what it cannot do, it says how to mend."""
@@ -85,7 +92,7 @@ def test_a_wheel_in_a_lean_environment(tmp_path: Path) -> None:
     assert json.loads(lean.run("clip-batch", "status", "--output", "out", "--json").stdout)["missing"] == [0]
     for extra, arguments in {
         "embed": ["embed", "--output", "out"],
-        "serve": ["serve", "--index", "index"],
+        "embed,merge,serve": ["serve", "--index", "index"],
         "s3": ["status", "--output", "s3://bucket/out"],
         "gcs": ["status", "--output", "gs://bucket/out"],
         "slurm": ["submit", "slurm", "--output", "out"],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterable, Sequence
 
-from clip_batch.cli.arguments import escape_output
+from clip_batch.cli.arguments import escape_output, say
 from clip_batch.cli.commands import COMMANDS
-from clip_batch.cli.parser import call
+from clip_batch.cli.parser import Command, call
 from clip_batch.config import extras
 from clip_batch.errors import ClipBatchError, ConfigError, one_line
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        remedy = extras.remedy(error.name)
+        remedy = extras.remedy(error.name, name)
         if debug or remedy is None:
             raise
         print(f"clip-batch {name}: it needs {error.name}, which is not installed: {remedy}", file=sys.stderr)
@@ -66,6 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"clip-batch {name}: {error} (--debug shows where)", file=sys.stderr)
         return 1
+
+
+def _announced(name: str) -> Command:
+    """A command that says at once, on a terminal, that it loads libraries, if that takes seconds."""
+    command = COMMANDS[name]
+
+    @functools.wraps(command)
+    def run(**options: object) -> int:
+        if name in extras.NEEDS and sys.stderr and sys.stderr.isatty():
+            say(f"clip-batch {name}: its libraries are being loaded")
+        return command(**options)
+
+    return run
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -84,4 +98,4 @@ def _run(name: str, arguments: list[str]) -> int:
         raise ConfigError(f"say which: clip-batch {', or clip-batch '.join(kinds)}; see --help of each")
     if name not in COMMANDS:
         raise ConfigError(f"no such command; the commands are {', '.join(COMMANDS)}")
-    return call(f"clip-batch {name}", COMMANDS[name], arguments, COMMANDS.values(), main)
+    return call(f"clip-batch {name}", _announced(name), arguments, COMMANDS.values(), main)

@@ -73,6 +73,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def say_next(command: str) -> None:
+    """Name the command that comes next, to people at a terminal."""
+    if sys.stderr and sys.stderr.isatty():
+        say(f"next: {command}")
+
+
 def answer(arguments: JsonArguments, value: Any, text: str) -> None:
     """Print the result on standard output: `value` with --json, otherwise `text`."""
     print(to_json(value) if arguments.json else text, flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from clip_batch.cli.arguments import JsonArguments, Only, OutputArguments, answer, say
+from clip_batch.cli.arguments import JsonArguments, Only, OutputArguments, answer, say, say_next
 from clip_batch.config import EmbedConfig, PlanConfig, StorageConfig
 from clip_batch.config.values import Count, Threads
 from clip_batch.errors import ConfigError
@@ -27,6 +27,7 @@ class PlanArguments(JsonArguments, OutputArguments):
 def plan(arguments: PlanArguments, plan: PlanConfig, storage: StorageConfig) -> int:
     """Freeze the plan: which tars are embedded, in which partitions, by which encoder."""
     answer(arguments, *_plan(arguments.output, plan, storage))
+    say_next(f"clip-batch embed --output {arguments.output}, or clip-batch submit for many machines")
     return 0
 
 
@@ -96,8 +97,12 @@ def embed(arguments: EmbedArguments, embed: EmbedConfig, plan: PlanConfig, stora
         say(_plan(arguments.output, plan, storage)[1])
     workers = processes(arguments.workers, embed)
     if workers <= 1:
-        return report(arguments, local.run_worker(arguments.output, None, embed, storage), embed.allow_empty)
-    return local.run_workers(arguments.output, workers, embed, storage)
+        code = report(arguments, local.run_worker(arguments.output, None, embed, storage), embed.allow_empty)
+    else:
+        code = local.run_workers(arguments.output, workers, embed, storage)
+    if code == 0:
+        say_next(f"clip-batch merge --output {arguments.output} --index INDEX")
+    return code
 
 
 def processes(workers: int, config: EmbedConfig) -> int:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArguments, answer, say
+from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArguments, answer, say, say_next
 from clip_batch.config import MergeConfig, StorageConfig, SweepConfig
 from clip_batch.config.values import Count
 from clip_batch.errors import ConfigError
@@ -50,6 +50,7 @@ def merge(arguments: MergeArguments, merge: MergeConfig, storage: StorageConfig)
         return 0
     text = f"merged {counted(manifest.rows, 'row')} into {counted(len(manifest.shards), 'index shard')}: {index}"
     answer(arguments, json.loads(manifest.to_json()), text)
+    say_next(f"clip-batch serve --index {index}")
     return 0
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
+
 from clip_batch.errors import ConfigError
 
 EXTRAS = {
@@ -40,17 +43,55 @@ EXTRAS = {
 """Import name of a library -> the extra that installs it."""
 
 
+NEEDS = {
+    "run": ("embed", "merge", "serve"),
+    "demo": ("embed", "merge", "serve"),
+    "end2end": ("embed", "merge", "serve"),
+    "prefetch": ("embed",),
+    "embed": ("embed",),
+    "worker": ("embed",),
+    "repair": ("embed",),
+    "merge": ("merge",),
+    "sweep": ("merge",),
+    "search": ("embed", "merge"),
+    "filter": ("embed", "merge"),
+    "serve": ("embed", "merge", "serve"),
+    "serve-worker": ("embed", "merge", "serve"),
+    "submit slurm": ("slurm",),
+    "submit spark": ("spark",),
+    "export clip-retrieval": ("merge",),
+    "export sql": ("sql",),
+    "export milvus": ("merge", "milvus"),
+    "export onnx": ("embed", "onnx"),
+}
+"""The extras that a command needs, as a rule, before it ends; it loads their libraries, which takes seconds."""
+
+
 def require(*extras: str) -> None:
     """Refuse to begin what would end for want of an extra. ConfigError: it names all of `extras` that are missing."""
-    from importlib.util import find_spec
-
-    first = {extra: library for library, extra in reversed(EXTRAS.items())}
-    if missing := [extra for extra in extras if find_spec(first[extra]) is None]:
-        needed = " and ".join(first[extra] for extra in missing)
+    if missing := _missing(extras):
+        needed = " and ".join(_FIRST[extra] for extra in missing)
         raise ConfigError(f"it needs {needed}, which is not installed: pip install 'clip-batch[{','.join(missing)}]'")
 
 
-def remedy(module: str | None) -> str | None:
-    """The command that installs the missing `module` (a dotted name); None if no extra does."""
+def remedy(module: str | None, command: str = "") -> str | None:
+    """The command that installs the missing `module` (a dotted name) and all else that `command` lacks.
+
+    None if no extra has the module.
+
+    >>> remedy("torch._inductor")
+    "pip install 'clip-batch[embed]'"
+    """
     name = (module or "").partition(".")[0]
-    return f"pip install 'clip-batch[{EXTRAS[name]}]'" if name in EXTRAS else None
+    if name not in EXTRAS:
+        return None
+    extras = dict.fromkeys([*_missing(NEEDS.get(command, ())), EXTRAS[name]])
+    return f"pip install 'clip-batch[{','.join(extras)}]'"
+
+
+_FIRST = {extra: library for library, extra in reversed(EXTRAS.items())}
+"""The first library of each extra, which tells whether the extra is installed."""
+
+
+def _missing(extras: Iterable[str]) -> list[str]:
+    return [extra for extra in extras if importlib.util.find_spec(_FIRST[extra]) is None]

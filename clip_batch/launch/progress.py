@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from clip_batch.storage.store import Store
+from clip_batch.types import counted
 
 BAR_SECONDS = 0.2
 """Seconds between two updates of a bar."""
@@ -36,12 +37,26 @@ def poll_seconds(store: Store) -> float:
 
 
 def line(counts: Counts, seconds: float) -> str:
-    """One line of figures after `seconds` of the run; the ETA assumes that partitions take equally long."""
+    """One line about a run after `seconds`; what is left assumes that partitions take equally long."""
     partitions, done, images, failed = counts
     rate = images / seconds if seconds > 0 else 0.0
     left = seconds * (partitions - done) / done if done else None
-    eta = "?" if left is None else f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-    return f"{done}/{partitions} partitions, {images:,} images, {failed:,} failed, {rate:,.1f} images/s, ETA {eta}"
+    text = (
+        f"{done:,} of {counted(partitions, 'partition')} done, {counted(images, 'sample')} embedded, {failed:,} failed"
+    )
+    return f"{text}, {rate:,.1f} a second" + ("" if left is None else f", about {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the largest unit that they fill twice.
+
+    >>> _duration(30), _duration(119), _duration(7300)
+    ('30 seconds', '119 seconds', '2 hours')
+    """
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 @contextlib.contextmanager

@@ -14,8 +14,10 @@ from clip_batch.storage.store import Store
 
 
 def test_a_line_of_figures() -> None:
-    assert line(Counts(4, 1, 1000, 2), 10) == "1/4 partitions, 1,000 images, 2 failed, 100.0 images/s, ETA 0:00:30"
-    assert line(Counts(4, 0, 0, 0), 0).endswith("0.0 images/s, ETA ?")
+    figures = "1 of 4 partitions done, 1,000 samples embedded, 2 failed, 100.0 a second"
+    assert line(Counts(4, 1, 1000, 2), 10) == f"{figures}, about 30 seconds left"
+    assert line(Counts(4, 1, 1000, 2), 100).endswith("a second, about 5 minutes left")
+    assert line(Counts(4, 0, 0, 0), 0).endswith("0 failed, 0.0 a second")
 
 
 def test_a_remote_store_is_listed_seldom(tmp_path: Path) -> None:
@@ -38,7 +40,7 @@ def test_reads_every_poll_and_once_at_the_end(
     with show_progress(read, poll=0.05):
         time.sleep(0.5)
     assert len(reads) >= 4
-    assert "1/2 partitions, 10 images" in capsys.readouterr().err
+    assert "1 of 2 partitions done, 10 samples" in capsys.readouterr().err
     reads.clear()
     started = time.monotonic()
     with show_progress(read, poll=60):
