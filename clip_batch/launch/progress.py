@@ -40,7 +40,7 @@ def line(counts: Counts, seconds: float) -> str:
     """One line about a run after `seconds`; what is left assumes that partitions take equally long."""
     partitions, done, images, failed = counts
     rate = images / seconds if seconds > 0 else 0.0
-    left = seconds * (partitions - done) / done if done else None
+    left = seconds * (partitions - done) / done if 0 < done < partitions else None
     text = (
         f"{done:,} of {counted(partitions, 'partition')} done, {counted(images, 'sample')} embedded, {failed:,} failed"
     )

@@ -27,7 +27,7 @@ def test_embed_plans_first_and_several_workers_share(tmp_path: Path) -> None:
     for number in range(2):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert ("0/0 partitions, 0 images" if number else "4/4 partitions, 120 images") in done.stderr
+        assert ("0 of 0 partitions done, 0 samples" if number else "4 of 4 partitions done, 120 samples") in done.stderr
     assert len(list((out / "img_emb").iterdir())) == 4
     assert main(["verify", "--output", str(out), "--deep"]) == 0
     again = [*command[:-2], "--model", "fake:9"]

@@ -17,6 +17,7 @@ def test_a_line_of_figures() -> None:
     figures = "1 of 4 partitions done, 1,000 samples embedded, 2 failed, 100.0 a second"
     assert line(Counts(4, 1, 1000, 2), 10) == f"{figures}, about 30 seconds left"
     assert line(Counts(4, 1, 1000, 2), 100).endswith("a second, about 5 minutes left")
+    assert line(Counts(4, 4, 1000, 2), 10).endswith(" a second")
     assert line(Counts(4, 0, 0, 0), 0).endswith("0 failed, 0.0 a second")
 
 
