@@ -32,11 +32,11 @@ def write(
     return path
 
 
-def hugging_face(path: str, count: int, seed: int = 0, rows: int = 10) -> str:
+def hugging_face(path: str, count: int, seed: int = 0, rows: int = 10, side: int = 32) -> str:
     """`count` rows with an image, a text and a label, as `Dataset.to_parquet` writes them."""
     numbers = range(seed, seed + count)
     columns = {
-        "image": structs([jpeg(number) for number in numbers]),
+        "image": structs([jpeg(number, side) for number in numbers]),
         "text": [f"picture {number}" for number in numbers],
         "label": [number % 3 for number in numbers],
     }

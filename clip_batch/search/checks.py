@@ -36,9 +36,17 @@ def checked_search(manifest: Manifest, queries: npt.ArrayLike, k: int, modality:
     return vectors
 
 
+def modality_in(manifest: Manifest, modality: str) -> str:
+    """The modality of an index that is searched: "image", the default, means captions where the index has these alone.
+
+    Any other modality is returned as it is, also where the index lacks it.
+    """
+    return "text" if modality == "image" and tuple(manifest.key) == ("text",) else modality
+
+
 def check_modality(manifest: Manifest, modality: str) -> None:
     """Raise ConfigError if the index lacks a modality."""
-    if not isinstance(modality, str) or modality not in manifest.key:
+    if not isinstance(modality, str) or modality_in(manifest, modality) not in manifest.key:
         raise ConfigError(f"modality {modality!r} is not in this index: it has {', '.join(manifest.key)}")
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from clip_batch.search import dedup
 from clip_batch.search.backend import Backend, ExhaustiveBackend
-from clip_batch.search.checks import check_columns
+from clip_batch.search.checks import check_columns, modality_in
 from clip_batch.search.conditions import Condition, columns_in
 from clip_batch.search.evaluate import matches
 from clip_batch.search.heads import LIMIT, Head, Heads
@@ -92,7 +92,7 @@ def rows_over(
 
 def check_criteria(backend: Backend, criteria: Criteria, heads: Heads, bounds: Bounds = Bounds()) -> None:
     """QueryError, or ConfigError for a column, where an index and heads cannot meet criteria."""
-    if criteria.modality not in backend.manifest.key:
+    if modality_in(backend.manifest, criteria.modality) not in backend.manifest.key:
         there = ", ".join(backend.manifest.key)
         raise QueryError("modality", f"{criteria.modality} is not in this index; it has {there}")
     if criteria.condition is not None:
@@ -134,6 +134,7 @@ def find(
     A rare condition in an index of more than `bounds.prefilter_rows` may be met by rows that lie deeper than
     `bounds.scan`: then `complete` is false. `prefilter` keeps look-ups for later queries.
     """
+    modality = modality_in(backend.manifest, criteria.modality)
     k, condition, among = min(criteria.k or K, max(1, backend.manifest.rows)), criteria.condition, None
     if condition is not None and backend.manifest.rows <= bounds.prefilter_rows:
         with timed("metadata"):
@@ -144,9 +145,7 @@ def find(
         depth = min(deepest, max(4 * k, _FIRST))
     while True:
         with timed("index"):
-            all_scores, all_ids = backend.search_ids(
-                vector, depth, criteria.modality, criteria.effort, among, criteria.kind
-            )
+            all_scores, all_ids = backend.search_ids(vector, depth, modality, criteria.effort, among, criteria.kind)
         hits = all_ids[0] >= 0
         if criteria.threshold is not None:
             hits &= all_scores[0] >= criteria.threshold
@@ -202,7 +201,8 @@ def _pieces_over(
 ) -> Iterator[tuple[Vectors, Ids]]:
     """`find_over` without near duplicates."""
     assert criteria.threshold is not None
-    for scores, ids in backend.search_over(vector, criteria.threshold, criteria.modality, criteria.effort):
+    modality = modality_in(backend.manifest, criteria.modality)
+    for scores, ids in backend.search_over(vector, criteria.threshold, modality, criteria.effort):
         kept = np.arange(len(ids))
         if criteria.condition is not None:
             kept = np.flatnonzero(_matches(backend, criteria.condition, ids))
@@ -244,6 +244,6 @@ def _passed(vectors: Vectors, criteria: Criteria, heads: Heads, timed: Timed) ->
 
 def _unit_rows(backend: Backend, ids: Ids, criteria: Criteria) -> Vectors:
     """The unit vectors (n, d) of rows; zero for a row without one."""
-    vectors = backend.reconstruct(ids, criteria.modality)
+    vectors = backend.reconstruct(ids, modality_in(backend.manifest, criteria.modality))
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors

@@ -83,7 +83,7 @@ class Criteria:
 
     - `k`: how many rows at most, the best first.
     - `threshold`: the least score of a row.
-    - `modality`: "image" to search the images, "text" to search their captions.
+    - `modality`: "image" to search the images (of an index of captions alone these), "text" to search the captions.
     - `effort`: nprobe or efSearch; by default what merge tuned for `k` and `kind`.
     - `kind`: "image" or "text", which the query's vector is; by default what the query's terms say.
     - `where`: a condition on metadata (see `clip_batch.search.where`), or a list of filters as /v1/search takes them.

@@ -35,7 +35,7 @@ from clip_batch.index.ann.shards import OpenedIndex, Shards
 from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.metadata import FEW, MetadataFile, common_schema, take_as, take_few, uniform
 from clip_batch.search import clip_retrieval, lineage
-from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
+from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search, modality_in
 from clip_batch.search.conditions import Condition, columns_in
 from clip_batch.search.encoder import load_encoder
 from clip_batch.search.evaluate import matches
@@ -302,6 +302,7 @@ class Searcher:
         """
         self._check_open()
         vectors = checked_search(self.manifest, queries, k, modality, effort)
+        modality = modality_in(self.manifest, modality)
         check_kind(kind)
         k = min(int(k), self.manifest.rows)
         if among and len(among.ids) <= EXACT:
@@ -376,6 +377,7 @@ class Searcher:
         """
         self._check_open()
         vector = checked_search(self.manifest, query, 1, modality, effort)[:1]
+        modality = modality_in(self.manifest, modality)
         stored = self.stored.get(modality)
         if effort is None and (tuned := self.manifest.effort[modality]):
             effort = self._spread(tuned)
@@ -437,6 +439,7 @@ class Searcher:
         self._check_open()
         rows = checked_ids(self.manifest, self.removed, ids)
         check_modality(self.manifest, modality)
+        modality = modality_in(self.manifest, modality)
         parts = self.indices[modality].parts
         if modality in self.stored:
             return unit(self.stored[modality][rows])

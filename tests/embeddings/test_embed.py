@@ -39,7 +39,7 @@ from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.plan.replace import replaced
 from clip_batch.storage.store import Store
 from clip_batch.types import Plan
-from tests import corpus
+from tests import corpus, parquets
 
 SMALL = EmbedConfig(batch_size=16, threads=2)
 
@@ -268,8 +268,12 @@ def kill_after_a_commit(out: str, pause: float) -> bool:
 
 
 @pytest.mark.slow
-def test_kill_and_resume_is_the_undisturbed_run(tmp_path: Path) -> None:
-    tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 400, seed=number, side=96) for number in range(4)]
+@pytest.mark.parametrize("format", ["tar", "parquet"])
+def test_kill_and_resume_is_the_undisturbed_run(tmp_path: Path, format: str) -> None:
+    if format == "tar":
+        tars = [corpus.good_tar(str(tmp_path / f"{number}.tar"), 400, seed=number, side=96) for number in range(4)]
+    else:
+        tars = [parquets.hugging_face(str(tmp_path / f"{n}.parquet"), 400, 400 * n, rows=20, side=96) for n in range(4)]
     calm, rough = str(tmp_path / "calm"), str(tmp_path / "rough")
     plan(tars, calm, partition_samples=100)
     embed(calm, EmbedConfig(batch_size=4))

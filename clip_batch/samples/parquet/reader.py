@@ -29,6 +29,9 @@ from clip_batch.storage.text import as_text
 from clip_batch.storage.transfer import file_version
 from clip_batch.types import IMAGE_COLUMN, ROW_GROUP, Failure, Item, PassedOver, Plan, Sample, Shard, Slice
 
+ERROR = "error_message"
+"""The column in which img2dataset says why a row has no image."""
+
 MOST_LOST = 10_000_000
 """Rows that cannot be read are listed one by one, unless the file claims more than this many in a row group."""
 
@@ -169,6 +172,7 @@ def _samples(
     rest = [number for number in range(len(names)) if number not in left_out and names[number] != columns.image]
     values = [values_of(batch.column(number)) for number in rest]
     rest_names = [names[number] for number in rest]
+    why = values[rest_names.index(ERROR)] if ERROR in rest_names else None
     first = group.first + done
     keys = _keys(batch, first)
     own = {ROW_GROUP: group.number, **({IMAGE_COLUMN: columns.image} if columns.image else {})}
@@ -183,6 +187,7 @@ def _samples(
             problem = (
                 f"{columns.image!r} has the path {path!r}, but no bytes: write them into it" if path else "no image"
             )
+            problem += f" ({as_text(why[at])})" if why is not None and why[at] else ""
             yield Failure(keys[at], url, first + at, "missing_image", one_line(columns.problem or problem, 500))
             continue
         fields = [(name, column[at]) for name, column in zip(rest_names, values, strict=True)]

@@ -217,6 +217,12 @@ def test_images_that_are_none(tmp_path: Path) -> None:
     assert isinstance(empty, Sample) and empty.image == b""  # decoding says what it is
 
 
+def test_what_img2dataset_says_of_a_failed_download(tmp_path: Path) -> None:
+    columns = {"jpg": [None, jpeg(0)], "error_message": ["HTTP Error 404: Not Found", None]}
+    (failure,) = failures(parquets.write(str(tmp_path / "a.parquet"), columns))
+    assert failure.message == "no image (HTTP Error 404: Not Found)"
+
+
 def damaged(path: str) -> str:
     """Overwrite a page of the second of three row groups."""
     at = pq.read_metadata(path).row_group(1).column(0).data_page_offset
