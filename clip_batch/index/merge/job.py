@@ -34,6 +34,9 @@ MOST_ROWS = 5_000_000
 MOST_SHARDS = 10_000
 """Index shards of one merge at most: a search asks each of them, and a server opens their files."""
 
+TINY_SHARD, MOST_TINY_SHARDS = 1000, 100
+"""Rows below which an index shard costs more to build and ask than it holds, and how many such shards may be."""
+
 FEW_ROWS = 1000
 """Rows up to which `--index-key auto` is Flat whatever `flat_rows` is: they train no codebook."""
 
@@ -155,7 +158,7 @@ class MergeJob:
     def shards(self) -> int:
         """The number of index shards: as few as `shard_rows` or, without it, `max_memory` allows.
 
-        ConfigError: a shard of `shard_rows` rows does not fit in `max_memory`, or there would be over `MOST_SHARDS`.
+        ConfigError: a shard of `shard_rows` rows does not fit in `max_memory`, or there would be too many.
         """
         room = parse_bytes(self.config.max_memory) - self.task_bytes
         most = max(0, room) // self.row_bytes
@@ -167,9 +170,10 @@ class MergeJob:
                 f"an index shard takes {needed:,} bytes of memory, {self.row_bytes:,} a row, "
                 f"and --max-memory is {self.config.max_memory}: {remedy}"
             )
-        if (count := math.ceil(self.source.rows / rows)) > MOST_SHARDS:
+        count, limit = math.ceil(self.source.rows / rows), MOST_SHARDS if rows >= TINY_SHARD else MOST_TINY_SHARDS
+        if count > limit:
             raise ConfigError(
-                f"{count:,} index shards of {rows:,} rows are too many to search, {MOST_SHARDS:,} are the most: "
+                f"{count:,} index shards of {rows:,} rows are too many to search, {limit:,} of that size are the most: "
                 f"raise {'--shard-rows' if self.config.shard_rows else '--max-memory'}"
             )
         return count

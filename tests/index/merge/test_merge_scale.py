@@ -75,6 +75,10 @@ def test_shards_are_as_few_as_the_memory_allows(rows: int, memory: int, shard_ro
         with pytest.raises(ConfigError, match="lower --shard-rows or raise --max-memory"):
             _ = job.shards
         return
+    if -(-rows // (shard_rows or rows)) > (10_000 if shard_rows >= 1000 else 100):
+        with pytest.raises(ConfigError, match=r"are too many to search, .* raise --shard-rows"):
+            _ = job.shards
+        return
     sizes = [stop - start for start, stop in map(job.bounds, range(min(job.shards, 100)))]
     assert job.bounds(0)[0] == 0
     assert job.bounds(job.shards - 1)[1] == rows
