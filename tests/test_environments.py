@@ -89,6 +89,12 @@ def test_autofaiss_with_its_pins(wheel: Path, tmp_path: Path) -> None:
     packages = environment.packages()
     assert packages["numpy"].startswith("numpy==1.26.") and packages["pandas"].startswith("pandas==2.")
     assert merge(environment, tmp_path, "--index-key", "autofaiss") == "IVF256,Flat"
+    build = (
+        "from autofaiss import build_index; "
+        "build_index('out/img_emb', index_path='a.index', index_infos_path='a.json', nb_cores=2)"
+    )
+    environment.check("python", "-c", build)
+    assert json.loads((tmp_path / "a.json").read_text())["nb vectors"] == 3_000
     environment.install("--no-deps", "--constraint", CONSTRAINTS, "pyarrow")
     refused = environment.run("clip-batch", "verify", "--index", tmp_path / "index")
     (line,) = refused.stderr.splitlines()

@@ -21,10 +21,10 @@ from numbers import Integral, Real
 from typing import Annotated, Any, TypeAlias
 
 from clip_batch.config.sizes import parse_bytes
-from clip_batch.errors import ConfigError
+from clip_batch.errors import ClipBatchError, ConfigError
 
 
-class NotAllowed(Exception):
+class NotAllowed(ClipBatchError):
     """A value is not one that its option may have."""
 
 

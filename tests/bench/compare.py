@@ -57,12 +57,15 @@ Line = dict[str, Any]
 """What was measured of one contender."""
 
 AUTOFAISS = """
-import sys
+import json, sys
+import faiss
 from autofaiss import build_index
 source, folder, *memory = sys.argv[1:]
 more = dict(max_index_memory_usage=memory[0], current_memory_available=memory[1]) if memory else {}
-files = dict(index_path=f"{folder}/image.index", index_infos_path=f"{folder}/image.json")
-build_index(source, file_format="npy", **files, **more)
+index, infos = build_index(source, file_format="npy", save_on_disk=False, **more)
+faiss.write_index(index, f"{folder}/image.index")
+with open(f"{folder}/image.json", "w") as file:
+    json.dump(infos, file, default=float)  # numpy 2's float32, over which autofaiss's own writing stumbles
 """
 
 HNSW = """

@@ -92,8 +92,8 @@ reader = EmbeddingReader({out + "/img_emb"!r}, metadata_folder={out + "/metadata
 rows = [(vectors.shape, len(meta)) for vectors, meta in reader(batch_size=500)]
 assert reader.count == 1911 and sum(shape[0] for shape, _ in rows) == sum(meta for _, meta in rows) == 1911, rows
 from autofaiss import build_index
-index, infos = build_index({out + "/img_emb"!r}, index_path={str(tmp_path / "x.index")!r}, save_on_disk=True,
-                           index_infos_path={str(tmp_path / "x.json")!r}, max_index_memory_usage="1G", nb_cores=2)
+# on numpy 2 it cannot write its description; tests/test_environments.py has it do so with numpy 1
+index, infos = build_index({out + "/img_emb"!r}, save_on_disk=False, max_index_memory_usage="1G", nb_cores=2)
 assert index.ntotal == 1911, index.ntotal
 print("READ")
 """
