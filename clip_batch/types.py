@@ -334,14 +334,14 @@ class Hit:
     def image(self) -> bytes:
         """The image file, of the version of the index that was searched; by a second request where `Client` searched.
 
-        LookupError: it cannot be read from a tar, or the hit does not come from a search or has been pickled. From a
+        LookupError: it cannot be read, or the hit does not come from a search or has been pickled. From a
         Client, errors as of `Client.image`.
         """
         read: Callable[[Hit], bytes | None] | None = self.__dict__.get("_read")
         if read is None:
             raise LookupError(f"row {self.id} is not bound to a search: take Client.image or Searcher.image")
         if (data := read(self)) is None:
-            raise LookupError(f"row {self.id} has no image that can be read from a tar")
+            raise LookupError(f"row {self.id} has no image that can be read")
         return data
 
     def bound(self, read: Callable[[Hit], bytes | None]) -> Hit:

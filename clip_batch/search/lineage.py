@@ -7,6 +7,7 @@ for each index shard, from which OUT its rows came.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from bisect import bisect_right
@@ -24,6 +25,7 @@ from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.plan import paths
 from clip_batch.plan.plan import count_partitions
 from clip_batch.samples.parquet.reader import read_image
+from clip_batch.samples.tar.suffixes import is_compressed, is_tar
 from clip_batch.storage.arrow import UNREADABLE
 from clip_batch.storage.names import text_name
 from clip_batch.storage.npy import read_npy_header
@@ -31,7 +33,7 @@ from clip_batch.storage.paths import split_url
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import has_ranges, read_range
-from clip_batch.types import IMAGE_COLUMN, ROW_GROUP, partition_name
+from clip_batch.types import IMAGE_COLUMN, IMAGE_EXTENSIONS, ROW_GROUP, partition_name
 
 Vectors = npt.NDArray[np.float32]
 
@@ -159,12 +161,14 @@ def _numbered(store: Store, origin: MergedOutput, folder: str, partition: int) -
     return f"{folder}/{names[0]}"
 
 
-COLUMNS = ("shard", "offset", "length", IMAGE_COLUMN)
+COLUMNS = ("shard", "key", "offset", "length", IMAGE_COLUMN)
 """The metadata columns that locate a row's image; an index without Parquet files has not the last one."""
 
 
 def has_place(row: dict[str, Any]) -> bool:
-    """Return whether a row's metadata locates its image, in a tar or in a Parquet file."""
+    """Return whether a row's metadata locates its image, in a tar, in a Parquet file or in a folder."""
+    if _in_folder(row):
+        return True
     return None not in (row.get("shard"), row.get("offset"), row.get("length" if _in_tar(row) else IMAGE_COLUMN))
 
 
@@ -173,14 +177,38 @@ def _in_tar(row: dict[str, Any]) -> bool:
     return row.get("length") is not None
 
 
+def _in_folder(row: dict[str, Any]) -> bool:
+    """Return whether a row's image is a file of a folder, of which the key is the name; its shard is no file then."""
+    placed = row.get("offset") is not None or row.get("length") is not None
+    if placed or None in (row.get("shard"), row.get("key")):
+        return False
+    return not (is_tar(row["shard"]) or is_compressed(row["shard"]))
+
+
+def _read_file(store: Store, key: str) -> bytes | None:
+    """Read the image of a key in a folder: the file of that name, or of that name and an extension of images."""
+    endings = [f".{extension}" for lower in IMAGE_EXTENSIONS for extension in (lower, lower.upper())]
+    if ".." in key.split("/"):
+        return None
+    for name in ([key] if key.lower().endswith(tuple(endings)) else []) + [f"{key}{ending}" for ending in endings]:
+        with contextlib.suppress(FileNotFoundError):
+            return store.read(name)
+    return None
+
+
 def image(row: dict[str, Any], storage: StorageConfig = StorageConfig()) -> bytes | None:
-    """Read a row's image by its place in a tar or a Parquet file; None if it has none, or if that cannot be read.
+    """Read a row's image by its place in a tar, a Parquet file or a folder; None if it has none, or is not readable.
 
     Call it only for rows that are `planned`: their `shard` is a URL that our planner recorded, which data cannot
     choose, as a side-car field of that name is never stored there.
     """
     if not has_place(row):
         return None
+    if _in_folder(row):
+        try:
+            return _read_file(Store(text_name(row["shard"]), storage.storage_options), text_name(row["key"]))
+        except (OSError, InputError):
+            return None
     folder, name = split_url(text_name(row["shard"]))
     store = Store(folder, storage.storage_options)
     try:

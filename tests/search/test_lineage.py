@@ -233,3 +233,23 @@ def test_which_ids_our_planner_located(home: Path) -> None:
     mixed = [replace(shard, source=number % 2) for number, shard in enumerate(manifest.shards)]
     found = planned(replace(manifest, sources=(manifest.sources[0], theirs), shards=tuple(mixed)))
     assert found == [(shard.offset, shard.offset + shard.rows) for shard in mixed[::2]]
+
+
+def test_pictures_of_folders_are_read_by_their_keys(tmp_path: Path) -> None:
+    files = {"a.jpg": 1, "b.JPG": 2, "deep/c.png": 3, "d.jpg": 4, "d.png": 5, "e.jpg.jpg": 6}
+    for name, seed in files.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(corpus.encode(corpus.picture(seed), "PNG") if name.endswith("png") else corpus.jpeg(seed))
+    make_plan(tmp_path / "photos", tmp_path / "out", PlanConfig(model="fake:8", format="files"))
+    embed(f"{tmp_path}/out", EmbedConfig(device="cpu"))
+    merge(f"{tmp_path}/out", f"{tmp_path}/index", MergeConfig(queries=2))
+    with Searcher(f"{tmp_path}/index") as searcher:
+        keys = {row["key"]: searcher.image(id) for id, row in enumerate(searcher.metadata(range(6)))}
+        found = {(tmp_path / "photos" / name).read_bytes() for name in files}
+        assert set(keys) == {"a", "b", "deep/c", "d.jpg", "d.png", "e.jpg"} and set(keys.values()) == found
+        assert keys["d.png"] == (tmp_path / "photos/d.png").read_bytes()
+        row = searcher.metadata([0])[0]
+        assert image(row | {"key": "../out/_clip_batch/plan.json"}) is None
+        (tmp_path / "photos/a.jpg").unlink()
+        assert image(row | {"key": "a"}) is None
