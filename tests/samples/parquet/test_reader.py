@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -239,6 +240,24 @@ def test_rows_of_a_damaged_row_group_are_listed_one_by_one(tmp_path: Path) -> No
     lost = [item for item in items if isinstance(item, Failure)]
     assert [(one.key, one.reason) for one in lost] == [(f"{row:09d}", "unreadable_row") for row in range(10, 20)]
     assert "row group 1 cannot be read" in lost[0].message
+
+
+def test_mutated_files_raise_nothing(tmp_path: Path) -> None:
+    """Every file is rows and failures, whatever bytes were changed; a footer that can be read accounts for each row."""
+    whole = Path(parquets.img2dataset(str(tmp_path / "a.parquet"), 30)).read_bytes()
+    random = Random(5)
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(random.randint(1, 6)):
+            at = random.randrange(len(data) if random.random() < 0.4 else 2600)
+            if random.random() < 0.8:
+                data[-at - 1] ^= 1 << random.randrange(8)
+            else:
+                del data[at : at + random.randrange(1, 40)]
+        (tmp_path / "a.parquet").write_bytes(data)
+        items = [item for item in read(str(tmp_path / "a.parquet")) if not isinstance(item, PassedOver)]
+        offsets = [item.offset for item in items]
+        assert offsets == [None] or offsets == list(range(len(offsets)))
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
