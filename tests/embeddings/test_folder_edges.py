@@ -47,7 +47,7 @@ def test_what_is_no_picture_is_counted(tmp_path: Path, out: str, capsys: pytest.
     assert text in said.err and "--image-extensions jpg jpeg png webp" in said.err and " dng\n" in said.err
     assert main(["embed", "--output", out]) == 0
     assert main(["verify", "--output", out]) == 0
-    assert f"1 rows, {text}" in capsys.readouterr().out
+    assert f"1 row, {text}" in capsys.readouterr().out
     assert main(plan) == 0
     assert text in capsys.readouterr().out
 

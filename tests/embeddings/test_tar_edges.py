@@ -94,7 +94,7 @@ def test_dotted_names_are_told_once_and_can_be_taken(
     assert "partition 0: 9 images are not embedded because of their names: " in told.err
     assert "9 of 10 images that were looked at will not be embedded" in told.err
     assert told.err.count("plan with --key-ends last-dot") == 2  # by plan, and by embed
-    assert "1 samples embedded, 9 listed as failed, passed over: 9 txt, 1 npy" in told.out
+    assert "1 sample embedded, 9 listed as failed, passed over: 9 txt, 1 npy" in told.out
     assert read_commits(Store(out))[0].passed_over == {"txt": 9, "npy": 1}
     run(tar, f"{out}2", "--key-ends", "last-dot")
     rows = [(row["key"], row["caption"]) for row in table(f"{out}2", "metadata")]
