@@ -209,7 +209,7 @@ def test_what_cannot_be_removed_is_refused_and_leaves_no_list(store: Store, home
     for keys, column, message in (
         (key_file(home, "a"), "url", r"no metadata column 'url' .*there are key, shard, offset"),
         (key_file(home, "3", "x7"), "n", "'x7' is no int64"),
-        (str(home / "absent.txt"), "key", r"absent.txt cannot be read"),
+        (str(home / "absent.txt"), "key", r"absent.txt does not exist"),
     ):
         with pytest.raises(ConfigError, match=message):
             remove(store.url, keys, column)
