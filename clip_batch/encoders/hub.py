@@ -9,9 +9,12 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from clip_batch.errors import EncoderError, one_line
 from clip_batch.storage.store import file_digest
@@ -42,6 +45,20 @@ def offline() -> Iterator[None]:
             setattr(loaded, name, was if setting is None else setting)
 
 
+def reachable() -> bool:
+    """Whether the hub's name is known here, or a proxy may know it. Its libraries try for a minute where it is not."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT)
+    if host.scheme in getproxies():
+        return True
+    try:
+        socket.getaddrinfo(host.hostname, host.port or host.scheme)
+    except OSError:
+        return False
+    return True
+
+
 def relevant(names: Sequence[str]) -> list[str]:
     """Those of a model folder's file names that can decide a vector, sorted; names in subfolders cannot.
 
@@ -68,7 +85,7 @@ def folder(name: str) -> str:
         snapshot = snapshot_download(name, local_files_only=True)
         if _has_weights(snapshot):
             return str(snapshot)
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or not reachable():
         raise _missing(name)
     try:
         names = relevant(HfApi().list_repo_files(name))
@@ -88,7 +105,7 @@ def file(name: str, inside: str) -> str:
 
     with contextlib.suppress(Exception):
         return str(hf_hub_download(name, inside, local_files_only=True))
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or not reachable():
         raise _missing(name)
     try:
         return str(hf_hub_download(name, inside))

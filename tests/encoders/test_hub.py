@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,19 @@ def test_prefetch_tells_whether_it_is_the_planned_one(tmp_path: Path, capsys: py
     capsys.readouterr()
     assert main(["prefetch", "--output", out]) == 2
     assert "planned were" in capsys.readouterr().err
+
+
+def test_where_the_hub_has_no_name_it_is_not_tried_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    assert not hub.reachable()
+    started = time.monotonic()
+    for model, tag in (("hf:someone/something", ""), ("ViT-B-32", "laion2b_e16"), ("hf-hub:someone/something", "")):
+        with pytest.raises(EncoderError, match="found|cached|prefetch"):
+            encoders.resolve(model, tag)
+    assert time.monotonic() - started < 20, "it was tried again and again"
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert hub.reachable()

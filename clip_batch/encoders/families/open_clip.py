@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -41,9 +42,10 @@ def weights_digest(model: str, pretrained: str) -> str:
     if pretrained and os.path.isfile(pretrained):
         return hub.combine([model.replace("/", "-"), file_digest(pretrained)])
     try:
-        if model.startswith("hf-hub:"):
-            return _hub_digest(model.removeprefix("hf-hub:"))
-        return _tag_digest(model.replace("/", "-"), pretrained)
+        with contextlib.nullcontext() if hub.reachable() else hub.offline():
+            if model.startswith("hf-hub:"):
+                return _hub_digest(model.removeprefix("hf-hub:"))
+            return _tag_digest(model.replace("/", "-"), pretrained)
     except EncoderError:
         raise
     except Exception as error:
