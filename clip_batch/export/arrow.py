@@ -288,4 +288,4 @@ def _named_in(names: Sequence[str], *expressions: Any) -> list[str]:
 
 
 def _scan(table: pa.Table, **options: Any) -> pa.Table:
-    return ds.dataset(table).to_table(use_threads=False, **options)
+    return ds.InMemoryDataset(table).to_table(use_threads=False, **options)
