@@ -54,6 +54,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; {self.prog} --help lists the flags")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        given = list(arg_strings)
+        values = super()._get_values(action, arg_strings)
+        if values == [] and given == ["--"]:  # Python before 3.13 loses this value of --flag=--
+            return given if action.nargs else given[0]
+        return values
+
 
 def call(
     prog: str, command: Command, words: Sequence[str], commands: Iterable[Command], main: CommandLine | None = None

@@ -25,7 +25,7 @@ from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
 
-FORMAT = 5
+FORMAT = 6
 """Version of the files that merge tasks exchange; a part of the index version's digest."""
 
 MOST_ROWS = 5_000_000
@@ -40,8 +40,8 @@ TINY_SHARD, MOST_TINY_SHARDS = 1000, 100
 FEW_ROWS = 1000
 """Rows up to which `--index-key auto` is Flat whatever `flat_rows` is: they train no codebook."""
 
-ROW_BYTES = 112
-"""Memory of a shard task for each row, besides vectors and codes: list, position, flags, an id map's entry."""
+ROW_BYTES = 160
+"""Memory of a shard task for each row, besides vectors and codes: list, position, flags, an id map's entry, growth."""
 
 BASE_BYTES = 700_000_000
 """Memory of a merge task besides its shard and the template: Python with faiss and pyarrow, and blocks in work."""
