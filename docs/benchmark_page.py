@@ -16,7 +16,7 @@ STAGES = (*FOLDERS, "repository")
 TEN = (
     ("How many times faster than webdataset are tars read?", "tar", "samples"),
     ("How many times faster are pictures made ready for the model?", "data_path", "fast"),
-    ("How much of a fast accelerator does embed keep busy?", "embed_stub", "embed"),
+    ("How many ViT-L/14 pairs a second from tars to commits, on one H200?", "gpu", "files_ViT-L-14_1"),
     ("How many pairs a second from tars to vectors, beside clip-retrieval, on a CPU?", "pairs", "fp32"),
     ("How long does one worker in four that is four times slower delay the end?", "slow_worker", "share"),
     (
