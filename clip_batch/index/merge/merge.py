@@ -10,6 +10,7 @@ its manifest exists.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import tempfile
@@ -21,13 +22,14 @@ from dataclasses import replace
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.config.paths import path_text
 from clip_batch.embeddings.status import describe_partitions
-from clip_batch.errors import ConfigError, IncompleteError
+from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError
 from clip_batch.index import removals, removed_rows
 from clip_batch.index.ann import index_keys, ondisk
 from clip_batch.index.manifest import (
     IndexShard,
     Manifest,
     MergedOutput,
+    current_version,
     load_manifest,
     make_current,
     publish_manifest,
@@ -75,6 +77,8 @@ def merge(
 def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = False) -> Manifest | None:
     """The manifest of the job's version if it is finished, made live and rid of left-over files; None otherwise.
 
+    Where a version that was added to it is live, that one stays so, and is returned.
+
     With `rebuild`, a finished version that has lost a file since is deleted, so that it is built anew: only the first
     task of a merge may do so.
     """
@@ -89,10 +93,27 @@ def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = F
         progress(f"{problem}: version {job.version} is built anew")
         discard(job.index, job.version)
         return None
+    if larger := _added_to(job):
+        progress(
+            f"version {job.version} is finished already, and {larger.version}, which was added to it, stays live: "
+            f"clip-batch versions --use {job.version} goes back"
+        )
+        return larger
     make_current(job.index, job.version)
     _tidy(job, manifest)
     progress(f"version {job.version} is finished already")
     return manifest
+
+
+def _added_to(job: MergeJob) -> Manifest | None:
+    """The live version, if it has the shards of the job's version and more."""
+    if current_version(job.index) in (None, job.version):
+        return None
+    with contextlib.suppress(ClipBatchError):  # a live version that cannot be read is replaced
+        live = load_manifest(job.index)
+        if any(shard.version == job.version for shard in live.shards):
+            return live
+    return None
 
 
 def train(job: MergeJob, progress: Say = lambda line: None) -> None:
