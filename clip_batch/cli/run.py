@@ -38,7 +38,7 @@ class RunArguments(LineArguments):
     spec: list[str] = field(default_factory=list, metadata={"positional": True})
     """The same as --input: a folder of pictures, tars, Parquet files, or a list of URLs; it looks which it is."""
     output: str = ""
-    """The folder for embeddings and index, a path or URL; default: clip-batch-NAME here, by the input's name."""
+    """The folder for embeddings and index, a path or URL; default: clip-batch-NAME here, or beside the input."""
 
 
 def run(
@@ -55,9 +55,9 @@ def run(
     if not specs:
         raise ConfigError("name what to embed: clip-batch run FOLDER (of pictures), tars, Parquet, or a list of URLs")
     extras.require("embed", "merge", *(["serve"] if arguments.serve else []))
-    from clip_batch.launch.line import default_output, run_line, url_list
+    from clip_batch.launch.line import output_folder, run_line, url_list
 
-    folder = (arguments.output or default_output(specs[0])).rstrip("/") or "/"
+    folder = output_folder(arguments.output, specs)
     say(f"all is written to {folder}; run the same command again to go on after a stop")
     if urls := url_list(specs, storage.storage_options):
         say(f"{urls} is a list of URLs: its images are downloaded first, as by clip-batch end2end")

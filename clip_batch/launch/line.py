@@ -17,6 +17,7 @@ from clip_batch.index.merge.merge import merge
 from clip_batch.launch import local
 from clip_batch.launch.end2end import paths
 from clip_batch.plan import paths as output_paths
+from clip_batch.plan.apart import beside, check_apart, contains
 from clip_batch.plan.kinds import detect_format
 from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.plan.specs import Options, read_lists
@@ -127,6 +128,20 @@ def url_list(specs: Sequence[str], options: Options) -> str:
     if len(specs) > 1:
         raise ConfigError(f"{some(specs)} are lists of URLs: give one, or the folder that they are in")
     return specs[0]
+
+
+def output_folder(output: str, specs: Sequence[str]) -> str:
+    """The folder that `run` writes: `output`, or where that is "" one that is named by the first SPEC.
+
+    ConfigError: it lies in a folder that is input, or has one where embeddings or the index are written.
+    """
+    folders = [spec for spec in specs if is_local(spec) and os.path.isdir(absolute(spec))]
+    folders += [spec for spec in specs if not is_local(spec) and not any(character in spec for character in "*?[{")]
+    folder = (output or beside(default_output(specs[0]), folders)).rstrip("/") or "/"
+    check_apart(folder, [spec for spec in folders if contains(spec, folder)])
+    for place in (paths.OUTPUT, paths.INDEX):
+        check_apart(f"{folder}/{place}", folders)
+    return folder
 
 
 def default_output(spec: str) -> str:

@@ -21,6 +21,7 @@ from clip_batch.config.paths import path_text
 from clip_batch.encoders.device import loaded_gpus
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError, some
 from clip_batch.plan import paths, specs
+from clip_batch.plan.apart import check_apart
 from clip_batch.plan.automatic import affordable, automatic_target
 from clip_batch.plan.counts import count_folder, count_samples, image_advice
 from clip_batch.plan.cuts import FindCuts, find_cuts, folder_cuts, parquet_cuts, tar_cuts
@@ -92,6 +93,7 @@ def make_plan(
     config = replace(config, format=inputs.format)
     target = _target(config)
     if config.format == "files":
+        check_apart(store.url, [shard.url for shard in inputs.shards])
         _count_folders(inputs, images, captions, options)
     else:
         check_kinds(inputs.shards, options, config.format)

@@ -14,7 +14,7 @@ import pytest
 from clip_batch.cli import main
 from clip_batch.config import extras
 from clip_batch.errors import ConfigError
-from clip_batch.launch.line import default_output, url_list
+from clip_batch.launch.line import default_output, output_folder, url_list
 from tests import corpus
 
 QUICK = ["--no-serve", "--no-progress", "--device", "cpu"]
@@ -138,6 +138,44 @@ def test_all_missing_extras_are_named_before_anything_begins(
         extras.require("embed", "merge")
     assert main(["run", str(tmp_path), "--output", f"{tmp_path}/out"]) == 2
     assert "clip-batch[embed,merge,serve]" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_default_output_lies_beside_an_input_around_it(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(pictures)
+    for spec in (".", ".", "../Pictures"):
+        assert run(spec) == 0
+        assert f"all is written to {pictures.parent}/clip-batch-Pictures; run" in capsys.readouterr().err
+    assert sorted(path.name for path in pictures.iterdir()) == ["2024", "notes.md"]
+    monkeypatch.chdir(pictures / "2024")
+    assert output_folder("", ["..", "."]) == f"{pictures.parent}/clip-batch-Pictures"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("Pictures/out", "--output Pictures/out lies in the input folder Pictures, so that what is written"),
+        ("Pictures", "--output Pictures is the input folder Pictures, so that"),
+        ("link/out", "--output link/out lies in the input folder Pictures"),
+    ],
+)
+def test_an_output_in_the_input_is_refused_at_once(
+    pictures: Path, output: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("link").symlink_to("Pictures")
+    assert run("Pictures", "--output", output) == 2
+    assert main(["plan", "--input", "Pictures", "--output", output, "--model", "fake:8"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[0] and all("give an --output that is apart from it" in line for line in said)
+    assert len(said) == 2 and sorted(path.name for path in pictures.iterdir()) == ["2024", "notes.md"]
+
+
+def test_an_input_in_the_output_is_refused(pictures: Path) -> None:
+    pictures.rename("embeddings")
+    with pytest.raises(ConfigError, match="input folder embeddings/2024 lies in --output"):
+        output_folder(".", ["embeddings/2024"])
+    assert output_folder("s3://b/out", ["s3://b/out-cats"]) == "s3://b/out"
 
 
 @pytest.mark.slow
