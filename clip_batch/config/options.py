@@ -143,16 +143,20 @@ def read_file(path: str, arguments: Iterable[str] = ()) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, Loader) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {one_line(error)}") from None
-    _check_keys(path, content, [*SECTIONS, *arguments])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        remedy = "; save it as UTF-8 text" if isinstance(error, UnicodeDecodeError) else ""
+        raise ConfigError(f"--config {path} cannot be read: {one_line(error)}{remedy}") from None
+    arguments = {*arguments}
+    _check_keys(path, content, {*SECTIONS, *arguments})
     for name, section in SECTIONS.items():
-        keys = content.get(name) or {}
+        keys = {} if content.get(name) is None else content[name]
+        if name in arguments and not isinstance(keys, dict):  # then it is the argument of that name
+            continue
         _check_keys(f"{path}, section {name}", keys, [field.name for field in dataclasses.fields(section)])
     return dict(content)
 
 
-def _check_keys(where: str, content: Any, valid: list[str]) -> None:
+def _check_keys(where: str, content: Any, valid: Iterable[str]) -> None:
     if not isinstance(content, dict):
         raise ConfigError(f"{where} is not a mapping: write `key: value` lines")
     for key in content:
@@ -167,7 +171,7 @@ def gather(
     import pydantic
 
     name = _name(section)
-    keys = {key: value for key, value in file.items() if key not in SECTIONS} if name is None else file.get(name) or {}
+    keys = _keys(name, file)
     hints = typing.get_type_hints(section)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -196,6 +200,14 @@ def gather(
             wrong = f"{sources[field_name]} is {reprlib.repr(value)}"
             raise ConfigError(f"{wrong}: it must be {rule(kind, value)}") from None
     return section(**values)
+
+
+def _keys(name: str | None, file: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of a section of a file, or (None) those of arguments: what has a section's name and is no mapping."""
+    if name is None:
+        return {key: value for key, value in file.items() if not (key in SECTIONS and isinstance(value, dict | None))}
+    keys = file.get(name)
+    return keys if isinstance(keys, dict) else {}
 
 
 def _used_variable(section: type, field: str, environ: Mapping[str, str]) -> str | None:

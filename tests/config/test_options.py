@@ -85,6 +85,43 @@ def test_an_unknown_key_lists_the_valid_ones(tmp_path: Path) -> None:
         options.read_file(str(path))
 
 
+def test_a_key_that_names_a_section_and_an_argument_is_told_by_its_value(tmp_path: Path) -> None:
+    path, names = tmp_path / "options.yaml", argument_names(COMMANDS.values())
+    found = {}
+    for text in ("serve: false", "serve:\n  port: 5", "serve:"):
+        path.write_text(f"{text}\n")
+        file = options.read_file(str(path), names)
+        found[text] = options.gather(DemoArguments, {}, file, {}).serve, options.gather(ServeConfig, {}, file, {}).port
+    assert [*found.values()] == [(False, 1234), (True, 5), (True, 1234)]
+    path.write_text("embed: false\n")
+    with pytest.raises(ConfigError, match="section embed is not a mapping"):
+        options.read_file(str(path), names)
+    path.write_text("nonsense: 1\n")
+    with pytest.raises(ConfigError, match=r"valid: .*search, serve, slot"):
+        options.read_file(str(path), names)
+
+
+def test_keys_at_the_top_of_a_file_mean_one_thing() -> None:
+    """Arguments of one name are of one kind in all commands, and none that is named as a section takes a mapping."""
+    kinds = defaultdict(set)
+    for section in ARGUMENTS - {*options.SECTIONS.values()}:
+        for name, kind in get_type_hints(section).items():
+            kinds[name].add(kind)
+    assert {name: kind for name, kind in kinds.items() if len(kind) > 1 and {*kind} != {str, list[str]}} == {}
+    assert {name: kinds[name] for name in kinds if name in options.SECTIONS} == {"serve": {bool}}
+
+
+@pytest.mark.parametrize("content", [b"output: caf\xe9\n", b"\x00\xff\xfe\x01", b"PK\x03\x04\x00", None])
+def test_a_configuration_that_is_no_text_is_refused(
+    tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "options.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert main(["status", "--config", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert f"--config {path} cannot be read: " in told and told.count("\n") == 1
+
+
 def test_bool_flags_have_a_no_form() -> None:
     parser = argparse.ArgumentParser()
     options.add_flags(parser, DemoArguments, ["serve"])
