@@ -83,14 +83,15 @@ def read_values(keys: str, column: str, storage: StorageConfig = StorageConfig()
         data = read_url(keys, storage.storage_options)
         values = [value for value in _parse(data, keys, column) if value]
     except FileNotFoundError:
-        raise ConfigError(f"--keys {keys} does not exist: name a file that has a value on each line") from None
+        remedy = "name a file that has a value on each line"
+        raise ConfigError(f"the file of keys {keys} does not exist: {remedy}") from None
     except PermissionError:
-        raise ConfigError(f"--keys {keys} may not be read: mend its permissions") from None
+        raise ConfigError(f"the file of keys {keys} may not be read: mend its permissions") from None
     except (OSError, ValueError, csv.Error) as error:
         reason = one_line(error, 200)
-        raise ConfigError(f"--keys {keys} cannot be read ({reason}): give text, Parquet or CSV") from None
+        raise ConfigError(f"the file of keys {keys} cannot be read ({reason}): give text, Parquet or CSV") from None
     if not values:
-        raise ConfigError(f"--keys {keys} has no value: nothing to remove")
+        raise ConfigError(f"the file of keys {keys} has no value: nothing to remove")
     return values
 
 
@@ -128,10 +129,10 @@ def _parquet_values(data: bytes, keys: str, column: str) -> list[str]:
     values = file.read([column])[column].drop_null()
     kind: Any = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
-        raise ConfigError(f"--keys {keys}: column {column!r} is {kind}: give text or whole numbers")
+        raise ConfigError(f"the file of keys {keys}: column {column!r} is {kind}: give text or whole numbers")
     return [str(value) for value in values.to_pylist()]
 
 
 def _check_column(column: str, names: list[str], keys: str) -> None:
     if column not in names:
-        raise ConfigError(f"--keys {keys} has no column {column!r}: there are {', '.join(names)}")
+        raise ConfigError(f"the file of keys {keys} has no column {column!r}: there are {', '.join(names)}")

@@ -9,6 +9,7 @@ store are retried, and its errors are OSErrors of one line (see `clip_batch.stor
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from functools import partial
 from typing import IO, Any, TypeVar
 
 from clip_batch.config.paths import path_text
+from clip_batch.errors import ConfigError
 from clip_batch.storage.download import download
 from clip_batch.storage.filesystem import abort_upload, filesystem, move, put_if_absent, unfinished_uploads
 from clip_batch.storage.paths import TEMPORARY, absolute, is_local, split_url
@@ -64,7 +66,8 @@ def file_digest(path: str) -> str:
 class Store:
     """One folder, local or remote; all names are relative to it and use "/".
 
-    InputError where no package opens the URL, or an option is wrong. ConfigError: it is no path or URL.
+    InputError where no package opens the URL, or an option is wrong. ConfigError: it is no path or URL; or something is
+    written to it, and it is a file.
     """
 
     def __init__(self, url: StrPath, options: dict[str, Any] | None = None) -> None:
@@ -105,7 +108,8 @@ class Store:
     def size(self, name: str) -> int:
         """Bytes of a file; FileNotFoundError if absent."""
         if self.local:
-            return os.path.getsize(self.path(name))
+            with _absent_under_files():
+                return os.path.getsize(self.path(name))
         return self._call("looking at", name, lambda: int(self._fs.size(self._at(name))))
 
     def list(self, folder: str) -> list[str]:
@@ -121,7 +125,8 @@ class Store:
     def modified(self, name: str) -> float | None:
         """When a file last changed by the store's clock, in Unix seconds; None where the store does not tell."""
         if self.local:
-            return os.path.getmtime(self.path(name))
+            with _absent_under_files():
+                return os.path.getmtime(self.path(name))
         with contextlib.suppress(NotImplementedError, OSError):  # an optional part of fsspec
             return self._call("looking at", name, lambda: float(self._fs.modified(self._at(name)).timestamp()))
         return None
@@ -129,7 +134,7 @@ class Store:
     def read(self, name: str) -> bytes:
         """Read a whole file; FileNotFoundError if absent."""
         if self.local:
-            with open(self.path(name), "rb") as file:
+            with _absent_under_files(), open(self.path(name), "rb") as file:
                 return file.read()
         return self._call("reading", name, lambda: bytes(self._fs.cat_file(self._at(name))))
 
@@ -148,7 +153,8 @@ class Store:
     def open(self, name: str) -> IO[bytes]:
         """Open a file to read and seek; FileNotFoundError if absent."""
         if self.local:
-            return open(self.path(name), "rb")
+            with _absent_under_files():
+                return open(self.path(name), "rb")
         return open_ranged(self.remote(name))
 
     def create(self, name: str, data: bytes, check_first: bool = True) -> bool:
@@ -201,7 +207,7 @@ class Store:
         A local store must be on the same disk as the file.
         """
         if self.local:
-            os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+            _make_folder(self.path(name))
             os.replace(path, self.path(name))
             _sync_folder(self.path(name))
         else:
@@ -211,8 +217,7 @@ class Store:
     def _spool(self, name: str) -> Iterator[IO[bytes]]:
         """A temporary file; beside its destination if that is local, so that it can be renamed."""
         if self.local:
-            folder, base = os.path.split(self.path(name))
-            os.makedirs(folder, exist_ok=True)
+            folder, base = _make_folder(self.path(name)), os.path.basename(name)
             path = os.path.join(folder, f".{base}{TEMPORARY}{secrets.token_hex(4)}")
         else:
             path = os.path.join(tempfile.gettempdir(), f"clip-batch{TEMPORARY}{secrets.token_hex(8)}")
@@ -225,7 +230,7 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Delete one file; no error if absent."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if self.local:
                 os.unlink(self.path(name))
             else:
@@ -249,7 +254,7 @@ class Store:
         """
         try:
             if self.local:
-                os.makedirs(os.path.dirname(self.path(new)), exist_ok=True)
+                _make_folder(self.path(new))
                 os.replace(self.path(old), self.path(new))
                 _sync_folder(self.path(new))
             else:
@@ -293,6 +298,28 @@ class Store:
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
         return shutil.disk_usage(folder).free
+
+
+@contextlib.contextmanager
+def _absent_under_files() -> Iterator[None]:
+    """A file under a path that is no folder is absent, as one in a folder without it."""
+    try:
+        yield
+    except NotADirectoryError as error:
+        raise FileNotFoundError(errno.ENOENT, "its folder is a file", error.filename) from None
+
+
+def _make_folder(path: str) -> str:
+    """Make the folder of a file, where it is absent; its path. ConfigError: a file is in its place, or above it."""
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = folder
+        while not os.path.lexists(file):
+            file = os.path.dirname(file)
+        raise ConfigError(f"{path} cannot be written, as {file} is no folder: name another one") from None
+    return folder
 
 
 def _sync(file: IO[bytes]) -> None:

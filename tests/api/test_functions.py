@@ -85,11 +85,32 @@ def test_rows_are_removed_by_a_list_or_a_file(home: Path, tmp_path: Path) -> Non
     wrong: list[tuple[Any, str]] = [
         ([], "keys has no value"),
         (tmp_path / "absent.txt", "absent.txt does not exist: name a file that has a value on each line"),
+        ("12", "^the file of keys 12 does not exist"),
         (5, "keys is 5: it must be a list of values"),
     ]
     for value, says in wrong:
         with pytest.raises(ConfigError, match=says):
             clip_batch.remove(tmp_path / "index", value)
+
+
+def test_folders_that_are_files_are_refused(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    plan = PlanConfig(model="fake:8")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        for write in (
+            lambda path: clip_batch.embed_table([{"image": corpus.jpeg(1)}], path, plan),
+            lambda path: make_plan(home / "a.tar", path, plan),
+            lambda path: merge(home / "out", path),
+            lambda path: clip_batch.filter(home / "index", "a cat", path, k=1),
+        ):
+            with pytest.raises(ConfigError, match="file is no folder: name another one"):
+                write(path)
+        for read in (embed, clip_batch.status, clip_batch.verify, lambda path: merge(path, tmp_path / "index")):
+            with pytest.raises(PlanError, match="no plan at"):
+                read(path)
+        for ask in (Searcher, clip_batch.versions):
+            with pytest.raises(ConfigError, match="no index at"):
+                ask(path)
 
 
 def test_versions_are_used_and_dropped(home: Path, tmp_path: Path) -> None:
