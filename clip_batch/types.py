@@ -23,6 +23,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "
 CAPTION_FIELDS = ("caption", "captions", "text", "TEXT")
 """Fields of JSON side-cars, and columns of Parquet files, that are captions in the data sets of others."""
 
+ERROR_FIELD = "error_message"
+"""The field of a JSON side-car, or column of a Parquet file, in which img2dataset says why a sample has no image."""
+
 MODALITIES = ("image", "text")
 """What may be embedded of a sample: its image, and its caption."""
 

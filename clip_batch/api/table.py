@@ -12,6 +12,7 @@ import math
 import shutil
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import IO, Any
@@ -22,12 +23,13 @@ from clip_batch.config.paths import path_text
 from clip_batch.embeddings.embed import embed as embed_partitions
 from clip_batch.embeddings.encoder import image_bytes
 from clip_batch.embeddings.status import OutputStatus
-from clip_batch.errors import ClipBatchError, ConfigError, InputError, PlanError, one_line
+from clip_batch.errors import ConfigError, InputError, PlanError, one_line
 from clip_batch.plan import paths
 from clip_batch.plan.plan import make_plan
 from clip_batch.samples import kinds
 from clip_batch.storage.store import Store, stream_digest
-from clip_batch.types import StrPath
+from clip_batch.storage.text import as_caption
+from clip_batch.types import CAPTION_FIELDS, ERROR_FIELD, StrPath
 
 SAMPLES = "samples"
 """The folder of OUT that has the tars."""
@@ -37,6 +39,9 @@ LIST = "samples/rows.json"
 
 ROWS, BYTES = 10_000, 2**28
 """A tar ends with the row at which it has this many rows or bytes."""
+
+TOLD = 10
+"""Rows without a picture that `progress` names one by one; the failures of OUT name all."""
 
 Rows = Iterable[Mapping[str, Any]]
 """Samples: an image, a caption, and other values by name."""
@@ -57,16 +62,19 @@ def embed_table(
 
     `rows` is a pandas DataFrame, an Arrow table, batch or reader, a data set of Hugging Face, or any iterable of
     mappings, which is read once, a few thousand rows at a time. The column `image` has pictures: paths or URLs, bytes
-    of image files, images of Pillow, arrays, or Hugging Face's {"bytes", "path"}; the column `caption` has texts or
-    None (None as its name: there are none). All other columns become metadata, the row's number its key.
+    of image files, images of Pillow, arrays, or Hugging Face's {"bytes", "path"}; the column `caption` has texts, lists
+    of them or None (None as its name: there are none). By default it is the first of `caption`, `captions`, `text` and
+    `TEXT` that the first row has. All other columns become metadata, the row's number its key.
 
-    Another call with the same rows goes on where an earlier one was stopped. A picture that cannot be read is listed
-    as failed. `plan` has the model, and how partitions are made; its `input` and `format` are ours.
+    Another call with the same rows goes on where an earlier one was stopped. A picture that cannot be read, or that a
+    row lacks, is listed as failed with its reason. A value that JSON cannot hold, such as bytes, is left out, and
+    `progress` says of how many rows. `plan` has the model, and how partitions are made; its `input` and `format` are
+    ours.
 
     Example: `embed_table(frame, "out", PlanConfig(model="ViT-B-32", pretrained="openai"))`.
 
-    ConfigError: a column is missing, or a value cannot be metadata. PlanError: OUT was made of other rows. Other
-    errors: as `make_plan` and `embed`.
+    ConfigError: the first row lacks a column that was named, or a row is no mapping. PlanError: OUT was made of other
+    rows. Other errors: as `make_plan` and `embed`.
     """
     if plan.input or plan.format != PlanConfig.format:
         raise ConfigError("embed_table takes its rows as its input: leave input and format out of the PlanConfig")
@@ -103,68 +111,124 @@ def _as_rows(rows: Any, image: str) -> Rows:
 
 
 def _flat(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    number = 0
     for item in rows:
         if hasattr(item, "to_pylist"):
             for start in range(0, len(item), 1000):
                 yield from item.slice(start, 1000).to_pylist()
+            number += len(item)
         elif isinstance(item, Mapping):
             yield item
+            number += 1
         else:
-            raise ConfigError(f"a row is a {type(item).__name__}: it must be a mapping from names to values")
+            raise ConfigError(f"row {number} is a {type(item).__name__}: it must be a mapping from names to values")
 
 
 def _samples(
-    rows: Rows, image: str, caption: str | None, storage: StorageConfig, progress: Callable[[str], None]
+    rows: Rows, image: str, caption: str | None, storage: StorageConfig, say: Callable[[str], None]
 ) -> Iterator[dict[str, bytes]]:
-    """The files of each row by extension."""
+    """The files of each row by extension: its picture if it has one, its caption if it has one, and its metadata."""
+    lost: Counter[str] = Counter()
+    failed = 0
     for number, row in enumerate(rows):
-        for column in filter(None, (image, caption if caption != "caption" else None)):
-            if column not in row:
-                known = ", ".join(map(str, row)) or "none"
-                raise ConfigError(f"row {number} has no column {column!r}: there are {known}; name it by {_ARGUMENT}")
+        if number == 0:
+            caption = _caption_column(row, image, caption, say)
         rest = {str(name): value for name, value in row.items() if name not in (image, caption)}
-        data, problem, path = _image(row[image], storage)
+        data, problem, path = _image(row, image, storage)
+        files = {}
         if path is not None:
             rest.setdefault("image_path", path)
-        if problem:
-            progress(f"row {number} has no picture, and will be listed as failed: {problem}")
-        files = {_extension(data): data} if data is not None else {}
-        text = None if caption is None else row.get(caption)
-        if not _is_missing(text):
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise ConfigError(f"row {number}: {caption} is a {kind}: captions must be texts, or None")
+        if data is not None:
+            files[_extension(data)] = data
+        else:
+            failed += 1
+            if failed <= TOLD:
+                say(f"row {number} has no picture, and will be listed as failed: {problem}")
+            if _is_missing(rest.get(ERROR_FIELD)):
+                rest[ERROR_FIELD] = problem
+        value = None if caption is None else row.get(caption)
+        text = _caption(value)
+        if text is not None:
             files["txt"] = text.encode(errors="replace")
-        try:
-            files["json"] = json.dumps(rest, ensure_ascii=False, default=_plain).encode(errors="replace")
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"row {number} has a value that cannot be metadata ({one_line(error)}): drop it"
-            ) from None
+        if caption is not None and not isinstance(value, str) and not _is_missing(value):
+            rest[str(caption)] = value  # it has more than its text, or none
+        files["json"] = _metadata(rest, lost)
         yield files
+    if failed > TOLD:
+        say(f"{failed:,} rows have no picture, and will be listed as failed")
+    for column, count in lost.items():
+        say(f"column {column!r}: no metadata can hold the values of {count:,} rows, and they are left out")
+
+
+def _caption_column(row: Mapping[str, Any], image: str, caption: str | None, say: Callable[[str], None]) -> str | None:
+    """The column of captions, by the first row. ConfigError: that row lacks a column."""
+    for column in filter(None, (image, caption if caption != CAPTION_FIELDS[0] else None)):
+        if column not in row:
+            known = ", ".join(map(str, row)) or "none"
+            raise ConfigError(f"row 0 has no column {column!r}: there are {known}; name it by {_ARGUMENT}")
+    if caption != CAPTION_FIELDS[0]:
+        return caption
+    found = next((name for name in CAPTION_FIELDS if name in row and name != image), None)
+    say(f"captions are in the column {found!r}" if found else "there is no column of captions; caption= names one")
+    return found or caption
 
 
 _ARGUMENT = "embed_table's image= or caption="
 
 
-def _image(value: Any, storage: StorageConfig) -> tuple[bytes | None, str, str | None]:
+def _caption(value: Any) -> str | None:
+    """A caption: a text, or of a list the first that is not blank. Numbers, objects and all else are none."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return as_caption(value) if isinstance(value, str | bytes | list | tuple) else None
+
+
+def _image(row: Mapping[str, Any], column: str, storage: StorageConfig) -> tuple[bytes | None, str, str | None]:
     """The bytes of a row's picture, or None and what is wrong; and its path, where it has one."""
+    if column not in row:
+        return None, f"it has no column {column!r}", None
+    value = row[column]
     path: str | None = None
     if isinstance(value, Mapping):
         path = value.get("path")
         value = path if value.get("bytes") is None else value["bytes"]
     if _is_missing(value):
-        return None, "", path
+        return None, f"its {column} is empty", path
     if isinstance(value, str) or hasattr(value, "__fspath__"):
         path = str(value)
     try:
         return bytes(image_bytes(value, storage)), "", path
-    except (ClipBatchError, OSError) as error:
+    except Exception as error:  # whatever a value does, such as a path with a null byte, is a failure of its row alone
         return None, one_line(error, 300), path
 
 
 def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
+
+
+def _metadata(values: Mapping[str, Any], lost: Counter[str]) -> bytes:
+    """The JSON side-car of a row. Values that JSON cannot hold become null, and are counted by column."""
+    try:
+        text = _json(values)
+    except _NO_JSON:
+        kept = {name: value if _is_json(value) else None for name, value in values.items()}
+        lost.update(name for name, value in values.items() if value is not None and kept[name] is None)
+        text = _json(kept)
+    return text.encode(errors="replace")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+_NO_JSON = (TypeError, ValueError, RecursionError)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        _json(value)
+    except _NO_JSON:
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from PIL import Image
 import clip_batch
 from clip_batch import ConfigError, EmbedConfig, Encoder, InputError, PlanConfig, PlanError, Searcher, embed_table
 from clip_batch.api import table as tables
+from clip_batch.types import CAPTION_FIELDS
 from tests import corpus
 
 PLAN, CPU = PlanConfig(model="fake:8"), EmbedConfig(device="cpu")
@@ -93,6 +94,94 @@ def test_pictures_of_each_form_and_those_that_fail(tmp_path: Path) -> None:
     assert clip_batch.verify(tmp_path / "out", deep=True).ok
 
 
+def failures(out: Path) -> list[dict[str, Any]]:
+    """The failures of OUT, in the order of their keys."""
+    found = [row for file in out.rglob("failures/**/*.parquet") for row in pq.read_table(file).to_pylist()]
+    return sorted(found, key=lambda row: str(row["key"]))
+
+
+def test_failures_have_their_reason(tmp_path: Path) -> None:
+    images = [
+        str(tmp_path / "absent.jpg"),
+        12,
+        np.zeros((2, 2, 3), np.float32),
+        tmp_path,
+        "x\0y.jpg",
+        None,
+        {"bytes": None, "path": None},
+        "http://127.0.0.1:1/a.jpg",
+    ]
+    says = ["absent.jpg", "12 is no picture", "float32", "directory", "null byte", *["its image is empty"] * 2, "a.jpg"]
+    table: list[dict[str, Any]] = [{"image": image} for image in [corpus.jpeg(1), *images]]
+    table += [{}, {"caption": "no image"}, {"image": None, "error_message": "HTTP 404\nnot found " + "x" * 1000}]
+    says += [*["it has no column 'image'"] * 2, "HTTP 404 not found xxx"]
+    retry = clip_batch.StorageConfig(storage_options={"retry_for": 0})
+    done = embed_table(table, tmp_path / "out", PLAN, CPU, storage=retry)
+    assert (done.rows, done.failures) == (1, {"missing_image": 11})
+    found = failures(tmp_path / "out")
+    assert [row["key"] for row in found] == [f"{n:012d}" for n in range(1, 12)]
+    for row, what in zip(found, says, strict=True):
+        assert row["message"].startswith("no member with an image extension (") and what in row["message"]
+        assert len(row["message"]) <= 500 and "\n" not in row["message"]
+
+
+def test_many_failures_are_not_told_one_by_one(tmp_path: Path) -> None:
+    lines: list[str] = []
+    table = [{"image": None} for _ in range(20)]
+    embed_table([*rows(1), *table], tmp_path / "out", PLAN, CPU, progress=lines.append)
+    assert len([line for line in lines if "has no picture" in line]) == tables.TOLD
+    assert "20 rows have no picture, and will be listed as failed" in lines
+
+
+@pytest.mark.parametrize("name", CAPTION_FIELDS)
+def test_the_column_of_captions_is_found(name: str, tmp_path: Path) -> None:
+    lines: list[str] = []
+    table = [{"image": corpus.jpeg(1), "TEXT": "lower in rank", name: "a cat"}]
+    embed_table(table, tmp_path / "out", PLAN, CPU, progress=lines.append)
+    assert clip_batch.read(tmp_path / "out").to_table()["caption"].to_pylist() == ["a cat"]
+    assert f"captions are in the column {name!r}" in lines
+
+
+def test_captions_of_each_form(tmp_path: Path) -> None:
+    forms: list[tuple[Any, str | None]] = [
+        ("a cat", "a cat"),
+        (["", " ", "a dog", "a pet"], "a dog"),
+        (np.array(["a cow"]), "a cow"),
+        (b"a hen", "a hen"),
+        ([], None),
+        (5, None),
+        (1.5, None),
+        ({"en": "a cat"}, None),
+        (None, None),
+        (float("nan"), None),
+    ]
+    table = [{"image": corpus.jpeg(1), "caption": form} for form, _ in forms]
+    assert embed_table(table, tmp_path / "out", PLAN, CPU).rows == len(forms)
+    read = clip_batch.read(tmp_path / "out").to_table()
+    assert read["caption"].to_pylist() == [text for _, text in forms]
+    kept = [str(value) for value in read["extra"].to_pylist()]
+    assert "a pet" in kept[1] and "5" in kept[5] and "en" in kept[7], "what is no text stays in the metadata"
+
+
+def test_values_that_no_metadata_can_hold_are_left_out(tmp_path: Path) -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    lines: list[str] = []
+    table = rows(3)
+    table[1] |= {"mask": b"\xff", "nested": {"bytes": b"\xff", "path": "a.png"}, "loop": loop, "pairs": {(1, 2): 3}}
+    table[2] |= {"mask": b"\xff", "set": {1}, "kind": dict}
+    done = embed_table(table, tmp_path / "out", PLAN, CPU, progress=lines.append)
+    assert (done.rows, done.failures) == (3, {})
+    assert clip_batch.read(tmp_path / "out").to_table()["width"].to_pylist() == [0, 1, 2]
+    told = [line.split(": no metadata can hold the values of ") for line in lines if ": no metadata" in line]
+    assert {column.split("'")[1]: int(rest.split()[0]) for column, rest in told} == {
+        "mask": 2,
+        "nested": 1,
+        "loop": 1,
+        "pairs": 1,
+    }
+
+
 def test_other_names_of_columns(tmp_path: Path) -> None:
     table = [{"photo": corpus.jpeg(1), "text": "a cat", "caption": "kept"}]
     embed_table(table, tmp_path / "out", PLAN, CPU, image="photo", caption="text")
@@ -143,11 +232,12 @@ def test_other_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("rows", {}, "rows is a str: give a table"),
         ({"image": []}, {}, "rows is a dict"),
         (5, {}, "rows is a int"),
-        ([5], {}, "a row is a int: it must be a mapping"),
+        ([5], {}, "row 0 is a int: it must be a mapping"),
+        ([*rows(2), "x"], {}, "row 2 is a str: it must be a mapping"),
+        ([pa.RecordBatch.from_pylist(rows(3)), 5], {}, "row 3 is a int"),
         ([{"photo": b"x"}], {}, "row 0 has no column 'image': there are photo"),
+        ([{}], {}, "row 0 has no column 'image': there are none"),
         ([{"image": b"x"}], {"caption": "text"}, "row 0 has no column 'text'"),
-        ([{"image": b"x", "caption": 5}], {}, "row 0: caption is a int"),
-        ([{"image": b"x", "mask": b"x"}], {}, r"row 0 has a value that cannot be metadata \(bytes\): drop it"),
         ([{"image": b"x"}], {"plan": PlanConfig(input=["a.tar"])}, "leave input and format out"),
     ],
 )

@@ -27,10 +27,18 @@ from clip_batch.storage.paths import is_local, split_url
 from clip_batch.storage.store import Store
 from clip_batch.storage.text import as_text
 from clip_batch.storage.transfer import file_version
-from clip_batch.types import IMAGE_COLUMN, ROW_GROUP, Failure, Item, PassedOver, Plan, Sample, Shard, Slice
-
-ERROR = "error_message"
-"""The column in which img2dataset says why a row has no image."""
+from clip_batch.types import (
+    ERROR_FIELD,
+    IMAGE_COLUMN,
+    ROW_GROUP,
+    Failure,
+    Item,
+    PassedOver,
+    Plan,
+    Sample,
+    Shard,
+    Slice,
+)
 
 MOST_LOST = 10_000_000
 """Rows that cannot be read are listed one by one, unless the file claims more than this many in a row group."""
@@ -172,7 +180,7 @@ def _samples(
     rest = [number for number in range(len(names)) if number not in left_out and names[number] != columns.image]
     values = [values_of(batch.column(number)) for number in rest]
     rest_names = [names[number] for number in rest]
-    why = values[rest_names.index(ERROR)] if ERROR in rest_names else None
+    why = values[rest_names.index(ERROR_FIELD)] if ERROR_FIELD in rest_names else None
     first = group.first + done
     keys = _keys(batch, first)
     own = {ROW_GROUP: group.number, **({IMAGE_COLUMN: columns.image} if columns.image else {})}

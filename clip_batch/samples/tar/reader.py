@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from clip_batch.errors import ClipBatchError, InputError
+from clip_batch.errors import ClipBatchError, InputError, one_line
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.beside import captions_beside
 from clip_batch.samples.tar.headers import member_runs
 from clip_batch.samples.tar.mapping import Mapped, map_tar
 from clip_batch.samples.tar.samples import WIDTH, NameRule, TarSamples, read_samples
+from clip_batch.samples.texts import decode_json
 from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import is_local
-from clip_batch.types import Failure, Item, PassedOver, Plan, Sample, Slice
+from clip_batch.storage.text import as_text
+from clip_batch.types import ERROR_FIELD, Failure, Item, PassedOver, Plan, Sample, Slice
 
 
 def read_tar(
@@ -68,7 +70,8 @@ def read_tar(
                 message = f"the first dot ends its key, and {ending!r} is no image extension: plan with {flags}"
                 yield Failure(name_text(one.name.rpartition(".")[0]), url, place(one.header), "dotted_name", message)
         else:
-            yield Failure(key, url, place(header), "missing_image", "no member with an image extension")
+            record = data[fields : fields + fields_size].tobytes() if 0 < fields <= end - fields_size else None
+            yield Failure(key, url, place(header), "missing_image", _why_missing(record))
     if problem:
         reason = "bad_gzip" if compression == "gzip" else "bad_compression"
         yield Failure(None, url, None, reason, f"{problem}; what could be decompressed was read")
@@ -80,6 +83,12 @@ def read_tar(
         yield Failure(None, url, None, "empty_shard", "a tar without a single sample; look at what wrote it")
     if passed_over := samples.passed_over(wanted):
         yield PassedOver(url, {name_text(kind): count for kind, count in passed_over.items()})
+
+
+def _why_missing(record: bytes | None) -> str:
+    """Why a sample has no image, with what its JSON side-car says, where whoever wrote the tar knew more."""
+    said = as_text(decode_json(record)[0].get(ERROR_FIELD))
+    return one_line("no member with an image extension" + (f" ({said})" if said else ""), 500)
 
 
 def _flags_for_dots(samples: TarSamples, plan: Plan) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import gzip
 import io
+import json
 import lzma
 import os
 import random
@@ -242,6 +243,21 @@ def test_dotted_keys_end_at_the_first_dot(tar: str) -> None:
     assert "'b.jpg'" in found[0].message
     assert bodies(tar, key_ends="last-dot") == [("v1.0/a.b", b"1", None), ("v1.0/c", b"2", None)]
     assert bodies(tar, image_extensions=("b.jpg", "jpg"))[0] == ("v1.0/a", b"1", None)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_missing_image_has_what_its_json_says(ending: str, tmp_path: Path) -> None:
+    tar = f"{tmp_path}/a.tar{ending}"
+    records = [b'{"error_message": "HTTP 404\\nnot found"}', b'{"error_message": null}', b"no JSON", b"5"]
+    records += [json.dumps({"error_message": "x" * 1000}).encode(), b'{"error_message": 404}']
+    members = [(f"{number}.json", record) for number, record in enumerate(records)]
+    corpus.write_tar(f"{tmp_path}/plain.tar", [*members, ("z.txt", b"a caption")])
+    data = Path(f"{tmp_path}/plain.tar").read_bytes()
+    Path(tar).write_bytes(gzip.compress(data) if ending else data)
+    found = [item.message for item in corpus.read(tar) if isinstance(item, Failure)]
+    plain = "no member with an image extension"
+    assert found[:4] == [f"{plain} (HTTP 404 not found)", plain, plain, plain]
+    assert len(found[4]) == 500 and found[5:] == [f"{plain} (404)", plain]
 
 
 def test_extensions_in_any_case_and_by_rank(tar: str) -> None:
