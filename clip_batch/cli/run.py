@@ -55,6 +55,7 @@ def run(
     if not specs:
         raise ConfigError("name what to embed: clip-batch run FOLDER (of pictures), tars, Parquet, or a list of URLs")
     extras.require("embed", "merge", *(["serve"] if arguments.serve else []))
+    _check_port(arguments, serve)
     from clip_batch.launch.line import output_folder, run_line, url_list
 
     folder = output_folder(arguments.output, specs)
@@ -78,6 +79,14 @@ def run(
     values = {"index": index, "rows": state.rows, "failed": state.failures}
     answer(arguments, values, text)
     return _serve(arguments, index, embed, serve, storage)
+
+
+def _check_port(arguments: LineArguments, serve: ServeConfig) -> None:
+    """Refuse at once what the last step would refuse."""
+    if arguments.serve:
+        from clip_batch.serve.http.port import check_port
+
+        check_port(serve)
 
 
 def _serve(arguments: LineArguments, index: str, embed: EmbedConfig, serve: ServeConfig, storage: StorageConfig) -> int:
@@ -110,6 +119,7 @@ def end2end(
     if plan.input:
         raise ConfigError("end2end takes its input from --urls: leave --input out")
     extras.require("embed", "merge", *(["serve"] if arguments.serve else []))
+    _check_port(arguments, serve)
     from clip_batch.launch.end2end.account import describe
     from clip_batch.launch.end2end.end2end import end2end
 

@@ -25,6 +25,10 @@ def run(folder: str, serve: bool, config: ServeConfig) -> int:
 
     What exists from an earlier run is not done again.
     """
+    if serve:
+        from clip_batch.serve.http.port import check_port
+
+        check_port(config)
     tars, output, index = (os.path.join(folder, name) for name in ("tars", "embeddings", "index"))
     storage = StorageConfig()
 

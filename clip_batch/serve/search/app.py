@@ -16,6 +16,7 @@ from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.openapi import describe
+from clip_batch.serve.http.port import check_port
 from clip_batch.serve.http.responses import answer_errors, json_response
 from clip_batch.serve.search import clip_retrieval, v1
 from clip_batch.serve.search.assets import add_page
@@ -122,6 +123,7 @@ def run(
     import uvicorn
 
     named = parse_indices(indices)
+    check_port(config)
     app = create_app(named, config, storage, databases)
     print(f"serving {', '.join(named)} at http://{config.host}:{config.port}/", flush=True)
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)

@@ -19,6 +19,7 @@ from clip_batch.errors import ConfigError
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.metrics import Traffic
 from clip_batch.serve.http.openapi import describe
+from clip_batch.serve.http.port import check_port
 from clip_batch.serve.http.responses import answer_errors
 from clip_batch.serve.worker.allow import Allowed
 from clip_batch.serve.worker.jobs import GRACE
@@ -78,6 +79,7 @@ class _Server(uvicorn.Server):
 def run(allow: list[str], config: ServeConfig, embed: EmbedConfig, storage: StorageConfig) -> None:
     """Serve until a signal. The running job then stops cleanly; at worst it leaves nothing behind."""
     app = create_worker(allow, config, embed, storage)
+    check_port(config)
     print(f"worker at http://{config.host}:{config.port}/, below {', '.join(allow)}", flush=True)
     settings = uvicorn.Config(
         app,
