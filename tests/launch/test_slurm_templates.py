@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -161,7 +162,7 @@ def test_the_chain_on_the_demo_set(slurm: Slurm, tmp_path: Path, whole: bool, ta
     embed, train, shards, manifest = (item.split()[-1] for item in done.stdout.split(","))
     assert slurm.wait(embed) == dict.fromkeys(range(tasks), ("COMPLETED", 0))
     logs = [path.read_text() for path in tmp_path.glob(f"clip-embed-{embed}_*.log")]
-    assert sum(log.count("partition done") + log.count("partitions done") for log in logs) == 4
+    assert sum(len(re.findall(r"^\d+ partitions? done", log, re.MULTILINE)) for log in logs) == 4
     assert main(["verify", "--output", out, "--deep"]) == 0
     assert slurm.wait(train) == {0: ("COMPLETED", 0)}
     assert slurm.wait(shards) == dict.fromkeys(range(2), ("COMPLETED", 0))
