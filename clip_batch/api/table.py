@@ -29,7 +29,7 @@ from clip_batch.plan.plan import make_plan
 from clip_batch.samples import kinds
 from clip_batch.storage.store import Store, stream_digest
 from clip_batch.storage.text import as_caption
-from clip_batch.types import CAPTION_FIELDS, ERROR_FIELD, StrPath
+from clip_batch.types import CAPTION_FIELDS, ERROR_FIELD, StrPath, counted
 
 SAMPLES = "samples"
 """The folder of OUT that has the tars."""
@@ -157,7 +157,7 @@ def _samples(
     if failed > TOLD:
         say(f"{failed:,} rows have no picture, and will be listed as failed")
     for column, count in lost.items():
-        say(f"column {column!r}: no metadata can hold the values of {count:,} rows, and they are left out")
+        say(f"column {column!r}: no metadata can hold the values of {counted(count, 'row')}, and they are left out")
 
 
 def _caption_column(row: Mapping[str, Any], image: str, caption: str | None, say: Callable[[str], None]) -> str | None:
@@ -209,7 +209,7 @@ def _metadata(values: Mapping[str, Any], lost: Counter[str]) -> bytes:
     """The JSON side-car of a row. Values that JSON cannot hold become null, and are counted by column."""
     try:
         text = _json(values)
-    except _NO_JSON:
+    except Exception:  # whatever a value's own code raises
         kept = {name: value if _is_json(value) else None for name, value in values.items()}
         lost.update(name for name, value in values.items() if value is not None and kept[name] is None)
         text = _json(kept)
@@ -220,13 +220,10 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=_plain)
 
 
-_NO_JSON = (TypeError, ValueError, RecursionError)
-
-
 def _is_json(value: Any) -> bool:
     try:
         _json(value)
-    except _NO_JSON:
+    except Exception:  # as above
         return False
     return True
 

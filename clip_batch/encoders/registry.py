@@ -133,7 +133,7 @@ def check_weights(digest: str, planned: EncoderSpec) -> None:
         name = f"{planned.model} {planned.pretrained}".strip()
         raise OtherWeights(
             f"the weights of {name} are {digest[:12]} here, planned were "
-            f"{planned.weights[:12]}: put the planned weights back, or plan into another --output"
+            f"{planned.weights[:12]}: put the planned weights back, or plan into another output"
         )
 
 

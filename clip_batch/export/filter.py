@@ -87,7 +87,7 @@ def filter_rows(
     """
     if (present := store.list("")) and _ABOUT not in present:
         where = f"{store.url} has files that are no result of a filter ({some(present)})"
-        raise ConfigError(f"{where}: name another --output, or remove them if an interrupted filter left them")
+        raise ConfigError(f"{where}: name another output, or remove them if an interrupted filter left them")
     if columns is not None:
         check_columns(searcher.schema, columns)
     if images_from not in get_args(ImagesFrom):

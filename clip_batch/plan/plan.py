@@ -374,7 +374,7 @@ def _head(store: Store) -> dict[str, Any]:
         raise PlanError(f"no plan at {store.url}: clip-batch plan --input ... --output {store.url}") from None
     except ValueError:
         where = store.display(paths.PLAN)
-        raise CorruptError(f"{where} is not JSON: restore it, or plan into another --output") from None
+        raise CorruptError(f"{where} is not JSON: restore it, or plan into another output") from None
     if (format := head.get("format")) != FORMAT:
         where = store.display(paths.PLAN)
         raise PlanError(f"{where} has format {format}, not {FORMAT}: use the version it was planned with")
@@ -390,7 +390,7 @@ def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
         table = b""
     if hashlib.sha256(table).hexdigest() != head["plan_parquet"]["sha256"]:
         raise CorruptError(
-            f"{store.display(paths.SLICES)} is not the file that was planned: restore it, or plan into another --output"
+            f"{store.display(paths.SLICES)} is not the file that was planned: restore it, or plan into another output"
         )
     encoder = EncoderSpec(**{name: value for name, value in head["encoder"].items() if name != "fingerprint"})
     images, captions = tuple(head["image_extensions"]), tuple(head["caption_extensions"])

@@ -28,9 +28,9 @@ def check_digest(store: Store, digest: str) -> None:
 def obstacle(store: Store) -> str:
     """Why the plan of an output may not be replaced: partitions are committed, or workers are at work; "" if it may."""
     if commits := commit_names(store):
-        return f"{len(commits):,} partitions are committed: give another --output"
+        return f"{len(commits):,} partitions are committed: give another output"
     if names := [one["worker"] for one in worker_records(store) if is_alive(one["ended"], one["beat"])]:
-        return f"{names[0]} is at work on it: stop the workers and wait a minute, or give another --output"
+        return f"{names[0]} is at work on it: stop the workers and wait a minute, or give another output"
     return ""
 
 

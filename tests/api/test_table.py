@@ -163,13 +163,18 @@ def test_captions_of_each_form(tmp_path: Path) -> None:
     assert "a pet" in kept[1] and "5" in kept[5] and "en" in kept[7], "what is no text stays in the metadata"
 
 
+class Unprintable:
+    def __str__(self) -> str:
+        raise KeyError("a bug of its own")
+
+
 def test_values_that_no_metadata_can_hold_are_left_out(tmp_path: Path) -> None:
     loop: list[Any] = []
     loop.append(loop)
     lines: list[str] = []
     table = rows(3)
     table[1] |= {"mask": b"\xff", "nested": {"bytes": b"\xff", "path": "a.png"}, "loop": loop, "pairs": {(1, 2): 3}}
-    table[2] |= {"mask": b"\xff", "set": {1}, "kind": dict}
+    table[2] |= {"mask": b"\xff", "set": {1}, "kind": dict, "bug": Unprintable(), "huge": 10**5000}
     done = embed_table(table, tmp_path / "out", PLAN, CPU, progress=lines.append)
     assert (done.rows, done.failures) == (3, {})
     assert clip_batch.read(tmp_path / "out").to_table()["width"].to_pylist() == [0, 1, 2]
@@ -179,6 +184,8 @@ def test_values_that_no_metadata_can_hold_are_left_out(tmp_path: Path) -> None:
         "nested": 1,
         "loop": 1,
         "pairs": 1,
+        "bug": 1,
+        "huge": 1,
     }
 
 

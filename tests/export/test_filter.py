@@ -123,7 +123,7 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine/images/cat.jpg").write_bytes(b"a cat")
     query, mine = Query(embedding=images[0], k=2), Store(str(tmp_path / "mine"))
     with Searcher(str(tmp_path / "index")) as searcher:
-        with pytest.raises(ConfigError, match=r"no result of a filter \(images\): name another --output"):
+        with pytest.raises(ConfigError, match=r"no result of a filter \(images\): name another output"):
             filter_rows(searcher, query, mine)
         assert (tmp_path / "mine/images/cat.jpg").read_bytes() == b"a cat"
         for _ in range(2):  # a result of its own is replaced

@@ -133,7 +133,7 @@ def test_a_changed_input_is_refused_by_name(config: PlanConfig, tars: Path, tmp_
     assert f"1 inputs added: {tars}/7.tar" in text and f"1 inputs removed: {tars}/0.tar" in text
     assert "2 inputs changed" in text and f"{tars}/2.tar (rewritten)" in text
     assert f"{tars}/1.tar (" in text and f"-> {(tars / '1.tar').stat().st_size} bytes)" in text
-    assert "--output" in text and "\n" not in text
+    assert "give another output" in text and "\n" not in text
 
 
 @pytest.mark.parametrize(
