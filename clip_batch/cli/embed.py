@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 from clip_batch.cli.arguments import JsonArguments, Only, OutputArguments, answer, say, say_next
@@ -27,7 +28,7 @@ class PlanArguments(JsonArguments, OutputArguments):
 def plan(arguments: PlanArguments, plan: PlanConfig, storage: StorageConfig) -> int:
     """Freeze the plan: which tars are embedded, in which partitions, by which encoder."""
     answer(arguments, *_plan(arguments.output, plan, storage))
-    say_next(f"clip-batch embed --output {arguments.output}, or clip-batch submit for many machines")
+    say_next(f"clip-batch embed --output {quote(arguments.output)}, or clip-batch submit for many machines")
     return 0
 
 
@@ -101,7 +102,7 @@ def embed(arguments: EmbedArguments, embed: EmbedConfig, plan: PlanConfig, stora
     else:
         code = local.run_workers(arguments.output, workers, embed, storage)
     if code == 0:
-        say_next(f"clip-batch merge --output {arguments.output} --index INDEX")
+        say_next(f"clip-batch merge --output {quote(arguments.output)} --index INDEX")
     return code
 
 

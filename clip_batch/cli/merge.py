@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import Literal
 
 from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArguments, answer, say, say_next
@@ -50,7 +51,7 @@ def merge(arguments: MergeArguments, merge: MergeConfig, storage: StorageConfig)
         return 0
     text = f"merged {counted(manifest.rows, 'row')} into {counted(len(manifest.shards), 'index shard')}: {index}"
     answer(arguments, json.loads(manifest.to_json()), text)
-    say_next(f"clip-batch serve --index {index}")
+    say_next(f"clip-batch serve --index {quote(index)}")
     return 0
 
 

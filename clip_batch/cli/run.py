@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from shlex import quote
 from typing import Annotated
 
 from clip_batch.cli.arguments import JsonArguments, Only, Without, answer, say
@@ -75,7 +76,7 @@ def run(
         raise Preempted() from None
     failed = sum(state.failures.values())
     text = f"{state.rows:,} samples embedded, {failed:,} listed as failed\nindex: {index}"
-    text += f'\nsearch: clip-batch search --index {index} --text "a red bicycle"'
+    text += f'\nsearch: clip-batch search --index {quote(index)} --text "a red bicycle"'
     values = {"index": index, "rows": state.rows, "failed": state.failures}
     answer(arguments, values, text)
     return _serve(arguments, index, embed, serve, storage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from shlex import quote
 
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, ServeConfig, StorageConfig
 from clip_batch.demo import data
@@ -36,23 +37,25 @@ def run(folder: str, serve: bool, config: ServeConfig) -> int:
     if not os.path.isdir(tars):
         data.write_tars(tars)
 
-    _step("plan", f"clip-batch plan --input {tars} --model demo --partition-samples 400 --output {output}")
+    _step(
+        "plan", f"clip-batch plan --input {quote(tars)} --model demo --partition-samples 400 --output {quote(output)}"
+    )
     make_plan([tars], output, PlanConfig(model="demo", partition_samples=400), storage=storage)
 
-    _step("embed", f"clip-batch embed --output {output}")
+    _step("embed", f"clip-batch embed --output {quote(output)}")
     outcomes = run_worker(output, None, EmbedConfig(), storage)
     if any(outcome.state == "failed" for outcome in outcomes):
-        print(f"some partitions failed: clip-batch status --output {output}")
+        print(f"some partitions failed: clip-batch status --output {quote(output)}")
         return 1
 
-    _step("merge", f"clip-batch merge --output {output} --index {index} --shard-rows 500")
+    _step("merge", f"clip-batch merge --output {quote(output)} --index {quote(index)} --shard-rows 500")
     manifest = merge(output, index, MergeConfig(shard_rows=500), storage=storage)
     print(f"{manifest.rows:,} rows in {len(manifest.shards)} index shards")
 
     with Searcher(index, storage) as searcher:
         _search(searcher, index, folder)
 
-    print(f"\nGo on: clip-batch verify --output {output} --deep\n       clip-batch serve --index {index}")
+    print(f"\nGo on: clip-batch verify --output {quote(output)} --deep\n       clip-batch serve --index {quote(index)}")
     if serve:
         from clip_batch.serve.search.app import run as run_server
 
@@ -64,7 +67,7 @@ def _search(searcher: Searcher, index: str, folder: str) -> None:
     """Print the hits of each text, and of one picture, which is written to `folder`."""
     searcher.encode_text(["warm up"])
     for query in QUERIES:
-        _step("search", f"clip-batch search --index {index} --text {query!r}")
+        _step("search", f"clip-batch search --index {quote(index)} --text {quote(query)}")
         started = time.perf_counter()
         hits = searcher.search(searcher.encode_text([query]), 5)[0]
         milliseconds = 1000 * (time.perf_counter() - started)
@@ -73,7 +76,7 @@ def _search(searcher: Searcher, index: str, folder: str) -> None:
     path = os.path.join(folder, "query.jpg")
     with open(path, "wb") as file:
         file.write(picture["image"])
-    _step("search", f"clip-batch search --index {index} --image {path}    ({picture['name_en']})")
+    _step("search", f"clip-batch search --index {quote(index)} --image {quote(path)}    ({picture['name_en']})")
     print(describe_hits(searcher.search(searcher.encode_image(picture["image"]), 5)[0]))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from shlex import quote
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -269,7 +270,7 @@ def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Em
     if missing and not allow_partial:
         raise IncompleteError(
             f"{store.url} lacks partitions {format_numbers(missing)} of {len(plan.partitions)}: "
-            f"run clip-batch worker --output {store.url} --partitions {format_numbers(missing)}, "
+            f"run clip-batch worker --output {quote(store.url)} --partitions {format_numbers(missing)}, "
             "or merge with --allow-partial"
         )
     nonempty = tuple(commits[number] for number in sorted(commits) if commits[number].rows)
@@ -283,7 +284,7 @@ def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Em
             if committed != expected:
                 raise CorruptError(
                     f"{store.url}: partition {commit.partition} has {what} {committed}, not {expected}: "
-                    f"remove its commit and run clip-batch embed --output {store.url}"
+                    f"remove its commit and run clip-batch embed --output {quote(store.url)}"
                 )
     if not nonempty:
         why = f" (partition {empty[0].partition}: {empty[0].empty})" if empty else ""

@@ -128,10 +128,10 @@ def relaunch(store: Store, missing: list[int]) -> str:
     """The command that runs the missing partitions: that of the last submission, or one for this machine."""
     if ids := submission.ids(store):
         return submission.load(store, ids[-1]).command
-    output, numbers = shlex.quote(store.url), format_numbers(missing)
+    output, numbers = store.url, format_numbers(missing)
     if len(numbers) > LONGEST_COMMAND:
-        return f"clip-batch embed --output {output}"
-    return f"clip-batch worker --output {output} --partitions {numbers}"
+        return f"clip-batch embed --output {shlex.quote(output)}"
+    return f"clip-batch worker --output {shlex.quote(output)} --partitions {numbers}"
 
 
 def describe(status: OutputStatus) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from shlex import quote
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from clip_batch.errors import ConfigError, CorruptError
@@ -212,7 +213,7 @@ def load_manifest(store: Store, version: str | None = None) -> Manifest:
     """
     version = version or current_version(store)
     if not version:
-        raise ConfigError(f"no index at {store.url}: run clip-batch merge --output OUT --index {store.url}")
+        raise ConfigError(f"no index at {store.url}: run clip-batch merge --output OUT --index {quote(store.url)}")
     name = VersionPaths(version).manifest
     try:
         return Manifest.from_json(store.read(name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from shlex import quote
 
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
 from clip_batch.embeddings.status import OutputStatus, status
@@ -57,7 +58,7 @@ def run_line(
     embed_all(output, embed_config, storage, workers, say)
     state = status(store)
     if not state.rows:
-        raise InputError(f"none of the samples could be embedded: clip-batch status --output {output} says why")
+        raise InputError(f"none of the samples could be embedded: clip-batch status --output {quote(output)} says why")
     begin(3, "merge, which builds the index")
     merge(output, index, merge_config, storage=storage, progress=lambda line: say(f"merge: {line}"))
     return index, state
@@ -88,7 +89,8 @@ def plan_line(store: Store, index: str, config: PlanConfig, storage: StorageConf
             raise
         raise PlanError(
             f"{error}; to add new files alone: clip-batch run NEW --output OTHER --no-serve, and clip-batch merge "
-            f"--output OTHER/{paths.OUTPUT} --index {index} --add; clip-batch serve --index {index} serves the old ones"
+            f"--output OTHER/{paths.OUTPUT} --index {quote(index)} --add; "
+            f"clip-batch serve --index {quote(index)} serves the old ones"
         ) from None
 
 
@@ -110,7 +112,9 @@ def embed_all(output: str, config: EmbedConfig, storage: StorageConfig, workers:
             say(f"partition {outcome.partition} failed: {outcome.error}")
         failed = bool(failures)
     if failed:
-        raise IncompleteError(f"partitions of {output} are not embedded: see clip-batch status --output {output}")
+        raise IncompleteError(
+            f"partitions of {output} are not embedded: see clip-batch status --output {quote(output)}"
+        )
 
 
 def url_list(specs: Sequence[str], options: Options) -> str:

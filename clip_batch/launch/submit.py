@@ -88,7 +88,7 @@ def submit_to_slurm(request: SubmitRequest, config: SlurmConfig, main: Callable[
     tell_idle(request, workers, say)
     request.freeze(draft)
     slurm.submit(steps, main, config, logs, say)
-    say(f"logs: {logs}; progress: clip-batch status --output {store.url}")
+    say(f"logs: {logs}; progress: clip-batch status --output {shlex.quote(store.url)}")
     if not request.submit.wait:
         return 0
     slurm.wait(steps, lambda: _progress(store), say)

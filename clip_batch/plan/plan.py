@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from shlex import quote
 from typing import Any
 
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
@@ -371,7 +372,7 @@ def _head(store: Store) -> dict[str, Any]:
     try:
         head: dict[str, Any] = store.read_json(paths.PLAN)
     except FileNotFoundError:
-        raise PlanError(f"no plan at {store.url}: clip-batch plan --input ... --output {store.url}") from None
+        raise PlanError(f"no plan at {store.url}: clip-batch plan --input ... --output {quote(store.url)}") from None
     except ValueError:
         where = store.display(paths.PLAN)
         raise CorruptError(f"{where} is not JSON: restore it, or plan into another output") from None

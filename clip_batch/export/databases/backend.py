@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from shlex import quote
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +76,10 @@ class DatabaseBackend:
             about, record = milvus.about(name), sql.record(name)
             if about is None:
                 raise DatabaseError(
-                    f"{milvus} has no collection {name}: run clip-batch export milvus --index {store.url}"
+                    f"{milvus} has no collection {name}: run clip-batch export milvus --index {quote(store.url)}"
                 )
             if record is None:
-                raise DatabaseError(f"{sql} has no table {name}: run clip-batch export sql --index {store.url}")
+                raise DatabaseError(f"{sql} has no table {name}: run clip-batch export sql --index {quote(store.url)}")
             check_identity(f"collection {name} of {milvus}", about, expected)
             check_identity(f"table {name} of {sql}", vars(record), expected)
             self._vectors, self._table = milvus.open(name, list(manifest.key), about["index"]), sql.open(name, record)

@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -123,7 +124,9 @@ def _embed_results(url_list: UrlList, output: Store) -> tuple[npt.NDArray[np.uin
             for place, row in zip(places.tolist(), samples, strict=True):
                 unreadable[place] = Cause(row["reason"], row["message"])
     if embedded.max() > 1 or len(unreadable) < count or any(embedded[place] for place in unreadable):
-        raise CorruptError(f"{output.url} has a sample twice: clip-batch verify --output {output.url} names more")
+        raise CorruptError(
+            f"{output.url} has a sample twice: clip-batch verify --output {quote(output.url)} names more"
+        )
     return embedded, unreadable
 
 
