@@ -20,6 +20,7 @@ from clip_batch.config import (
 )
 from clip_batch.config.values import Threads
 from clip_batch.errors import ConfigError, Preempted
+from clip_batch.types import counted, format_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,9 @@ def run(
         raise ConfigError("name what to embed: clip-batch run FOLDER (of pictures), tars, Parquet, or a list of URLs")
     extras.require("embed", "merge", *(["serve"] if arguments.serve else []))
     _check_port(arguments, serve)
+    from clip_batch.launch.end2end import paths
     from clip_batch.launch.line import output_folder, run_line, url_list
+    from clip_batch.plan import paths as output_paths
 
     folder = output_folder(arguments.output, specs)
     say(f"all is written to {folder}; run the same command again to go on after a stop")
@@ -75,7 +78,10 @@ def run(
     except KeyboardInterrupt:  # embedding raises Preempted itself
         raise Preempted() from None
     failed = sum(state.failures.values())
-    text = f"{state.rows:,} samples embedded, {failed:,} listed as failed\nindex: {index}"
+    text = f"{counted(state.rows, 'sample')} embedded, {failed:,} listed as failed"
+    if failed:
+        text += f" ({format_counts(state.failures)}), each in {folder}/{paths.OUTPUT}/{output_paths.FAILURES}/*.parquet"
+    text += f"\nindex: {index}"
     text += f'\nsearch: clip-batch search --index {quote(index)} --text "a red bicycle"'
     values = {"index": index, "rows": state.rows, "failed": state.failures}
     answer(arguments, values, text)

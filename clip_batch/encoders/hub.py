@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -160,7 +161,7 @@ def combine(parts: Sequence[str]) -> str:
 
 def line(error: Exception) -> str:
     """The message of a library's error, in one line of at most 300 characters."""
-    return one_line(error, 300)
+    return textwrap.shorten(one_line(error), 300, placeholder=" ...")
 
 
 def _has_weights(path: str) -> bool:

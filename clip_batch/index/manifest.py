@@ -213,6 +213,9 @@ def load_manifest(store: Store, version: str | None = None) -> Manifest:
     """
     version = version or current_version(store)
     if not version:
+        if store.exists(f"index/{CURRENT}"):  # the folder of run
+            inner = store.display("index")
+            raise ConfigError(f"no index at {store.url}, but in its folder index: give --index {quote(inner)}")
         raise ConfigError(f"no index at {store.url}: run clip-batch merge --output OUT --index {quote(store.url)}")
     name = VersionPaths(version).manifest
     try:

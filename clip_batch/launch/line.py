@@ -85,7 +85,7 @@ def plan_line(store: Store, index: str, config: PlanConfig, storage: StorageConf
         )
         make_plan(config.input, store.url, replace(config, model="demo"), storage=storage, progress=say)
     except PlanError as error:
-        if " inputs " not in str(error):  # the input is what it was
+        if " input" not in str(error).partition(" (")[2]:  # the input is what it was
             raise
         raise PlanError(
             f"{error}; to add new files alone: clip-batch run NEW --output OTHER --no-serve, and clip-batch merge "

@@ -33,6 +33,7 @@ from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.launch.spark_executor import EmbedTask, PartitionStatus, embed_slot, merge_task
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
+from clip_batch.types import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -153,7 +154,7 @@ def drive(
             print(f"partition {status.partition} is committed without a row: {status.empty}", file=sys.stderr)
         rows, bad = sum(status.rows for status in statuses), sum(status.failed for status in statuses)
         done = f"{len(statuses) - len(failed)} of {len(statuses)} partitions committed"
-        print(f"{done}, {rows:,} samples embedded, {bad:,} listed as failed", flush=True)
+        print(f"{done}, {counted(rows, 'sample')} embedded, {bad:,} listed as failed", flush=True)
         if index:
             manifest = merge_on_spark(spark, output, index, merge, storage, submit.merge_tasks)
             print(f"merged {manifest.rows:,} rows into {len(manifest.shards)} index shards: {index}", flush=True)

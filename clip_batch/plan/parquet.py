@@ -68,7 +68,8 @@ def column_lines(shards: Sequence[Shard], draft: Plan, options: dict[str, Any]) 
         return []
     url, first = schemas[0]
     if images and not any(columns.image for columns in found):
-        raise InputError(f"{url} has {found[0].problem}{_remedy(first)}")
+        problem = found[0].problem
+        raise InputError(f"{url} has {problem}{'' if '--image-field' in problem else _remedy(first)}")
     texts = text_columns(first)
     if not any(columns.caption for columns in found) and (draft.caption_field or not images):
         named = f"no column {draft.caption_field!r}" if draft.caption_field else "no column of captions"

@@ -17,6 +17,9 @@
 
 from __future__ import annotations
 
+IN_RUN = "embeddings"
+"""The name of OUT in the folder of `run` and `end2end`."""
+
 HOME = "_clip_batch"
 """The folder of all that is not data."""
 

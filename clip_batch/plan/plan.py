@@ -372,6 +372,9 @@ def _head(store: Store) -> dict[str, Any]:
     try:
         head: dict[str, Any] = store.read_json(paths.PLAN)
     except FileNotFoundError:
+        if store.exists(f"{paths.IN_RUN}/{paths.PLAN}"):
+            inner = store.display(paths.IN_RUN)
+            raise PlanError(f"no plan at {store.url}, but in its embeddings: give --output {quote(inner)}") from None
         raise PlanError(f"no plan at {store.url}: clip-batch plan --input ... --output {quote(store.url)}") from None
     except ValueError:
         where = store.display(paths.PLAN)
@@ -451,5 +454,5 @@ def _input_differences(plan: Plan, shards: Sequence[Shard]) -> list[str]:
             if url in old and (old[url].size, old[url].etag) != (shard.size, shard.etag)
         ],
     }
-    phrases = [f"{len(urls)} inputs {kind}: {some(urls, 3)}" for kind, urls in inputs.items() if urls]
+    phrases = [f"{counted(len(urls), 'input')} {kind}: {some(urls, 3)}" for kind, urls in inputs.items() if urls]
     return phrases or (["inputs in another order"] if list(old) != list(new) else [])

@@ -17,6 +17,7 @@ from clip_batch.errors import PlanError
 from clip_batch.plan import paths
 from clip_batch.plan.state import commit_names, is_alive, worker_records
 from clip_batch.storage.store import Store
+from clip_batch.types import counted
 
 
 def check_digest(store: Store, digest: str) -> None:
@@ -28,7 +29,7 @@ def check_digest(store: Store, digest: str) -> None:
 def obstacle(store: Store) -> str:
     """Why the plan of an output may not be replaced: partitions are committed, or workers are at work; "" if it may."""
     if commits := commit_names(store):
-        return f"{len(commits):,} partitions are committed: give another output"
+        return f"{counted(len(commits), 'partition')} committed: give another output"
     if names := [one["worker"] for one in worker_records(store) if is_alive(one["ended"], one["beat"])]:
         return f"{names[0]} is at work on it: stop the workers and wait a minute, or give another output"
     return ""

@@ -266,8 +266,10 @@ def _files_under(folder: str, format: str, options: Options, inputs: Inputs) -> 
     files = [entry for entry in entries if _is_input(_base(entry), format)]
     if not files and not tree.unreadable:
         counts = Counter(extension(entry.url) for entry in entries)
-        found = f", but {format_counts(counts)}" if counts else ""
+        found = f", but {format_counts(counts)}"
         kind = f"tar ({' '.join(TAR_SUFFIXES)})" if format == "tar" else f"Parquet file ({' '.join(PARQUET_SUFFIXES)})"
+        if not counts:
+            raise InputError(f"{folder} holds no pictures, tars or Parquet files: name another folder")
         raise InputError(f"{folder} holds no {kind}{found}: name another folder{_other(counts)}")
     inputs.leave(entry for entry in entries if not _is_input(_base(entry), format))
     return _with_versions(files, options)

@@ -126,3 +126,8 @@ def test_where_the_hub_has_no_name_it_is_not_tried_for_a_minute(monkeypatch: pyt
     assert time.monotonic() - started < 20, "it was tried again and again"
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert hub.reachable()
+
+
+def test_a_long_message_ends_with_a_whole_word() -> None:
+    assert hub.line(OSError("word " * 100)) == "word " * 59 + "..."
+    assert hub.line(OSError("a\nb")) == "a b"

@@ -61,7 +61,7 @@ def test_a_second_run_goes_on_and_grown_input_is_told_what_to_do(
     (pictures / "new.jpg").write_bytes(corpus.jpeg(9))
     assert run(str(pictures), "--output", "out") == 2
     said = capsys.readouterr()
-    assert "1 inputs changed" in said.err and "1 partitions are committed" in said.err
+    assert "1 input changed" in said.err and "1 partition committed" in said.err
     assert "clip-batch merge --output OTHER/embeddings --index out/index --add" in said.err
     (pictures.parent / "more").mkdir()
     (pictures / "new.jpg").rename(pictures.parent / "more" / "new.jpg")
@@ -81,6 +81,9 @@ def test_tars_are_told_from_pictures_and_failures_are_counted(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus.write_tar("a.tar", [*corpus.good_files(3), ("x.jpg", b"noise")])
+    assert run("a.tar") == 0
+    told = "1 listed as failed (1 undecodable_image), each in clip-batch-a/embeddings/_clip_batch/failures/*.parquet"
+    assert f"3 samples embedded, {told}" in capsys.readouterr().out
     assert run("a.tar", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == 3 and sum(found["failed"].values()) == 1
@@ -121,6 +124,31 @@ def test_a_list_of_urls_goes_to_end2end(tmp_path: Path, capsys: pytest.CaptureFi
     assert run(*words) == 2
     said = capsys.readouterr().err
     assert "urls.csv is a list of URLs: its images are downloaded first" in said and "no-such-program" in said
+
+
+def test_the_folder_of_a_run_is_answered_with_the_folder_in_it(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("Pictures", "--output", "a run") == 0
+    capsys.readouterr()
+    out, index = ["--output", "a run"], ["--index", "a run"]
+    commands = [["status", *out], ["verify", *out], ["merge", *out, "--index", "i"], ["embed", *out]]
+    for words in commands:
+        assert main(words) != 0
+        assert "but in its embeddings: give --output 'a run/embeddings'" in capsys.readouterr().err.replace(
+            f"{Path.cwd()}/", ""
+        )
+    for words in (["search", *index, "--text", "a"], ["verify", *index], ["serve", *index, "--port", "0"]):
+        assert main(words) != 0
+        assert "give --index 'a run/index'" in capsys.readouterr().err.replace(f"{Path.cwd()}/", "")
+
+
+def test_an_empty_folder_is_said_to_hold_nothing_of_any_kind(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures.parent / "empty").mkdir()
+    assert run("empty") == 1
+    assert "empty holds no pictures, tars or Parquet files: name another folder" in capsys.readouterr().err
 
 
 def test_names_of_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

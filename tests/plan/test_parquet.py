@@ -98,7 +98,7 @@ def test_every_row_is_a_row_or_a_failure_with_its_reason(tmp_path: Path) -> None
         ({"n": [1]}, {}, "no column with images' bytes; its columns are n: name another file"),
         ({"n": [1]}, {"modalities": ["text"]}, "no column of captions: name one with --caption-field; its columns"),
         ({"jpg": [b"x"], "alt": ["a"]}, {"caption_field": "alter"}, "no column 'alter'.*with text are alt"),
-        ({"a": [b"x"], "b": [b"y"]}, {}, "name one with --image-field"),
+        ({"a": [b"x"], "b": [b"y"]}, {}, "name one with --image-field$"),
         ({"a": [b"x"]}, {"image_field": "b"}, "no column 'b'"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_changed_input_is_refused_by_name(config: PlanConfig, tars: Path, tmp_
     with pytest.raises(PlanError) as caught:
         make_plan(config.input, f"{tmp_path}/out", config)
     text = str(caught.value)
-    assert f"1 inputs added: {tars}/7.tar" in text and f"1 inputs removed: {tars}/0.tar" in text
+    assert f"1 input added: {tars}/7.tar" in text and f"1 input removed: {tars}/0.tar" in text
     assert "2 inputs changed" in text and f"{tars}/2.tar (rewritten)" in text
     assert f"{tars}/1.tar (" in text and f"-> {(tars / '1.tar').stat().st_size} bytes)" in text
     assert "give another output" in text and "\n" not in text
@@ -268,7 +268,7 @@ def test_files_are_cut_by_samples(tmp_path: Path) -> None:
     assert len(make_plan(config.input, f"{tmp_path}/whole", replace(config, partition_samples=None)).partitions) == 1
     (tmp_path / "in" / "25.jpg").write_bytes(b"\xff")
     commit_one(f"{tmp_path}/out")
-    with pytest.raises(PlanError, match=r"1 inputs changed: .*/in \(rewritten\)"):
+    with pytest.raises(PlanError, match=r"1 input changed: .*/in \(rewritten\)"):
         make_plan(config.input, f"{tmp_path}/out", config)
 
 
@@ -318,7 +318,7 @@ def test_a_plan_of_which_nothing_is_committed_is_replaced(config: PlanConfig, tm
     assert store.list("_clip_batch/submissions") == store.list("_clip_batch/failures/attempts") == []
     assert not store.exists("_clip_batch/look.json") and not store.exists("_clip_batch/replacing.json")
     commit_one(out)
-    with pytest.raises(PlanError, match=r"another plan exists .*partition target.*1 partitions are committed: give"):
+    with pytest.raises(PlanError, match=r"another plan exists .*partition target.*1 partition committed: give"):
         make_plan(config.input, out, config)
 
 
@@ -367,7 +367,7 @@ def test_a_commit_that_comes_while_a_plan_is_removed_brings_it_back(
             commit_one(out)
 
     monkeypatch.setattr(Store, "remove", racing)
-    with pytest.raises(PlanError, match="1 partitions are committed"):
+    with pytest.raises(PlanError, match="1 partition committed"):
         make_plan(config.input, out, replace(config, partition_count=4))
     assert load_plan(Store(out)) == plan and make_plan(config.input, out, config) == plan
 

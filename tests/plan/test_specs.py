@@ -115,7 +115,7 @@ def test_missing_members_of_a_pattern_are_all_named(folder: Path) -> None:
         (["{}/none*.tar"], "none\\*.tar matches no file"),
         (["{}/{{sub,none}}/*.gz"], "none/\\*.gz matches no file"),
         (["{}/none"], "none; correct"),
-        (["{}/empty"], "empty holds no tar"),
+        (["{}/empty"], "empty holds no pictures, tars or Parquet files"),
         (["@{}/none.txt"], "none.txt cannot be read"),
         (["{}/empty.list"], "names no input"),
         (["{}/half.list"], "half.list cannot be read: .*utf-16"),

@@ -8,10 +8,12 @@ failures.parquet        each URL without a vector; summary.json, the counts, is 
 
 from __future__ import annotations
 
+from clip_batch.plan.paths import IN_RUN
+
 URLS = "urls"
 URL_LIST = "urls.json"
 IMAGES = "images"
-OUTPUT = "embeddings"
+OUTPUT = IN_RUN
 INDEX = "index"
 FAILURES = "failures.parquet"
 SUMMARY = "summary.json"
