@@ -26,9 +26,11 @@ def open_ranged(remote: RemoteFile) -> IO[bytes]:
     return io.BufferedReader(_Ranged(remote, size), BLOCK)
 
 
-class _Ranged(io.RawIOBase):
-    def __init__(self, remote: RemoteFile, size: int) -> None:
-        self._remote, self._size, self._at = remote, size, 0
+class Positioned(io.RawIOBase):
+    """A file of `size` bytes to read and seek; a subclass has `readinto`, which moves the place `_at` on."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._at = size, 0
 
     def readable(self) -> bool:
         return True
@@ -42,6 +44,12 @@ class _Ranged(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
         return self._at
+
+
+class _Ranged(Positioned):
+    def __init__(self, remote: RemoteFile, size: int) -> None:
+        super().__init__(size)
+        self._remote = remote
 
     def readinto(self, buffer: Buffer) -> int:
         view = memoryview(buffer)

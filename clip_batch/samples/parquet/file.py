@@ -6,7 +6,6 @@ is fetched as a slice of a tar is. The footer, which says where everything lies,
 
 from __future__ import annotations
 
-import io
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from clip_batch.errors import InputError
 from clip_batch.storage.arrow import ParquetFile
+from clip_batch.storage.ranged import Positioned
 
 if sys.version_info >= (3, 12):
     from collections.abc import Buffer
@@ -86,26 +86,13 @@ class SampleFile:
         return self._parquet.batches(group.number, rows, columns)
 
 
-class Fetched(io.RawIOBase):
+class Fetched(Positioned):
     """A file of `size` bytes of which those from `start` on are in memory; `rest` opens it for the others."""
 
     def __init__(self, data: memoryview | mmap.mmap, start: int, size: int, rest: Callable[[], IO[bytes]]) -> None:
-        self._data, self._start, self._size, self._open = memoryview(data), start, size, rest
+        super().__init__(size)
+        self._data, self._start, self._open = memoryview(data), start, rest
         self._rest: IO[bytes] | None = None
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
-        return self._at
 
     def readinto(self, buffer: Buffer) -> int:
         """Fill the buffer, as far as the file goes: pyarrow takes a short answer for the end of the file."""

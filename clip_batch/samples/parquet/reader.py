@@ -5,9 +5,7 @@ A sample's `offset` is the number of its row in the file, and its `length` is No
 
 from __future__ import annotations
 
-import errno
 import json
-import mmap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -15,12 +13,12 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from clip_batch.errors import ClipBatchError, InputError, StorageUnavailable, one_line
+from clip_batch.errors import InputError, StorageUnavailable, one_line
 from clip_batch.samples.parquet.columns import BYTES, KEY, PATH, Columns, find_columns, is_image, is_list, is_struct
 from clip_batch.samples.parquet.file import Fetched, Group, SampleFile, check_inside, describe
 from clip_batch.samples.parquet.values import bytes_of, values_of
 from clip_batch.samples.prefetch import Prefetcher, check_version
-from clip_batch.samples.tar.mapping import map_tar
+from clip_batch.samples.tar.mapping import map_slice
 from clip_batch.storage.arrow import caption_column, text_column
 from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import is_local, split_url
@@ -57,7 +55,7 @@ def read_parquet(
 ) -> Iterator[Item]:
     """Read the rows of the row groups that begin in the bytes [piece.start, piece.stop); see `read_slice`."""
     url = name_text(piece.shard.url)
-    data, base = _map(piece, options, files)
+    (data, _, _), base = map_slice(piece, options, files, compressed=False)
     if base == 0 and not len(data):
         yield Failure(None, url, None, "empty_file", "the file is empty; copy or download it again")
         return
@@ -250,25 +248,6 @@ def _json(fields: Sequence[tuple[str, Any]], own: Mapping[str, Any]) -> bytes:
         return json.dumps(record, default=as_text).encode()
     texts = (f"{json.dumps(name)}: {json.dumps(value, default=as_text)}" for name, value in pairs)
     return ("{" + ", ".join(texts) + "}").encode()
-
-
-def _map(piece: Slice, options: dict[str, Any] | None, files: Prefetcher | None) -> tuple[memoryview | mmap.mmap, int]:
-    """The slice in memory, and the byte of the file at which that begins."""
-    url = piece.shard.url
-    try:
-        with (
-            Prefetcher(options=options) as alone,
-            (files or alone).take(piece) as (path, base),
-            open(path, "rb") as opened,
-        ):
-            return map_tar(opened, compressed=False).data, base
-    except ClipBatchError:
-        raise
-    except Exception as error:  # each remote store has exceptions of its own
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or (isinstance(error, OSError) and not is_local(url) and not isinstance(error, FileNotFoundError)):
-            raise
-        raise InputError(f"cannot read {url}: {error}; check that it exists and can be read") from None
 
 
 def _at(source: Fetched, start: int, count: int) -> bytes:

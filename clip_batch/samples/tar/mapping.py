@@ -12,7 +12,12 @@ import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from clip_batch.errors import ClipBatchError, InputError
+from clip_batch.samples.prefetch import Prefetcher
+from clip_batch.storage.paths import is_local
+from clip_batch.types import Slice
 
 FIRST_BYTES = 10
 """First bytes of a file by which `compression` tells what it is."""
@@ -155,3 +160,27 @@ def _zstd(source: IO[bytes]) -> Iterator[bytes]:
 
 
 _DECOMPRESSORS = {"gzip": _gzip, "bzip2": _bzip2, "xz": _xz, "zstd": _zstd}
+
+
+def map_slice(
+    piece: Slice, options: dict[str, Any] | None, files: Prefetcher | None, compressed: bool
+) -> tuple[Mapped, int]:
+    """A slice of any file as `map_tar` gives it, and the byte of the file at which the mapped bytes start.
+
+    InputError: the file cannot be read. OSError: its remote store or this machine's disk is to blame.
+    """
+    url = piece.shard.url
+    try:
+        with (
+            Prefetcher(options=options) as alone,
+            (files or alone).take(piece) as (path, base),
+            open(path, "rb") as opened,
+        ):
+            return map_tar(opened, compressed), base
+    except ClipBatchError:
+        raise
+    except Exception as error:  # each remote store has exceptions of its own
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or (isinstance(error, OSError) and not is_local(url) and not isinstance(error, FileNotFoundError)):
+            raise
+        raise InputError(f"cannot read {url}: {error}; check that it exists and can be read") from None

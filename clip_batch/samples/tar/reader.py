@@ -5,20 +5,18 @@ An image is a view into the memory map of its tar; only captions and JSON are co
 
 from __future__ import annotations
 
-import errno
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from clip_batch.errors import ClipBatchError, InputError, one_line
+from clip_batch.errors import InputError, one_line
 from clip_batch.samples.prefetch import Prefetcher
 from clip_batch.samples.tar.beside import captions_beside
 from clip_batch.samples.tar.headers import member_runs
-from clip_batch.samples.tar.mapping import Mapped, map_tar
+from clip_batch.samples.tar.mapping import Mapped, map_slice
 from clip_batch.samples.tar.samples import WIDTH, NameRule, TarSamples, read_samples
 from clip_batch.samples.texts import decode_json
 from clip_batch.storage.names import name_text
-from clip_batch.storage.paths import is_local
 from clip_batch.storage.text import as_text
 from clip_batch.types import ERROR_FIELD, Failure, Item, PassedOver, Plan, Sample, Slice
 
@@ -111,22 +109,8 @@ def _flags_for_dots(samples: TarSamples, plan: Plan) -> str:
 
 def _open(piece: Slice, options: dict[str, Any] | None, files: Prefetcher | None) -> tuple[Mapped, int]:
     """The tar in memory, and the byte of the tar at which the mapped bytes start."""
-    url = piece.shard.url
-    try:
-        with (
-            Prefetcher(options=options) as alone,
-            (files or alone).take(piece) as (path, base),
-            open(path, "rb") as file,
-        ):
-            mapped = map_tar(file, compressed=piece.start == 0)
-        size = base + len(mapped.data)
-        if piece.stop is not None and not mapped.compression and size < piece.stop:
-            raise InputError(f"{url} was planned up to byte {piece.stop} and has {size}; plan again")
-        return mapped, base
-    except ClipBatchError:
-        raise
-    except Exception as error:  # each remote store has exceptions of its own
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or (isinstance(error, OSError) and not is_local(url) and not isinstance(error, FileNotFoundError)):
-            raise
-        raise InputError(f"cannot read {url}: {error}; check that it exists and can be read") from None
+    mapped, base = map_slice(piece, options, files, compressed=piece.start == 0)
+    size = base + len(mapped.data)
+    if piece.stop is not None and not mapped.compression and size < piece.stop:
+        raise InputError(f"{piece.shard.url} was planned up to byte {piece.stop} and has {size}; plan again")
+    return mapped, base
