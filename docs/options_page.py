@@ -10,7 +10,7 @@ import yaml
 
 from clip_batch.cli import COMMANDS
 from clip_batch.cli.parser import sections
-from clip_batch.config.fields import default, helps, required, show
+from clip_batch.config.fields import default, meaning, required, show
 from clip_batch.config.options import SECTIONS
 
 HEAD = """\
@@ -26,7 +26,20 @@ a variable in the environment. Flags win over the environment, the environment o
   `storage_options` is `CLIP_BATCH_STORAGE_OPTIONS` and `slurm_partition` is `CLIP_BATCH_SLURM_PARTITION`.
 - `CLIP_BATCH_<FIELD>` is read too where only one section has that field, if the longer name is not set. It is refused
   for fields of several sections, because it would not say whose it is: {shared}.
+- A list in the environment has spaces between its items, or is JSON: `CLIP_BATCH_INPUT='["my cats.tar"]'`. In the file
+  it is a YAML list; a single item may stand alone (`input: a.tar`). A flag of a list takes several values, and may be
+  given again; any other flag is refused where it is given twice.
+- Bounds of a value stand in brackets after its meaning; a number without them is 0 or more.
 - Other variables that begin with `CLIP_BATCH_` have no effect, and stderr says so.
+
+## Exit codes
+
+| code | when |
+|---|---|
+| 0 | all that was asked for is committed; a service that Ctrl-C stops ends so too |
+| 1 | something failed: partitions, checks, an input; stderr names it |
+| 2 | usage or configuration: nothing was begun, or what is there is of another plan |
+| 75 | stopped by Ctrl-C, or by SIGTERM or SIGUSR1 while it embeds: run the same command again, commits stay |
 """
 
 
@@ -37,7 +50,7 @@ def reference_yaml() -> str:
         lines += [f"# {_summary(section)}", f"{name}:"]
         for field in dataclasses.fields(section):
             value = yaml.safe_dump({field.name: default(field)}, default_flow_style=True, width=1000).strip()[1:-1]
-            lines += [f"  # {helps(section)[field.name]}", f"  {value}"]
+            lines += [f"  # {meaning(section, field.name)}", f"  {value}"]
         lines.append("")
     return "\n".join(lines)
 
@@ -78,7 +91,7 @@ def _rows(section: type) -> Iterator[tuple[str, str, str]]:
     for field in dataclasses.fields(section):
         value = "needed" if required(field) else show(default(field)).replace("|", "\\|")
         shown = value if required(field) or not value else f"`{value}`"
-        yield field.name, shown, helps(section)[field.name]
+        yield field.name, shown, meaning(section, field.name)
 
 
 def _summary(section: type) -> str:

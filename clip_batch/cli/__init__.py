@@ -11,7 +11,7 @@ from clip_batch.cli.arguments import escape_output, say
 from clip_batch.cli.commands import COMMANDS
 from clip_batch.cli.parser import Command, call
 from clip_batch.config import extras
-from clip_batch.errors import ClipBatchError, ConfigError, one_line
+from clip_batch.errors import ClipBatchError, ConfigError, Preempted, one_line
 
 __all__ = ["COMMANDS", "main"]
 
@@ -24,7 +24,7 @@ def _usage(names: Iterable[str] = COMMANDS) -> str:
         "",
     ]
     lines += [f"  {name:<23}{(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names]
-    lines += ["", "Exit codes: 0 all committed; 1 something failed; 2 usage or configuration; 75 run again."]
+    lines += ["", "Exit codes: 0 all committed; 1 something failed; 2 usage or configuration; 75 stopped, run again."]
     return "\n".join(lines)
 
 
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"clip-batch {name}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        print(f"clip-batch {name}: {Preempted()}", file=sys.stderr)
+        return Preempted.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

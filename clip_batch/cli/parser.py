@@ -50,6 +50,9 @@ def argument_names(commands: Iterable[Command]) -> set[str]:
     return {field.name for kind in kinds for field in dataclasses.fields(kind)}
 
 
+_CONFIG = "YAML file of options; see configs/reference.yaml"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; {self.prog} --help lists the flags")
@@ -73,7 +76,7 @@ def call(
 
     taken = sections(command)
     parser = _Parser(prog=prog, description=command.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; see configs/reference.yaml")
+    parser.add_argument("--config", metavar="FILE", action=options.Once, help=_CONFIG)
     parser.add_argument("--debug", action="store_true", help="show a traceback where an error is raised")
     for section in taken.values():
         options.add_flags(parser, section.kind, section.flags)

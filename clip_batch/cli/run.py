@@ -19,7 +19,7 @@ from clip_batch.config import (
     extras,
 )
 from clip_batch.config.values import Threads
-from clip_batch.errors import ConfigError, Preempted
+from clip_batch.errors import ConfigError
 from clip_batch.types import counted, format_counts
 
 
@@ -73,10 +73,7 @@ def run(
     plan = replace(plan, input=specs)
     workers = processes(arguments.workers, embed)
     then = "serve" if arguments.serve else ""
-    try:
-        index, state = run_line(folder, plan, embed, merge, storage, workers, say, then)
-    except KeyboardInterrupt:  # embedding raises Preempted itself
-        raise Preempted() from None
+    index, state = run_line(folder, plan, embed, merge, storage, workers, say, then)
     failed = sum(state.failures.values())
     text = f"{counted(state.rows, 'sample')} embedded, {failed:,} listed as failed"
     if failed:

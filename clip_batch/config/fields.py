@@ -11,7 +11,7 @@ import textwrap
 import typing
 from typing import Any, TypeVar
 
-from clip_batch.config.values import NotAllowed, checked, rule
+from clip_batch.config.values import NotAllowed, bounds, checked, rule
 from clip_batch.errors import ConfigError
 
 
@@ -25,6 +25,12 @@ def helps(section: type) -> dict[str, str]:
             assert isinstance(node, ast.ClassDef)
             texts |= _helps(node)
     return texts
+
+
+def meaning(section: type, field: str) -> str:
+    """A field's help text, with its bounds if it has some."""
+    allowed = bounds(bounded_hints(section)[field])
+    return helps(section)[field] + (f" ({allowed})" if allowed else "")
 
 
 def _helps(node: ast.ClassDef) -> dict[str, str]:

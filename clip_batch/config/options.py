@@ -11,6 +11,7 @@ name, CLIP_BATCH_<FIELD> is read too, if the longer name is not set; a command's
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from clip_batch import config
-from clip_batch.config.fields import bounded_hints, default, helps, required, show
+from clip_batch.config.fields import bounded_hints, default, helps, meaning, required, show
 from clip_batch.config.values import NotAllowed, checked, rule
 from clip_batch.errors import ConfigError, one_line
 
@@ -45,14 +46,15 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
     """Add a flag for each field (or those of `only`): --a-field, and --no-a-field for a bool.
 
     A field's metadata may say that it has a short flag too ("short"), is given by its place ("positional"), or is a
-    list of which each flag gives one value ("repeat"), or is refused where it is given again ("once").
+    list of which each flag gives one value ("repeat"). A flag of one value is refused where it is given again; "again"
+    says what to do instead.
     """
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         if only is not None and field.name not in only:
             continue
         kind, value = hints[field.name], default(field)
-        text = helps(section)[field.name].replace("%", "%%")
+        text = meaning(section, field.name).replace("%", "%%")
         shown = "" if value in ("", None, [], {}) else f" [{show(value)}]"
         settings: dict[str, Any] = {"help": text + shown, "default": argparse.SUPPRESS}
         if field.metadata.get("positional"):
@@ -67,18 +69,20 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
         else:
             choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
             settings["metavar"] = "{" + ",".join(choices) + "}" if choices else field.name.upper()
-        if field.metadata.get("once"):
-            settings["action"] = _Once
+            settings.update(action=Once, const=field.metadata.get("again", ""))
         short = [field.metadata["short"]] if "short" in field.metadata else []
         parser.add_argument(*short, _flag(field.name), dest=field.name, **settings)
 
 
-class _Once(argparse.Action):
-    """Stores a value, and refuses a second: it would replace the first, though a reader may think that both hold."""
+class Once(argparse.Action):
+    """Stores a value, and refuses a second: it would replace the first, though a reader may think that both hold.
+
+    `const` is what its error adds, or "".
+    """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
-        if hasattr(namespace, self.dest):
-            parser.error(f"{self.option_strings[-1]} is given more than once: give it once, and join conditions by and")
+        if getattr(namespace, self.dest, None) is not None:
+            parser.error(f"{self.option_strings[-1]} is given more than once: give it once{self.const or ''}")
         setattr(namespace, self.dest, values)
 
 
@@ -152,16 +156,26 @@ def read_file(path: str, arguments: Iterable[str] = ()) -> dict[str, Any]:
         keys = {} if content.get(name) is None else content[name]
         if name in arguments and not isinstance(keys, dict):  # then it is the argument of that name
             continue
-        _check_keys(f"{path}, section {name}", keys, [field.name for field in dataclasses.fields(section)])
+        _check_keys(f"{path}, section {name}", keys, _field_names(section), arguments)
     return dict(content)
 
 
-def _check_keys(where: str, content: Any, valid: Iterable[str]) -> None:
+def _field_names(section: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(section)]
+
+
+def _check_keys(where: str, content: Any, valid: Iterable[str], arguments: Iterable[str] = ()) -> None:
+    """ConfigError: a mapping has another key than `valid`; it says where the key belongs, if that is elsewhere."""
     if not isinstance(content, dict):
         raise ConfigError(f"{where} is not a mapping: write `key: value` lines")
     for key in content:
-        if key not in valid:
-            raise ConfigError(f"{where} has no key {key!r}; valid: {', '.join(sorted(valid))}")
+        if key in valid:
+            continue
+        places = [f"`{name}:`" for name, known in SECTIONS.items() if key in _field_names(known)]
+        if places or key in arguments:
+            place = f"below {' or '.join(places)}, indented by two spaces" if places else "at the top of the file"
+            raise ConfigError(f"{where} has no key {key!r}: write it {place}")
+        raise ConfigError(f"{where} has no key {key!r}; valid: {', '.join(sorted(valid))}")
 
 
 def gather(
@@ -180,15 +194,17 @@ def gather(
             values[field.name], sources[field.name] = flags[field.name], _flag(field.name)
         elif used := _used_variable(section, field.name, environ):
             text, kind = environ[used], hints[field.name]
-            values[field.name], sources[field.name] = text if field.metadata.get("repeat") else _split(text, kind), used
+            values[field.name], sources[field.name] = text, used
+            if typing.get_origin(kind) is list:
+                values[field.name] = _items(text, bool(field.metadata.get("repeat")))
             if text == "null" and type(None) in typing.get_args(kind):  # as YAML and `to_environment` write None
                 values[field.name] = None
         elif field.name in keys:
             values[field.name], sources[field.name] = keys[field.name], f"key {field.name} of --config"
         if typing.get_origin(hints[field.name]) is dict and isinstance(values.get(field.name), str):
             values[field.name] = _parse_json(values[field.name], sources[field.name])
-        if field.metadata.get("repeat") and isinstance(values.get(field.name), str | int | float):
-            values[field.name] = [values[field.name]]
+        if typing.get_origin(hints[field.name]) is list and isinstance(values.get(field.name), str | int | float):
+            values[field.name] = [values[field.name]]  # `input: a.tar` in a file
         if required(field) and values.get(field.name) in (None, "", []):
             text = helps(section)[field.name].rstrip(".")
             raise ConfigError(f"{_flag(field.name)} {field.name.upper()} is needed: {text[0].lower()}{text[1:]}")
@@ -197,8 +213,10 @@ def gather(
         try:
             values[field_name] = checked(pydantic.TypeAdapter(hints[field_name]).validate_python(value), kind)
         except (pydantic.ValidationError, NotAllowed):
-            wrong = f"{sources[field_name]} is {reprlib.repr(value)}"
-            raise ConfigError(f"{wrong}: it must be {rule(kind, value)}") from None
+            wrong = f"{sources[field_name]} is {reprlib.repr(value)}: it must be {rule(kind, value)}"
+            if isinstance(value, list) and sources[field_name] in environ and "," in environ[sources[field_name]]:
+                wrong += "; in the environment a list has spaces, not commas, between its items"
+            raise ConfigError(wrong) from None
     return section(**values)
 
 
@@ -217,8 +235,10 @@ def _used_variable(section: type, field: str, environ: Mapping[str, str]) -> str
         return long
     if short not in environ:
         return None
-    sharing = [known for known in SECTIONS.values() if field in (item.name for item in dataclasses.fields(known))]
+    sharing = [known for known in SECTIONS.values() if field in _field_names(known)]
     if len(sharing) > 1:
+        if not environ[short]:  # a variable that was emptied sets nothing
+            return None
         names = ", ".join(variable(known, field) for known in sharing)
         raise ConfigError(f"{short} does not say whose {field} it sets: set the one that is meant of {names}")
     return short
@@ -241,8 +261,12 @@ def unknown_variables(arguments: Iterable[str], environ: Mapping[str, str] = os.
     return {name: get_close_matches(name, known, 1, 0)[0] for name in unknown}
 
 
-def _split(text: str, kind: Any) -> Any:
-    return text.split() if typing.get_origin(kind) is list else text
+def _items(text: str, one: bool) -> list[Any]:
+    """The list that a variable holds: as JSON, or as words between spaces; where `one`, the text is one value."""
+    with contextlib.suppress(ValueError):
+        if isinstance(items := json.loads(text), list):
+            return items
+    return [text] if one else text.split()
 
 
 def _parse_json(text: str, where: str) -> Any:

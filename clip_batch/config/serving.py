@@ -22,7 +22,7 @@ class SearchConfig(Options):
     """Index to search: the images' or the captions'."""
     effort: Count | None = None
     """Search effort of the index (nprobe or efSearch); default: as tuned by merge."""
-    where: str | None = field(default=None, metadata={"once": True})
+    where: str | None = field(default=None, metadata={"again": ", and join conditions by and"})
     """Condition that the metadata of a hit must meet, such as 'license = "cc0" and width > 512'; see docs/search.md."""
     unique: bool = False
     """Leave out near duplicates: of hits that are, take only the best."""

@@ -39,6 +39,12 @@ class Range:
         """Whether a number is in the range; NaN never is."""
         return self.least <= value <= self.most and (value < math.inf or self.least == -math.inf)
 
+    def short(self) -> str:
+        """The bounds in a few words; "" where there are none."""
+        if self.most < math.inf:
+            return f"{self.least:,} to {self.most:,}"
+        return f"{self.least:,} or more" if self.least > -math.inf else ""
+
     def rule(self, noun: str) -> str:
         """What a number must be; `noun` says of which kind it is."""
         if self.most < math.inf:
@@ -59,6 +65,10 @@ class Bytes:
         except ConfigError:
             return False
 
+    def short(self) -> str:
+        """The bound in a few words; "" where there is none."""
+        return f"{self.least:,} bytes or more" if self.least else ""
+
     def rule(self, noun: str) -> str:
         """What a text must be."""
         return f"a size of {self.least:,} bytes or more, like 4GB" if self.least else "a size like 4GB or 512MiB"
@@ -74,6 +84,10 @@ class Words:
     def allows(self, value: str) -> bool:
         """Whether a text matches as a whole."""
         return bool(re.fullmatch(self.pattern, value))
+
+    def short(self) -> str:
+        """What a text must be, in a few words."""
+        return self.meaning
 
     def rule(self, noun: str) -> str:
         """What a text must be."""
@@ -91,9 +105,13 @@ class Items:
         """Whether a list has as many items."""
         return self.least <= len(value) <= self.most
 
+    def short(self) -> str:
+        """How many items a list must have, in a few words."""
+        return f"{self.least} {f'to {self.most}' if self.most < math.inf else 'or more'} of them"
+
     def rule(self, noun: str) -> str:
         """How many items a list must have."""
-        return f"{noun}, {self.least} {f'to {self.most}' if self.most < math.inf else 'or more'} of them"
+        return f"{noun}, {self.short()}"
 
 
 ANY = Range(-math.inf)
@@ -164,6 +182,14 @@ def rule(kind: Any, value: Any = None) -> str:
         return f"one of {', '.join(map(str, arguments))}" if arguments[1:] else str(arguments[0])
     noun = _NOUNS[origin or kind]
     return Range().rule(noun) if kind in (int, float) else noun
+
+
+def bounds(kind: Any) -> str:
+    """The bounds that annotate a type, in a few words; "" where there are none but that a number is 0 or more."""
+    if typing.get_origin(kind) is Annotated:
+        return str(typing.get_args(kind)[1].short())
+    parts = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else ()
+    return ", or ".join(filter(None, map(bounds, parts)))
 
 
 _NOUNS = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +39,19 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["nonsense"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("clip-batch nonsense: no such command; the commands are run, demo, plan")
+
+
+def test_ctrl_c_ends_each_command_with_75(tmp_path: Path) -> None:
+    """At any moment; here the command waits for its configuration, which a pipe never gives it."""
+    pipe = tmp_path / "options.yaml"
+    os.mkfifo(pipe)
+    words = [sys.executable, "-m", "clip_batch", "status", "--output", "out", "--config", str(pipe)]
+    started = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    with pipe.open("w"):  # once the command has opened it too
+        started.send_signal(signal.SIGINT)
+        told = started.communicate(timeout=60)[1]
+    assert started.returncode == 75, told
+    assert told == "clip-batch status: stopped by a signal; what is committed stays, run the same command again\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["versions", "--help"]])

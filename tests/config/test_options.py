@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from clip_batch.cli import COMMANDS, main
 from clip_batch.cli.embed import WorkerArguments
 from clip_batch.cli.parser import argument_names, sections
+from clip_batch.cli.run import RunArguments
+from clip_batch.cli.search import QueryArguments
 from clip_batch.cli.serve import DemoArguments
 from clip_batch.config import (
     EmbedConfig,
@@ -73,6 +75,66 @@ def test_lists_and_json_from_the_environment() -> None:
     assert options.gather(StorageConfig, {}, {}, environ).storage_options == {"anon": True}
     with pytest.raises(ConfigError, match="not JSON"):
         options.gather(StorageConfig, {"storage_options": "{"}, {}, {})
+
+
+def test_a_variable_holds_a_list_as_words_or_as_json() -> None:
+    environ = {"CLIP_BATCH_INPUT": '["my cats.tar", "[ab].tar"]', "CLIP_BATCH_TEXT": "a red bicycle"}
+    assert options.gather(PlanConfig, {}, {}, environ).input == ["my cats.tar", "[ab].tar"]
+    assert options.gather(PlanConfig, {}, {}, {"CLIP_BATCH_INPUT": "[ab].tar"}).input == ["[ab].tar"]
+    assert options.gather(QueryArguments, {"index": ["x"]}, {}, environ).text == ["a red bicycle"]
+    environ["CLIP_BATCH_TEXT"] = '["a", "b"]'
+    assert options.gather(QueryArguments, {"index": ["x"]}, {}, environ).text == ["a", "b"]
+    with pytest.raises(ConfigError, match="it must be a list, each one of image, text; in the environment a list has "):
+        options.gather(PlanConfig, {}, {}, {"CLIP_BATCH_PLAN_MODALITIES": "image,text"})
+
+
+def test_a_single_item_stands_for_a_list_in_a_file() -> None:
+    file = {"plan": {"input": "my cats.tar", "caption_extensions": "cap"}, "spec": "pictures"}
+    plan = options.gather(PlanConfig, {}, file, {})
+    assert (plan.input, plan.caption_extensions) == (["my cats.tar"], ["cap"])
+    assert options.gather(RunArguments, {}, file, {}).spec == ["pictures"]
+
+
+def test_a_key_in_a_wrong_place_is_told_where_it_belongs(tmp_path: Path) -> None:
+    path, names = tmp_path / "options.yaml", argument_names(COMMANDS.values())
+    for text, says in {
+        "batch_size: 3\n": "has no key 'batch_size': write it below `embed:`, indented by two spaces",
+        "model: demo\n": "has no key 'model': write it below `plan:` or `search:` or `serve:`, indented by two spaces",
+        "merge:\n  batch_size: 3\n": "section merge has no key 'batch_size': write it below `embed:`",
+        "embed:\n  output: x\n": "section embed has no key 'output': write it at the top of the file",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            options.read_file(str(path), names)
+
+
+@pytest.mark.parametrize(
+    "words", [["--output", "A", "--output", "B"], ["--output=A", "--config", "a", "--config", "b"], ["--output=A"] * 2]
+)
+def test_a_flag_of_one_value_is_refused_where_it_is_given_twice(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second would replace the first, and nothing would say so."""
+    assert main(["status", *words]) == 2
+    assert " is given more than once: give it once; clip-batch status --help" in capsys.readouterr().err
+
+
+def test_an_emptied_variable_of_several_sections_sets_nothing() -> None:
+    assert options.gather(PlanConfig, {}, {}, {"CLIP_BATCH_MODALITIES": ""}) == PlanConfig()
+    assert options.gather(MergeConfig, {}, {}, {"CLIP_BATCH_MODALITIES": ""}) == MergeConfig()
+
+
+def test_help_shows_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["embed", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Largest fraction of failed samples that a partition may have before it fails itself" in told
+    for bound in ("never does. (0 to 1) [1.0]", "or one. (0 to 4,096) [0]", "(auto, cpu, cuda or cuda:N) [auto]"):
+        assert bound in told
+    assert (
+        "| `port` | `1234` | Port to listen on; the default is clip-retrieval's. (0 to 65,535) |"
+        in GENERATED["docs/config.md"]()
+    )
 
 
 def test_an_unknown_key_lists_the_valid_ones(tmp_path: Path) -> None:
