@@ -30,7 +30,7 @@ def test_embed_plans_first_and_several_workers_share(tmp_path: Path) -> None:
         assert ("0 of 0 partitions done, 0 samples" if number else "4 of 4 partitions done, 120 samples") in done.stderr
     assert len(list((out / "img_emb").iterdir())) == 4
     assert main(["verify", "--output", str(out), "--deep"]) == 0
-    again = [*command[:-2], "--model", "fake:9"]
+    again = ["fake:9" if word == "fake:8" else word for word in command[:-2]]
     refused = subprocess.run(again, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "fake:8" in refused.stderr
