@@ -13,7 +13,7 @@ from clip_batch.config import (
     StorageConfig,
 )
 
-WEB = ("host", "port", "token")
+WEB = ("host", "port", "token", "allowed_hosts")
 """The flags of ServeConfig that every service takes."""
 
 

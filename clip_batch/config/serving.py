@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from clip_batch.config.fields import Options, documented
-from clip_batch.config.values import ANY, Count, Device, Memory, Range, Seconds, Share, Size, Threads
+from clip_batch.config.values import ANY, Count, Device, HostName, Memory, Range, Seconds, Share, Size, Threads
 
 
 @documented
@@ -69,6 +69,8 @@ class ServeConfig(Options):
     """Seconds between looks for a new version, which is opened beside the old one and replaces it; 0: never look."""
     token: str = ""
     """Token that clients must send as `Authorization: Bearer TOKEN`. Set it as CLIP_BATCH_TOKEN, not as a flag."""
+    allowed_hosts: list[HostName] = field(default_factory=list)
+    """Names under which clients reach a service without a token, such as search.example.org; * allows any."""
     cors: list[str] = field(default_factory=list)
     """Origins whose web pages may send requests, such as https://example.org; * allows any."""
     columns: list[str] = field(default_factory=list)

@@ -125,6 +125,9 @@ Threads: TypeAlias = Annotated[int, Range(0, 4096)]
 Size: TypeAlias = Annotated[str, Bytes()]
 Memory: TypeAlias = Annotated[str, Bytes(1000)]
 """A size of some bytes at least: `--max-memory 8` lacks its unit."""
+HostName: TypeAlias = Annotated[
+    str, Words(r"\*|[\w.-]+|\[?[0-9A-Fa-f:.]+\]?", "a host's name or address, without a port, or *")
+]
 Device: TypeAlias = Annotated[str, Words("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N")]
 
 

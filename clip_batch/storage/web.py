@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import socket
 import ssl
 import threading
@@ -17,14 +16,13 @@ from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from clip_batch.errors import ClipBatchError, one_line
+from clip_batch.storage.addresses import is_public
 
 REDIRECTS = 5
 """Redirects that are followed."""
 
 _SAFE = "/%:@!$&'()*+,;=?~"
 """Characters that are not escaped in a path or a query."""
-
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class FetchError(ClipBatchError):
@@ -36,20 +34,6 @@ class FetchError(ClipBatchError):
 
 
 REASONS = ("bad_url", "private_address", "not_found", "http_error", "too_large", "timeout", "unreachable")
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the internet. IPv4 addresses inside IPv6 ones are looked up too."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        wrapped = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if wrapped is None and ip in _NAT64:
-            wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if wrapped is not None:
-            return is_public(str(wrapped))
-        if ip.is_site_local:
-            return False
-    return ip.is_global and not ip.is_multicast
 
 
 def fetch(url: str, limit: int, timeout: float, allow_private: bool = False) -> bytes:
@@ -79,7 +63,7 @@ def _get(url: str, limit: int, deadline: float, allow_private: bool) -> bytes | 
         raise FetchError("bad_url", "must begin with http:// or https:// and name a host")
     if parts.username is not None or parts.password is not None:
         raise FetchError("bad_url", "must not hold a user or a password")
-    connection = http.client.HTTPConnection(parts.hostname)
+    connection = http.client.HTTPConnection(parts.hostname, 80)  # with a port, an IPv6 address is not cut for one
     connected = _connect(parts, deadline, allow_private)
     # A socket's own timeout never ends a peer that sends a byte now and then.
     line = connected.dup()  # TLS takes over the first descriptor

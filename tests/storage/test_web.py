@@ -12,32 +12,6 @@ from clip_batch.storage.web import FetchError, fetch
 from tests.servers.image_server import image_server
 
 
-@pytest.mark.parametrize(
-    ("address", "right"),
-    [
-        ("8.8.8.8", True),
-        ("2001:4860:4860::8888", True),
-        ("127.0.0.1", False),
-        ("10.1.2.3", False),
-        ("169.254.169.254", False),
-        ("100.64.0.1", False),
-        ("0.0.0.0", False),
-        ("224.0.0.1", False),
-        ("255.255.255.255", False),
-        ("::1", False),
-        ("fe80::1%eth0", False),
-        ("fd00::1", False),
-        ("fec0::1", False),
-        ("::ffff:127.0.0.1", False),
-        ("2002:7f00:1::", False),
-        ("64:ff9b::7f00:1", False),
-        ("64:ff9b::808:808", True),
-    ],
-)
-def test_public_addresses(address: str, right: bool) -> None:
-    assert web.is_public(address) is right
-
-
 @pytest.fixture(scope="module")
 def images() -> Iterator[str]:
     with image_server() as url:
@@ -104,3 +78,31 @@ def test_a_redirect_home_is_checked_too(images: str, monkeypatch: pytest.MonkeyP
     with pytest.raises(FetchError, match="not a public address"):
         fetch(f"{images}/moved", 10**6, 5)
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "addresses", [["8.8.8.8", "10.0.0.1"], ["2606:4700::1111", "::ffff:10.0.0.1"], ["64:ff9b::a00:1"]]
+)
+def test_every_address_of_a_name_is_checked(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [(0, 0, 0, "", (address, 80)) for address in addresses]
+    monkeypatch.setattr(web.socket, "getaddrinfo", lambda *_, **__: entries)
+    monkeypatch.setattr(web.socket, "create_connection", lambda *_: pytest.fail("connected"))
+    with pytest.raises(FetchError, match="not a public address"):
+        fetch("http://a.example/", 1000, 2)
+
+
+def test_the_checked_address_is_connected_to(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that resolves to another address the second time (DNS rebinding) is resolved once."""
+    resolved: list[str] = []
+    real = web.socket.getaddrinfo
+
+    def once(host: str, *rest: object, **more: object) -> object:
+        if host != "a.example":
+            return real(host, *rest, **more)
+        resolved.append(host)
+        return real("127.0.0.1" if len(resolved) == 1 else "10.0.0.1", *rest, **more)
+
+    monkeypatch.setattr(web.socket, "getaddrinfo", once)
+    monkeypatch.setattr(web, "is_public", lambda address: address == "127.0.0.1")
+    assert fetch(images.replace("127.0.0.1", "a.example") + "/image", 10**6, 5)
+    assert resolved == ["a.example"]

@@ -14,6 +14,7 @@ from clip_batch import __version__
 from clip_batch.config import DatabaseConfig, ServeConfig, StorageConfig
 from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError
+from clip_batch.serve.http.hosts import check_hosts
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.openapi import describe
 from clip_batch.serve.http.port import check_port
@@ -54,6 +55,7 @@ def create_app(
     app.add_middleware(Guard, config=config, metrics=service.metrics)
     if config.cors:  # outermost, so that a browser can read refusals too
         app.add_middleware(CORSMiddleware, allow_origins=config.cors, allow_methods=["*"], allow_headers=["*"])
+    check_hosts(app, config)
     return app
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from clip_batch import __version__
 from clip_batch.config import EmbedConfig, ServeConfig, StorageConfig
 from clip_batch.errors import ConfigError
+from clip_batch.serve.http.hosts import check_hosts
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.metrics import Traffic
 from clip_batch.serve.http.openapi import describe
@@ -62,8 +62,7 @@ def create_worker(
     describe(app, MODELS)
     answer_errors(app)
     app.add_middleware(Guard, config=config, metrics=traffic)
-    if not config.token:  # against DNS rebinding: such a web page sends its own name as Host
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])
+    check_hosts(app, config)
     return app
 
 

@@ -6,11 +6,10 @@ The worker remembers nothing beyond its running job, so a request can be sent ag
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
@@ -24,6 +23,9 @@ from clip_batch.serve.http.responses import Problem, json_response
 from clip_batch.serve.worker.jobs import AGAIN
 from clip_batch.serve.worker.schema import EmbedWork, MergeWork, PlanWork, StageFields, section_of
 from clip_batch.serve.worker.stages import Stages, refused
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_BODY = 20_000_000
 """Bytes that a request may have; a plan may name many inputs."""
@@ -60,13 +62,7 @@ def router(stages: Stages) -> APIRouter:
         Another plan takes the place of one of which nothing is committed.
         """
         body = await _body(request, PlanWork)
-        stages.allowed.check(body.output, "output")
-        for number, spec in enumerate(body.input):
-            stages.allowed.check_input(spec, f"input.{number}")
-        if body.model.startswith("local-dir:"):
-            stages.allowed.check(body.model.removeprefix("local-dir:"), "model")
-        if "/" in body.pretrained or os.path.exists(body.pretrained):
-            stages.allowed.check(body.pretrained, "pretrained")
+        await _checked(stages.check_plan, body.output, body.input, body.model, body.pretrained)
         config = section_of(PlanConfig, body)
         return await respond(request, body, f"plan {body.output}", lambda _: stages.plan(body.output, config))
 
@@ -74,11 +70,8 @@ def router(stages: Stages) -> APIRouter:
     async def embed(request: Request) -> Response:
         """Embed one partition and return its commit: rows, failures by reason, and files with their sha256."""
         body = await _body(request, EmbedWork)
-        stages.allowed.check(body.output, "output")
-        try:
-            commit = await asyncio.to_thread(stages.committed, body.output, body.partition)
-        except (ClipBatchError, OSError) as error:
-            raise refused(error) from error
+        await _checked(stages.check_folders, output=body.output)
+        commit = await _checked(stages.committed, body.output, body.partition)
         if commit is not None:
             return json_response({"state": "done", **commit})
         what = f"embed {body.output}, partition {body.partition}"
@@ -88,8 +81,7 @@ def router(stages: Stages) -> APIRouter:
     async def merge(request: Request) -> Response:
         """Run a task of a merge and return its record or the manifest. All tasks of a merge need the same options."""
         body = await _body(request, MergeWork)
-        stages.allowed.check(body.output, "output")
-        stages.allowed.check(body.index, "index")
+        await _checked(stages.check_folders, output=body.output, index=body.index)
         config = section_of(MergeConfig, body)
         what = f"merge {body.output} {body.task} {'' if body.shard is None else body.shard}".rstrip()
         return await respond(request, body, what, lambda _: stages.merge(body, config))
@@ -97,13 +89,18 @@ def router(stages: Stages) -> APIRouter:
     @routes.get("/status")
     async def report(output: str) -> Response:
         """The report of `clip-batch status --json` on OUT."""
-        stages.allowed.check(output, "output")
-        try:
-            return json_response(asdict(await asyncio.to_thread(status, stages.store(output))))
-        except (ClipBatchError, OSError) as error:
-            raise refused(error) from error
+        await _checked(stages.check_folders, output=output)
+        return json_response(asdict(await _checked(lambda: status(stages.store(output)))))
 
     return routes
+
+
+async def _checked(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return what a call in a thread returns. Raises Refused in place of its errors."""
+    try:
+        return await asyncio.to_thread(call, *args, **kwargs)
+    except (ClipBatchError, OSError) as error:
+        raise refused(error) from error
 
 
 async def _body(request: Request, model: type[Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TypedDict
 
@@ -70,6 +71,18 @@ class Stages:
         """Return the store at a URL, opened with this worker's storage options."""
         return Store(url, self.storage.storage_options)
 
+    def check_folders(self, **named: str) -> None:
+        """Raise Refused (403) unless folders, by the fields that name them, are allowed, and so is all in them."""
+        for field, folder in named.items():
+            self.allowed.check_trees([folder], field)
+
+    def check_plan(self, output: str, input: Sequence[str], model: str, pretrained: str) -> None:
+        """Raise Refused (403) unless all that planning opens is allowed; 400 for a list of inputs."""
+        self.check_folders(output=output)
+        for number, spec in enumerate(input):
+            self.allowed.check_input(spec, f"input.{number}")
+        self.allowed.check_model(model, pretrained)
+
     def plan(self, output: str, config: PlanConfig) -> PlanAnswer:
         """Freeze a plan in OUT. Return the one that is there if it is the same; replace it if nothing is committed."""
         plan = make_plan(config.input, output, config, storage=self.storage)
@@ -92,8 +105,8 @@ class Stages:
         Raises Refused (422) if the data made it fail, and Busy if this machine did.
         """
         plan = load_plan(self.store(output))
-        for piece in plan.partitions[partition].slices:
-            self.allowed.check(piece.shard.url, "output")
+        self.allowed.check_trees({piece.shard.url for piece in plan.partitions[partition].slices}, "output")
+        self.allowed.check_model(plan.encoder.model, plan.encoder.pretrained, ("output", "output"))
         run = WorkerRun("http", stop=stop)
         encoder = self._load(plan.encoder)
         outcomes = embed_stage.embed(output, self.config, [partition], storage=self.storage, run=run, encoder=encoder)

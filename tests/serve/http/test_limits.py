@@ -142,6 +142,20 @@ def test_an_image_by_its_url(index: str, images: str) -> None:
         assert (answer.status_code, answer.json()["field"]) == (400, "image_url")
 
 
+def test_no_image_is_fetched_from_a_special_address(index: str) -> None:
+    special = ("192.0.0.192", "169.254.169.254", "127.0.0.1", "2130706433", "0x7f.1", "0", "100.100.100.200")
+    wrapped = ("::1", "::127.0.0.1", "::ffff:127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::7f00:1")
+    with served(index, image_url=True, fetch_timeout=2.0) as client:
+        for host in (
+            *special,
+            "localhost",
+            *(f"[{address}]" for address in (*wrapped, "2002:7f00:1::", "fd00:ec2::254")),
+        ):
+            answer = client.post("/v1/search", json={"image_url": f"http://{host}:9/image"})
+            assert (answer.status_code, answer.json()["field"]) == (400, "image_url")
+            assert "not a public address" in answer.json()["detail"], (host, answer.text)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_no_request_of_the_schema_makes_a_500(index: str) -> None:
@@ -196,7 +210,7 @@ def test_no_bytes_make_a_500(client: TestClient, body: bytes) -> None:
     assert client.post("/v1/search", content=body).status_code == 422
 
 
-def test_a_strange_host(client: TestClient) -> None:
+def test_a_strange_host(index: str) -> None:
     asked = {"text": "a", "num_images": 1, "modality": "image", "indice_name": "index"}
     for host, base in [
         ("a.example:99", "http://a.example:99/"),
@@ -204,8 +218,9 @@ def test_a_strange_host(client: TestClient) -> None:
         ("a/b@c", "/"),
         ("[::1]:8", "http://[::1]:8/"),
     ]:
-        hit = client.post("/knn-service", json=asked, headers={"host": host}).json()[0]
-        assert hit["url"].startswith(f"{base}v1/image/index/")
+        with served(index, allowed_hosts=["*"]) as client:
+            hit = client.post("/knn-service", json=asked, headers={"host": host}).json()[0]
+            assert hit["url"].startswith(f"{base}v1/image/index/")
 
 
 def test_no_path_of_the_data_is_opened(client: TestClient, tmp_path: Path) -> None:
