@@ -99,6 +99,10 @@ class ServeConfig(Options):
     """Fetch images from private and loopback addresses too. Every client can then reach them: for tests only."""
     fetch_timeout: Seconds = 10.0
     """Seconds for fetching an image, redirects included."""
+    page_images: Literal["off", "direct", "proxy"] = "off"
+    """How the page shows images that only have a URL. direct: the browser loads them; proxy: this machine does."""
+    thumbnail_cache: Size = "1GB"
+    """Disk space for smaller copies of images, below $XDG_CACHE_HOME/clip_batch; 0: they are made at each request."""
     query_batch: Count = 32
     """Largest number of queries that are encoded together."""
     query_wait: Annotated[float, Range(0, 60_000)] = 2.0

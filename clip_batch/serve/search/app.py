@@ -47,7 +47,7 @@ def create_app(
     app = FastAPI(title="clip-batch", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     _health(app, service)
-    add_page(app)
+    add_page(app, config.page_images == "direct")
     app.include_router(clip_retrieval.router(service))
     app.include_router(v1.router(service))
     describe(app, [SearchRequest, EmbedRequest, clip_retrieval.KnnRequest, clip_retrieval.MetadataRequest])

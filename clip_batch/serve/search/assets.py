@@ -25,23 +25,29 @@ POLICY = "; ".join(
 """Content-Security-Policy (W3C, level 3): scripts, styles and data come from this service alone, and none are inline.
 `blob:` is for pictures that the user chose, or that were fetched with a token."""
 
+FROM_ANYWHERE = POLICY.replace("img-src 'self' blob:", "img-src 'self' blob: http: https:")
+"""The policy where the browser itself loads the images that only have a URL (`--page-images direct`)."""
+
 HEADERS = {
-    "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
 
 
-def add_page(app: FastAPI) -> None:
-    """Add the routes `/` and `/page/{name}`. They serve only files that are in the folder `page` at this moment."""
+def add_page(app: FastAPI, images_by_url: bool = False) -> None:
+    """Add the routes `/` and `/page/{name}`. They serve only files that are in the folder `page` at this moment.
+
+    With `images_by_url` the page may load images from any address.
+    """
     assets: dict[str, tuple[bytes, dict[str, Any]]] = {}
+    headers = {"content-security-policy": FROM_ANYWHERE if images_by_url else POLICY, **HEADERS}
     for file in (files("clip_batch.serve") / "page").iterdir():
         kind = KINDS.get("." + file.name.rpartition(".")[2])
         if kind:
             data = file.read_bytes()
             tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
-            assets[file.name] = data, {**HEADERS, "etag": tag, "content-type": f"{kind}; charset=utf-8"}
+            assets[file.name] = data, {**headers, "etag": tag, "content-type": f"{kind}; charset=utf-8"}
 
     @app.get("/page/{name}", include_in_schema=False)
     def asset(name: str, request: Request) -> Response:

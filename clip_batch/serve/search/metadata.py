@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from clip_batch.search import lineage
 from clip_batch.search.rows import Ids
 
 if TYPE_CHECKING:
@@ -24,10 +23,10 @@ def metadata(
     service: Service, version: OpenVersion, ids: Ids, columns: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[bool]]:
     """Return columns of rows (n,), and whether each row has an image that can be read. Blocks."""
-    located = [name for name in lineage.COLUMNS if name in version.columns]
+    located = service.images.columns(version)
     with service.metrics.steps["metadata_get_time"].time():
         rows = version.searcher.metadata(ids, list(dict.fromkeys([*columns, *located])))
-    readable = [lineage.has_place(row) and version.planned(int(id)) for id, row in zip(ids, rows, strict=True)]
+    readable = [service.images.has_image(version, int(id), row) for id, row in zip(ids, rows, strict=True)]
     return [_to_json({name: row[name] for name in columns}) for row in rows], readable
 
 

@@ -148,3 +148,50 @@ class IndicesResponse(BaseModel):
     features: dict[str, bool]
     max_k: int
     max_queries: int
+    page_images: Literal["off", "direct", "proxy"] = Field(description="how the page shows images that only have a URL")
+
+
+class ValueCount(BaseModel):
+    """A value of a column, and how many of the rows looked at have it."""
+
+    value: bool | int | float | str
+    count: int
+
+
+class ColumnFacts(BaseModel):
+    """What is in a column, which filters can name.
+
+    `kind` says which filters fit: `number` a range (`min` to `max`, with a histogram of equal steps between them),
+    `date` a range of texts that begin with YYYY-MM-DD, `text` and `boolean` equality, `text` also part of it. `values`
+    has all values of a column that has few, the most frequent first.
+    """
+
+    name: str
+    kind: Literal["number", "date", "text", "boolean"]
+    nulls: int
+    min: int | float | str | None = None
+    max: int | float | str | None = None
+    histogram: list[int] = []
+    values: list[ValueCount] = []
+
+
+class SampleModel(BaseModel):
+    """A row of the index, without a score."""
+
+    id: int
+    image: str | None
+    metadata: dict[str, Any]
+
+
+class FactsResponse(BaseModel):
+    """What is in an index, from `looked_at` of its rows: all of a small index, an even sample of a large one."""
+
+    index: str
+    version: str
+    created: float
+    rows: int
+    model: str
+    looked_at: int
+    columns: list[ColumnFacts]
+    sample: list[SampleModel]
+    examples: list[str] = Field(description="captions that serve as examples of queries")

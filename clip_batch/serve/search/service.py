@@ -14,6 +14,7 @@ from clip_batch.search.heads import load_heads
 from clip_batch.search.rows import Vectors
 from clip_batch.search.vectors import checked_vector, mixed_vector, row_vector, unit_vector
 from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.search.images import Images
 from clip_batch.serve.search.live import Indices, OpenVersion
 from clip_batch.serve.search.metrics import Metrics
 from clip_batch.serve.search.schema import QueryModel, WeightedQuery
@@ -43,6 +44,7 @@ class Service:
         self.max_body = parse_bytes(config.max_body)
         self.metrics = Metrics()
         self.heads = load_heads(config, storage)
+        self.images = Images(config)
         self.indices = Indices(urls, config, storage, databases, self.metrics)
         self.threads = Threads("search", config.serve_threads or 2 * cores(), 4 * config.max_pending)
         self._downloads = Threads("download", _DOWNLOADS, 4 * _DOWNLOADS)
@@ -51,6 +53,7 @@ class Service:
         """Close the indices and end the threads."""
         await self.indices.close()
         self.threads.close()
+        self.images.close()
         self._downloads.close()
 
     async def text(self, version: OpenVersion, text: str) -> Vectors:

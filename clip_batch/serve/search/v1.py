@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from clip_batch.search.find import beautified
 from clip_batch.search.query import Criteria, kind_of
@@ -13,8 +13,9 @@ from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.http.openapi import REFUSALS, takes
 from clip_batch.serve.http.requests import read_body
 from clip_batch.serve.http.responses import json_response
+from clip_batch.serve.search.facts import Facts
 from clip_batch.serve.search.find import check, ranked
-from clip_batch.serve.search.images import SHOWN, image_path, media_type, original
+from clip_batch.serve.search.images import image_path, media_type
 from clip_batch.serve.search.live import OpenVersion
 from clip_batch.serve.search.metadata import metadata, shown_columns
 from clip_batch.serve.search.metrics import REQUEST
@@ -22,11 +23,13 @@ from clip_batch.serve.search.parquet import parquet, wants_parquet
 from clip_batch.serve.search.schema import (
     EmbedRequest,
     EmbedResponse,
+    FactsResponse,
     IndicesResponse,
     SearchRequest,
     SearchResponse,
 )
 from clip_batch.serve.search.service import Service, decode_base64
+from clip_batch.serve.search.thumbnails import SHOWN, rounded
 
 
 def router(service: Service) -> APIRouter:
@@ -111,28 +114,41 @@ def router(service: Service) -> APIRouter:
             "image_url": config.image_url,
         }
         limits = {"max_k": config.max_k, "max_queries": config.max_queries}
-        return json_response({"indices": served, "features": features, **limits})
+        return json_response({"indices": served, "features": features, **limits, "page_images": config.page_images})
 
     @routes.get("/image/{index}/{row}", response_class=Response, responses=_IMAGE)
-    async def image(index: str, row: int, request: Request, version: str | None = None) -> Response:
-        """The original image of a row. With `version`, as in a hit's path, rows of another version are refused."""
+    async def image(
+        index: str,
+        row: int,
+        request: Request,
+        version: str | None = None,
+        width: Annotated[int | None, Query(ge=1, le=100_000)] = None,
+    ) -> Response:
+        """The original image of a row or, with `width`, a copy of about that width, upright.
+
+        With `version`, as in a hit's path, rows of another version are refused.
+        """
         with service.indices.use(index) as (_, opened):
             live, rows = opened.manifest.version, opened.manifest.rows
             if version is not None and version != live:
                 raise Refused(404, f"index {index} has version {live} now: search again", "version")
             if not 0 <= row < rows:
                 raise Refused(404, f"index {index} has rows 0 to {rows - 1}", "row")
-            tag = f'"{live}-{row}"'
+            tag = f'"{live}-{row}"' if width is None else f'"{live}-{row}-{rounded(width)}"'
             lifetime = "max-age=86400, immutable" if version else "no-cache"
             headers = {"etag": tag, "cache-control": f"private, {lifetime}", "x-content-type-options": "nosniff"}
             headers["content-security-policy"] = "default-src 'none'; sandbox"
             if request.headers.get("if-none-match") == tag:
                 return Response(status_code=304, headers=headers)
-
-            data = await service.threads.run(original, opened, row)
-        if data is None:
-            raise Refused(404, "this row's image cannot be read from a tar", "row")
+            data = await service.images.read(opened, row, width)
         return Response(data, media_type=media_type(data), headers=headers)
+
+    facts = Facts(service)
+
+    @routes.get("/facts/{index}", response_model=FactsResponse)
+    async def about(index: str) -> Response:
+        """What is in an index: its columns with their values, a sample of its rows, and examples of queries."""
+        return json_response(await facts.of(index))
 
     return routes
 
