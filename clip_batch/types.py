@@ -143,6 +143,19 @@ def partition_name(partition: int, count: int) -> str:
     return f"{partition:0{max(4, len(str(max(count - 1, 0))))}d}"
 
 
+class Generation(NamedTuple):
+    """Partitions [start, stop) of a plan, which were planned together, and the digest of the plan up to them."""
+
+    start: int
+    stop: int
+    digest: str
+
+
+def generation_of(generations: Sequence[Generation], partition: int) -> Generation:
+    """The generation that has a partition, of all generations of a plan."""
+    return next(one for one in reversed(generations) if one.start <= partition)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The frozen partitions, and everything else that a worker needs besides its slot.
@@ -153,13 +166,16 @@ class Plan:
     - `fields`: the pinned schema of JSON side-car fields: by name "string", "int64", "double", "bool", or "json"
       (any other value, kept as JSON text).
     - `image_extensions`, `caption_extensions`: without a dot; of several that a sample has, the first one here is used.
-    - `digest`: sha256 (hex) of the plan's content.
+    - `digest`: sha256 (hex) of the plan's content. After an extension it is that of the last generation, which covers
+      all before it.
     - `passed_over`: number of files in the input's folders that are no input, by extension; no part of the digest.
     - `key_ends`: where keys of a tar's members end, at the "first-dot" (webdataset's rule) or the "last-dot".
     - `caption_field`: the field of JSON side-cars that has the captions; "" where only caption files have them. In
       Parquet the column that has them; "" chooses one in each file by its name.
     - `image_field`: the column of a Parquet file that has the images; "" chooses one in each file.
     - `modalities`: what is embedded, of "image" and "text". Without "image", samples need no image.
+    - `generations`: of a plan that was extended, the partitions of the first plan and of each extension; else ().
+    - `home`: the URL of the OUT that it was loaded from, for the frozen listings of folders.
     """
 
     partitions: tuple[Partition, ...]
@@ -174,14 +190,20 @@ class Plan:
     key_ends: str = "first-dot"
     image_field: str = ""
     modalities: tuple[str, ...] = MODALITIES
+    generations: tuple[Generation, ...] = ()
+    home: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Short, however many partitions there are."""
         return f"<Plan {self.digest[:12]}: {len(self.partitions):,} partitions of {self.format}, {self.encoder.model}>"
 
     def name(self, partition: int) -> str:
-        """The zero-padded number of a partition, as in file names."""
-        return partition_name(partition, len(self.partitions))
+        """The zero-padded number of a partition, as in file names. An extension changes no name."""
+        return partition_name(partition, self.generation(partition).stop)
+
+    def generation(self, partition: int) -> Generation:
+        """The generation of a partition; its commit has the generation's digest."""
+        return generation_of(self.generations or (Generation(0, len(self.partitions), self.digest),), partition)
 
 
 class Sample(NamedTuple):
@@ -286,7 +308,7 @@ class Commit:
     - `attempt`: the random id of the attempt that committed, part of its files' names.
     - `rows`, `dim`: the shape of its vectors.
     - `encoder`: the encoder's fingerprint.
-    - `plan`: the plan's digest.
+    - `plan`: the digest of the partition's generation of the plan.
     - `files`: its files by their path below OUT; a partition of 0 rows has its failures file alone, or none.
     - `shards`: by the URL of each slice's shard, the number of samples "seen", "embedded" and "failed".
     - `failed`: number of failures by reason.

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_batch.embeddings.part_writer import PartWriter
-from clip_batch.plan import plan as plans
+from clip_batch.plan import stored
 from clip_batch.plan.pack import PartitionTarget
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
@@ -49,8 +49,8 @@ def store_of(out: Place) -> Store:
 def make_plan(out: Place, partitions: int) -> Plan:
     shards = [Shard(f"s3://bucket/{number:05d}.tar", 1, None, None) for number in range(partitions)]
     draft = Plan(tuple(Partition(i, (Slice(shard),)) for i, shard in enumerate(shards)), ENCODER, fields={"n": "int64"})
-    plan = replace(draft, digest=plans._digest(draft))
-    plans._write(store_of(out), plan, shards, PartitionTarget("partitions", partitions), {})
+    plan = replace(draft, digest=stored.plan_digest(draft))
+    stored.write_plan(store_of(out), plan, shards, PartitionTarget("partitions", partitions), {})
     return plan
 
 

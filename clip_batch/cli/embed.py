@@ -41,7 +41,7 @@ def _plan(output: str, config: PlanConfig, storage: StorageConfig) -> tuple[dict
     plan = make_plan(config.input, output, config, storage=storage, progress=say)
     shards = {piece.shard.url for partition in plan.partitions for piece in partition.slices}
     summary = {"partitions": len(plan.partitions), "shards": len(shards), "encoder": plan.encoder.fingerprint}
-    summary["preprocess"] = plan.encoder.preprocess
+    summary["preprocess"], summary["generations"] = plan.encoder.preprocess, max(len(plan.generations), 1)
     text = f"planned {counted(len(shards), 'shard')} in {counted(len(plan.partitions), 'partition')}: {output}"
     text += f", passed over: {format_counts(plan.passed_over)}" if plan.passed_over else ""
     return {**summary, "passed_over": plan.passed_over}, text

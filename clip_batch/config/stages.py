@@ -97,6 +97,8 @@ class PlanConfig(Options):
     """JSON field or Parquet column of captions. It goes before caption files, used where it is missing or blank."""
     image_field: str = ""
     """Parquet column that has the images; by default the only one, or the first by name, such as image or jpg."""
+    extend: bool = False
+    """Add what is new in the input to the plan that exists, as further partitions; those of before stay as they are."""
 
 
 @documented

@@ -268,7 +268,7 @@ class _Worker:
         """A partition of another worker, if there is one to take and sharing is on."""
         if not (self.config.share and self.run.slot) or self.run.stop.is_set():
             return None
-        number = spare(self.store, self.tried)
+        number = spare(self.store, self.tried, len(self.plan.partitions))
         if number is None:
             return None
         self.tried.add(number)
@@ -401,7 +401,7 @@ class _Worker:
                     self._add(writer, batch, images, texts)
                 failed = sum(writer.failed.values())
                 self._check_policy(writer)
-                check_digest(self.store, self.plan.digest)
+                check_digest(self.store, self.plan, number)
                 commit = writer.commit(self.plan.encoder.fingerprint)
                 if commit is None:
                     return Outcome(number, "lost", writer.rows, failed)

@@ -117,7 +117,7 @@ class PartWriter:
             rows=self.rows,
             dim=self.dim,
             encoder=encoder,
-            plan=self.plan.digest,
+            plan=self.plan.generation(self.partition).digest,
             files=files,
             shards=self.shards,
             failed=dict(self.failed),

@@ -265,7 +265,8 @@ def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Em
     IncompleteError: partitions are not committed. CorruptError: commits of another plan, encoder or
     dimension, or no row at all.
     """
-    commits = read_commits(store)
+    # Another process may have extended the plan and embedded more since it was loaded.
+    commits = {number: commit for number, commit in read_commits(store).items() if number < len(plan.partitions)}
     missing = tuple(number for number in range(len(plan.partitions)) if number not in commits)
     if missing and not allow_partial:
         raise IncompleteError(
@@ -277,7 +278,7 @@ def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Em
     empty = tuple(commits[number] for number in sorted(commits) if commits[number].empty)
     for commit in nonempty:
         for what, committed, expected in (
-            ("plan", commit.plan, plan.digest),
+            ("plan", commit.plan, plan.generation(commit.partition).digest),
             ("encoder", commit.encoder, plan.encoder.fingerprint),
             ("dimension", commit.dim, nonempty[0].dim),
         ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from clip_batch.embeddings import workers
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.plan import paths
-from clip_batch.plan.plan import load_plan
+from clip_batch.plan.stored import load_plan, unused_files
 from clip_batch.storage.paths import TEMPORARY
 from clip_batch.storage.store import Store
 
@@ -22,10 +22,10 @@ def repair(store: Store, problems: dict[str, str]) -> list[int]:
 
 
 def gc(store: Store, everything: bool = False) -> list[str]:
-    """Remove the data files, and unfinished uploads to S3, that no commit names; returns their names.
+    """Remove the data files that no commit names, and unfinished uploads to S3; returns their names.
 
     In a committed partition, such a file belongs to an attempt that lost. In an uncommitted one it may belong to a
-    worker that is running now, so it is kept unless `everything` says that no worker is.
+    worker that is running now, so it is kept unless `everything` says that no worker is, and no planner.
     """
     commits = read_commits(store)
     named = {name for commit in commits.values() for name in commit.files}
@@ -42,4 +42,7 @@ def gc(store: Store, everything: bool = False) -> list[str]:
             store.remove(f"{folder}/{base}")
             removed.append(f"{folder}/{base}")
         removed += [f"{folder}/{base} (unfinished upload)" for base in store.abort_uploads(folder, orphan)]
+    for name in unused_files(store) if everything else ():  # of planners that died
+        store.remove(name)
+        removed.append(name)
     return removed

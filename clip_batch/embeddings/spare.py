@@ -46,11 +46,11 @@ class Snapshot(NamedTuple):
         return Snapshot(self.seen, [[one for one in own if one != number] for own in self.left])
 
 
-def spare(store: Store, tried: set[int]) -> int | None:
+def spare(store: Store, tried: set[int], planned: int) -> int | None:
     """A partition of a live worker that has not come to it; None where there is none to take.
 
     It is none of those `tried` here, none that failed anywhere, and none of a slot that nobody has begun: the task of
-    that slot is still to come, with time of its own.
+    that slot is still to come, with time of its own. It is one of the first `planned`, which this worker's plan has.
     """
     snapshot, many = _load(store), True
     age = abs(time.time() - snapshot.seen)
@@ -58,7 +58,7 @@ def spare(store: Store, tried: set[int]) -> int | None:
         if age < SILENT:  # refresh its timestamp so that others use it while we replace it
             _save(store, snapshot._replace(seen=time.time()))
         snapshot, many = _read(store)
-    number = choose(snapshot.left, tried)
+    number = choose([[one for one in own if one < planned] for own in snapshot.left], tried)
     if many:
         _save(store, snapshot.less(number))
     return number

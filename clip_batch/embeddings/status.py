@@ -16,8 +16,8 @@ from clip_batch.embeddings import submission, workers
 from clip_batch.embeddings.attempts import last_errors
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.workers import CommitCounts, WorkerRecord
-from clip_batch.plan.plan import count_partitions
 from clip_batch.plan.state import commit_names
+from clip_batch.plan.stored import read_generations
 from clip_batch.storage.store import Store
 from clip_batch.types import counted, format_numbers
 
@@ -38,6 +38,15 @@ class LiveWorker:
 
 
 @dataclass(frozen=True)
+class GenerationStatus:
+    """The partitions that were planned together, from number `first` on: how many they are, and how many are done."""
+
+    first: int
+    partitions: int
+    done: int
+
+
+@dataclass(frozen=True)
 class OutputStatus:
     """The state of OUT; the JSON of `clip-batch status --json` has the same keys.
 
@@ -45,7 +54,7 @@ class OutputStatus:
     why committed partitions have no row, by partition. `failures` and `warnings` count samples by reason.
     `images_per_second` is the rate of the live workers, or if there are none, that of the whole run so far. `gpu_hours`
     is the time that workers held a GPU, idle or not. `relaunch` is the command that runs what is missing, None where
-    nothing is.
+    nothing is. `generations` has the first plan and each extension of it.
     """
 
     partitions: int
@@ -63,17 +72,19 @@ class OutputStatus:
     eta_seconds: int | None
     gpu_hours: float
     relaunch: str | None
+    generations: list[GenerationStatus]
 
     def _repr_html_(self) -> str:
-        names = {"missing": len(self.missing), "running": len(self.running), "workers": len(self.workers)}
+        names = {name: len(getattr(self, name)) for name in ("missing", "running", "workers", "generations")}
         return html.table({**asdict(self), **names})
 
 
 def status(store: Store) -> OutputStatus:
     """The state of OUT. PlanError: it has no plan."""
-    partitions = count_partitions(store)
+    generations = read_generations(store)
+    partitions = generations[-1].stop
     records = workers.read_records(store)
-    counts = _counts(store, records)
+    counts = _counts(store, records, partitions)
     missing = sorted(set(range(partitions)) - set(counts))
     errors = last_errors(store, set(missing))
     live = [record for record in records if record.alive]
@@ -96,13 +107,17 @@ def status(store: Store) -> OutputStatus:
         eta_seconds=round(rows_left / rate) if rate else None,
         gpu_hours=round(sum(record.gpus * (record.beat - record.started) for record in records) / 3600, 3),
         relaunch=relaunch(store, missing) if missing else None,
+        generations=[
+            GenerationStatus(start, stop - start, sum(start <= number < stop for number in counts))
+            for start, stop, _ in generations
+        ],
     )
 
 
-def _counts(store: Store, records: Iterable[WorkerRecord]) -> dict[int, CommitCounts]:
+def _counts(store: Store, records: Iterable[WorkerRecord], partitions: int) -> dict[int, CommitCounts]:
     """The counts of every committed partition."""
     recorded = {int(number): counts for record in records for number, counts in record.committed.items()}
-    names = commit_names(store)
+    names = [name for name in commit_names(store) if int(name) < partitions]  # others were added since we looked
     counts = {number: recorded[number] for number in map(int, names) if number in recorded}
     commits = read_commits(store, [name for name in names if int(name) not in recorded])
     return counts | {number: workers.counts_of(commit) for number, commit in commits.items()}
@@ -144,6 +159,9 @@ def describe(status: OutputStatus) -> str:
         + (f", ETA {_duration(status.eta_seconds)}" if status.eta_seconds else "")
         + (f", {status.gpu_hours:,} GPU-hours" if status.gpu_hours else ""),
     ]
+    for number, one in enumerate(status.generations if status.generations[1:] else ()):
+        added = "the first plan" if number == 0 else f"added as generation {number}"
+        lines.append(f"{added}, from partition {one.first:,} on: {one.done:,} of {one.partitions:,} done")
     for title, counts in (("failures", status.failures), ("warnings", status.warnings)):
         if counts:
             lines.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.items()))

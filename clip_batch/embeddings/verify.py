@@ -53,7 +53,7 @@ def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | No
     each of its samples must be a row or a failure, in the same order.
     """
     plan = load_plan(store)
-    commits = read_commits(store)
+    commits = {number: commit for number, commit in read_commits(store).items() if number < len(plan.partitions)}
     report = VerifyReport(checked=len(plan.partitions))
 
     def check(number: int) -> str | None:
@@ -87,7 +87,7 @@ def check_file(store: Store, name: str, stored: StoredFile, deep: bool) -> str |
 
 def _check_commit(store: Store, plan: Plan, commit: Commit, deep: bool, options: dict[str, Any] | None) -> str | None:
     """What is wrong with a commit or its files; None where nothing is."""
-    if commit.plan != plan.digest:
+    if commit.plan != plan.generation(commit.partition).digest:
         return f"committed under another plan ({commit.plan[:12]})"
     if commit.encoder != plan.encoder.fingerprint:
         return f"embedded by another encoder ({commit.encoder})"

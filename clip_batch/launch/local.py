@@ -59,7 +59,8 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
     """
     store = Store(output, storage.storage_options)
     plan = load_plan(store)
-    before = committed(store)
+    planned = set(range(len(plan.partitions)))
+    before = committed(store) & planned
     commits: dict[int, Commit] = {}
     cuda = config.device.startswith("cuda") or (config.device == "auto" and gpus() > 0)
     threads = config.threads or max(1, cores() // workers)
@@ -74,7 +75,7 @@ def run_workers(output: str, workers: int, config: EmbedConfig, storage: Storage
     total = len(plan.partitions) - len(before)
 
     def read() -> Counts:
-        for number in committed(store) - before - set(commits):
+        for number in (committed(store) & planned) - before - set(commits):
             commits[number] = read_commit(store, plan.name(number))
         failed = sum(sum(commit.failed.values()) for commit in commits.values())
         return Counts(total, len(commits), sum(commit.rows for commit in commits.values()), failed)

@@ -3,6 +3,8 @@
     img_emb/img_emb_<partition>-<attempt>.npy         text_emb/ likewise; counted only where a commit names them
     metadata/metadata_<partition>-<attempt>.parquet
     _clip_batch/plan.json, plan.parquet, config.yaml  the plan; plan.json is written last
+    _clip_batch/extensions/<number>-<digest>.json     the partitions that were added to the plan with that digest
+    _clip_batch/extensions/slices-<digest>.parquet    their slices, named by the file's sha256
     _clip_batch/commits/<partition>.json              what each partition committed
     _clip_batch/failures/failures_<partition>-<attempt>.parquet     samples that cannot be embedded
     _clip_batch/failures/attempts/<partition>-<attempt>.json        attempts that failed, and why
@@ -26,6 +28,7 @@ HOME = "_clip_batch"
 PLAN = f"{HOME}/plan.json"
 SLICES = f"{HOME}/plan.parquet"
 CONFIG = f"{HOME}/config.yaml"
+EXTENSIONS = f"{HOME}/extensions"
 COMMITS = f"{HOME}/commits"
 FAILURES = f"{HOME}/failures"
 ATTEMPTS = f"{FAILURES}/attempts"
@@ -42,6 +45,20 @@ METADATA = "metadata"
 
 DATA_FOLDERS = (*VECTORS.values(), METADATA, FAILURES)
 """Folders whose files carry `<partition>-<attempt>` and count only if a commit names them."""
+
+
+def extension(number: int, digest: str) -> str:
+    """The extension of the plan with this digest, whose generations are 0 to `number` - 1.
+
+    >>> extension(1, "0a1b2c3d4e5f67")
+    '_clip_batch/extensions/0001-0a1b2c3d4e5f.json'
+    """
+    return f"{EXTENSIONS}/{number:04d}-{digest[:12]}.json"
+
+
+def extension_slices(sha256: str) -> str:
+    """The base name of the Parquet file of an extension, given its sha256."""
+    return f"slices-{sha256[:12]}.parquet"
 
 
 def commit(partition: str) -> str:

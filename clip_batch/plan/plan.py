@@ -1,15 +1,10 @@
-"""Makes the plan, writes it to OUT/_clip_batch and loads it: which shards, in which partitions, by which encoder.
+"""Makes the plan: which shards, in which partitions, by which encoder; and extends it where the input has grown.
 
-`plan.parquet` has one row per slice, and `plan.json` everything else. plan.json is written last and has the sha256 of
-plan.parquet, so that a plan is complete or does not exist. Neither file ever changes, unless another plan takes the
-place of one of which nothing is committed (see `replace`).
+What is on disk is written and read by `stored`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -20,19 +15,22 @@ from typing import Any
 from clip_batch.config import PlanConfig, StorageConfig, parse_bytes
 from clip_batch.config.paths import path_text
 from clip_batch.encoders.device import loaded_gpus
-from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError, some
+from clip_batch.errors import ConfigError, InputError, PlanError, some
 from clip_batch.plan import paths, specs
 from clip_batch.plan.apart import check_apart
 from clip_batch.plan.automatic import affordable, automatic_target
 from clip_batch.plan.counts import count_folder, count_samples, image_advice
 from clip_batch.plan.cuts import FindCuts, find_cuts, folder_cuts, parquet_cuts, tar_cuts
+from clip_batch.plan.growth import Growth, compare_files
 from clip_batch.plan.kinds import check_kinds
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
 from clip_batch.plan.parquet import column_lines
 from clip_batch.plan.replace import obstacle, replaced
 from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples, name_advice
+from clip_batch.plan.stored import count_partitions as count_partitions
+from clip_batch.plan.stored import load, plan_digest, write_extension, write_plan
+from clip_batch.plan.stored import load_plan as load_plan
 from clip_batch.samples.files import list_samples
-from clip_batch.storage.names import name_text, text_name
 from clip_batch.storage.store import Store
 from clip_batch.types import (
     IMAGE_COLUMN,
@@ -44,14 +42,10 @@ from clip_batch.types import (
     Plan,
     Sample,
     Shard,
-    Slice,
     StrPath,
     counted,
     format_counts,
 )
-
-FORMAT = 1
-"""The version of the plan's files; a plan of another one is refused."""
 
 FORMER_DEFAULTS = (PartitionTarget("bytes", 4 * 10**9), PartitionTarget("samples", 10_000))
 """Targets that plans have from before there was "auto"; an option that says nothing keeps them."""
@@ -74,12 +68,14 @@ def make_plan(
     """Freeze a plan of `input` at `output`, or return the plan that exists there if nothing differs.
 
     `input` is one path, URL, glob or brace pattern, or several of them, and takes the place of `config.input`. Another
-    plan at `output` is replaced as long as no partition of it is committed and no worker is at work on it.
+    plan at `output` is replaced as long as no partition of it is committed and no worker is at work on it. Where the
+    input has only grown, `config.extend` adds partitions of what is new to the plan, and leaves all others as they are.
 
     Example: `make_plan("tars/{000..127}.tar", "out", PlanConfig(model="ViT-B-32", pretrained="openai"))`.
 
     ConfigError: an option is wrong. InputError: an input is missing or named twice. EncoderError: the weights cannot be
-    found, or the model cannot embed. PlanError: another plan exists at `output` and stays; it lists the differences.
+    found, or the model cannot embed. PlanError: another plan exists at `output` and stays; it lists the differences,
+    or what is new where `extend` would add it.
     """
     from clip_batch import encoders
 
@@ -110,26 +106,35 @@ def make_plan(
         say(f"the model is {encoder.model} with its default tag {encoder.pretrained}")
     draft = Plan((), encoder, config.format, {}, images, captions, "", passed_over, config.caption_field)
     draft = replace(draft, key_ends=config.key_ends, image_field=config.image_field, modalities=_modalities(config))
+    draft = replace(draft, home=store.url)
     if config.format == "parquet":
         for line in column_lines([shard for shard in shards if shard.etag != UNREADABLE], draft, options):
             say(line)
 
     def differences(existing: Plan, head: dict[str, Any]) -> list[str]:
-        """How the plan to be made differs from the one that exists, one phrase each."""
+        """How the options differ from those of the plan that exists, one phrase each."""
         mode = existing.encoder.preprocess if existing.encoder.preprocess in modes else modes[0]
         encoder = replace(draft.encoder, preprocess=mode)
         if config.exif_rotation == "auto":  # a plan from before there was this option ignores it
             encoder = replace(encoder, exif_rotation=existing.encoder.exif_rotation)
-        return _differences(existing, head, replace(draft, encoder=encoder), shards, target)
+        return _differences(existing, head, replace(draft, encoder=encoder), target)
 
-    old = _load(store) if store.exists(paths.PLAN) else None
-    if old and not (phrases := differences(*old)):
-        say("unchanged")
-        return old[0]
-    if old and (why := obstacle(store)):
-        raise PlanError(f"another plan exists at {store.url} ({'; '.join(phrases)}), and {why}")
-    if config.format != "files":
-        shards = count_samples(shards, target.unit == "samples", draft, options)
+    phrases: list[str] = []
+    while old := load(store) if store.exists(paths.PLAN) else None:
+        growth, others = compare_files(old[0], shards), differences(*old)
+        phrases = growth.phrases + others
+        if not phrases:
+            say("unchanged")
+            return old[0]
+        grown = bool(growth.new) and not (growth.differences or others)
+        if grown and config.extend:
+            if plan := _extend(store, old[0], growth, passed_over, target, options, say):
+                return plan
+            continue  # another planner was faster: compare again
+        if why := obstacle(store):
+            raise _refusal(store, growth if grown else None, phrases, why)
+        break
+    shards = _counted(shards, target, draft, options)
     look = look_at_samples(shards, draft, options)
     partitions = _partitions(shards, target, look.sample_bytes, draft, options)
     for line in name_advice(look):
@@ -138,10 +143,10 @@ def make_plan(
         say(advice)
     encoder = _tried(encoder, look.firsts, config, modes, options, say)
     plan = replace(draft, partitions=partitions, fields=_fields(draft, look.records), encoder=encoder)
-    plan = replace(plan, digest=_digest(plan))
+    plan = replace(plan, digest=plan_digest(plan))
     settings = {**asdict(config), "preprocess": encoder.preprocess}
     with replaced(store, old[0].digest) if old else nullcontext():
-        written = _write(store, plan, shards, target, settings)
+        written = write_plan(store, plan, shards, target, settings)
     if written:
         say(f"{counted(len(partitions), 'partition')} planned")
         if (visible := loaded_gpus()) > len(partitions):
@@ -149,11 +154,46 @@ def make_plan(
         if old:
             say(f"they replace the plan that was there, of which nothing was committed: {'; '.join(phrases)}")
         return plan
-    existing, head = _load(store)  # another planner was faster
-    if phrases := differences(existing, head):
+    existing, head = load(store)  # another planner was faster
+    if phrases := compare_files(existing, shards).phrases + differences(existing, head):
         raise PlanError(f"another plan was made at {store.url} meanwhile: {'; '.join(phrases)}; plan again")
     say("unchanged")
     return existing
+
+
+def _refusal(store: Store, growth: Growth | None, phrases: Sequence[str], why: str) -> PlanError:
+    """The error of a plan that exists and stays; `growth` is given where its input has only grown."""
+    if growth is None:
+        return PlanError(f"another plan exists at {store.url} ({'; '.join(phrases)}), and {why}")
+    remedy = f"plan with --extend adds what is new to it; --except {quote(store.url)} plans that into another --output"
+    return PlanError(f"the input of the plan at {store.url} has grown ({growth.named}): {remedy}")
+
+
+def _extend(
+    store: Store,
+    plan: Plan,
+    growth: Growth,
+    passed_over: dict[str, int],
+    target: PartitionTarget,
+    options: dict[str, Any],
+    say: Progress,
+) -> Plan | None:
+    """Add the new inputs to a plan as one more generation; None if another planner has extended it first."""
+    shards = _counted(growth.new, target, plan, options)
+    look = look_at_samples(shards, plan, options)
+    start = len(plan.partitions)
+    packed = _partitions(shards, target, look.sample_bytes, plan, options)
+    added = tuple(replace(partition, id=start + partition.id) for partition in packed)
+    extended = write_extension(store, plan, added, shards, target, passed_over)
+    if extended:
+        number = len(extended.generations) - 1
+        say(f"the input has grown, {growth.named}: {counted(len(added), 'partition')} added as generation {number}")
+    return extended
+
+
+def _counted(shards: list[Shard], target: PartitionTarget, draft: Plan, options: dict[str, Any]) -> list[Shard]:
+    """The shards with their numbers of samples, where these are needed or cheap."""
+    return shards if draft.format == "files" else count_samples(shards, target.unit == "samples", draft, options)
 
 
 def _tried(
@@ -210,16 +250,6 @@ def _check_unreadable(inputs: specs.Inputs, config: PlanConfig) -> None:
         raise InputError(f"cannot be listed: {some(names)}; mend the permissions, or plan with --unreadable record")
     size = None if config.format == "files" else 0
     inputs.shards += [Shard(url, size, UNREADABLE, 0) for url in sorted(inputs.unreadable)]
-
-
-def count_partitions(store: Store) -> int:
-    """The number of partitions of the plan of an output, from plan.json alone; PlanError if there is no plan."""
-    return int(_head(store)["partitions"])
-
-
-def load_plan(store: Store) -> Plan:
-    """The plan of an output. PlanError: there is none. CorruptError: plan.parquet is not the one in plan.json."""
-    return _load(store)[0]
 
 
 def _extensions(config: PlanConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -291,141 +321,9 @@ def _partitions(
     )
 
 
-def _digest(plan: Plan) -> str:
-    """sha256 over everything that changes the result: slices in order, encoder, schema, extensions, caption field."""
-    head = [FORMAT, plan.encoder.fingerprint, plan.format, plan.fields, plan.image_extensions, plan.caption_extensions]
-    head += [{"caption_field": plan.caption_field}] if plan.caption_field else []  # older plans keep their digests
-    head += [{"key_ends": plan.key_ends}] if plan.key_ends != "first-dot" else []
-    head += [{"image_field": plan.image_field}] if plan.image_field else []
-    head += [{"modalities": plan.modalities}] if plan.modalities != MODALITIES else []
-    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-    for partition in plan.partitions:
-        rows = [(s.shard.url, s.shard.size, s.shard.etag, s.start, s.stop) for s in partition.slices]
-        digest.update(f"{partition.id} {rows!r}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def _write(
-    store: Store, plan: Plan, shards: Sequence[Shard], target: PartitionTarget, settings: dict[str, Any]
-) -> bool:
-    """Write the plan's files, plan.json last; False if another process wrote a plan first."""
-    from datetime import UTC, datetime
-
-    import yaml
-
-    table = _parquet(plan.partitions)
-    sizes, counts = [shard.size for shard in shards], [shard.samples for shard in shards]
-    head = {
-        "format": FORMAT,
-        "digest": plan.digest,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "partitions": len(plan.partitions),
-        "shards": len(shards),
-        "samples": None if None in counts else sum(filter(None, counts)),
-        "bytes": None if None in sizes else sum(filter(None, sizes)),
-        "encoder": plan.encoder.record(),
-        "format_": plan.format,
-        "fields": plan.fields,
-        "image_extensions": plan.image_extensions,
-        "caption_extensions": plan.caption_extensions,
-        "caption_field": plan.caption_field,
-        "key_ends": plan.key_ends,
-        "image_field": plan.image_field,
-        "modalities": plan.modalities,
-        "passed_over": plan.passed_over,
-        "target": {target.unit: len(plan.partitions) if target.unit == "auto" else target.value},
-        "plan_parquet": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
-    }
-    config = yaml.safe_dump({"plan": settings}, sort_keys=False, allow_unicode=True).encode()
-    for name, data in ((paths.SLICES, table), (paths.CONFIG, config)):
-        if not store.create(name, data) and not store.exists(paths.PLAN) and store.read(name) != data:
-            raise PlanError(
-                f"{store.display(name)} was left by a planner that died, or another one is at work: "
-                "if none is, delete that file and plan again"
-            )
-    return store.create(paths.PLAN, json.dumps(head, indent=1).encode())
-
-
-def _parquet(partitions: Sequence[Partition]) -> bytes:
-    """plan.parquet, which `_read_partitions` reads."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    slices = [piece for partition in partitions for piece in partition.slices]
-    columns = {
-        "partition": pa.array([part.id for part in partitions for _ in part.slices], pa.int32()),
-        "url": pa.array([name_text(piece.shard.url) for piece in slices], pa.string()),
-        "size": pa.array([piece.shard.size for piece in slices], pa.int64()),
-        "etag": pa.array([piece.shard.etag for piece in slices], pa.string()),
-        "shard_samples": pa.array([piece.shard.samples for piece in slices], pa.int64()),
-        "start": pa.array([piece.start for piece in slices], pa.int64()),
-        "stop": pa.array([piece.stop for piece in slices], pa.int64()),
-        "samples": pa.array([piece.samples for piece in slices], pa.int64()),
-    }
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, compression="zstd", use_dictionary=["partition", "start"])
-    return buffer.getvalue()
-
-
-def _head(store: Store) -> dict[str, Any]:
-    """plan.json. PlanError: it does not exist or has another format. CorruptError: it is not JSON."""
-    try:
-        head: dict[str, Any] = store.read_json(paths.PLAN)
-    except FileNotFoundError:
-        if store.exists(f"{paths.IN_RUN}/{paths.PLAN}"):
-            inner = store.display(paths.IN_RUN)
-            raise PlanError(f"no plan at {store.url}, but in its embeddings: give --output {quote(inner)}") from None
-        raise PlanError(f"no plan at {store.url}: clip-batch plan --input ... --output {quote(store.url)}") from None
-    except ValueError:
-        where = store.display(paths.PLAN)
-        raise CorruptError(f"{where} is not JSON: restore it, or plan into another output") from None
-    if (format := head.get("format")) != FORMAT:
-        where = store.display(paths.PLAN)
-        raise PlanError(f"{where} has format {format}, not {FORMAT}: use the version it was planned with")
-    return head
-
-
-def _load(store: Store) -> tuple[Plan, dict[str, Any]]:
-    """The plan, and plan.json; errors as `load_plan`."""
-    head = _head(store)
-    try:
-        table = store.read(paths.SLICES)
-    except FileNotFoundError:
-        table = b""
-    if hashlib.sha256(table).hexdigest() != head["plan_parquet"]["sha256"]:
-        raise CorruptError(
-            f"{store.display(paths.SLICES)} is not the file that was planned: restore it, or plan into another output"
-        )
-    encoder = EncoderSpec(**{name: value for name, value in head["encoder"].items() if name != "fingerprint"})
-    images, captions = tuple(head["image_extensions"]), tuple(head["caption_extensions"])
-    plan = Plan(_read_partitions(table), encoder, head["format_"], head["fields"], images, captions, head["digest"])
-    plan = replace(plan, passed_over=head.get("passed_over", {}), caption_field=head.get("caption_field", ""))
-    plan = replace(plan, key_ends=head.get("key_ends", "first-dot"), image_field=head.get("image_field", ""))
-    plan = replace(plan, modalities=tuple(head.get("modalities", MODALITIES)))
-    return plan, head
-
-
-def _read_partitions(table: bytes) -> tuple[Partition, ...]:
-    """The partitions in plan.parquet; neighbouring slices of one shard share its object."""
-    from clip_batch.storage.arrow import ParquetFile
-
-    columns = [column.to_pylist() for column in ParquetFile(io.BytesIO(table)).read().columns]
-    slices: list[list[Slice]] = []
-    last, shard = ("", None), Shard("")
-    for partition, url, size, etag, total, start, stop, samples in zip(*columns, strict=True):
-        if (url, etag) != last:
-            last, shard = (url, etag), Shard(text_name(url), size, etag, total)
-        if partition == len(slices):
-            slices.append([])
-        slices[-1].append(Slice(shard, start, stop, samples))
-    return tuple(Partition(id, tuple(pieces)) for id, pieces in enumerate(slices))
-
-
-def _differences(
-    plan: Plan, head: dict[str, Any], draft: Plan, shards: Sequence[Shard], target: PartitionTarget
-) -> list[str]:
-    """How a new plan would differ from the one that exists, one phrase each; [] if it would not."""
-    phrases = _input_differences(plan, shards)
+def _differences(plan: Plan, head: dict[str, Any], draft: Plan, target: PartitionTarget) -> list[str]:
+    """How the options of a new plan would differ from those of the one that exists, one phrase each."""
+    phrases = list[str]()
     if plan.encoder.fingerprint != draft.encoder.fingerprint:
         was, now = asdict(plan.encoder), asdict(draft.encoder)
         phrases += [
@@ -439,20 +337,3 @@ def _differences(
     if target.unit != "auto" or not (planned.unit == "auto" or planned in FORMER_DEFAULTS):
         settings.append(("partition target", planned, target))
     return phrases + [f"{name} {was} -> {now}" for name, was, now in settings if was != now]
-
-
-def _input_differences(plan: Plan, shards: Sequence[Shard]) -> list[str]:
-    """Inputs that were added, removed, changed or reordered since the plan, one phrase each."""
-    old = {piece.shard.url: piece.shard for partition in plan.partitions for piece in partition.slices}
-    new = {shard.url: shard for shard in shards}
-    inputs = {
-        "added": [url for url in new if url not in old],
-        "removed": [url for url in old if url not in new],
-        "changed": [
-            f"{url} ({old[url].size} -> {shard.size} bytes)" if old[url].size != shard.size else f"{url} (rewritten)"
-            for url, shard in new.items()
-            if url in old and (old[url].size, old[url].etag) != (shard.size, shard.etag)
-        ],
-    }
-    phrases = [f"{counted(len(urls), 'input')} {kind}: {some(urls, 3)}" for kind, urls in inputs.items() if urls]
-    return phrases or (["inputs in another order"] if list(old) != list(new) else [])

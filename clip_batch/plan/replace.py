@@ -1,8 +1,9 @@
 """Replacing the plan of an OUT in which nothing is committed.
 
 A planner holds `replacing.json`, created only if it is absent, from before it removes the old plan until the new one is
-written. Before each commit, a worker compares the digest in plan.json with that of its own plan (`check_digest`). A
-commit that is created between that look and the removal carries the old plan's digest, which verify and merge refuse.
+written. Before each commit, a worker compares the digest of the partition's generation with that of its own plan
+(`check_digest`). A commit that is created between that look and the removal carries the old plan's digest, which verify
+and merge refuse.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from collections.abc import Iterator
 from clip_batch.errors import PlanError
 from clip_batch.plan import paths
 from clip_batch.plan.state import commit_names, is_alive, worker_records
+from clip_batch.plan.stored import read_generations
 from clip_batch.storage.store import Store
-from clip_batch.types import counted
+from clip_batch.types import Plan, counted
 
 
-def check_digest(store: Store, digest: str) -> None:
-    """PlanError if the plan of an output is not the one with this digest any more."""
-    if _digest(store) != digest:
+def check_digest(store: Store, plan: Plan, partition: int) -> None:
+    """PlanError if a partition of the plan of an output is not the one that it was in `plan` any more."""
+    digest = plan.generation(partition).digest
+    if not plan.generations or partition < plan.generations[0].stop:
+        stays = _digest(store) == digest
+    else:
+        stays = any(one.digest == digest for one in read_generations(store))
+    if not stays:
         raise PlanError(f"the plan of {store.url} was replaced while this worker ran: start it again for the new plan")
 
 
@@ -49,9 +56,11 @@ def replaced(store: Store, digest: str) -> Iterator[None]:
         )
     try:
         files = {name: store.read(name) for name in (paths.CONFIG, paths.SLICES, paths.PLAN) if store.exists(name)}
-        if (why := obstacle(store)) or _digest(store) != digest:
+        added = [f"{paths.EXTENSIONS}/{name}" for name in store.list(paths.EXTENSIONS)]
+        files |= {name: store.read(name) for name in sorted(added, key=lambda name: name.endswith(".json"))}
+        if (why := obstacle(store)) or read_generations(store)[-1].digest != digest:
             raise PlanError(f"the plan of {store.url} stays: {why or 'another planner has replaced it; plan again'}")
-        for name in reversed(files):
+        for name in reversed(files):  # the last extension first, so that a plan is left whenever this ends
             store.remove(name)
         if why := obstacle(store):  # a worker was faster
             for name, data in files.items():

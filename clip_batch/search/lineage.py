@@ -23,7 +23,7 @@ from clip_batch.embeddings.commits import read_commits
 from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.plan import paths
-from clip_batch.plan.plan import count_partitions
+from clip_batch.plan.stored import read_generations
 from clip_batch.samples.parquet.reader import read_image
 from clip_batch.samples.tar.suffixes import is_compressed, is_tar
 from clip_batch.storage.arrow import UNREADABLE
@@ -33,7 +33,7 @@ from clip_batch.storage.paths import split_url
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import has_ranges, read_range
-from clip_batch.types import IMAGE_COLUMN, IMAGE_EXTENSIONS, ROW_GROUP, partition_name
+from clip_batch.types import IMAGE_COLUMN, IMAGE_EXTENSIONS, ROW_GROUP, generation_of, partition_name
 
 Vectors = npt.NDArray[np.float32]
 
@@ -138,12 +138,14 @@ _REMEDY = "run clip-batch verify, then repair, or merge again"
 
 def _committed(store: Store, origin: MergedOutput, folder: str, partition: int) -> str:
     """Return the path of the npy file that the partition's commit names. CorruptError: there is none any longer."""
-    name = partition_name(partition, count_partitions(store))
+    generations = read_generations(store)
+    generation = generation_of(generations, partition)
+    name = partition_name(partition, generation.stop)
     try:
         commit = read_commits(store, [name])[partition]
     except FileNotFoundError:
         raise CorruptError(f"{store.url}: partition {partition} is no longer committed: {_REMEDY}") from None
-    if commit.plan != origin.plan:
+    if commit.plan != generation.digest or origin.plan not in (one.digest for one in generations):
         raise CorruptError(f"{store.url} was planned anew since it was merged: merge again")
     if (path := commit.file(folder)) is None:
         raise CorruptError(f"{store.url}: the commit of partition {partition} names no {folder} file: {_REMEDY}")

@@ -63,10 +63,10 @@ def left_at(store: Store, ago: float) -> None:
 def test_one_look_serves_many(tmp_path: Path) -> None:
     slots = MANY + 8
     store = at_work(tmp_path, slots, 10)
-    taken = [spare(store, set())]
-    assert store.asked["read"] > slots and store.asked["list"] == 3
+    taken = [spare(store, set(), 10**6)]
+    assert store.asked["read"] > slots and store.asked["list"] == 4
     store.asked.clear()
-    taken += [spare(store, set()) for _ in range(49)]
+    taken += [spare(store, set(), 10**6) for _ in range(49)]
     assert store.asked == {"read": 49, "write": 49}
     assert None not in taken and len(set(taken)) == 50, "each strikes out what it takes"
     assert not set(taken) & set(range(slots)), "nor what a worker is at"
@@ -76,22 +76,22 @@ def test_one_look_serves_many(tmp_path: Path) -> None:
 def test_an_old_look_is_renewed_by_one(tmp_path: Path, ago: float, writes: int) -> None:
     slots = MANY + 8
     store = at_work(tmp_path, slots, 10)
-    first = spare(store, set())
+    first = spare(store, set(), 10**6)
     left_at(store, ago)
     store.asked.clear()
     seen = time.time()
-    assert spare(store, {first} if first else set()) not in (None, first)
+    assert spare(store, {first} if first else set(), 10**6) not in (None, first)
     assert store.asked["read"] > slots and store.asked["write"] == writes
     assert abs(store.read_json(paths.LOOK)["seen"] - seen) < BEAT
     store.asked.clear()
-    spare(store, set())
+    spare(store, set(), 10**6)
     assert store.asked == {"read": 1, "write": 1}
 
 
 def test_few_look_for_themselves(tmp_path: Path) -> None:
     store = at_work(tmp_path, MANY, 10)
     for _ in range(2):
-        assert spare(store, set()) is not None
+        assert spare(store, set(), 10**6) is not None
         assert store.asked["read"] > MANY and not store.exists(paths.LOOK)
         store.asked.clear()
 
@@ -100,7 +100,7 @@ def test_few_look_for_themselves(tmp_path: Path) -> None:
 def test_what_is_no_look_is_none(left: bytes, tmp_path: Path) -> None:
     store = at_work(tmp_path, 2, 10)
     store.replace(paths.LOOK, left)
-    assert spare(store, set()) is not None
+    assert spare(store, set(), 10**6) is not None
 
 
 def test_a_wrong_look_costs_work_alone(tmp_path: Path) -> None:

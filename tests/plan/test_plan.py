@@ -15,8 +15,9 @@ import yaml  # type: ignore[import-untyped]
 
 from clip_batch.config import PlanConfig, StorageConfig
 from clip_batch.errors import ConfigError, CorruptError, InputError, PlanError
-from clip_batch.plan.plan import _digest, load_plan, make_plan
+from clip_batch.plan.plan import load_plan, make_plan
 from clip_batch.plan.replace import replaced
+from clip_batch.plan.stored import plan_digest
 from clip_batch.storage.store import Store
 from clip_batch.types import IMAGE_EXTENSIONS, EncoderSpec, Partition, Plan, Shard, Slice
 
@@ -88,7 +89,7 @@ def test_a_plan_without_a_caption_field_keeps_its_digest(tmp_path: Path) -> None
     shard = Shard("a.tar", 10240, "1")
     plan = Plan((Partition(0, (Slice(shard),)),), EncoderSpec("fake:8", "", "0" * 64), fields={"n": "int64"})
     plan = replace(plan, image_extensions=("jpg", "jpeg", "png", "webp"))  # the default of then
-    assert _digest(plan) == "511523fcde899b3b3402520537792dad7f2cf6af7b22cb38ee25f1db9388c6eb"
+    assert plan_digest(plan) == "511523fcde899b3b3402520537792dad7f2cf6af7b22cb38ee25f1db9388c6eb"
 
 
 def test_storage_options_are_written_nowhere(config: PlanConfig, tmp_path: Path) -> None:

@@ -27,13 +27,14 @@ from clip_batch.errors import (
 )
 from clip_batch.index.merge import merge as merge_stage
 from clip_batch.index.merge.job import MergeJob, ShardRecord, TemplateRecord, open_job
-from clip_batch.plan.plan import count_partitions, load_plan, make_plan
+from clip_batch.plan.plan import load_plan, make_plan
+from clip_batch.plan.stored import read_generations
 from clip_batch.serve.http.errors import Busy, Refused
 from clip_batch.serve.worker.allow import Allowed
 from clip_batch.serve.worker.jobs import AGAIN, Jobs
 from clip_batch.serve.worker.schema import MergeTask
 from clip_batch.storage.store import Store
-from clip_batch.types import EncoderSpec, partition_name
+from clip_batch.types import EncoderSpec, generation_of, partition_name
 
 
 class PlanAnswer(TypedDict):
@@ -91,11 +92,15 @@ class Stages:
     def committed(self, output: str, partition: int) -> EmbedAnswer | None:
         """Return a partition's commit, or None if there is none. Raises PlanError if there is no such partition."""
         store = self.store(output)
-        count = count_partitions(store)
-        if partition >= count:
-            raise PlanError(f"partition {partition} does not exist: the plan has 0 to {count - 1}")
+        generations = read_generations(store)
+        if partition >= generations[-1].stop:
+            raise PlanError(f"partition {partition} does not exist: the plan has 0 to {generations[-1].stop - 1}")
         try:
-            return {"commit": asdict(read_commit(store, partition_name(partition, count)))}
+            return {
+                "commit": asdict(
+                    read_commit(store, partition_name(partition, generation_of(generations, partition).stop))
+                )
+            }
         except FileNotFoundError:
             return None
 
