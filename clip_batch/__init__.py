@@ -48,7 +48,7 @@ from clip_batch.errors import (
 from clip_batch.types import Hit, Plan
 
 if _typing.TYPE_CHECKING:
-    from clip_batch.api.index import filter, remove, sweep, versions
+    from clip_batch.api.index import filter, removals, remove, sweep, undo_removal, versions
     from clip_batch.api.output import status, verify
     from clip_batch.api.table import embed_table
     from clip_batch.client import AsyncClient, Client, FakeService, ServiceHits
@@ -62,7 +62,8 @@ if _typing.TYPE_CHECKING:
     from clip_batch.index.manifest import Manifest
     from clip_batch.index.merge.merge import merge
     from clip_batch.index.merge.sweep import Sweep
-    from clip_batch.index.remove import RemoveReport
+    from clip_batch.index.removal_history import RemovalInfo, UndoReport
+    from clip_batch.index.remove import RemovedRow, RemoveReport
     from clip_batch.index.versions import VersionInfo
     from clip_batch.plan.plan import make_plan
     from clip_batch.search.query import Query, QueryTerm
@@ -102,7 +103,9 @@ __all__ = [
     "Preempted",
     "Query",
     "QueryTerm",
+    "RemovalInfo",
     "RemoveReport",
+    "RemovedRow",
     "RowDataset",
     "SearchConfig",
     "SearchResult",
@@ -118,6 +121,7 @@ __all__ = [
     "SubmitConfig",
     "Sweep",
     "SweepConfig",
+    "UndoReport",
     "VerifyReport",
     "VersionInfo",
     "embed",
@@ -128,9 +132,11 @@ __all__ = [
     "make_plan",
     "merge",
     "read",
+    "removals",
     "remove",
     "status",
     "sweep",
+    "undo_removal",
     "verify",
     "versions",
 ]
@@ -148,11 +154,14 @@ _HOMES = {
     "OutputStatus": "embeddings.status",
     "Query": "search.query",
     "QueryTerm": "search.query",
+    "RemovalInfo": "index.removal_history",
     "RemoveReport": "index.remove",
+    "RemovedRow": "index.remove",
     "RowDataset": "export.arrow",
     "SearchResult": "search.results",
     "Searcher": "search.searcher",
     "Sweep": "index.merge.sweep",
+    "UndoReport": "index.removal_history",
     "VerifyReport": "embeddings.verify",
     "VersionInfo": "index.versions",
     "embed": "embeddings.embed",
@@ -162,9 +171,11 @@ _HOMES = {
     "make_plan": "plan.plan",
     "merge": "index.merge.merge",
     "read": "export.arrow",
+    "removals": "api.index",
     "remove": "api.index",
     "status": "api.output",
     "sweep": "api.index",
+    "undo_removal": "api.index",
     "verify": "api.output",
     "versions": "api.index",
 }

@@ -1,4 +1,4 @@
-"""filter, remove, versions and sweep, as functions."""
+"""filter, remove, its list and undo, versions and sweep, as functions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from clip_batch.config import MergeConfig, SearchConfig, StorageConfig, SweepConfig
 from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError
+from clip_batch.index import removal_history
 from clip_batch.index import remove as removal
 from clip_batch.index import versions as index_versions
 from clip_batch.index.manifest import load_manifest
+from clip_batch.index.removal_history import RemovalInfo, UndoReport
 from clip_batch.index.remove import RemoveReport
 from clip_batch.index.versions import VersionInfo
 from clip_batch.storage.store import Store
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from clip_batch.export.filter import Filtered, ImagesFrom
     from clip_batch.index.merge.sweep import Sweep
     from clip_batch.search.query import Query
+    from clip_batch.search.where import Where
 
 
 def filter(
@@ -61,22 +64,54 @@ def filter(
 
 def remove(
     index: StrPath,
-    keys: StrPath | Iterable[str | int],
+    keys: StrPath | Iterable[str | int] | None = None,
     column: str = "key",
     *,
+    query: Query | None = None,
+    where: Where | None = None,
+    note: str = "",
+    dry_run: bool = False,
+    config: SearchConfig = SearchConfig(),
     storage: StorageConfig = StorageConfig(),
     progress: Callable[[str], None] = lambda line: None,
 ) -> RemoveReport:
-    """Remove the rows that have one of some values in a metadata column, from every version, now and later.
+    """Remove rows from every version, now and later: by values of a metadata column, by an example or by a condition.
 
     `keys` is a list of values, or the path or URL of a file of them: one a line, or Parquet or CSV with that column.
-    ConfigError: there is no value, no such column, or the file cannot be read.
+    Rows that are added later are removed too where they have one. Otherwise `query`, which has an image or a vector and
+    a threshold, or `where` finds rows of the live version, and these are removed. `note` is kept with the removal;
+    `dry_run` writes nothing. `config` says where the query's model lies.
+
+    Example: `remove("index", query=Query(image="me.jpg", threshold=0.95), dry_run=True).sample`.
+
+    ConfigError: there is no value, no such column, the file cannot be read, or not just one of the three is given.
     """
+    if (keys is None) + (query is None) + (where is None) != 2:
+        raise ConfigError("remove needs one of keys, query and where")
+    if keys is None:
+        from clip_batch.search.remove import remove_found
+
+        return remove_found(index, query, where, config, storage, progress, note, dry_run)
     if isinstance(keys, str | PathLike):
-        return removal.remove(index, keys, column, storage, progress)
+        return removal.remove(index, keys, column, storage, progress, note, dry_run)
     if isinstance(keys, bytes) or not isinstance(keys, Iterable):
         raise ConfigError(f"keys is {keys!r}: it must be a list of values, or the path of a file of them")
-    return removal.remove_values(index, [str(key) for key in keys], column, storage, progress)
+    return removal.remove_values(index, [str(key) for key in keys], column, storage, progress, note, dry_run)
+
+
+def removals(index: StrPath, *, storage: StorageConfig = StorageConfig()) -> list[RemovalInfo]:
+    """The removals of INDEX, the oldest first, those that were undone too. ConfigError: there is no index."""
+    return removal_history.list_removals(index, storage)
+
+
+def undo_removal(
+    index: StrPath, digest: str, *, note: str = "", storage: StorageConfig = StorageConfig()
+) -> UndoReport:
+    """Let a removal of INDEX no longer count, in any version; `removals` and `remove` tell its `digest`.
+
+    ConfigError: there is no such removal, or it is undone already.
+    """
+    return removal_history.undo(index, digest, storage, note)
 
 
 def versions(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_batch.cli import doctor, embed, export, merge, models, run, search, serve, state, submit
+from clip_batch.cli import doctor, embed, export, merge, models, remove, run, search, serve, state, submit
 from clip_batch.cli.parser import Command
 
 COMMANDS: dict[str, Command] = {
@@ -22,7 +22,7 @@ COMMANDS: dict[str, Command] = {
     "merge": merge.merge,
     "sweep": merge.sweep,
     "versions": merge.versions,
-    "remove": merge.remove,
+    "remove": remove.remove,
     "export clip-retrieval": export.clip_retrieval,
     "export sql": export.sql,
     "export milvus": export.milvus,

@@ -1,4 +1,4 @@
-"""merge, sweep, versions and remove: building indices, and changing them."""
+"""merge, sweep and versions: building indices, and their versions."""
 
 from __future__ import annotations
 
@@ -103,27 +103,4 @@ def versions(arguments: VersionsArguments, storage: StorageConfig) -> int:
     if not listed:
         load_manifest(store)  # refuses a folder that is no index, such as a mistyped one
     answer(arguments, [asdict(version) for version in listed], stage.describe(listed))
-    return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemoveArguments(JsonArguments, IndexArguments):
-    """Which rows `remove` removes."""
-
-    keys: str
-    """A file of values of `column`: one a line, or a Parquet or CSV file with that column."""
-    column: str = "key"
-    """The metadata column that the values are of, such as key or url."""
-
-
-def remove(arguments: RemoveArguments, storage: StorageConfig) -> int:
-    """Remove rows from every search, now and in later versions, by a list of keys."""
-    from clip_batch.index import remove as stage
-
-    report = stage.remove(arguments.index_folder, arguments.keys, arguments.column, storage, say)
-    text = f"{counted(report.rows, 'row')} of the live version removed by {counted(report.values, 'value')}"
-    text += f" of {arguments.column}"
-    if report.missing:
-        text += f"; {counted(report.missing, 'value')} without a row in it, such as {', '.join(report.examples)}"
-    answer(arguments, asdict(report), text)
     return 0

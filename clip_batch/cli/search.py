@@ -101,7 +101,7 @@ def _terms(arguments: QueryArguments) -> list[QueryTerm]:
         {"text": query_text(shell_text(text, "--text"), "--text")} for text in arguments.text
     ]
     given += [{"image": image} for image in arguments.image]
-    given += [{"embedding": _read_vector(path)} for path in arguments.embedding]
+    given += [{"embedding": read_vector(path)} for path in arguments.embedding]
     given += [{"id": row} for row in arguments.id]
     if not given:
         raise ConfigError("a search needs one of --text, --image, --embedding and --id")
@@ -112,12 +112,15 @@ def _terms(arguments: QueryArguments) -> list[QueryTerm]:
     return [QueryTerm(**term, weight=weight) for term, weight in zip(given, weights, strict=True)]
 
 
-def _read_vector(path: str) -> Any:
+def read_vector(path: str) -> Any:
+    """The array of a .npy file. ConfigError: it is none."""
     import numpy as np
 
     try:
         return np.load(path)
-    except ValueError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise ConfigError(f"--embedding {path} is no file: give a .npy file of one vector") from None
+    except (ValueError, EOFError) as error:
         raise ConfigError(f"--embedding {path} is not a .npy file of numbers: {error}") from None
 
 

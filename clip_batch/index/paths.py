@@ -2,6 +2,7 @@
 
     CURRENT                                   the name of the live version
     tombstones/<digest>.json                  a removal list
+    tombstones/<digest>.<number>.json         what became of it: removed (0), undone (1), removed again (2), ...
     <version>/manifest.json                   written last: a version without it is not finished
     <version>/image/<shard>.index             faiss index of a shard; text/<shard>.index likewise
     <version>/image/<shard>.npy               with re-ranking: the shard's vectors, float16
@@ -39,6 +40,17 @@ def parse_removal_list(name: str) -> str | None:
     """The digest of a base name in the folder of the removal lists; None for any other file."""
     match = re.fullmatch(r"([0-9a-f]{16})\.json", name)
     return match and match[1]
+
+
+def removal_event(digest: str, number: int) -> str:
+    """The record of the event `number`, from 0, in the history of a removal list."""
+    return f"{REMOVALS}/{digest}.{number}.json"
+
+
+def parse_removal_event(name: str) -> tuple[str, int] | None:
+    """Digest and number of an event's base name in the folder of the removal lists; None for any other file."""
+    match = re.fullmatch(r"([0-9a-f]{16})\.(\d{1,9})\.json", name)
+    return match and (match[1], int(match[2]))
 
 
 def is_version(name: str) -> bool:

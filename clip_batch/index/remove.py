@@ -1,4 +1,4 @@
-"""Removing rows from an index, by a file of values of a metadata column."""
+"""Removing rows from an index by values of a metadata column."""
 
 from __future__ import annotations
 
@@ -12,21 +12,41 @@ from clip_batch.config import StorageConfig
 from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError, one_line
 from clip_batch.index import removals, removed_rows
-from clip_batch.index.manifest import load_manifest
+from clip_batch.index.manifest import Manifest, load_manifest
+from clip_batch.index.metadata import MetadataFile
 from clip_batch.index.paths import removal_list
+from clip_batch.index.removals import RemovalList
 from clip_batch.storage.store import Store, read_url
 from clip_batch.storage.text import encoding
-from clip_batch.types import StrPath
+from clip_batch.types import StrPath, counted
+
+Say = Callable[[str], None]
 
 EXAMPLES = 5
 """Values without a row that a report names."""
+
+SAMPLE = 10
+"""Rows that a report shows."""
+
+
+@dataclass(frozen=True)
+class RemovedRow:
+    """A row that `remove` removes; `score` is its cosine to the example, if one was given."""
+
+    id: int
+    key: str | None
+    caption: str | None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class RemoveReport:
     """The list that `remove` recorded, by its `digest`, and what it removes from the live `version`.
 
-    `rows` of the version have one of the `values`; `missing` values have no row, some of them as `examples`.
+    `rows` of the version have one of the `values` of `column`; `missing` values have no row, some of them as
+    `examples`. By an example or a condition, `column` is "", `values` is 0, and `rows` were found; where there is none,
+    nothing is recorded, and `digest` is "". `sample` has some of the rows: with `dry_run`, when nothing was written,
+    or the best of those that an example found. `exact` is False where scores are of compressed vectors.
     """
 
     digest: str
@@ -36,6 +56,9 @@ class RemoveReport:
     rows: int
     missing: int
     examples: tuple[str, ...]
+    dry_run: bool = False
+    sample: tuple[RemovedRow, ...] = ()
+    exact: bool = True
 
 
 def remove(
@@ -43,15 +66,19 @@ def remove(
     keys: StrPath,
     column: str = "key",
     storage: StorageConfig = StorageConfig(),
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Say = lambda line: None,
+    note: str = "",
+    dry_run: bool = False,
 ) -> RemoveReport:
     """Remove the rows that have one of the values of file `keys`, from every version there is or will be.
 
     `keys` is a path or URL of a text file of one value a line, or of a .parquet or .csv file with that column.
-    Every row with such a value is removed, also where several have it. ConfigError: the file is not readable or has no
-    value, the live version has no such column, or a value is no number where the column has numbers.
+    Every row with such a value is removed, also where several have it. `note` is kept with the list; `dry_run` writes
+    nothing. ConfigError: the file is not readable or has no value, the live version has no such column, or a value is
+    no number where the column has numbers.
     """
-    return remove_values(index, read_values(path_text(keys, "keys"), column, storage), column, storage, progress)
+    values = read_values(path_text(keys, "keys"), column, storage)
+    return remove_values(index, values, column, storage, progress, note, dry_run)
 
 
 def remove_values(
@@ -59,22 +86,59 @@ def remove_values(
     values: Sequence[str],
     column: str = "key",
     storage: StorageConfig = StorageConfig(),
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Say = lambda line: None,
+    note: str = "",
+    dry_run: bool = False,
 ) -> RemoveReport:
     """As `remove`, with the values themselves. ConfigError: there is none."""
     store = Store(path_text(index, "index"), storage.storage_options)
     manifest = load_manifest(store)
-    new = removals.RemovalList.of(column, filter(None, values))
+    new = RemovalList.of(column, filter(None, values))
     if not new.values:
         raise ConfigError("keys has no value: nothing to remove")
     for shard in {shard.source: shard for shard in manifest.shards}.values():
         schema = removed_rows.read_schema(store, manifest.paths(shard).metadata(shard.name))
         removed_rows.check_column(new, schema)
-    digest = removals.add(store, column, new.values)
-    progress(f"{len(new.values):,} values of {column} are removed, as {removal_list(digest)}")
+    if not dry_run:
+        removals.record(store, new, note)
+        progress(f"{len(new.values):,} values of {column} are removed, as {removal_list(new.digest)}")
     ((ids, missing),) = removed_rows.find_removed([new], removed_rows.fetch_metadata(store, manifest))
-    removed_rows.cache(store, manifest, digest, ids)
-    return RemoveReport(digest, column, len(new.values), manifest.version, len(ids), len(missing), missing[:EXAMPLES])
+    if not dry_run:
+        removed_rows.cache(store, manifest, new.digest, ids)
+    some = tuple(_sample(store, manifest, ids[:SAMPLE])) if dry_run else ()
+    counts = len(new.values), manifest.version, len(ids), len(missing)
+    return RemoveReport(new.digest, column, *counts, missing[:EXAMPLES], dry_run, some)
+
+
+def _sample(store: Store, manifest: Manifest, ids: removed_rows.Ids) -> Iterator[RemovedRow]:
+    for shard in manifest.shards:
+        if len(mine := ids[(ids >= shard.offset) & (ids < shard.offset + shard.rows)]):
+            with store.fetch(manifest.paths(shard).metadata(shard.name)) as path:
+                file = MetadataFile(path)
+                shown = [name for name in ("key", "caption") if name in file.schema.names]
+                rows = file.take(mine - shard.offset, shown).to_pylist() if shown else [{}] * len(mine)
+            for id, row in zip(mine.tolist(), rows, strict=True):
+                yield RemovedRow(id, row.get("key"), row.get("caption"))
+
+
+def describe_report(report: RemoveReport) -> str:
+    """What `remove` removed, or would remove, in a line for people, after a line for each row of the sample."""
+    lines = [_sample_line(row) for row in report.sample]
+    done = "would be removed" if report.dry_run else "removed"
+    text = f"{counted(report.rows, 'row')} of the live version {done}"
+    if report.column:
+        text += f" by {counted(report.values, 'value')} of {report.column}"
+        if report.missing:
+            text += f"; {counted(report.missing, 'value')} without a row in it, such as {', '.join(report.examples)}"
+    else:
+        text += "; rows that are added later stay: run it again after merge --add" if report.rows else ""
+        text += "" if report.exact else "; scores are approximate, as the index compresses vectors"
+    return "\n".join([*lines, text])
+
+
+def _sample_line(row: RemovedRow) -> str:
+    score = [] if row.score is None else [f"{row.score:.3f}"]
+    return "  ".join([f"{row.id:>9}", *score, *(one_line(text, 100) for text in (row.key, row.caption) if text)])
 
 
 def read_values(keys: str, column: str, storage: StorageConfig = StorageConfig()) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which rows of a version the removal lists remove: their values, looked up in columns of the metadata files.
+"""Which rows of a version the removal lists remove: their values or names, looked up in the metadata files.
 
 Each version caches the ids that a list removes from it; whoever opens a version without that cache scans its metadata.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import Manifest
 from clip_batch.index.paths import VersionPaths
-from clip_batch.index.removals import RemovalList, load, names
+from clip_batch.index.removals import Removal, RemovalList, RowList, RowName, load, names
 from clip_batch.storage.arrow import UNREADABLE, ipc_schema
 from clip_batch.storage.npy import read_npy_header
 from clip_batch.storage.retry import corrupt_unless_unavailable
@@ -30,7 +30,7 @@ Shards = Iterable[tuple[str, int]]
 
 
 class RemovedRows(NamedTuple):
-    """The sorted ids (n,) that a list removes from a version, and the values of the list that no row has."""
+    """The sorted ids (n,) that a list removes from a version, and the values, or names, of the list that no row has."""
 
     ids: Ids
     missing: tuple[str, ...]
@@ -43,9 +43,10 @@ def read_schema(store: Store, name: str) -> pa.Schema:
         return ipc_schema(file)
 
 
-def check_column(removals: RemovalList, schema: pa.Schema) -> None:
+def check_column(removals: Removal, schema: pa.Schema) -> None:
     """ConfigError where metadata of this schema cannot be searched for the list's values."""
-    _typed_values(removals, schema)
+    if isinstance(removals, RemovalList):
+        _typed_values(removals, schema)
 
 
 def removed_ids(store: Store, manifest: Manifest, shards: Shards) -> Ids:
@@ -54,20 +55,24 @@ def removed_ids(store: Store, manifest: Manifest, shards: Shards) -> Ids:
     They are read from the version's cache; `shards` is scanned only for lists that the cache lacks, which are then
     added to it if INDEX can be written.
     """
-    digests = names(store)
-    ids = _cached(store, manifest, digests)
+    return union(removed_by(store, manifest, names(store), shards).values())
+
+
+def removed_by(store: Store, manifest: Manifest, digests: Sequence[str], shards: Shards) -> dict[str, Ids]:
+    """The ids that each of these lists removes from a version, counting or not; read and kept as `removed_ids` does."""
+    ids = cached(store, manifest, digests)
     if lists := [load(store, digest) for digest in digests if digest not in ids]:
         for removals, rows in zip(lists, find_removed(lists, shards), strict=True):
             cache(store, manifest, removals.digest, rows.ids)
             ids[removals.digest] = rows.ids
-    return _union(ids.values())
+    return ids
 
 
 def removed_if_known(store: Store, manifest: Manifest) -> Ids | None:
     """The ids that `removed_ids` returns if the version's cache has all of them; None otherwise."""
     digests = names(store)
-    ids = _cached(store, manifest, digests)
-    return _union(ids.values()) if len(ids) == len(digests) else None
+    ids = cached(store, manifest, digests)
+    return union(ids.values()) if len(ids) == len(digests) else None
 
 
 def contains(removed: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
@@ -93,33 +98,52 @@ def fetch_metadata(store: Store, manifest: Manifest) -> Iterator[tuple[str, int]
             yield path, shard.offset
 
 
-def find_removed(lists: Sequence[RemovalList], shards: Shards) -> list[RemovedRows]:
+def find_removed(lists: Sequence[Removal], shards: Shards) -> list[RemovedRows]:
     """The rows that each list removes, by one pass over the shards' memory-mapped columns.
 
-    ConfigError: a shard has no such column, or one of neither text nor whole numbers, or a value of the list is no
-    such number. CorruptError: a file is not readable.
+    A list of rows removes every row of the name, if several have one. ConfigError: a shard lacks the column of a list
+    of values, or has one of neither text nor whole numbers, or a value is no such number. CorruptError: a file is not
+    readable.
     """
     ids: list[list[Ids]] = [[np.empty(0, dtype=np.int64)] for _ in lists]
-    seen: list[set[str | int]] = [set() for _ in lists]
+    seen: list[set[Any]] = [set() for _ in lists]
+    by_column: dict[str, list[tuple[int, RemovalList]]] = {}
+    named: dict[RowName, list[int]] = {}
+    for place, removal in enumerate(lists):
+        if isinstance(removal, RemovalList):
+            by_column.setdefault(removal.column, []).append((place, removal))
+        else:
+            for name in removal.rows:
+                named.setdefault(name, []).append(place)
+    find_named = _finder(named)
     for path, offset in shards:
-        for column in sorted({removals.column for removals in lists}):
-            places = [place for place, removals in enumerate(lists) if removals.column == column]
-            with _open(path) as reader:
-                values_of = [_typed_values(lists[place], reader.schema) for place in places]
+        with _open(path) as reader:
+            for column, of_column in sorted(by_column.items()):
+                values_of = [_typed_values(removal, reader.schema) for _, removal in of_column]
                 rows, values = _matches(reader, column, pa.concat_arrays(values_of))
-            if not len(rows):
-                continue
-            for place, own_values in zip(places, values_of, strict=True):
-                mask = pc.is_in(values, value_set=own_values)
-                ids[place].append(rows[np.asarray(mask)] + offset)
-                seen[place].update(values.filter(mask).unique().to_pylist())
+                for (place, _), own_values in zip(of_column, values_of, strict=True) if len(rows) else ():
+                    mask = pc.is_in(values, value_set=own_values)
+                    ids[place].append(rows[np.asarray(mask)] + offset)
+                    seen[place].update(values.filter(mask).unique().to_pylist())
+            found: dict[int, list[int]] = {}
+            for row, name in find_named(reader) if named else ():
+                for place in named[name]:
+                    found.setdefault(place, []).append(row + offset)
+                    seen[place].add(name)
+            for place, in_file in found.items():
+                ids[place].append(np.array(in_file, dtype=np.int64))
     return [
-        RemovedRows(
-            np.sort(np.concatenate(rows)),
-            tuple(value for value in removals.values if value not in values and _number(value) not in values),
-        )
-        for removals, rows, values in zip(lists, ids, seen, strict=True)
+        RemovedRows(np.sort(np.concatenate(rows)), tuple(_missing(removal, values)))
+        for removal, rows, values in zip(lists, ids, seen, strict=True)
     ]
+
+
+def _missing(removal: Removal, seen: Collection[Any]) -> Iterator[str]:
+    """The values, or names, of a list that are not among those seen."""
+    if isinstance(removal, RowList):
+        yield from (str(name) for name in removal.rows if name not in seen)
+    else:
+        yield from (value for value in removal.values if value not in seen and _number(value) not in seen)
 
 
 @contextlib.contextmanager
@@ -133,42 +157,77 @@ def _open(path: str) -> Iterator[Any]:
 
 def _matches(reader: Any, column: str, value_set: pa.Array) -> tuple[Ids, pa.ChunkedArray]:
     """The rows (n,) of a shard whose column has one of the values, and their values."""
-    place = reader.schema.get_field_index(column)
-    batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    chunks = [batch.column(place) for batch in batches if batch.num_rows]
-    if not chunks:
+    data = _column(reader, column)
+    if not len(data):
         return np.empty(0, dtype=np.int64), pa.chunked_array([], value_set.type)
-    data = pa.chunked_array(chunks)
-    # One call for all chunks: each call makes a hash table of all the values.
-    if pa.types.is_dictionary(data.type):
-        data = data.unify_dictionaries()
-        of_entries = pc.is_in(data.chunk(0).dictionary, value_set=value_set)
-        mask = pc.fill_null(pa.chunked_array([of_entries.take(chunk.indices) for chunk in data.chunks]), False)
-    else:
-        mask = pc.is_in(data, value_set=value_set)
+    mask = _is_in(data, value_set)
     rows = np.flatnonzero(np.asarray(mask))
     return rows, data.filter(mask).cast(value_set.type)
 
 
+def _column(reader: Any, column: str) -> pa.ChunkedArray:
+    """A column of a shard, with one dictionary if it has one; null where the shard lacks it."""
+    place = reader.schema.get_field_index(column)
+    batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    if place < 0:
+        return pa.chunked_array([pa.nulls(batch.num_rows, pa.string()) for batch in batches], pa.string())
+    data = pa.chunked_array(
+        [batch.column(place) for batch in batches if batch.num_rows], reader.schema.field(place).type
+    )
+    return data.unify_dictionaries() if pa.types.is_dictionary(data.type) else data
+
+
+def _is_in(data: pa.ChunkedArray, value_set: pa.Array) -> pa.ChunkedArray:
+    """Whether each value is in a set without null. One call for all chunks: each makes a hash table of the set."""
+    if not pa.types.is_dictionary(data.type) or not data.num_chunks:
+        return pc.is_in(data, value_set=value_set)
+    of_entries = pc.is_in(data.chunk(0).dictionary, value_set=value_set)
+    return pc.fill_null(pa.chunked_array([of_entries.take(chunk.indices) for chunk in data.chunks]), False)
+
+
+def _finder(named: Collection[RowName]) -> Callable[[Any], Iterator[tuple[int, RowName]]]:
+    """A function from a shard's reader to its rows of these names. Rows are told by shard and key first, by columns."""
+    keys, shards = {name.key for name in named}, {name.shard for name in named}
+
+    def among(data: pa.ChunkedArray, values: set[str | None]) -> npt.NDArray[np.bool_]:
+        kind: Any = data.type.value_type if pa.types.is_dictionary(data.type) else data.type
+        mask = np.asarray(_is_in(data, pa.array(values - {None}, kind)))
+        return mask | np.asarray(data.is_null()) if None in values else mask
+
+    def find(reader: Any) -> Iterator[tuple[int, RowName]]:
+        shard, key = _column(reader, "shard"), _column(reader, "key")
+        rows = np.flatnonzero(among(shard, shards) & among(key, keys))
+        if len(rows):
+            columns = [column.take(pa.array(rows)) for column in (shard, _column(reader, "offset"), key)]
+            for row, *name in zip(rows.tolist(), *(column.to_pylist() for column in columns), strict=True):
+                if (row_name := RowName(*name)) in named:
+                    yield row, row_name
+
+    return find
+
+
 def _typed_values(removals: RemovalList, schema: pa.Schema) -> pa.Array:
     """The values of a list in the type of their column."""
-    column, by = removals.column, f"tombstones {removals.digest}"
+    column = removals.column
     if (place := schema.get_field_index(column)) < 0:
-        columns = ", ".join(schema.names)
+        by, columns = f"tombstones {removals.digest}", ", ".join(schema.names)
         raise ConfigError(f"no metadata column {column!r} to remove rows by ({by}): there are {columns}")
     kind = schema.field(place).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return pa.array(removals.values, kind)
+    by = f"tombstones {removals.digest}"
     if not pa.types.is_integer(kind):
         raise ConfigError(f"metadata column {column!r} is {kind}: rows are removed by text or whole numbers ({by})")
+    with contextlib.suppress(ValueError, OverflowError):
+        return pa.array([int(value) for value in removals.values], kind)
     for value in removals.values:
         try:
             pa.scalar(int(value), kind)
         except (ValueError, OverflowError):
             wrong = f"{value!r} is no {kind}, which metadata column {column!r} has"
             raise ConfigError(f"{wrong}: correct that value ({by})") from None
-    return pa.array([int(value) for value in removals.values], kind)
+    raise AssertionError("a value is wrong, but none by itself")
 
 
 def _number(value: str) -> int | None:
@@ -178,13 +237,13 @@ def _number(value: str) -> int | None:
         return None
 
 
-def _cached(store: Store, manifest: Manifest, digests: Sequence[str]) -> dict[str, Ids]:
+def cached(store: Store, manifest: Manifest, digests: Sequence[str]) -> dict[str, Ids]:
     """The ids of those lists that the version's cache has, by digest; damaged files are skipped."""
     paths = VersionPaths(manifest.version)
     files = set(store.list(paths.removals))
-    cached = [digest for digest in digests if f"{digest}.npy" in files]
+    known = [digest for digest in digests if f"{digest}.npy" in files]
     ids = {}
-    for digest, data in zip(cached, store.read_all(map(paths.removed_ids, cached)), strict=True):
+    for digest, data in zip(known, store.read_all(map(paths.removed_ids, known)), strict=True):
         with contextlib.suppress(ValueError):
             ids[digest] = _read_ids(data, manifest.rows)
     return ids
@@ -201,6 +260,7 @@ def _read_ids(data: bytes, rows: int) -> Ids:
     return ids.astype(np.int64)
 
 
-def _union(ids: Iterable[Ids]) -> Ids:
+def union(ids: Iterable[Ids]) -> Ids:
+    """The sorted unique ids of several lists."""
     union: Ids = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *ids]))
     return union

@@ -72,7 +72,7 @@ class Searcher:
     INDEX may be a folder that clip-retrieval's own `index` made (see `clip_batch.search.clip_retrieval`).
     A remote INDEX is first copied to a local cache (see `clip_batch.storage.cache`). Rows that were removed (see
     `clip_batch.index.removals`) are in no answer; their ids are refused. `indices` are the opened faiss indices of
-    a modality, `tables` the metadata of each shard, both in the order of ids.
+    a modality, `tables` the metadata of each shard, `metadata_files` its local path and first id, in the order of ids.
     Errors: as `load_manifest`; CorruptError where a file is absent or not of its recorded size (or, as
     it is copied, sha256); ConfigError where the encoder's dimension is not the index's.
     """
@@ -105,6 +105,7 @@ class Searcher:
         self.stored: dict[str, Stacked] = {}
         self._predictors: dict[str, dict[str, Predictor]] = {}
         self.tables: list[MetadataFile] = []
+        self.metadata_files: list[tuple[str, int]] = []
         self._reconstruct, self._loading, self._closed = Lock(), Lock(), False
         limit = parse_bytes(storage.index_cache)
         self._cache = (
@@ -145,7 +146,6 @@ class Searcher:
         return f"<Searcher of {redact(self._url)}: version {self.manifest.version}, {self.manifest.rows:,} rows>"
 
     def _open(self, store: Store) -> None:
-        metadata: list[tuple[str, int]] = []
         opened: dict[str, list[OpenedIndex]] = {modality: [] for modality in self.manifest.key}
         stored: dict[str, list[Any]] = {modality: [] for modality in self.manifest.key}
         files = self.manifest.files
@@ -160,8 +160,8 @@ class Searcher:
                     parts.append(OpenedIndex(faiss_index.read(local(name), mapped=True), shard.offset, shard.rows))
                 if self.manifest.rerank:
                     stored[modality].append(open_matrix(local(paths.vectors(modality, shard.name))))
-            metadata.append((local(paths.metadata(shard.name)), shard.offset))
-            self.tables.append(MetadataFile(metadata[-1][0]))
+            self.metadata_files.append((local(paths.metadata(shard.name)), shard.offset))
+            self.tables.append(MetadataFile(self.metadata_files[-1][0]))
             if self.tables[-1].rows != shard.rows:
                 name = f"metadata of shard {shard.name}"
                 raise CorruptError(f"{store.url}: {name} is not of {shard.rows} rows: merge again")
@@ -177,7 +177,7 @@ class Searcher:
         self.stored = {modality: Stacked(matrices) for modality, matrices in stored.items() if matrices}
         self.schema = common_schema([table.schema for table in self.tables])
         self._uniform = uniform(self.tables)
-        self.removed = removed_rows.removed_ids(store, self.manifest, metadata)
+        self.removed = removed_rows.removed_ids(store, self.manifest, self.metadata_files)
         for modality, parts in opened.items():
             alive = [replace(part, removed=self._removed(part.offset, part.rows)) for part in parts]
             self.indices[modality] = Shards.of(alive)

@@ -44,7 +44,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_they_are_functions() -> None:
-    for name in ("status", "verify", "filter", "remove", "versions", "sweep", "make_app", "read"):
+    for name in (
+        "status",
+        "verify",
+        "filter",
+        "remove",
+        "removals",
+        "undo_removal",
+        "versions",
+        "sweep",
+        "make_app",
+        "read",
+    ):
         assert isinstance(getattr(clip_batch, name), FunctionType), name
 
 

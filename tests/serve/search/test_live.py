@@ -125,14 +125,19 @@ def test_a_version_of_another_encoder_brings_it_along(indices: Path, index: str)
         assert len(client.post("/v1/embed", json={"texts": ["a"]}).json()["texts"][0]) == 9
 
 
-def test_rows_that_are_removed_vanish_without_a_new_version(index: str) -> None:
+def test_rows_that_are_removed_vanish_and_come_back_without_a_new_version(index: str) -> None:
     with served(index, poll=0.05) as client:
         first = client.post("/v1/search", json={"id": 0, "k": 1}).json()["hits"][0]
-        removals.add(Store(index), "key", [first["metadata"]["key"]])
+        digest = removals.add(Store(index), "key", [first["metadata"]["key"]])
         wait(lambda: len(client.post("/v1/search", json={"text": "a", "k": 1000}).json()["hits"]) == ROWS - 1)
         assert client.get(first["image"]).status_code in (400, 404)
         assert client.post("/v1/search", json={"id": 0}).status_code == 400
         assert client.get("/readyz").status_code == 200
+        removals.undo(Store(index), digest)
+        wait(lambda: len(client.post("/v1/search", json={"text": "a", "k": 1000}).json()["hits"]) == ROWS)
+        assert client.post("/v1/search", json={"id": 0, "k": 1}).json()["hits"] == [first]
+        removals.add(Store(index), "key", [first["metadata"]["key"]])
+        wait(lambda: client.post("/v1/search", json={"id": 0}).status_code == 400)
 
 
 @pytest.mark.parametrize("harm", ["manifest", "index", "metadata"])

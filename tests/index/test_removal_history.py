@@ -1,0 +1,217 @@
+"""Removal lists over time: undone, removed again, listed; and lists of rows that are named one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clip_batch.config import MergeConfig
+from clip_batch.errors import ClipBatchError, ConfigError, CorruptError
+from clip_batch.index import removals, removed_rows
+from clip_batch.index.manifest import load_manifest
+from clip_batch.index.merge.merge import merge
+from clip_batch.index.removal_history import describe_list, describe_undo, list_removals, undo
+from clip_batch.index.removals import RemovalList, RowList, RowName
+from clip_batch.index.remove import RemoveReport, remove_values
+from clip_batch.index.versions import use
+from clip_batch.storage.store import Store
+from tests.fabricated import clustered, make_out
+from tests.servers.flaky import Flaky
+
+CONFIG = MergeConfig(queries=5, shard_rows=40)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """INDEX of 100 rows, the live version of two."""
+    images, texts = clustered(100, 8, 5)
+    make_out(tmp_path / "out", images, texts, [60, 40])
+    for seed in (1, 2):
+        merge(f"{tmp_path}/out", f"{tmp_path}/index", MergeConfig(queries=5, shard_rows=40, seed=seed))
+    return Store(f"{tmp_path}/index")
+
+
+def removed(store: Store, version: str | None = None) -> int:
+    manifest = load_manifest(store, version)
+    return len(removed_rows.removed_ids(store, manifest, removed_rows.fetch_metadata(store, manifest)))
+
+
+def test_a_list_that_is_undone_counts_in_no_version_until_it_is_removed_again(store: Store) -> None:
+    new = load_manifest(store).version
+    (old,) = {name for name in store.list("") if len(name) == 12} - {new}
+    report = remove_values(store.url, ["0-1", "0-2"], note="by mail")
+    remove_values(store.url, ["0-2", "0-3"])
+    assert (removed(store, new), removed(store, old)) == (3, 3)
+    undone = undo(store.url, report.digest, note="a mistake")
+    assert (undone.digest, undone.version, undone.rows, undone.still_removed) == (report.digest, new, 1, 1)
+    assert describe_undo(undone).startswith("1 row of the live version can be found again; 1 row of it removed by")
+    assert report.digest not in removals.names(store) and (removed(store, new), removed(store, old)) == (2, 2)
+    use(store, old)
+    assert removed(store) == 2
+    for digest, message in ((report.digest, "is undone already"), ("f" * 16, "has no removal"), ("../x", "no removal")):
+        with pytest.raises(ConfigError, match=message):
+            undo(store.url, digest)
+    assert remove_values(store.url, ["0-2", "0-1"], note="after all").digest == report.digest
+    assert (removed(store, new), removed(store, old)) == (3, 3)
+    first, second = list_removals(store.url)
+    assert (first.digest, first.active, first.note, first.column, first.values, first.rows) == (
+        report.digest,
+        True,
+        "by mail",
+        "key",
+        2,
+        2,
+    )
+    assert [(event.undone, event.note) for event in first.history] == [
+        (False, "by mail"),
+        (True, "a mistake"),
+        (False, "after all"),
+    ]
+    assert first.created is not None and first.created <= (first.history[1].time or 0) <= (first.history[2].time or 0)
+    assert second.active and len(second.history) == 1
+    lines = describe_list([first, second]).splitlines()
+    assert len(lines) == 4 and "2 values of key; 2 rows of the live version; by mail" in lines[0]
+    assert lines[1].endswith("undone; a mistake") and lines[2].endswith("removed again; after all")
+    undo(store.url, report.digest)
+    assert "does not count" in describe_list(list_removals(store.url)) and removed(store) == 2
+
+
+def test_lists_of_an_older_clip_batch_are_listed_and_undone(store: Store, tmp_path: Path) -> None:
+    old = RemovalList.of("key", ["0-1", "0-2", "x"])
+    store.replace(f"tombstones/{old.digest}.json", json.dumps({"column": "key", "values": old.values}).encode())
+    os.utime(tmp_path / f"index/tombstones/{old.digest}.json", (1e9, 1e9))
+    (info,) = list_removals(store.url)
+    assert (info.digest, info.active, info.created, info.column, info.values, info.rows) == (
+        old.digest,
+        True,
+        1e9,
+        "key",
+        3,
+        2,
+    )
+    remove_values(store.url, ["x", "0-1", "0-2"])  # the same again changes nothing, but for the record
+    assert [(info.created, len(info.history)) for info in list_removals(store.url)] == [(1e9, 1)]
+    assert undo(store.url, old.digest).rows == 2 and removed(store) == 0
+    assert remove_values(store.url, old.values).digest == old.digest and removed(store) == 2
+
+
+def test_a_list_that_no_version_can_be_searched_for_is_undone_all_the_same(store: Store, tmp_path: Path) -> None:
+    unknown = removals.add(store, "not_there", ["x"])
+    damaged = removals.add(store, "key", ["0-1"])
+    (tmp_path / f"index/tombstones/{damaged}.json").write_text("{")
+    for _ in range(2):
+        with pytest.raises(ClipBatchError):
+            removed(store)
+    infos = {info.digest: info for info in list_removals(store.url)}
+    assert infos[unknown].rows is None and infos[damaged].rows is None
+    undone = undo(store.url, unknown)
+    assert (undone.rows, describe_undo(undone)) == (None, f"removal {unknown} no longer counts")
+    with pytest.raises(CorruptError, match=f"{damaged}.json is not the list"):
+        removed(store)
+    undo(store.url, damaged)
+    assert removed(store) == 0
+
+
+def test_a_dry_run_writes_nothing_and_shows_rows(store: Store, tmp_path: Path) -> None:
+    report = remove_values(store.url, [*(f"0-{row}" for row in range(30)), "x"], dry_run=True)
+    assert (report.rows, report.missing, report.dry_run, len(report.sample)) == (30, 1, True, 10)
+    assert all(row.caption == f"caption {row.key}" and row.score is None for row in report.sample)
+    assert not (tmp_path / "index/tombstones").exists() and not list((tmp_path / "index").glob("*/tombstones"))
+    assert remove_values(store.url, report_values(report)).sample == ()
+
+
+def report_values(report: RemoveReport) -> list[str]:
+    return [str(row.key) for row in report.sample]
+
+
+@pytest.mark.parametrize("url", ["", "flaky://undone/index"])
+def test_of_several_who_undo_one_does(store: Store, url: str) -> None:
+    Flaky.reset()
+    place = Store(url) if url else store
+    digest = removals.add(place, "key", ["0-1"])
+
+    def attempt(_: int) -> bool:
+        try:
+            removals.undo(place, digest)
+        except ConfigError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, range(8))) == 1
+        assert set(pool.map(lambda _: removals.add(place, "key", ["0-1"]), range(8))) == {digest}
+    assert removals.histories(place) == {digest: [0, 1, 2]} and removals.names(place) == [digest]
+    Flaky.reset()
+
+
+def test_an_event_of_a_list_that_was_deleted_by_hand_does_not_undo_the_next_one(store: Store) -> None:
+    digest = removals.add(store, "key", ["0-1"])
+    removals.undo(store, digest)
+    store.remove(f"tombstones/{digest}.json")
+    assert removals.histories(store) == {} and list_removals(store.url) == []
+    removals.add(store, "key", ["0-1"])
+    assert removals.names(store) == [digest] and removed(store) == 1
+
+
+NAMES = st.builds(
+    RowName,
+    st.sampled_from(["s3://b/0.tar", "s3://b/1.tar", None]),
+    st.sampled_from([0, 512, None]),
+    st.sampled_from(["a", "b", "é", None]),
+)
+
+
+@settings(max_examples=150)
+@given(
+    files=st.lists(st.tuples(st.lists(st.lists(NAMES, max_size=6), max_size=3), st.booleans()), max_size=3),
+    lists=st.lists(st.builds(RowList.of, st.lists(NAMES, max_size=5)), max_size=3),
+)
+def test_named_rows_are_found_as_one_by_one(
+    files: Sequence[tuple[list[list[RowName]], bool]], lists: list[RowList]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows: list[RowName] = []
+        shards = []
+        for number, (batches, dictionary) in enumerate(files):
+            flat = [row for batch in batches for row in batch]
+            text = pa.array([row.shard for row in flat], pa.string())
+            whole = pa.record_batch(
+                {
+                    "shard": text.dictionary_encode() if dictionary else text,
+                    "offset": pa.array([row.offset for row in flat], pa.int64()),
+                    "key": pa.array([row.key for row in flat], pa.string()),
+                }
+            )
+            with pa.OSFile(f"{folder}/{number}", "wb") as sink, pa.ipc.new_file(sink, whole.schema) as writer:
+                done = 0
+                for batch in batches:
+                    writer.write_batch(whole.slice(done, len(batch)))
+                    done += len(batch)
+            shards.append((f"{folder}/{number}", len(rows)))
+            rows += flat
+        mixed = [*lists, RemovalList.of("key", ["a"])]
+        *found, by_key = removed_rows.find_removed(mixed, shards)
+    for one, (ids, missing) in zip(lists, found, strict=True):
+        assert ids.tolist() == [id for id, row in enumerate(rows) if row in one.rows]
+        assert missing == tuple(str(row) for row in one.rows if row not in rows)
+    assert by_key.ids.tolist() == [id for id, row in enumerate(rows) if row.key == "a"]
+
+
+@given(st.lists(NAMES))
+def test_a_list_of_rows_is_read_as_it_was_written(rows: list[RowName]) -> None:
+    Flaky.reset()
+    store = Store("flaky://rows/index")
+    digest = removals.record(store, RowList.of(rows))
+    assert removals.record(store, RowList.of(reversed(rows))) == digest
+    assert removals.load(store, digest) == RowList.of(rows)
+    assert set(RowList.of(rows).rows) == set(rows)
+    Flaky.reset()
