@@ -28,6 +28,7 @@ from clip_batch.storage.paths import absolute, is_local, split_url
 from clip_batch.storage.retry import call_store
 from clip_batch.storage.store import Store
 from clip_batch.storage.text import encoding
+from clip_batch.storage.transfer import local_etag
 from clip_batch.storage.tree import Entry, Tree, entry_of, list_glob, list_tree
 from clip_batch.types import Shard, extension, format_counts
 
@@ -212,7 +213,7 @@ def _local_entry(path: str) -> Entry | None:
         return None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from None
-    return Entry(path, status.st_size, f"{status.st_mtime_ns:x}", stat.S_ISDIR(status.st_mode))
+    return Entry(path, status.st_size, local_etag(status), stat.S_ISDIR(status.st_mode))
 
 
 def _remote_entry(example: str, options: Options) -> Callable[[str], Entry | None]:

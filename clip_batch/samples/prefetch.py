@@ -20,7 +20,7 @@ from clip_batch.errors import InputError
 from clip_batch.samples.fetch_process import Fetcher, opens_elsewhere
 from clip_batch.storage.download import THREADS, Download
 from clip_batch.storage.paths import absolute, is_local
-from clip_batch.storage.transfer import CopyRange, copy_range, file_version, remote_file
+from clip_batch.storage.transfer import CopyRange, copy_range, file_version, local_etag, remote_file
 from clip_batch.types import Shard, Slice
 
 LARGE = 16 * 2**20
@@ -66,12 +66,13 @@ class Prefetcher:
 
         Slices queued before this one are discarded. The file is deleted after the block, so map it there.
 
-        InputError: the shard is missing, or its size or (remote) etag is not as planned. OSError: the store does not
-        answer, or the disk is full. Preempted: `stop` is set.
+        InputError: the shard is missing, or its size or etag (the time of writing of a local one) is not as planned.
+        OSError: the store does not answer, or the disk is full. Preempted: `stop` is set.
         """
         if is_local(piece.shard.url):
             path = absolute(piece.shard.url)
-            check_version(piece.shard, os.path.getsize(path), None)
+            found = os.stat(path)
+            check_version(piece.shard, found.st_size, local_etag(found))
             yield path, 0
             return
         fetch = self._find(piece)

@@ -61,6 +61,11 @@ def etag_of(info: dict[str, Any]) -> str | None:
     return next((str(info[name]).strip('"') for name in _ETAGS if info.get(name)), None)
 
 
+def local_etag(status: os.stat_result) -> str:
+    """The etag of a local file: when it was last written, in nanoseconds, as hexadecimal digits."""
+    return f"{status.st_mtime_ns:x}"
+
+
 _ETAGS = (
     *("generation", "ETag", "etag", "mtime"),  # GCS's etag also changes with metadata, its generation does not
     *("LastModified", "last_modified", "Last-Modified", "modification_time", "created"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -196,12 +197,18 @@ def sample(number: int) -> corpus.Files:
 
 
 def test_broken_tars(planned: str, tmp_path: Path) -> None:
-    Path(tmp_path, "2.tar").write_bytes(b"x" * Path(tmp_path, "2.tar").stat().st_size)
+    def damage(path: Path) -> None:
+        """As a disk does: the file's size and time stay."""
+        found = path.stat()
+        path.write_bytes(b"x" * found.st_size)
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+    damage(tmp_path / "2.tar")
     found = calibrate(planned, CPU, encoder=Stub())
     assert (found.measured.samples, found.measured.broken_slices) == (48, 1)
     assert "1 of the slices" in describe(found)
     for path in tmp_path.glob("*.tar"):
-        path.write_bytes(b"x" * path.stat().st_size)
+        damage(path)
     with pytest.raises(InputError, match=r"^no slice that was tried has a sample: [^\n]*\.tar: [^\n]*; mend"):
         calibrate(planned, CPU, encoder=Stub())
     Path(tmp_path, "1.tar").unlink()

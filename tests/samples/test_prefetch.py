@@ -144,6 +144,16 @@ def test_a_tar_that_changes_while_it_is_read_is_refused(tars: list[str]) -> None
         contents(piece)
 
 
+def test_a_local_tar_of_the_same_size_that_was_written_since_is_refused(tmp_path: Path, out: str) -> None:
+    path = corpus.good_tar(str(tmp_path / "a.tar"), 3, seed=1)
+    make_plan(path, out, PlanConfig(model="fake:8"))
+    size = os.path.getsize(path)
+    corpus.good_tar(path, 3, seed=2)
+    assert os.path.getsize(path) == size
+    [outcome] = embed(out)
+    assert outcome.state == "failed" and "was planned with etag" in outcome.error
+
+
 def test_gzipped_and_local_tars_go_through(tars: list[str], tmp_path: Path) -> None:
     packed = corpus.write_tar(str(tmp_path / "a.tar.gz"), corpus.good_files(5), mode="w:gz")
     slices = [*remote([packed]), Slice(Shard(tars[0])), *remote([tars[1]])]
