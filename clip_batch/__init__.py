@@ -32,6 +32,7 @@ from clip_batch.config import (
 from clip_batch.errors import (
     ClipBatchError,
     ConfigError,
+    ConflictError,
     CorruptError,
     DatabaseError,
     DecodeError,
@@ -78,6 +79,7 @@ __all__ = [
     "Client",
     "ClipBatchError",
     "ConfigError",
+    "ConflictError",
     "CorruptError",
     "DatabaseConfig",
     "DatabaseError",

@@ -9,6 +9,7 @@
     |-- DecodeError             an image cannot be used                                          1
     |-- PartitionFailed         more of a partition is bad than a policy allows                  1
     |-- IncompleteError         the request needs partitions that are not committed              1
+    |-- ConflictError           another command has changed meanwhile what this one began from   1
     |-- CorruptError            stored bytes are not the bytes that were committed               1
     |-- StorageUnavailable      a store does not answer for now; it is an OSError too            1
     |-- DatabaseError           a database cannot be reached, or holds something else            1
@@ -74,6 +75,10 @@ class PartitionFailed(ClipBatchError):
 
 class IncompleteError(ClipBatchError):
     """The request needs partitions that are not committed yet."""
+
+
+class ConflictError(ClipBatchError):
+    """Another command has changed meanwhile what this one began from: run it again."""
 
 
 class CorruptError(ClipBatchError):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from shlex import quote
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from clip_batch.cli.arguments import IndexArguments, JsonArguments, OutputArguments, answer, say, say_next
 from clip_batch.config import MergeConfig, StorageConfig, SweepConfig
 from clip_batch.config.values import Count
 from clip_batch.errors import ConfigError
 from clip_batch.types import counted
+
+if TYPE_CHECKING:
+    from clip_batch.index.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +39,17 @@ def merge(arguments: MergeArguments, merge: MergeConfig, storage: StorageConfig)
         raise ConfigError("merge --task shards needs --slot I and --slots N; the other tasks take neither")
     if slot is not None and slots is not None and not 0 <= slot < slots:
         raise ConfigError(f"merge --slot {slot} of --slots {slots} does not exist: slots count from 0 to {slots - 1}")
-    job = open_job(arguments.output, index, merge, storage)
-    manifest = stage.finished(job, say, rebuild=task in ("all", "train"))
-    if manifest is None and task in ("all", "train"):
+    if task == "all":
+        manifest: Manifest | None = stage.merge(arguments.output, index, merge, storage=storage, progress=say)
+    else:
+        job = open_job(arguments.output, index, merge, storage)
+        manifest = stage.finished(job, say, rebuild=task == "train")
+    if manifest is None and task == "train":
         stage.train(job, say)
-    if manifest is None and task in ("all", "shards"):
+    if manifest is None and task == "shards":
         for shard in range(slot or 0, job.shards, slots or 1):
             stage.build_shard(job, shard, say)
-    if manifest is None and task in ("all", "manifest"):
+    if manifest is None and task == "manifest":
         manifest = stage.publish(job, say)
     if manifest is None:
         summary = {"task": task, "version": job.version, "index_shards": job.shards}

@@ -1,4 +1,4 @@
-"""The manifest of an index version, and CURRENT, which names the live version."""
+"""The manifest of an index version: what it holds, in which files, and its measured recall."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index.paths import CURRENT, VersionPaths
+from clip_batch.index.publications import live_version
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
 
@@ -198,20 +199,12 @@ def _between(efforts: Sequence[dict[str, int]], k: int) -> int:
     return math.ceil(shallow * growth)
 
 
-def current_version(store: Store) -> str | None:
-    """The version that CURRENT names; None where there is no CURRENT."""
-    try:
-        return store.read(CURRENT).decode().strip()
-    except FileNotFoundError:
-        return None
-
-
 def load_manifest(store: Store, version: str | None = None) -> Manifest:
     """The manifest of a version, by default of the live one.
 
     ConfigError: there is no CURRENT, so nothing was merged here. CorruptError: the manifest is missing or not readable.
     """
-    version = version or current_version(store)
+    version = version or live_version(store)
     if not version:
         if store.exists(f"index/{CURRENT}"):  # the folder of run
             inner = store.display("index")
@@ -224,19 +217,3 @@ def load_manifest(store: Store, version: str | None = None) -> Manifest:
         raise CorruptError(f"{store.display(name)} is missing: the version is not finished, merge again") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{store.display(name)} is not a manifest ({error}): delete it and merge again") from None
-
-
-def publish_manifest(store: Store, manifest: Manifest) -> Manifest:
-    """Write manifest.json if there is none, then make the version live. Returns the manifest that is there then.
-
-    Where two tasks publish at once, that is the first one's.
-    """
-    store.create(VersionPaths(manifest.version).manifest, manifest.to_json().encode())
-    make_current(store, manifest.version)
-    return load_manifest(store, manifest.version)
-
-
-def make_current(store: Store, version: str) -> None:
-    """Make a finished version live, unless it is already."""
-    if current_version(store) != version:
-        store.replace(CURRENT, f"{version}\n".encode())

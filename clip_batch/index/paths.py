@@ -1,6 +1,7 @@
 """The names of all files in INDEX, relative to INDEX. No other module spells one.
 
     CURRENT                                   the name of the live version
+    publications/<number>.json                what became live, in order: see `clip_batch.index.publications`
     tombstones/<digest>.json                  a removal list
     tombstones/<digest>.<number>.json         what became of it: removed (0), undone (1), removed again (2), ...
     <version>/manifest.json                   written last: a version without it is not finished
@@ -25,10 +26,24 @@ from dataclasses import dataclass
 
 CURRENT = "CURRENT"
 
+PUBLICATIONS = "publications"
+"""The folder of the log of what became live."""
+
 REMOVALS = "tombstones"
 """The folder of the removal lists, and the name of each version's cache of them."""
 
 TRUTH = "truth"
+
+
+def publication(number: int) -> str:
+    """An entry of the log of publications, by its number from 1 on."""
+    return f"{PUBLICATIONS}/{number:08d}.json"
+
+
+def parse_publication(name: str) -> int | None:
+    """The number of a base name in the folder of the log; None for any other file."""
+    match = re.fullmatch(r"([0-9]{8})\.json", name)
+    return int(match[1]) if match else None
 
 
 def removal_list(digest: str) -> str:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index.ann.recall import Recall
-from clip_batch.index.manifest import Manifest, current_version, load_manifest, make_current
-from clip_batch.index.paths import CURRENT, VersionPaths, is_version
+from clip_batch.index.manifest import Manifest, load_manifest
+from clip_batch.index.paths import VersionPaths, is_version
+from clip_batch.index.publications import append, live_version, mend, publish, read_state
 from clip_batch.index.removed_rows import fetch_metadata, removed_ids, removed_if_known
 from clip_batch.storage.store import Store
 from clip_batch.types import StoredFile, counted
@@ -41,7 +42,7 @@ class VersionInfo:
 
 def versions(store: Store) -> list[VersionInfo]:
     """All versions of INDEX, the oldest first, unfinished ones last."""
-    live = current_version(store)
+    live = live_version(store)
     listed = [_info(store, version, version == live) for version in _folders(store)]
     return sorted(listed, key=lambda info: (not info.finished, info.created, info.version))
 
@@ -94,21 +95,19 @@ def _recall(measured: dict[str, Recall]) -> str:
 def use(store: Store, version: str) -> Manifest:
     """Make a finished version the live one: roll back, or forward again. Rows that were removed stay removed.
 
-    First the size of each of its files is checked, and the rows that are removed from it are found. ConfigError: there
-    is no such finished version, or it lacks the column of a removal list. CorruptError: a file is missing or of another
-    size.
+    First the size of each of its files is checked, and the rows that are removed from it are found. A CURRENT that
+    names no version is replaced. ConfigError: there is no such finished version, or it lacks the column of a removal
+    list. CorruptError: a file is missing or of another size. ConflictError: another version has become live meanwhile,
+    or this one was deleted.
     """
+    mend(store)
+    before = live_version(store)
     manifest = _finished(store, version)
     if problem := broken(store, manifest.files):
         raise CorruptError(f"{problem}: use another version, or merge again")
     removed_ids(store, manifest, fetch_metadata(store, manifest))
-    before = current_version(store)
-    make_current(store, version)
-    if store.exists(VersionPaths(version).manifest):
-        return manifest
-    if current_version(store) == version:  # a `drop` at the same time removes the manifest first
-        make_current(store, before) if before else store.remove(CURRENT)
-    raise ConfigError(f"{store.display(version)} was dropped meanwhile: {before or 'nothing'} serves as before")
+    publish(store, version, before)
+    return manifest
 
 
 def broken(store: Store, files: Mapping[str, StoredFile]) -> str | None:
@@ -116,13 +115,6 @@ def broken(store: Store, files: Mapping[str, StoredFile]) -> str | None:
     with ThreadPoolExecutor(16) as pool:
         problems = pool.map(lambda file: _problem(store, file[0], file[1]["bytes"]), files.items())
         return next(filter(None, problems), None)
-
-
-def discard(store: Store, version: str) -> None:
-    """Delete a broken version, the live one too, so that it can be built anew. ConfigError: another one needs it."""
-    _refuse_base(store, version, [other for other in _folders(store) if other != version])
-    store.remove(VersionPaths(version).manifest)
-    store.remove_folder(version)
 
 
 def _finished(store: Store, version: str) -> Manifest:
@@ -141,26 +133,26 @@ def _problem(store: Store, name: str, size: int) -> str | None:
     return None if bytes_there == size else f"{store.display(name)} has {bytes_there} bytes, not {size} as recorded"
 
 
-def drop(store: Store, version: str) -> None:
+def drop(store: Store, version: str, rebuild: bool = False) -> None:
     """Delete a version's folder. An unfinished version may be deleted too, if no merge is building it.
 
-    ConfigError: there is no such version, it is live, or another version needs its files, which an unfinished one may.
-    CorruptError: a manifest is not readable.
+    First the log says so, so that it cannot become live; if this is killed, another call completes it. `rebuild` also
+    deletes the live version, which is to be built anew. ConfigError: there is no such version, it is live, or another
+    version needs its files, which an unfinished one may. CorruptError: a manifest is not readable.
     """
-    folders = _folders(store)
-    if version not in folders:
-        raise ConfigError(f"{store.url} has no version {version!r}; there are {', '.join(folders) or 'none'}")
-    if current_version(store) == version:
-        raise ConfigError(f"{store.display(version)} is live: use another version first")
-    name = VersionPaths(version).manifest
-    text = store.read(name) if store.exists(name) else None
-    if text is not None:
-        _refuse_base(store, version, [other for other in folders if other != version])
-        store.remove(name)
-        if current_version(store) == version:  # a `use` at the same time
-            store.create(name, text)
-            raise ConfigError(f"{store.display(version)} has become live meanwhile: use another version first")
+    while version not in (state := read_state(store)).dropping:
+        folders = _folders(store)
+        if version not in folders:
+            raise ConfigError(f"{store.url} has no version {version!r}; there are {', '.join(folders) or 'none'}")
+        if state.version == version and not rebuild:
+            raise ConfigError(f"{store.display(version)} is live: use another version first")
+        if store.exists(VersionPaths(version).manifest):
+            _refuse_base(store, version, [other for other in folders if other != version])
+        append(store, state, state.version, {*state.dropping, version})
+    store.remove(VersionPaths(version).manifest)
     store.remove_folder(version)
+    while version in (state := read_state(store)).dropping:
+        append(store, state, state.version, {*state.dropping} - {version})
 
 
 def _refuse_base(store: Store, version: str, others: list[str]) -> None:

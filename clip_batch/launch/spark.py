@@ -11,6 +11,7 @@ Spark aborts a whole job once one of its tasks has failed spark.task.maxFailures
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -28,8 +29,9 @@ from clip_batch import errors
 from clip_batch.config import EmbedConfig, MergeConfig, SparkConfig, StorageConfig, SubmitConfig
 from clip_batch.config.options import to_flags
 from clip_batch.embeddings import submission
-from clip_batch.errors import ConfigError, IncompleteError, one_line
+from clip_batch.errors import ConfigError, ConflictError, IncompleteError, one_line
 from clip_batch.index.manifest import Manifest, load_manifest
+from clip_batch.index.publications import TRIES
 from clip_batch.launch.spark_executor import EmbedTask, PartitionStatus, embed_slot, merge_task
 from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
@@ -109,7 +111,8 @@ def merge_on_spark(
 ) -> Manifest:
     """Merge on the executors: train, build the index shards in at most `tasks` tasks, and publish the version.
 
-    Each task skips what is done already. Raises what `clip_batch.merge` raises.
+    Each task skips what is done already; with `add` they begin again where another version goes live meanwhile. Raises
+    what `clip_batch.merge` raises.
     """
     merge = functools.partial(merge_task, absolute(output), absolute(index), config, storage)
 
@@ -121,10 +124,15 @@ def merge_on_spark(
                 raise getattr(errors, answer["error"])(answer["message"])
         return dict(answers[0])
 
-    job = run("train", 1)
-    run("shards", max(1, min(tasks, job["shards"])))
-    run("manifest", 1)
-    return load_manifest(Store(index, storage.storage_options), job["version"])
+    def run_all() -> Manifest:
+        job = run("train", 1)
+        run("shards", max(1, min(tasks, job["shards"])))
+        return load_manifest(Store(index, storage.storage_options), run("manifest", 1)["version"])
+
+    for _ in range(TRIES if config.add else 0):
+        with contextlib.suppress(ConflictError):  # another version went live meanwhile: begin again from it
+            return run_all()
+    return run_all()
 
 
 def drive(

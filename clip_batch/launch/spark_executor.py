@@ -163,8 +163,9 @@ def merge_task(
 
     try:
         job = open_job(output, index, config, storage)
-        if merge.finished(job, rebuild=task == "train"):
-            pass
+        version = job.version
+        if manifest := merge.finished(job, rebuild=task == "train"):
+            version = manifest.version
         elif task == "train":
             merge.train(job)
         elif task == "shards":
@@ -172,7 +173,7 @@ def merge_task(
                 merge.build_shard(job, shard)
         else:
             merge.publish(job)
-        return [{"version": job.version, "shards": job.shards}]
+        return [{"version": version, "shards": job.shards}]
     except StorageUnavailable:  # Spark tries the task again
         raise
     except ClipBatchError as error:

@@ -31,8 +31,8 @@ from clip_batch.export.databases.fill import describe, export_milvus, export_sql
 from clip_batch.export.databases.milvus import Milvus
 from clip_batch.export.databases.rows import VectorRows
 from clip_batch.export.databases.sql import ExportRecord, Sql
-from clip_batch.index.manifest import current_version
 from clip_batch.index.merge.merge import merge
+from clip_batch.index.publications import current_version
 from clip_batch.index.remove import remove
 from clip_batch.search.conditions import Not
 from clip_batch.search.searcher import Searcher

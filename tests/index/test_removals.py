@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index import removals, removed_rows
-from clip_batch.index.manifest import Manifest, current_version
+from clip_batch.index.manifest import Manifest
 from clip_batch.index.paths import CURRENT
+from clip_batch.index.publications import current_version
 from clip_batch.index.removals import RemovalList
 from clip_batch.storage.store import Store
 from tests.fabricated import ENCODER
@@ -233,12 +234,12 @@ def test_on_a_remote_store(shards: list[tuple[str, int]]) -> None:
 
 def test_state_changes_with_the_version_and_with_each_list(store: Store) -> None:
     states = [state_of(store)]
-    store.replace(CURRENT, b"v1\n")
+    store.replace(CURRENT, b"3f2a9c0d1e5b\n")
     states.append(state_of(store))
     for value in ("a", "b"):
         removals.add(store, "key", [value])
         states.append(state_of(store))
-    store.replace(CURRENT, b"v2\n")
+    store.replace(CURRENT, b"0123456789ab\n")
     states.append(state_of(store))
     assert len(set(states)) == 5
     removals.add(store, "key", ["b"])

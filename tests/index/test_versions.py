@@ -20,13 +20,14 @@ import pytest
 
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig, StorageConfig
-from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.errors import ConfigError, ConflictError, CorruptError
 from clip_batch.index import removals, removed_rows
 from clip_batch.index.ann import faiss_index
-from clip_batch.index.manifest import Manifest, current_version, load_manifest
+from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.metadata import MetadataFile
-from clip_batch.index.paths import CURRENT, VersionPaths
+from clip_batch.index.paths import CURRENT, PUBLICATIONS, VersionPaths
+from clip_batch.index.publications import current_version, publications, read_state
 from clip_batch.index.remove import read_values, remove
 from clip_batch.index.versions import describe, drop, use, versions
 from clip_batch.search.searcher import Searcher
@@ -287,7 +288,9 @@ def test_removals_while_a_merge_publishes(store: Store, home: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         removing = pool.submit(keep_removing)
         try:
-            made = [merge(str(home / "first"), store.url, replace(CONFIG, seed=seed)).version for seed in (2, 3)]
+            made = [
+                merge(str(home / "first"), store.url, replace(CONFIG, seed=seed, anew=True)).version for seed in (2, 3)
+            ]
         finally:
             stop.set()
         removing.result()
@@ -376,7 +379,7 @@ def test_dropping(store: Store, home: Path, first: str, second: str) -> None:
     remove(store.url, key_file(home, "0-1"))
     drop(store, first)
     assert [info.version for info in versions(store)] == [second]
-    assert store.list("") == sorted([CURRENT, second, "tombstones"])
+    assert store.list("") == sorted([CURRENT, PUBLICATIONS, second, "tombstones"])
     assert shown(store) == all_keys("second") - {"0-1"}
 
 
@@ -394,22 +397,61 @@ class Meeting(Store):
         self._meet("remove")
         super().remove(name)
 
-    def replace(self, name: str, data: bytes) -> None:
-        self._meet("replace")
-        super().replace(name, data)
+    def create(self, name: str, data: bytes, check_first: bool = True) -> bool:
+        self._meet("create")
+        return super().create(name, data, check_first)
 
 
 def test_dropping_what_is_made_live_meanwhile(store: Store, first: str, second: str) -> None:
     meeting = Meeting(store.url)
-    meeting.before = "remove", lambda: use(store, first)
-    with pytest.raises(ConfigError, match="has become live meanwhile"):
+    meeting.before = "create", lambda: use(store, first)
+    with pytest.raises(ConfigError, match=rf"{first} is live: use another version first"):
         drop(meeting, first)
     assert current_version(store) == first
     assert shown(store) == all_keys("first")
-    meeting.before = "replace", lambda: drop(store, second)
-    with pytest.raises(ConfigError, match=rf"was dropped meanwhile: {first} serves as before"):
+    meeting.before = "create", lambda: drop(store, second)
+    with pytest.raises(ConflictError, match=rf"{second} was deleted meanwhile"):
         use(meeting, second)
     assert current_version(store) == first
+    assert shown(store) == all_keys("first")
+
+
+def test_using_what_is_being_dropped(store: Store, first: str, second: str) -> None:
+    def refused() -> None:
+        with pytest.raises(ConflictError, match=rf"{first} is being deleted: .* --drop {first} completes that"):
+            use(store, first)
+        raise KeyboardInterrupt  # drop is killed, once the log says what it does
+
+    meeting = Meeting(store.url)
+    meeting.before = "remove", refused
+    with pytest.raises(KeyboardInterrupt):
+        drop(meeting, first)
+    assert current_version(store) == second
+    drop(store, first)
+    assert [info.version for info in versions(store)] == [second]
+    assert read_state(store).dropping == ()
+
+
+def test_of_two_uses_at_once_one_says_so(store: Store, first: str, second: str, home: Path) -> None:
+    third = merge(str(home / "second"), store.url, replace(CONFIG, seed=1)).version
+    meeting = Meeting(store.url)
+    meeting.before = "create", lambda: use(store, second)
+    with pytest.raises(ConflictError, match=rf"serves version {second} now, not {third}.*run the command again"):
+        use(meeting, first)
+    assert current_version(store) == second
+    use(store, first)
+    assert [entry.version for entry in publications(store)] == [first, second, third, second, first]
+
+
+def test_current_that_names_no_version_is_mended_by_use(
+    store: Store, first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.replace(CURRENT, b"../../etc\n")
+    for command in ("versions", "verify", "merge --output " + store.url):
+        if command != "versions":
+            assert main([*command.split(), "--index", store.url]) in (1, 2)
+    assert main(["versions", "--index", store.url, "--use", first]) == 0
+    assert f"* {first}" in capsys.readouterr().out
     assert shown(store) == all_keys("first")
 
 
@@ -453,4 +495,4 @@ def test_on_s3_with_lost_answers_races_and_no_right_to_write(
     use(remote, first)
     assert [info.alive for info in versions(remote)] == [98, 117]
     drop(remote, second)
-    assert remote.list("") == sorted([CURRENT, first, "tombstones"])
+    assert remote.list("") == sorted([CURRENT, PUBLICATIONS, first, "tombstones"])

@@ -230,7 +230,7 @@ def test_what_verify_finds_is_repaired_and_versions_come_and_go(store: Store, gc
         (second, False, 88),
     ]
     drop(index, second)
-    assert index.list("") == sorted(["CURRENT", first, "tombstones"])
+    assert index.list("") == sorted(["CURRENT", first, "publications", "tombstones"])
 
 
 def test_wrong_options_are_one_line_without_secrets(gcs: Gcs) -> None:

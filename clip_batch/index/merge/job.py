@@ -10,17 +10,18 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings import clip_retrieval, reader
 from clip_batch.errors import ConfigError
 from clip_batch.index.ann import footprint, index_keys
 from clip_batch.index.ann.index_keys import Choice
-from clip_batch.index.manifest import DuplicateRows, Manifest, current_version, load_manifest
+from clip_batch.index.manifest import DuplicateRows, Manifest, load_manifest
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.queries import vector_kinds
 from clip_batch.index.paths import VersionPaths
+from clip_batch.index.publications import live_version
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
@@ -48,7 +49,10 @@ BASE_BYTES = 700_000_000
 
 
 class TemplateRecord(TypedDict):
-    """What `train` recorded: see `clip_batch.index.merge.train.Template`."""
+    """What `train` recorded: see `clip_batch.index.merge.train.Template`.
+
+    `job` is `MergeJob.identity`, and `replaces` the version that was live then; older releases recorded neither.
+    """
 
     attempt: str
     keys: dict[str, str]
@@ -61,6 +65,8 @@ class TemplateRecord(TypedDict):
     predictors: dict[str, dict[str, dict[str, StoredFile]]]
     seconds: float
     files: dict[str, StoredFile]
+    job: NotRequired[str]
+    replaces: NotRequired[str | None]
 
 
 class ShardRecord(TypedDict):
@@ -76,13 +82,15 @@ class ShardRecord(TypedDict):
 class MergeJob:
     """One merge, the same for each of its tasks: a pure function of OUT, the options and the version that is added to.
 
-    `base` is that version, the live one; None for a merge without `add`.
+    `base` is that version, the live one; None for a merge without `add`. `live` is the version that was live when the
+    job was opened (None: nothing).
     """
 
     source: reader.Embeddings
     index: Store
     config: MergeConfig
     base: Manifest | None = None
+    live: str | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -92,7 +100,17 @@ class MergeJob:
     @cached_property
     def version(self) -> str:
         """12 hex digits over the commits, the options and the version that is added to."""
-        return _digest([FORMAT, self.digest, asdict(self.config), self.base and self.base.version])
+        return _digest([FORMAT, self.digest, self._options, self.base and self.base.version])
+
+    @cached_property
+    def identity(self) -> str:
+        """12 hex digits over the commits and the options, whichever version is live."""
+        return _digest([FORMAT, self.digest, self._options])
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The options that say what the version holds."""
+        return {name: value for name, value in asdict(self.config).items() if name != "anew"}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -266,10 +284,11 @@ def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageC
     out, home = Store(output, storage.storage_options), Store(index_url, storage.storage_options)
     made_by = EncoderSpec(config.made_by[0], "".join(config.made_by[1:]), weights="")
     source = open_source(out, made_by, config.allow_partial)
-    base = load_manifest(home) if config.add and current_version(home) else None
+    live = live_version(home)
+    base = load_manifest(home, live) if config.add and live else None
     if base:
         _check_base(source, base)
-    job = MergeJob(source, home, config, base)
+    job = MergeJob(source, home, config, base, live)
     _ = job.shards  # raises now if the shards do not fit in memory, or faiss does not know the key
     return job
 

@@ -22,24 +22,18 @@ from dataclasses import replace
 from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.config.paths import path_text
 from clip_batch.embeddings.status import describe_partitions
-from clip_batch.errors import ClipBatchError, ConfigError, IncompleteError
+from clip_batch.errors import ClipBatchError, ConflictError, IncompleteError
 from clip_batch.index import removals, removed_rows
 from clip_batch.index.ann import index_keys, ondisk
-from clip_batch.index.manifest import (
-    IndexShard,
-    Manifest,
-    MergedOutput,
-    current_version,
-    load_manifest,
-    make_current,
-    publish_manifest,
-)
+from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput, load_manifest
+from clip_batch.index.merge.go_live import make_live, refuse_less, untrained
 from clip_batch.index.merge.job import MergeJob, ShardRecord, open_job
 from clip_batch.index.merge.shard import build
 from clip_batch.index.merge.train import Template, make_template
 from clip_batch.index.merge.tune import tune
 from clip_batch.index.paths import TRUTH
-from clip_batch.index.versions import broken, discard
+from clip_batch.index.publications import TRIES
+from clip_batch.index.versions import broken, drop
 from clip_batch.storage.allocator import give_back
 from clip_batch.storage.store import file_digest
 from clip_batch.types import StoredFile, StrPath, format_numbers
@@ -58,14 +52,30 @@ def merge(
     """Build a version of INDEX from OUT, unless it is finished already, and return its manifest.
 
     All tasks run in this process, one after another. Every row is checked as it is read, before its shard is built.
+    With `add` it begins again, up to `TRIES` times, if another version goes live meanwhile.
 
     IncompleteError: partitions are not committed (and not `allow_partial`). CorruptError: a committed file is not what
-    its commit says, or a vector is not finite and of unit norm. ConfigError: an option is wrong, or faiss refuses the
-    key. PlanError: OUT has no plan.
+    its commit says, or a vector is not finite and of unit norm. ConfigError: an option is wrong, faiss refuses the key,
+    or the live version holds more (and not `anew`). ConflictError: it does since this merge began. PlanError: OUT has
+    no plan.
     """
     MergeConfig.expect(config=config), StorageConfig.expect(storage=storage)
     say = progress or (lambda line: None)
-    job = open_job(path_text(output, "output"), path_text(index, "index"), config, storage)
+    places = path_text(output, "output"), path_text(index, "index")
+    for _ in range(TRIES):
+        job = open_job(*places, config, storage)
+        try:
+            return _run(job, say)
+        except ConflictError:
+            if not config.add:
+                raise
+            # Its files stay for gc: the same merge may run in another process, too.
+            say(f"another version went live meanwhile, so {job.version} is given up and the merge begins again")
+    return _run(open_job(*places, config, storage), say)
+
+
+def _run(job: MergeJob, say: Say) -> Manifest:
+    """All tasks of a job, one after another."""
     if manifest := finished(job, say, rebuild=True):
         return manifest
     train(job, say)
@@ -77,43 +87,48 @@ def merge(
 def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = False) -> Manifest | None:
     """The manifest of the job's version if it is finished, made live and rid of left-over files; None otherwise.
 
-    Where a version that was added to it is live, that one stays so, and is returned.
+    Where the live version was added to it, or has all of OUT already, nothing is to do, and that one is returned.
 
-    With `rebuild`, a finished version that has lost a file since is deleted, so that it is built anew: only the first
-    task of a merge may do so.
+    With `rebuild`, for the first task of a merge alone, a finished version that has lost a file since is deleted, so
+    that it is built anew; and where it is to be built, ConfigError is raised if it could not go live.
     """
     if job.base and any(source.digest == job.digest for source in job.base.sources):
         progress(f"version {job.base.version} has this OUT already")
         return job.base
     if not job.index.exists(job.paths.manifest):
+        if rebuild and not job.config.add:
+            refuse_less(job, [_source(job)], job.live, job.live)
         return None
     manifest = load_manifest(job.index, job.version)
     own = {name: file for name, file in manifest.files.items() if name.startswith(f"{job.version}/")}
     if rebuild and (problem := broken(job.index, own)):
         progress(f"{problem}: version {job.version} is built anew")
-        discard(job.index, job.version)
+        drop(job.index, job.version, rebuild=True)
         return None
     if larger := _added_to(job):
-        progress(
-            f"version {job.version} is finished already, and {larger.version}, which was added to it, stays live: "
-            f"clip-batch versions --use {job.version} goes back"
-        )
+        progress(f"version {job.version} is finished already, and {larger.version}, which was added to it, is live")
         return larger
-    make_current(job.index, job.version)
+    make_live(job, manifest.sources, job.live if rebuild else _began(job))
     _tidy(job, manifest)
     progress(f"version {job.version} is finished already")
     return manifest
 
 
 def _added_to(job: MergeJob) -> Manifest | None:
-    """The live version, if it has the shards of the job's version and more."""
-    if current_version(job.index) in (None, job.version):
+    """The live version, if it has the shards of the job's version and more, and is not to be replaced."""
+    if job.config.anew or job.live in (None, job.version):
         return None
     with contextlib.suppress(ClipBatchError):  # a live version that cannot be read is replaced
-        live = load_manifest(job.index)
+        live = load_manifest(job.index, job.live)
         if any(shard.version == job.version for shard in live.shards):
             return live
     return None
+
+
+def _began(job: MergeJob) -> str | None:
+    """The version that was live when the job was trained, as far as that is recorded."""
+    record = job.template_record()
+    return record.get("replaces", job.live) if record else job.live
 
 
 def train(job: MergeJob, progress: Say = lambda line: None) -> None:
@@ -147,7 +162,7 @@ def build_shard(job: MergeJob, shard: int, progress: Say = lambda line: None) ->
         progress(f"{at} is built already")
         return job.settle(shard, record)
     if not (template := Template.read(job)):
-        raise ConfigError(f"{job.index.url}/{job.version} is not trained yet: run clip-batch merge --task train")
+        raise untrained(job)
     with job.attempt_shard(shard) as attempt:
         build(template, shard, attempt)
     by = "" if attempt.won else ", by another attempt"
@@ -159,13 +174,16 @@ def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
     """Fold the shards' trials, choose the effort, write the manifest, make the version live.
 
     First it gives files their final names where an attempt died before it had; last it removes the files of the other
-    attempts. It may run twice at once: the first manifest counts. IncompleteError: a shard is not built.
+    attempts. It may run twice at once: the first manifest counts. IncompleteError: a shard is not built. ConflictError:
+    the version that was live when this one was trained is no longer (see `clip_batch.index.merge.go_live`).
     """
     if manifest := finished(job, progress):
         return manifest
     template = Template.read(job)
-    records = {shard: record for shard in range(job.shards) if template and (record := job.shard_record(shard))}
-    if not template or len(records) < job.shards:
+    if not template:
+        raise untrained(job)
+    records = {shard: record for shard in range(job.shards) if (record := job.shard_record(shard))}
+    if len(records) < job.shards:
         missing = format_numbers(set(range(job.shards)) - set(records))
         raise IncompleteError(f"{job.index.url}/{job.version}: index shards {missing} are not built: merge again")
     for shard, record in records.items():
@@ -205,7 +223,9 @@ def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
         predicted=tuning.predicted,
     )
     _check_removals(job, manifest)
-    published = publish_manifest(job.index, manifest)
+    job.index.create(job.paths.manifest, manifest.to_json().encode())
+    published = load_manifest(job.index, job.version)  # where two tasks publish at once, the first one's
+    make_live(job, published.sources, _began(job))
     _tidy(job, published)
     return published
 

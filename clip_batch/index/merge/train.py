@@ -216,6 +216,8 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
         tried=template.tried,
         predictors=template.predictors,
         seconds=time.monotonic() - started,
+        job=job.identity,
+        replaces=job.live,
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from clip_batch.config import DatabaseConfig, SearchConfig
 from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.index import removals
-from clip_batch.index.manifest import current_version
+from clip_batch.index.publications import current_version
 from clip_batch.search.backend import Backend
 from clip_batch.search.lineage import is_planned
 from clip_batch.search.prefilter import Prefilter

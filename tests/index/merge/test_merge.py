@@ -698,7 +698,7 @@ class Race:
         ends = {"image": "index", "text": "index", "metadata": "arrow", "truth": "npz", "shards": "json"}
         wanted |= {f"{name}/{shard}.{end}" for name, end in ends.items() for shard in ("0000", "0001")}
         names = [name for name in corpus.names_in(store) if TEMPORARY not in name]  # kill -9 leaves a record's spool
-        assert names == sorted(["CURRENT", *(f"{version}/{name}" for name in wanted)])
+        assert names == sorted(["CURRENT", "publications/00000001.json", *(f"{version}/{name}" for name in wanted)])
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -873,8 +873,8 @@ def test_tasks_that_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert text in capsys.readouterr().err
     fabricated.commit(tmp_path / "out", plan, 1, images[10:], texts[10:])
     for flags, code, text in (
-        (("--task", "shards", "--slot", "0", "--slots", "2"), 2, "not trained yet: run clip-batch merge --task train"),
-        (("--task", "manifest"), 1, "index shards 0 are not built"),
+        (("--task", "shards", "--slot", "0", "--slots", "2"), 2, "not trained yet: run clip-batch merge --output"),
+        (("--task", "manifest"), 2, "not trained yet: run clip-batch merge --output"),
         (("--task", "train"), 0, "image: key Flat"),
         (("--task", "shards", "--slot", "1", "--slots", "2"), 0, ""),  # more slots than shards
         (("--task", "manifest"), 1, "index shards 0 are not built"),
