@@ -8,7 +8,6 @@ from clip_batch.embeddings import status as output_status
 from clip_batch.embeddings.status import OutputStatus
 from clip_batch.embeddings.verify import VerifyReport, verify_output
 from clip_batch.index.paths import CURRENT
-from clip_batch.index.verify import verify_index
 from clip_batch.storage.store import Store
 from clip_batch.types import StrPath
 
@@ -24,10 +23,14 @@ def status(output: StrPath, *, storage: StorageConfig = StorageConfig()) -> Outp
 def verify(source: StrPath, *, deep: bool = False, storage: StorageConfig = StorageConfig()) -> VerifyReport:
     """Prove that OUT, or the live version of INDEX, is complete and sound; `problems` names what is not.
 
+    Of INDEX, that no search finds a row that was removed is part of it; a remote one is searched only with `deep`.
+
     `deep` reads every byte, and of OUT the input again; without it, sizes and counts are compared. PlanError: `source`
     is neither.
     """
     store = Store(path_text(source, "source"), storage.storage_options)
     if store.exists(CURRENT):
-        return verify_index(store, deep)
+        from clip_batch.search.verify import verify_searches
+
+        return verify_searches(source, deep, storage)
     return verify_output(store, deep, storage.storage_options)

@@ -36,19 +36,20 @@ class VerifyArguments(JsonArguments):
     index: list[str] = field(default_factory=list)
     """The index folder INDEX, if that is to be verified."""
     deep: bool = False
-    """Read every byte of OUT or INDEX, and of OUT's input; without it, only sizes and counts are compared."""
+    """Read every byte of OUT or INDEX, and of OUT's input; else sizes, counts, and a sample of what was removed."""
 
 
 def verify(arguments: VerifyArguments, storage: StorageConfig) -> int:
     """Prove that OUT, or an index, is complete and sound; otherwise exit with 1 and name what is not."""
     from clip_batch.embeddings.verify import verify_output
-    from clip_batch.index.verify import verify_index
     from clip_batch.storage.store import Store
 
     options = storage.storage_options
     if arguments.index:
+        from clip_batch.search.verify import verify_searches
+
         folder = IndexArguments(index=arguments.index).index_folder
-        report = verify_index(Store(folder, options), arguments.deep)
+        report = verify_searches(folder, arguments.deep, storage)
     elif arguments.output:
         report = verify_output(Store(arguments.output, options), arguments.deep, options)
     else:
@@ -58,6 +59,11 @@ def verify(arguments: VerifyArguments, storage: StorageConfig) -> int:
     proof = "deep" if arguments.deep else "quick"
     text = f"{report.checked - len(report.problems)} of {report.checked} sound ({proof}), {counted(report.rows, 'row')}"
     text += f", {report.failed:,} listed as failed" if report.failed else ""
+    if report.removed:
+        searched = (
+            f"none of {report.searched:,} found by searches" if report.searched else "not searched for (--deep does)"
+        )
+        text += f", {report.removed:,} removed, {searched}" if "removed rows" not in report.problems else ""
     text += f", passed over: {format_counts(report.passed_over)}" if report.passed_over else ""
     text += f", {counted(len(report.empty), 'partition')} without a row" if report.empty else ""
     answer(arguments, {"ok": report.ok, **asdict(report)}, text)

@@ -26,7 +26,8 @@ class VerifyReport:
 
     `passed_over` counts the files of the input that are part of no row and of no failure, by extension. `problems` maps
     the name of each partition (or index shard) that is not sound to what is wrong with it. `empty` maps the name of
-    each partition that was committed without a row to the reason; it is sound, and `repair` leaves it.
+    each partition that was committed without a row to the reason; it is sound, and `repair` leaves it. Of an index,
+    `removed` counts the rows that were removed, and `searched` those of them that were searched for.
     """
 
     checked: int = 0
@@ -35,6 +36,8 @@ class VerifyReport:
     problems: dict[str, str] = field(default_factory=dict)
     passed_over: dict[str, int] = field(default_factory=dict)
     empty: dict[str, str] = field(default_factory=dict)
+    removed: int = 0
+    searched: int = 0
 
     @property
     def ok(self) -> bool:

@@ -436,8 +436,11 @@ class Searcher:
 
         ConfigError: an id is not in the index, or this kind of index cannot give vectors back.
         """
+        return self.vectors(checked_ids(self.manifest, self.removed, ids), modality)
+
+    def vectors(self, rows: Ids, modality: str = "image") -> Vectors:
+        """As `reconstruct`, of ids int64 (n,) that are in the index, also of rows that were removed."""
         self._check_open()
-        rows = checked_ids(self.manifest, self.removed, ids)
         check_modality(self.manifest, modality)
         modality = modality_in(self.manifest, modality)
         parts = self.indices[modality].parts
