@@ -177,9 +177,10 @@ _ARGUMENT = "embed_table's image= or caption="
 
 
 def _caption(value: Any) -> str | None:
-    """A caption: a text, or of a list the first that is not blank. Numbers, objects and all else are none."""
+    """A caption, as of a JSON field: of a list the first that is not blank, of a number its text, of objects none."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    return as_caption(value) if isinstance(value, str | bytes | list | tuple) else None
+    known = isinstance(value, str | bytes | list | tuple | bool | int | float)
+    return as_caption(value) if known and not _is_missing(value) else None
 
 
 def _image(row: Mapping[str, Any], column: str, storage: StorageConfig) -> tuple[bytes | None, str, str | None]:

@@ -59,16 +59,17 @@ def run(
     extras.require("embed", "merge", *(["serve"] if arguments.serve else []))
     _check_port(arguments, serve)
     from clip_batch.launch.end2end import paths
-    from clip_batch.launch.line import output_folder, run_line, url_list
+    from clip_batch.launch.line import output_folder, record_spec, run_line, url_list
     from clip_batch.plan import paths as output_paths
 
     folder = output_folder(arguments.output, specs)
     say(f"all is written to {folder}; run the same command again to go on after a stop")
-    if urls := url_list(specs, storage.storage_options):
+    if urls := url_list(specs, plan.format, storage, say):
         say(f"{urls} is a list of URLs: its images are downloaded first, as by clip-batch end2end")
         line = End2EndArguments(
             output=folder, **{name: getattr(arguments, name) for name in ("json", "workers", "serve")}
         )
+        record_spec(folder, specs, storage)
         return end2end(line, replace(download, urls=urls), replace(plan, input=[]), embed, merge, serve, storage)
     plan = replace(plan, input=specs)
     workers = processes(arguments.workers, embed)

@@ -167,9 +167,9 @@ def image_bytes(image: Any, storage: StorageConfig = StorageConfig(), upright: b
 
 def _encoded(image: PIL.Image.Image) -> bytes:
     """An image file with exactly an image's pixels: the fastest format that has its mode."""
-    kind = (
-        "PPM" if image.mode in ("RGB", "L") else "TIFF" if image.mode in ("CMYK", "YCbCr", "LAB", "F", "I") else "PNG"
-    )
+    if image.mode == "YCbCr":  # as the model's transform does; Pillow before 12 does not read its own TIFF of it
+        image = image.convert("RGB")
+    kind = "PPM" if image.mode in ("RGB", "L") else "TIFF" if image.mode in ("CMYK", "LAB", "F", "I") else "PNG"
     plain = image.copy()  # without the tags of its file, which the orientation is among
     plain.info = {name: value for name, value in image.info.items() if name == "transparency"}
     file = io.BytesIO()

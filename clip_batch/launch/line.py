@@ -6,6 +6,8 @@ the same line behind a download.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +23,7 @@ from clip_batch.plan import paths as output_paths
 from clip_batch.plan.apart import beside, check_apart, contains
 from clip_batch.plan.kinds import detect_format
 from clip_batch.plan.plan import load_plan, make_plan
-from clip_batch.plan.specs import Options, read_lists
+from clip_batch.plan.specs import read_lists
 from clip_batch.samples.tar.suffixes import is_tar, tar_stem
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.store import Store
@@ -54,6 +56,7 @@ def run_line(
 
     begin(1, "plan, which freezes what is embedded and by which model")
     plan_line(store, index, plan_config, storage, lambda line: say(f"plan: {line}"))
+    record_spec(folder, plan_config.input, storage)
     begin(2, "embed, which turns images and captions into vectors")
     embed_all(output, embed_config, storage, workers, say)
     state = status(store)
@@ -117,17 +120,18 @@ def embed_all(output: str, config: EmbedConfig, storage: StorageConfig, workers:
         )
 
 
-def url_list(specs: Sequence[str], options: Options) -> str:
+def url_list(specs: Sequence[str], format: str, storage: StorageConfig, say: Say) -> str:
     """The list of URLs that SPECs name; "" where they name images. ConfigError: they name several lists.
 
-    A text file is one if its lines are URLs, none of them of a tar.
+    A text file is one if its lines are URLs, none of them of a tar. Other kinds are one where `format` is "auto".
     """
+    options = storage.storage_options
     named = list(read_lists(specs, options))
     texts = [spec for spec in specs if spec.endswith((".txt", ".list")) and not spec.startswith("@")]
     lines = len(texts) == len(specs) and not any(
         is_tar(name) or not name.startswith(("http://", "https://")) for name in named
     )
-    if not lines and detect_format(named, options) != "urls":
+    if not lines and (format != "auto" or detect_format(named, options, say) != "urls"):
         return ""
     if len(specs) > 1:
         raise ConfigError(f"{some(specs)} are lists of URLs: give one, or the folder that they are in")
@@ -137,15 +141,41 @@ def url_list(specs: Sequence[str], options: Options) -> str:
 def output_folder(output: str, specs: Sequence[str]) -> str:
     """The folder that `run` writes: `output`, or where that is "" one that is named by the first SPEC.
 
+    Where a run of another SPEC has taken that name (`a.parquet` and the folder `a`), a number follows it.
     ConfigError: it lies in a folder that is input, or has one where embeddings or the index are written.
     """
     folders = [spec for spec in specs if is_local(spec) and os.path.isdir(absolute(spec))]
     folders += [spec for spec in specs if not is_local(spec) and not any(character in spec for character in "*?[{")]
-    folder = (output or beside(default_output(specs[0]), folders)).rstrip("/") or "/"
+    folder = (output or _free(beside(default_output(specs[0]), folders), specs[0])).rstrip("/") or "/"
     check_apart(folder, [spec for spec in folders if contains(spec, folder)])
     for place in (paths.OUTPUT, paths.INDEX):
         check_apart(f"{folder}/{place}", folders)
     return folder
+
+
+def _free(folder: str, spec: str) -> str:
+    """A folder for the results of a SPEC: this one, or with a number where others have results of another SPEC."""
+    names = (f"{folder}-{number}" if number > 1 else folder for number in itertools.count(1))
+    return next(name for name in names if _recorded(name) in (None, _absolute(spec)))
+
+
+def _recorded(folder: str) -> str | None:
+    """The first SPEC of the run that wrote a local folder; None where there is none, or it was not recorded."""
+    try:
+        return str(Store(folder).read_json(paths.RUN)["spec"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def record_spec(folder: str, specs: Sequence[str], storage: StorageConfig) -> None:
+    """Record in the folder of a run whose results it has, unless that is recorded already."""
+    data = json.dumps({"spec": _absolute(specs[0])}, indent=1).encode()
+    Store(folder, storage.storage_options).create(paths.RUN, data)
+
+
+def _absolute(spec: str) -> str:
+    path = spec.removeprefix("@")
+    return os.path.realpath(absolute(path)) if is_local(path) else path
 
 
 def default_output(spec: str) -> str:

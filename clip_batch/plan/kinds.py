@@ -23,7 +23,7 @@ from clip_batch.samples.tar.suffixes import is_tar
 from clip_batch.storage.filesystem import filesystem
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.transfer import has_ranges, read_range, remote_file
-from clip_batch.storage.tree import list_glob, list_tree
+from clip_batch.storage.tree import Say, list_glob, list_tree, silent
 from clip_batch.types import IMAGE_EXTENSIONS, UNREADABLE, Shard, extension
 
 PICTURES = {*IMAGE_EXTENSIONS, "dds", "dng", "j2k", "jp2", "pbm", "pcx", "pgm", "pnm", "ppm", "psd", "tga"}
@@ -81,7 +81,7 @@ Format = Literal["tar", "parquet", "files"]
 """A kind of input that a plan may have."""
 
 
-def detect_format(specs: Sequence[str], options: dict[str, Any]) -> Format | Literal["urls"]:
+def detect_format(specs: Sequence[str], options: dict[str, Any], say: Say = silent) -> Format | Literal["urls"]:
     """What SPECs, of which lists have been replaced by their lines, name: tars, Parquet, folders of pictures, or URLs.
 
     Some of them are looked at: a folder by the extensions of all that is in it, a Parquet file by its columns (images,
@@ -97,7 +97,7 @@ def detect_format(specs: Sequence[str], options: dict[str, Any]) -> Format | Lit
         return "urls"
     found, tables = Counter[str](), list[str]()
     for folder in (spec for spec in spread if not is_tar(spec) and _is_folder(spec, options)):
-        for entry in list_tree(absolute(folder), options).entries:
+        for entry in list_tree(absolute(folder), options, say).entries:
             if is_tar(entry.url):
                 found["tar"] += 1
             elif extension(entry.url) in PICTURES:

@@ -17,7 +17,7 @@ from clip_batch.config.paths import path_text
 from clip_batch.encoders.device import loaded_gpus
 from clip_batch.errors import ConfigError, InputError, PlanError, some
 from clip_batch.plan import paths, specs
-from clip_batch.plan.apart import check_apart
+from clip_batch.plan.apart import check_apart, contains
 from clip_batch.plan.automatic import affordable, automatic_target
 from clip_batch.plan.counts import count_folder, count_samples, image_advice
 from clip_batch.plan.cuts import FindCuts, find_cuts, folder_cuts, parquet_cuts, tar_cuts
@@ -86,12 +86,15 @@ def make_plan(
     store = Store(path_text(output, "output"), options)
     images, captions = _extensions(config)
     _target(config)  # refuses wrong options before it looks at input
-    inputs = specs.expand_inputs(config.input, config.format, options)
+    store.check_folder()
+    inputs = specs.expand_inputs(config.input, config.format, options, say)
+    if inputs.format == "parquet":  # the metadata of OUT are Parquet files
+        check_apart(store.url, [folder for folder in inputs.folders if contains(folder, store.url)])
     config = replace(config, format=inputs.format)
     target = _target(config)
     if config.format == "files":
         check_apart(store.url, [shard.url for shard in inputs.shards])
-        _count_folders(inputs, images, captions, options)
+        _count_folders(inputs, images, captions, options, say)
     else:
         check_kinds(inputs.shards, options, config.format)
     _check_unreadable(inputs, config)
@@ -232,11 +235,11 @@ def _as_list(input: StrPath | Iterable[StrPath]) -> list[StrPath]:
 
 
 def _count_folders(
-    inputs: specs.Inputs, images: Sequence[str], captions: Sequence[str], options: specs.Options
+    inputs: specs.Inputs, images: Sequence[str], captions: Sequence[str], options: specs.Options, say: Progress
 ) -> None:
     """Count the samples of folders of files, and what is none."""
     for number, folder in enumerate(inputs.shards):
-        listed = list_samples(folder.url, images, captions, options)
+        listed = list_samples(folder.url, images, captions, options, say)
         inputs.shards[number] = count_folder(folder, listed, images)
         inputs.passed_over.update(listed.passed_over)
         inputs.unreadable.update(listed.unreadable)

@@ -29,7 +29,7 @@ from clip_batch.storage.retry import call_store
 from clip_batch.storage.store import Store
 from clip_batch.storage.text import encoding
 from clip_batch.storage.transfer import local_etag
-from clip_batch.storage.tree import Entry, Tree, entry_of, list_glob, list_tree
+from clip_batch.storage.tree import Entry, Say, Tree, entry_of, list_glob, list_tree, silent
 from clip_batch.types import Shard, extension, format_counts
 
 SIDE_CARS = ("_stats.json", ".parquet")
@@ -53,12 +53,16 @@ class Inputs:
     - `shards`: tars, Parquet files, or folders with format "files".
     - `passed_over`: the number of files in listed folders, and of matches of globs, that are no input, by extension.
     - `unreadable`: folders that cannot be listed, and why.
+    - `folders`: the folders in which files that are shards were looked for, at any depth.
+    - `say`: is told how far it is in a large folder.
     """
 
     format: Format = "tar"
     shards: list[Shard] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
     unreadable: dict[str, str] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+    say: Say = silent
 
     def entries(self, tree: Tree) -> list[Entry]:
         """The entries of a tree, after taking note of what it passed over."""
@@ -72,19 +76,24 @@ class Inputs:
 
 
 def expand_inputs(
-    specs: Sequence[str], format: Format | Literal["auto"] = "auto", options: Options | None = None
+    specs: Sequence[str],
+    format: Format | Literal["auto"] = "auto",
+    options: Options | None = None,
+    say: Say = silent,
 ) -> Inputs:
     """The shards that SPECs name: tars, Parquet files, or folders with format "files"; "auto" looks what they are.
+
+    `say` is told how far it is in a large folder.
 
     ConfigError: there is no SPEC, or one is named twice. InputError: an input is missing, or matches nothing.
     """
     if not specs:
         raise ConfigError("no input: name tars, Parquet files or folders with --input SPEC")
     named = list(read_lists(specs, options))
-    found = detect_format(named, options or {}) if format == "auto" else format
+    found = detect_format(named, options or {}, say) if format == "auto" else format
     if found in ("tar", "urls"):
         check_names(named)
-    inputs = Inputs("tar" if found == "urls" else found)
+    inputs = Inputs("tar" if found == "urls" else found, say=say)
     for spec in named:
         _expand_spec(spec, inputs.format, options or {}, inputs)
     if len({shard.url for shard in inputs.shards}) < len(inputs.shards):
@@ -237,6 +246,8 @@ def _glob(pattern: str, format: str, options: Options, inputs: Inputs) -> list[E
     Names without a suffix of the format are taken where no match has one, and folders where no file matches.
     """
     folders = format == "files"
+    if "**" in pattern:
+        inputs.folders.append(pattern.partition("**")[0].rstrip("/") or "/")
     tree = list_glob(pattern, options)
     matches = [entry for entry in inputs.entries(tree) if not _base(entry).startswith(".")]
     if folders:
@@ -262,7 +273,8 @@ def _hint(pattern: str, folders: bool, matches: Sequence[Entry]) -> str:
 
 def _files_under(folder: str, format: str, options: Options, inputs: Inputs) -> list[Entry]:
     """All files of the format in a folder and below, sorted; hidden ones are skipped: most are still being copied."""
-    tree = list_tree(folder, options)
+    inputs.folders.append(folder)
+    tree = list_tree(folder, options, inputs.say)
     entries = inputs.entries(tree)
     files = [entry for entry in entries if _is_input(_base(entry), format)]
     if not files and not tree.unreadable:

@@ -18,7 +18,7 @@ from clip_batch.errors import InputError, one_line, some
 from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.store import Store
-from clip_batch.storage.tree import list_tree
+from clip_batch.storage.tree import Say, list_tree, silent
 from clip_batch.types import Failure, Item, Plan, Sample, Shard, Slice
 from clip_batch.types import extension as extension_of
 
@@ -88,10 +88,11 @@ def list_samples(
     image_extensions: Sequence[str],
     caption_extensions: Sequence[str],
     options: dict[str, Any] | None = None,
+    say: Say = silent,
 ) -> Folder:
     """Every sample of a folder, and what is part of none. InputError if there is no such folder."""
     url = absolute(url).rstrip("/")
-    tree = list_tree(url, options)
+    tree = list_tree(url, options, say)
     if not (tree.entries or is_local(url)):
         raise InputError(f"no files in {url}: check the URL")
     names = [entry.url[len(url) + 1 :] for entry in tree.entries]

@@ -99,6 +99,11 @@ class Store:
         """The full path or URL of a name, for messages."""
         return f"{self.url}/{name}" if name else self.url or "/"
 
+    def check_folder(self) -> None:
+        """ConfigError: the folder, or one that it would lie in, is a local file, so that it cannot be made."""
+        if self.local and not os.path.isdir(self._root or "/"):
+            _check_above(self._root, self._root)
+
     def exists(self, name: str) -> bool:
         """Whether there is a file or folder of this name."""
         if self.local:
@@ -315,11 +320,18 @@ def _make_folder(path: str) -> str:
     try:
         os.makedirs(folder, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        file = folder
-        while not os.path.lexists(file):
-            file = os.path.dirname(file)
-        raise ConfigError(f"{path} cannot be written, as {file} is no folder: name another one") from None
+        _check_above(folder, path)
+        raise
     return folder
+
+
+def _check_above(folder: str, path: str) -> None:
+    """ConfigError: a folder of `path` cannot be made, as a file is in its place or above it."""
+    file = folder
+    while not os.path.lexists(file):
+        file = os.path.dirname(file)
+    if not os.path.isdir(file):
+        raise ConfigError(f"{path} cannot be written, as {file} is no folder: name another one") from None
 
 
 def _sync(file: IO[bytes]) -> None:

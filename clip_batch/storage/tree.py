@@ -9,8 +9,9 @@ from __future__ import annotations
 import fnmatch
 import os
 import stat
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,8 +20,15 @@ from clip_batch.storage.filesystem import filesystem
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.retry import call_store
 from clip_batch.storage.transfer import etag_of
+from clip_batch.types import counted
 
 Options = dict[str, Any]
+
+Say = Callable[[str], None]
+"""Takes one line of text about progress."""
+
+SECONDS = 5.0
+"""Seconds between two lines about a long walk."""
 
 _LINK, _SPECIAL, _HIDDEN = "link", "special file", "hidden"
 """What counts of files that are passed over call a broken or circular link, a pipe or device, and a hidden file."""
@@ -49,14 +57,21 @@ class Tree:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def list_tree(url: str, options: Options | None = None) -> Tree:
-    """All files in a folder and below it. InputError: there is no such folder, or its store does not answer."""
-    return _listed(url, "find", options or {})
+def silent(line: str) -> None:
+    """Says nothing."""
+
+
+def list_tree(url: str, options: Options | None = None, say: Say = silent) -> Tree:
+    """All files in a folder and below it. InputError: there is no such folder, or its store does not answer.
+
+    `say` is told every few seconds how many there are so far.
+    """
+    return _listed(url, "find", options or {}, say)
 
 
 def list_glob(pattern: str, options: Options | None = None) -> Tree:
     """All files and folders that match a glob; as in a shell, `*` and `**` match no hidden ones."""
-    return _listed(pattern, "glob", options or {})
+    return _listed(pattern, "glob", options or {}, silent)
 
 
 def entry_of(url: str, info: dict[str, Any]) -> Entry:
@@ -64,19 +79,20 @@ def entry_of(url: str, info: dict[str, Any]) -> Entry:
     return Entry(url, info.get("size"), etag_of(info), info.get("type") == "directory")
 
 
-def _listed(url: str, call: Literal["find", "glob"], options: Options) -> Tree:
+def _listed(url: str, call: Literal["find", "glob"], options: Options, say: Say) -> Tree:
     if is_local(url):
-        walk = _Walk(_Local())
+        walk = _Walk(_Local(), say)
         return walk.tree(walk.below(url.rstrip("/")) if call == "find" else walk.glob(url))
     fs, path = filesystem(url, options)
     prefix = url.removesuffix("/").removesuffix(path)
     try:
         if _lists_at_once(fs):
+            say(f"{url} is being listed")
             listed = call_store(lambda: getattr(fs, call)(path, detail=True), f"listing {url}", options)
             # `pop` frees each dictionary when its entry is made: there may be a million.
             found = (entry_of(prefix + name, listed.pop(name)) for name in list(listed))
             return _visible(found, prefix + path) if call == "find" else Tree(sorted(_unhidden(found, url)))
-        walk = _Walk(_Remote(fs, prefix, options))
+        walk = _Walk(_Remote(fs, prefix, options), say)
         return walk.tree(walk.below(path) if call == "find" else walk.glob(path))
     except InputError:
         raise
@@ -209,8 +225,8 @@ class _Remote:
 class _Walk:
     """One walk, and what it could not enter."""
 
-    def __init__(self, place: _Place) -> None:
-        self._place = place
+    def __init__(self, place: _Place, say: Say) -> None:
+        self._place, self._say = place, say
         self._tree = Tree()
 
     def tree(self, entries: Iterable[Entry]) -> Tree:
@@ -220,9 +236,15 @@ class _Walk:
 
     def below(self, top: str) -> Iterator[Entry]:
         """The visible files in a folder and below it."""
-        for _, found in self._folders(top, listing=True):
+        files, told = 0, time.monotonic()
+        for folders, (_, found) in enumerate(self._folders(top, listing=True), 1):
+            if (now := time.monotonic()) - told >= SECONDS:
+                so_far = f"{counted(files, 'file')} in {counted(folders, 'folder')} so far"
+                self._say(f"{self._place.prefix}{top} is being listed: {so_far}")
+                told = now
             for one in found:
                 if one.kind == "file":
+                    files += 1
                     yield one.entry
                 elif one.kind != "folder":
                     self._tree.passed_over[one.kind] += 1

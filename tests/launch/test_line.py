@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from clip_batch.cli import main
-from clip_batch.config import extras
+from clip_batch.config import StorageConfig, extras
 from clip_batch.errors import ConfigError
 from clip_batch.launch.line import default_output, output_folder, url_list
 from tests import corpus
@@ -32,6 +33,10 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "Pictures"
 
 
+def listed(*specs: str) -> str:
+    return url_list(specs, "auto", StorageConfig(), print)
+
+
 def run(*words: str) -> int:
     return main(["run", *words, *QUICK, "--model", "fake:8"])
 
@@ -48,6 +53,40 @@ def test_a_folder_of_pictures_becomes_an_index_in_the_working_directory(
     assert any(line.startswith("step 3 of 3: merge") for line in lines)
     assert main(["verify", "--output", "clip-batch-Pictures/embeddings", "--deep"]) == 0
     assert main(["verify", "--index", "clip-batch-Pictures/index", "--deep"]) == 0
+
+
+def test_runs_of_two_inputs_of_one_name_have_folders_of_their_own(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tar, and a folder in another place, that would be named as the folder of pictures is."""
+    corpus.good_tar("Pictures.tar", 3)
+    (pictures.parent / "old").mkdir()
+    shutil.copytree(pictures, pictures.parent / "old" / "Pictures")
+    folders = []
+    for words in (["Pictures"], ["Pictures.tar"], ["old/Pictures"], ["Pictures"], [f"{pictures}/"], ["Pictures.tar"]):
+        assert run(*words, "--json") == 0
+        folders.append(json.loads(capsys.readouterr().out)["index"].removesuffix("/index"))
+    name = "clip-batch-Pictures"
+    assert folders == [name, f"{name}-2", f"{name}-3", name, name, f"{name}-2"]
+    (pictures.parent / name / "run.json").unlink()  # as an earlier clip-batch left it
+    assert run("Pictures", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["index"] == f"{name}/index"
+
+
+def test_pictures_beside_tars_are_taken_as_the_format_says(pictures: Path) -> None:
+    corpus.good_tar(str(pictures / "a.tar"), 3)
+    assert run("Pictures") == 2
+    assert run("Pictures", "--format", "tar") == 0
+
+
+def test_a_long_listing_says_how_far_it_is(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("clip_batch.storage.tree.SECONDS", 0.0)
+    assert run("Pictures") == 0
+    said = capsys.readouterr().err
+    assert said.splitlines()[0].startswith("all is written to")
+    assert f"{pictures} is being listed: 1 file in 2 folders so far" in said
 
 
 def test_a_second_run_goes_on_and_grown_input_is_told_what_to_do(
@@ -112,10 +151,10 @@ def test_the_model_of_an_earlier_run_is_kept(pictures: Path, capsys: pytest.Capt
 )
 def test_a_list_of_urls_is_told_by_its_lines(tmp_path: Path, lines: str, found: bool) -> None:
     (tmp_path / "list.txt").write_text(lines)
-    assert url_list([f"{tmp_path}/list.txt"], {}) == (f"{tmp_path}/list.txt" if found else "")
-    assert url_list([f"{tmp_path}/urls.csv"], {}) == f"{tmp_path}/urls.csv"
+    assert listed(f"{tmp_path}/list.txt") == (f"{tmp_path}/list.txt" if found else "")
+    assert listed(f"{tmp_path}/urls.csv") == f"{tmp_path}/urls.csv"
     with pytest.raises(ConfigError, match="are lists of URLs: give one"):
-        url_list(["a.csv", "b.csv"], {})
+        listed("a.csv", "b.csv")
 
 
 def test_a_list_of_urls_goes_to_end2end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,15 +71,16 @@ def test_partitions_of_bytes_need_no_count(folder: Path, tmp_path: Path) -> None
 
 def test_every_row_is_a_row_or_a_failure_with_its_reason(tmp_path: Path) -> None:
     """Null, empty and broken images, files of other schemas, broken files: all are counted, and verify agrees."""
+    (folder := tmp_path / "data").mkdir()
     images = [corpus.jpeg(0), None, b"", b"\xff\xd8\xff broken", corpus.jpeg(1)]
-    parquets.write(str(tmp_path / "a.parquet"), {"image": parquets.structs(images), "text": [None, "b", "c", "d", " "]})
-    parquets.img2dataset(str(tmp_path / "b.parquet"), 3)
-    parquets.write(str(tmp_path / "c.parquet"), {"text": ["no", "images"]})
-    parquets.write(str(tmp_path / "d.parquet"), {"image": pa.array([], pa.binary())})
-    whole = Path(parquets.hugging_face(str(tmp_path / "e.parquet"), 5)).read_bytes()
-    (tmp_path / "e.parquet").write_bytes(whole[:-20])
+    parquets.write(str(folder / "a.parquet"), {"image": parquets.structs(images), "text": [None, "b", "c", "d", " "]})
+    parquets.img2dataset(str(folder / "b.parquet"), 3)
+    parquets.write(str(folder / "c.parquet"), {"text": ["no", "images"]})
+    parquets.write(str(folder / "d.parquet"), {"image": pa.array([], pa.binary())})
+    whole = Path(parquets.hugging_face(str(folder / "e.parquet"), 5)).read_bytes()
+    (folder / "e.parquet").write_bytes(whole[:-20])
     lines: list[str] = []
-    plan(tmp_path, tmp_path / "out", lines)
+    plan(folder, tmp_path / "out", lines)
     assert any("column image (2 of 4 files)" in line for line in lines), lines
     [outcome] = embed(tmp_path / "out")
     store = Store(tmp_path / "out")
@@ -199,3 +200,12 @@ def test_captions_alone_of_tars_and_folders(tmp_path: Path) -> None:
         [outcome] = embed(out)
         assert (outcome.rows, outcome.failed, outcome.passed_over) == (2, 2, {})
         assert verify_output(Store(out), deep=True).ok
+
+
+@pytest.mark.parametrize("spec", ["", "/**/*.parquet"])
+def test_an_output_in_a_folder_of_parquet_files_is_refused(folder: Path, tmp_path: Path, spec: str) -> None:
+    """Its metadata would be input of the next plan."""
+    with pytest.raises(ConfigError, match=r"data/out lies in the input folder .*/data, so that what is written would"):
+        plan(f"{folder}{spec}", folder / "out")
+    assert not (folder / "out").exists()
+    plan(f"{folder}/*.parquet", folder / "out")

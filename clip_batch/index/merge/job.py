@@ -283,6 +283,7 @@ def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageC
     """The merge job, once its options, OUT and the version that is added to are checked. Errors: see `merge`."""
     out, home = Store(output, storage.storage_options), Store(index_url, storage.storage_options)
     made_by = EncoderSpec(config.made_by[0], "".join(config.made_by[1:]), weights="")
+    home.check_folder()
     source = open_source(out, made_by, config.allow_partial)
     live = live_version(home)
     base = load_manifest(home, live) if config.add and live else None

@@ -3,6 +3,7 @@
 urls/<number>.parquet   the frozen list; urls.json, its description, is written after it
 images/<shard>.tar      a shard that img2dataset downloaded, with <shard>.parquet and, last, <shard>_stats.json
 embeddings/, index/     OUT and INDEX
+run.json                written by `run`: its first SPEC, so that a run of another one takes another name
 failures.parquet        each URL without a vector; summary.json, the counts, is written after it
 """
 
@@ -15,6 +16,7 @@ URL_LIST = "urls.json"
 IMAGES = "images"
 OUTPUT = IN_RUN
 INDEX = "index"
+RUN = "run.json"
 FAILURES = "failures.parquet"
 SUMMARY = "summary.json"
 

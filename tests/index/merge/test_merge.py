@@ -882,3 +882,12 @@ def test_tasks_that_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     ):
         assert main([*command, *flags]) == code
         assert text in capsys.readouterr().err
+
+
+def test_an_index_that_is_a_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "index").write_text("a file")
+    for index in ("index", "index/below"):
+        with pytest.raises(
+            ConfigError, match=r"index cannot be written, as .*/index is no folder|below cannot be writ"
+        ):
+            merge(tmp_path / "nowhere", tmp_path / index)
