@@ -77,10 +77,14 @@ class ServeConfig(Options):
     """Metadata columns in answers; default: all. `image` adds the image itself to /knn-service, in base64."""
     max_k: Count = 10_000
     """Largest number of hits that a request may ask for."""
-    prefilter_rows: int = 1_000_000
+    prefilter_rows: int = 20_000_000
     """Largest index, in rows, whose whole metadata is filtered before a search, so that rare matches are found."""
     max_scan: Count = 100_000
     """Largest number of candidates that a request with filters may look through in a larger index."""
+    filter_timeout: Seconds = 10.0
+    """Seconds that the filters of a request may take; a client that disconnects ends them at once."""
+    filter_cache: Size = "64MB"
+    """Memory for the rows that met filters before, a bit for each row of the index."""
     max_queries: Count = 16
     """Largest number of queries that a request may mix or embed."""
     max_body: Memory = "20MB"

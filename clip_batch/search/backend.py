@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clip_batch.search.conditions import Condition
+from clip_batch.search.evaluate import Check, unchecked
 from clip_batch.search.rows import Ids, RowSet, Vectors
 
 if TYPE_CHECKING:
@@ -55,8 +56,11 @@ class Backend(Protocol):
         with -1.
         """
 
-    def where(self, condition: Condition) -> Ids:
-        """Return the sorted ids of the rows for which a condition is true. ConfigError: the index lacks a column."""
+    def where(self, condition: Condition, check: Check = unchecked) -> RowSet:
+        """Return the rows for which a condition is true, without those that were removed.
+
+        `check` is called every now and then, and may raise. ConfigError: the index lacks a column.
+        """
 
     def select(self, ids: npt.ArrayLike) -> RowSet:
         """Return a set of rows for `search_ids`, without those that were removed."""

@@ -52,8 +52,9 @@ class In:
     values: tuple[Value, ...]
 
     def __post_init__(self) -> None:
-        for value in self.values:
-            _check_value(self.column, value)
+        if not set(map(type, self.values)) <= {str, int, bool}:  # a quick look, as there may be very many
+            for value in self.values:
+                _check_value(self.column, value)
 
     def __str__(self) -> str:
         return f"{_name(self.column)} in ({', '.join(map(_literal, self.values))})"

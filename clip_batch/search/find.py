@@ -16,12 +16,17 @@ from clip_batch.search import dedup
 from clip_batch.search.backend import Backend, ExhaustiveBackend
 from clip_batch.search.checks import check_columns, modality_in
 from clip_batch.search.conditions import Condition, columns_in
-from clip_batch.search.evaluate import matches
+from clip_batch.search.evaluate import Check, Evaluator, unchecked
 from clip_batch.search.heads import LIMIT, Head, Heads
 from clip_batch.search.prefilter import Prefilter
 from clip_batch.search.query import Criteria, K, Query, QueryError, kind_of
 from clip_batch.search.rows import Ids, Vectors
 from clip_batch.search.vectors import query_vector, unit_vector
+
+PREFILTER_ROWS = 20_000_000
+"""The most rows of an index whose metadata is looked through as a whole for a condition, unless it is said otherwise.
+
+Of 10,000,000 rows, 100,000 allowed values take half a second: docs/benchmarks.md, under search."""
 
 _FIRST = 100
 """The least candidates that are looked at first, where some will be left out."""
@@ -40,7 +45,7 @@ class Bounds:
     - `compared`: hits that are judged by their vectors; the work of finding near duplicates grows with their square.
     """
 
-    prefilter_rows: int = 1_000_000
+    prefilter_rows: int = PREFILTER_ROWS
     scan: int = 100_000
     compared: int = dedup.MOST
 
@@ -128,22 +133,25 @@ def find(
     bounds: Bounds = Bounds(),
     prefilter: Prefilter | None = None,
     timed: Timed = _untimed,
+    check: Check = unchecked,
 ) -> Ranked:
     """The k best rows for a query's unit vector (d,), by checked criteria. Blocks.
 
     A rare condition in an index of more than `bounds.prefilter_rows` may be met by rows that lie deeper than
-    `bounds.scan`: then `complete` is false. `prefilter` keeps look-ups for later queries.
+    `bounds.scan`: then `complete` is false. `prefilter` keeps look-ups for later queries. `check` is called every now
+    and then, and ends the work by the error that it raises.
     """
     modality = modality_in(backend.manifest, criteria.modality)
     k, condition, among = min(criteria.k or K, max(1, backend.manifest.rows)), criteria.condition, None
     if condition is not None and backend.manifest.rows <= bounds.prefilter_rows:
         with timed("metadata"):
-            among, condition = (prefilter or Prefilter(backend)).select(condition), None
+            among, condition = (prefilter or Prefilter(backend)).select(condition, check), None
     deepest = min(max(k, min(bounds.scan, backend.manifest.rows)), backend.most)
     depth = k
     if condition is not None or criteria.judged:
         depth = min(deepest, max(4 * k, _FIRST))
     while True:
+        check()
         with timed("index"):
             all_scores, all_ids = backend.search_ids(vector, depth, modality, criteria.effort, among, criteria.kind)
         hits = all_ids[0] >= 0
@@ -154,7 +162,7 @@ def find(
         kept = np.arange(len(ids))
         if condition is not None:
             with timed("metadata"):
-                kept = np.flatnonzero(_matches(backend, condition, ids))
+                kept = np.flatnonzero(_matches(backend, condition, ids, check))
         aesthetic = None
         if criteria.judged:
             kept = kept[: bounds.compared]
@@ -212,8 +220,8 @@ def _pieces_over(
         yield scores[kept], ids[kept]
 
 
-def _matches(backend: Backend, condition: Condition, ids: Ids) -> npt.NDArray[np.bool_]:
-    return matches(condition, backend.table(ids, columns_in(condition)))
+def _matches(backend: Backend, condition: Condition, ids: Ids, check: Check = unchecked) -> npt.NDArray[np.bool_]:
+    return Evaluator(condition, check).matches(backend.table(ids, columns_in(condition)))
 
 
 def _judged(

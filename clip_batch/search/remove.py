@@ -75,7 +75,7 @@ def _found(searcher: Searcher, query: Query | None, where: Where | None) -> tupl
         condition = as_condition(where)
         if condition is None:
             raise ConfigError("the condition is empty: every row would be removed")
-        return searcher.select(searcher.where(condition)).ids, None
+        return searcher.where(condition).ids, None
     if query.threshold is None or query.k is not None or query.judged:
         raise ConfigError("rows are removed by a query with a threshold, and without k, unique, safe or aesthetic")
     every = replace(query, effort=max(searcher.manifest.rows, 1))

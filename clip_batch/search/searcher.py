@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from math import ceil
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -38,13 +39,13 @@ from clip_batch.search import clip_retrieval, lineage
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search, modality_in
 from clip_batch.search.conditions import Condition, columns_in
 from clip_batch.search.encoder import load_encoder
-from clip_batch.search.evaluate import matches
+from clip_batch.search.evaluate import Check, Evaluator, unchecked
 from clip_batch.search.find import Ranked, best_rows, check_criteria, find
 from clip_batch.search.heads import load_heads
 from clip_batch.search.prefilter import Prefilter
 from clip_batch.search.query import Criteria, Query, check_kind
 from clip_batch.search.results import SearchResult
-from clip_batch.search.rows import Ids, RowSet, Vectors, selection
+from clip_batch.search.rows import EXACT, Ids, RowSet, Vectors, selection
 from clip_batch.search.vectors import image_vectors, text_vectors
 from clip_batch.search.where import Where
 from clip_batch.storage.cache import IndexCache
@@ -56,8 +57,8 @@ from clip_batch.types import Hit, StoredFile, StrPath
 if TYPE_CHECKING:
     from clip_batch.encoders import Model
 
-EXACT = 10_000
-"""Up to this many selected rows are all scored, rather than searched for in the lists of the index."""
+TOGETHER = 8
+"""Record batches, each of up to 262,144 rows, for which a condition's sets of values are hashed once."""
 
 SCANNING = 8
 """Most threads that score all stored vectors: each holds 16,384 vectors, 64 MB of 512 dimensions."""
@@ -305,7 +306,7 @@ class Searcher:
         modality = modality_in(self.manifest, modality)
         check_kind(kind)
         k = min(int(k), self.manifest.rows)
-        if among and len(among.ids) <= EXACT:
+        if among is not None and among.count <= EXACT:
             with suppress(ConfigError):  # some kinds of index give no vectors back
                 return self._exact(vectors, among.ids, k, modality)
 
@@ -324,7 +325,7 @@ class Searcher:
 
         Removed rows and those that are not `among` still lie in the lists: fewer are left in each.
         """
-        possible = len(among.ids) if among else self.manifest.rows - len(self.removed)
+        possible = among.count if among is not None else self.manifest.rows - len(self.removed)
         return min(ceil(effort * self.manifest.rows / max(possible, 1) - SPARE), self.manifest.rows)
 
     def _ranked(
@@ -355,17 +356,24 @@ class Searcher:
         """Select rows for `search_ids`, less those that were removed. ConfigError: an id is no id of this index."""
         return selection(self.manifest, self.removed, ids)
 
-    def where(self, condition: Condition) -> Ids:
-        """The sorted ids of the rows for which a condition is true; reads every value of its columns.
+    def where(self, condition: Condition, check: Check = unchecked) -> RowSet:
+        """The rows for which a condition is true, without those that were removed; reads every value of its columns.
 
-        ConfigError: the index has no such column.
+        `check` is called every now and then, and may raise. ConfigError: the index has no such column.
         """
         self._check_open()
         names = columns_in(condition)
         check_columns(self.schema, names)
         schema = pa.schema([self.schema.field(name) for name in names])
-        true = [matches(condition, batch) for table in self.tables for batch in table.scan(schema)]
-        return np.flatnonzero(np.concatenate([np.empty(0, dtype=bool), *true]))
+        mask, start, evaluator = np.empty(self.manifest.rows, dtype=bool), 0, Evaluator(condition, check)
+        for table in self.tables:
+            batches = table.scan(schema)
+            while group := list(islice(batches, TOGETHER)):
+                true = evaluator.matches(pa.Table.from_batches(group))
+                mask[start : start + len(true)] = true
+                start += len(true)
+        mask[self.removed] = False
+        return RowSet.of(mask)
 
     def search_over(
         self, query: npt.ArrayLike, threshold: float, modality: str = "image", effort: int | None = None

@@ -28,7 +28,7 @@ from clip_batch.index.manifest import load_manifest
 from clip_batch.search.checks import check_columns, check_modality, checked_ids, checked_search
 from clip_batch.search.conditions import And, Compare, Condition, In, columns_in
 from clip_batch.search.encoder import load_encoder
-from clip_batch.search.evaluate import matches
+from clip_batch.search.evaluate import Check, Evaluator, unchecked
 from clip_batch.search.rows import Ids, RowSet, Vectors, selection
 from clip_batch.storage.store import Store
 
@@ -126,28 +126,28 @@ class DatabaseBackend:
         k = min(int(k), self.manifest.rows)
         if k > self.most:
             raise ConfigError(f"k is {k}: Milvus gives {self.most} at the most")
-        if among is not None and not len(among.ids):
+        if among is not None and not among.count:
             return best(np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64), k)
         depth = min(k + self._surplus, self.manifest.rows)
         scores, ids = self._vectors.search(vectors, depth, modality, effort, among.ids if among else None)
         removed = removed_rows.contains(self._removed, ids)
         return best(np.where(removed, -np.inf, scores), np.where(removed, -1, ids), k)
 
-    def where(self, condition: Condition) -> Ids:
-        """Return the sorted ids of the rows for which a condition is true.
+    def where(self, condition: Condition, check: Check = unchecked) -> RowSet:
+        """Return the rows for which a condition is true, without those that were removed.
 
         SQL evaluates the parts of the condition that it evaluates exactly as we do. The values of the remaining rows
-        are read, and the whole condition is evaluated here.
+        are read, and the whole condition is evaluated here. `check` is called for each block of rows, and may raise.
         """
         names = columns_in(condition)
         check_columns(self.schema, names)
         schema = pa.schema([self.schema.field(name) for name in names])
-        matching = [np.empty(0, dtype=np.int64)]
+        evaluator, matching = Evaluator(condition, check), [np.empty(0, dtype=np.int64)]
         for ids, rows in self._table.scan(names, _sql_conditions(self._table, condition)):
             columns = zip(zip(*rows, strict=True), schema.types, strict=True)
             batch = pa.RecordBatch.from_arrays([pa.array(values, kind) for values, kind in columns], schema=schema)
-            matching.append(ids[matches(condition, batch)])
-        return np.sort(np.concatenate(matching))
+            matching.append(ids[evaluator.matches(batch)])
+        return self.select(np.concatenate(matching))
 
     def select(self, ids: npt.ArrayLike) -> RowSet:
         return selection(self.manifest, self._removed, ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -39,6 +39,11 @@ class Removed:
 
     ids: Ids
 
+    @property
+    def count(self) -> int:
+        """How many rows these are."""
+        return len(self.ids)
+
     @cached_property
     def selector(self) -> Any:
         """faiss's test of an id: true for a row that is not removed."""
@@ -53,8 +58,35 @@ class Removed:
         return removed
 
 
+@dataclass(frozen=True, eq=False)
+class AllBut:
+    """Rows that a search must not return, as a bit (uint8, the lowest first) for each of `rows`: `kept` have a one."""
+
+    bits: npt.NDArray[np.uint8]
+    rows: int
+    kept: int
+
+    @property
+    def count(self) -> int:
+        """How many rows these are."""
+        return self.rows - self.kept
+
+    @cached_property
+    def selector(self) -> Any:
+        """faiss's test of an id: true for a row that may be returned."""
+        return load().IDSelectorBitmap(self.bits if len(self.bits) else np.zeros(1, np.uint8))
+
+    def has(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which of these ids must not be returned."""
+        kept: npt.NDArray[np.bool_] = (self.bits[ids >> 3] >> (ids & 7).astype(np.uint8)) & 1 == 0
+        return kept
+
+
+Excluded: TypeAlias = Removed | AllBut
+
+
 def search(
-    index: Index, queries: Vectors, k: int, effort: int | None = None, removed: Ids | Removed | None = None
+    index: Index, queries: Vectors, k: int, effort: int | None = None, removed: Ids | Excluded | None = None
 ) -> tuple[Vectors, Ids]:
     """The k best rows of each query (n, d): scores (n, k), descending, and ids (n, k), -1 where there are fewer.
 
@@ -62,10 +94,10 @@ def search(
     many are removed, HNSW finds fewer of the best at the same effort.
     """
     removed = Removed(removed) if isinstance(removed, np.ndarray) else removed
-    if removed is None or not len(removed.ids):
+    if removed is None or not removed.count:
         removed = None
     elif not _takes_selector(index):
-        return _search_past(removed, index, queries, k, k + min(k, len(removed.ids)), effort)
+        return _search_past(removed, index, queries, k, k + min(k, removed.count), effort)
     parameters = _parameters(index, effort, removed and removed.selector)
     if k >= DEEP and _scored_rows(index, effort) <= _FEW * k:
         hits = [best(*_range_search(index, query, -np.inf, parameters), k) for query in queries[:, None]]
@@ -75,14 +107,14 @@ def search(
 
 
 def search_over(
-    index: Index, query: Vectors, threshold: float, effort: int | None = None, removed: Removed | None = None
+    index: Index, query: Vectors, threshold: float, effort: int | None = None, removed: Excluded | None = None
 ) -> tuple[Vectors, Ids]:
     """The rows of a query (1, d) that score `threshold` or more: scores (n,) and ids (n,), by ascending id.
 
     In a kind of index that has no such search, by ever deeper searches.
     """
     if _scored_rows(index, effort) < float("inf"):
-        selector = removed.selector if removed and len(removed.ids) else None
+        selector = removed.selector if removed and removed.count else None
         scores, ids = _range_search(index, query, threshold, _parameters(index, effort, selector))
     else:
         scores, ids = _search_deeper(index, query, threshold, effort, removed)
@@ -161,7 +193,7 @@ def _range_search(index: Index, query: Vectors, threshold: float, parameters: An
 
 
 def _search_past(
-    removed: Removed, index: Index, queries: Vectors, k: int, depth: int, effort: int | None
+    removed: Excluded, index: Index, queries: Vectors, k: int, depth: int, effort: int | None
 ) -> tuple[Vectors, Ids]:
     """Search so deep that k hits remain without the removed rows, or that there are no more hits."""
     scores, ids = search(index, queries, depth, effort)
@@ -170,7 +202,7 @@ def _search_past(
     alive = np.take_along_axis(alive, first, 1)
     scores = np.where(alive, np.take_along_axis(scores, first, 1), np.float32(-np.inf))
     ids = np.where(alive, np.take_along_axis(ids, first, 1), -1)
-    most = min(k + len(removed.ids), index.ntotal)
+    most = min(k + removed.count, index.ntotal)
     short = np.flatnonzero(~alive.all(axis=1))
     if len(short) and depth < most:
         scores[short], ids[short] = _search_past(removed, index, queries[short], k, min(4 * depth, most), effort)
@@ -178,7 +210,7 @@ def _search_past(
 
 
 def _search_deeper(
-    index: Index, query: Vectors, threshold: float, effort: int | None, removed: Removed | None
+    index: Index, query: Vectors, threshold: float, effort: int | None, removed: Excluded | None
 ) -> tuple[Vectors, Ids]:
     depth = min(FIRST_DEPTH, index.ntotal)
     while True:

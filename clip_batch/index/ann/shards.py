@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_batch.index.ann import faiss_index, faiss_search, shared_lists
-from clip_batch.index.ann.faiss_search import Removed
+from clip_batch.index.ann.faiss_search import Excluded, Removed
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.order import best
 from clip_batch.index.ann.shared_lists import SharedLists
@@ -59,7 +59,7 @@ def search(
     depth: int,
     effort: int | None,
     predictor: Predictor | None = None,
-    removed_of: Callable[[OpenedIndex], Removed | None] = lambda part: part.removed,
+    removed_of: Callable[[OpenedIndex], Excluded | None] = lambda part: part.removed,
 ) -> tuple[Vectors, Ids]:
     """The `depth` best rows of each query (n, d), as the shards score them: (n, depth), -inf and -1 where are fewer.
 

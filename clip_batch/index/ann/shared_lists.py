@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clip_batch.index.ann import predictor as predictors
-from clip_batch.index.ann.faiss_search import Removed, quantizer_parameters
+from clip_batch.index.ann.faiss_search import Excluded, quantizer_parameters
 from clip_batch.index.ann.libfaiss import Index, load
 
 if TYPE_CHECKING:
@@ -103,10 +103,10 @@ def _scores(centroids: Vectors, queries: Vectors, lists: Ids) -> Vectors:
     return np.take_along_axis(queries @ centroids.T, np.maximum(lists, 0), 1)
 
 
-def parameters(probed: Probe, removed: Removed | None = None) -> Any:
+def parameters(probed: Probe, removed: Excluded | None = None) -> Any:
     """faiss's SearchParameters of a probe; shards without removed rows can share them."""
     made = load().SearchParametersIVF(nprobe=probed.lists.shape[1])
-    if removed is not None and len(removed.ids):
+    if removed is not None and removed.count:
         made.sel = removed.selector
     return made
 

@@ -51,3 +51,9 @@ async def read_body(request: Request, model: type[Model], limit: int) -> Model:
         unknown = first["type"] == "extra_forbidden"
         reason = "a request has no such field; /openapi.json lists those it has" if unknown else first["msg"]
         raise Refused(422, f"{field or 'request'}: {reason.removeprefix('Value error, ')}", field) from None
+
+
+async def disconnected(request: Request) -> None:
+    """Return when the client of a request, whose body was read, has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from clip_batch.search import find
+from clip_batch.search.evaluate import Check, unchecked
 from clip_batch.search.query import Criteria, QueryError
 from clip_batch.search.rows import Vectors
 from clip_batch.serve.http.errors import Refused
@@ -30,11 +31,21 @@ def check(service: Service, version: OpenVersion, criteria: Criteria) -> None:
         raise Refused(400, f"{field}: {error.reason}", field) from None
 
 
-def ranked(service: Service, version: OpenVersion, vector: Vectors, criteria: Criteria, scan: int) -> find.Ranked:
-    """Return the best rows for a vector (d,), by checked criteria, among `scan` candidates at most. Blocks."""
+def ranked(
+    service: Service,
+    version: OpenVersion,
+    vector: Vectors,
+    criteria: Criteria,
+    scan: int,
+    check: Check = unchecked,
+) -> find.Ranked:
+    """Return the best rows for a vector (d,), by checked criteria, among `scan` candidates at most. Blocks.
+
+    `check` is called every now and then, and ends the work by the error that it raises.
+    """
     bounds = find.Bounds(service.config.prefilter_rows, scan)
 
     def timed(step: str) -> AbstractContextManager[object]:
         return service.metrics.steps[_STEPS[step]].time()
 
-    return find.find(version.searcher, vector, criteria, service.heads, bounds, version.prefilter, timed)
+    return find.find(version.searcher, vector, criteria, service.heads, bounds, version.prefilter, timed, check)

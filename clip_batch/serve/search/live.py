@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_batch.config import DatabaseConfig, SearchConfig
+from clip_batch.config import DatabaseConfig, SearchConfig, parse_bytes
 from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.index import removals
 from clip_batch.index.publications import current_version
@@ -39,12 +39,12 @@ log = logging.getLogger("clip_batch.serve")
 class OpenVersion:
     """An opened version of an index, with the number of requests that use it."""
 
-    def __init__(self, searcher: Backend) -> None:
+    def __init__(self, searcher: Backend, filter_cache: int) -> None:
         self.searcher, self.manifest = searcher, searcher.manifest
         self.columns = list(searcher.schema.names)
         self.modalities = list(self.manifest.key)
         self.encoder = self.manifest.encoder.fingerprint
-        self.prefilter = Prefilter(searcher)
+        self.prefilter = Prefilter(searcher, filter_cache)
         self.users, self.retired = 0, False
 
     def planned(self, row: int) -> bool:
@@ -200,11 +200,12 @@ class Indices:
     def _opened(self, index: _Index) -> OpenVersion:
         config = self._config
         search = SearchConfig(device=config.device, model=config.model, pretrained=config.pretrained)
+        cache = parse_bytes(config.filter_cache)
         if not self._databases.milvus:
-            return OpenVersion(Searcher(index.url, self._storage, config=search))
+            return OpenVersion(Searcher(index.url, self._storage, config=search), cache)
         from clip_batch.export.databases.backend import DatabaseBackend
 
-        return OpenVersion(DatabaseBackend(index.url, self._databases, self._storage, search))
+        return OpenVersion(DatabaseBackend(index.url, self._databases, self._storage, search), cache)
 
     def _install(self, index: _Index, version: OpenVersion, state: State) -> None:
         old, index.version, index.state, index.problem = index.version, version, state, None

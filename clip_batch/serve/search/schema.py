@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from clip_batch.search.filters import MOST, Filter, RequestModel
+from clip_batch.search.filters import MOST, MOST_VALUES, Filter, RequestModel
 
 KINDS = ("text", "image", "image_url", "embedding", "id")
 """The kinds of queries."""
@@ -66,6 +66,8 @@ class SearchRequest(QueryModel):
     def _one(self) -> SearchRequest:
         if len(self.kinds()) + (self.queries is not None) != 1:
             raise ValueError(f"give exactly one of {', '.join(KINDS)} and queries")
+        if sum(len(each.among or ()) for each in self.filters) > MOST_VALUES:
+            raise ValueError(f"filters have {MOST_VALUES} values of in at most, all together")
         return self
 
     def terms(self) -> Iterator[tuple[str, WeightedQuery]]:

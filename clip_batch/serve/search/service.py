@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _DOWNLOADS = 8
 """Threads that download images by URL; they are apart so that slow hosts do not delay searches."""
 
+_FILTERS = 2
+"""Threads that answer searches with filters; they are apart so that slow filters delay no other search."""
+
 
 class Service:
     """Options, indices, heads, threads and metrics of one server. Raises ConfigError if an option does not fit."""
@@ -47,6 +50,7 @@ class Service:
         self.images = Images(config)
         self.indices = Indices(urls, config, storage, databases, self.metrics)
         self.threads = Threads("search", config.serve_threads or 2 * cores(), 4 * config.max_pending)
+        self.filters = Threads("filters", _FILTERS, 8 * _FILTERS)
         self._downloads = Threads("download", _DOWNLOADS, 4 * _DOWNLOADS)
 
     async def close(self) -> None:
@@ -54,6 +58,7 @@ class Service:
         await self.indices.close()
         self.threads.close()
         self.images.close()
+        self.filters.close()
         self._downloads.close()
 
     async def text(self, version: OpenVersion, text: str) -> Vectors:

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
+from clip_batch.search.evaluate import Check, unchecked
 from clip_batch.search.find import beautified
 from clip_batch.search.query import Criteria, kind_of
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.http.openapi import REFUSALS, takes
 from clip_batch.serve.http.requests import read_body
 from clip_batch.serve.http.responses import json_response
+from clip_batch.serve.search.deadline import Deadline
 from clip_batch.serve.search.facts import Facts
 from clip_batch.serve.search.find import check, ranked
 from clip_batch.serve.search.images import image_path, media_type
@@ -50,8 +52,8 @@ def router(service: Service) -> APIRouter:
                 check(service, version, criteria)
                 vector = beautified(await service.mixed(version, list(body.terms())), criteria, service.heads)
 
-                def respond() -> Response:
-                    result = ranked(service, version, vector, criteria, service.config.max_scan)
+                def respond(check: Check = unchecked) -> Response:
+                    result = ranked(service, version, vector, criteria, service.config.max_scan, check)
                     rows, readable = metadata(service, version, result.ids, columns)
                     hits = []
                     for place, (id, score) in enumerate(zip(result.ids.tolist(), result.scores.tolist(), strict=True)):
@@ -66,7 +68,11 @@ def router(service: Service) -> APIRouter:
                     rest = {"hits": hits, "scanned": result.scanned, "complete": result.complete}
                     return json_response({"index": name, "version": version.manifest.version, **rest})
 
-                return await service.threads.run(respond)
+                if not body.filters:
+                    return await service.threads.run(respond)
+                deadline = Deadline(service.config.filter_timeout, "evaluating these filters", "filters")
+                async with deadline.watching(request):
+                    return await service.filters.run(respond, deadline.check)
 
     @routes.post("/embed", response_model=EmbedResponse, openapi_extra=takes(EmbedRequest))
     async def embed(request: Request) -> Response:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from clip_batch.serve.http.errors import Busy
+from clip_batch.serve.http.requests import disconnected
 
 T = TypeVar("T")
 
@@ -62,16 +63,16 @@ class Jobs:
         elif job.name != name:
             raise Busy(f"this worker is busy: {job.what}", after=AGAIN)
         job.waiting += 1
-        disconnected = asyncio.ensure_future(_disconnected(request))
+        gone = asyncio.ensure_future(disconnected(request))
         try:
-            done, _ = await asyncio.wait({job.future, disconnected}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({job.future, gone}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
             if job.future in done:
                 result: T = job.future.result()
                 return result
             job.kept = job.kept or not done
             return None
         finally:
-            disconnected.cancel()
+            gone.cancel()
             job.waiting -= 1
             if not job.waiting and not job.kept:
                 job.stop.set()
@@ -100,9 +101,3 @@ class Jobs:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(asyncio.shield(job.future), GRACE)
         self._thread.shutdown(wait=False)
-
-
-async def _disconnected(request: Request) -> None:
-    """Return when the client has closed its connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

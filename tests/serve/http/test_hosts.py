@@ -91,6 +91,7 @@ def test_a_connection_from_another_machine(local: str) -> None:
     assert not check._is_ours("node7", ("::ffff:127.0.0.1", 1234))
 
 
+@pytest.mark.slow
 def test_a_token_or_a_star_needs_no_names(index: str, tmp_path: Path) -> None:
     with running({"index": index}, token="secret") as url:
         for path, status in (("/readyz", 200), ("/v1/indices", 401)):
