@@ -7,6 +7,7 @@ path: cat.jpg and cat.png are two samples, not two views of one.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 from collections import Counter
@@ -15,11 +16,12 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from clip_batch.errors import InputError, one_line, some
+from clip_batch.samples.kinds import picture
 from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.store import Store
 from clip_batch.storage.tree import Say, list_tree, silent
-from clip_batch.types import Failure, Item, Plan, Sample, Shard, Slice
+from clip_batch.types import IMAGE_EXTENSIONS, Failure, Item, Plan, Sample, Shard, Slice
 from clip_batch.types import extension as extension_of
 
 Listing = list[tuple[str, dict[str, str]]]
@@ -81,6 +83,34 @@ def _concerns_file(store: Store, error: OSError) -> bool:
     if not store.local:
         return isinstance(error, FileNotFoundError)
     return error.errno in _OF_FILE and bool(store.list(""))
+
+
+_USUAL = ("jpg", "JPG", "jpeg", "png", "webp")
+"""Extensions that are tried before a folder is listed."""
+
+
+def read_picture(store: Store, key: str) -> bytes | None:
+    """The picture of a key in a folder: the file of that name, or of that name and an extension; None without one.
+
+    Extensions of images come first, in any case. Files of others are taken by their first bytes. OSError: the store or
+    the disk refuses it.
+    """
+    if ".." in key.split("/"):
+        return None
+    whole = key.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    for name in [key] if whole else [f"{key}.{extension}" for extension in _USUAL]:
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            return store.read(name)
+    folder, slash, base = key.rpartition("/")
+    names = [name for name in store.list(folder) if name == base or name.rpartition(".")[0] == base]
+    known = {name: extension_of(name) in IMAGE_EXTENSIONS for name in names}
+    for name in sorted(names, key=lambda name: not known[name]):
+        if known[name] or extension_of(name) not in ("txt", "json"):
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                data = store.read(folder + slash + name)
+                if known[name] or picture(data):
+                    return data
+    return None
 
 
 def list_samples(

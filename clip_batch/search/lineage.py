@@ -7,10 +7,10 @@ for each index shard, from which OUT its rows came.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from clip_batch.errors import ConfigError, CorruptError, InputError
 from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.plan import paths
 from clip_batch.plan.stored import read_generations
+from clip_batch.samples.files import read_picture
 from clip_batch.samples.parquet.reader import read_image
 from clip_batch.samples.tar.suffixes import is_compressed, is_tar
 from clip_batch.storage.arrow import UNREADABLE
@@ -33,7 +34,7 @@ from clip_batch.storage.paths import split_url
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
 from clip_batch.storage.transfer import has_ranges, read_range
-from clip_batch.types import IMAGE_COLUMN, IMAGE_EXTENSIONS, ROW_GROUP, generation_of, partition_name
+from clip_batch.types import IMAGE_COLUMN, ROW_GROUP, generation_of, partition_name
 
 Vectors = npt.NDArray[np.float32]
 
@@ -169,9 +170,20 @@ COLUMNS = ("shard", "key", "offset", "length", IMAGE_COLUMN)
 
 def has_place(row: dict[str, Any]) -> bool:
     """Return whether a row's metadata locates its image, in a tar, in a Parquet file or in a folder."""
-    if _in_folder(row):
+    if in_folder(row):
         return True
     return None not in (row.get("shard"), row.get("offset"), row.get("length" if _in_tar(row) else IMAGE_COLUMN))
+
+
+def shows(manifest: Manifest, id: int, row: dict[str, Any], storage: StorageConfig) -> bool:
+    """Return whether row `id`, whose metadata is `row`, has an image that may be read.
+
+    Rows of a folder may have none, as there are folders of texts: where the index has no images, it looks.
+    """
+    if not (has_place(row) and is_planned(manifest, id)):
+        return False
+    images = any(name.startswith("image/") for name in shard_of(manifest, id).files)
+    return images or not in_folder(row) or image(row, storage) is not None
 
 
 def _in_tar(row: dict[str, Any]) -> bool:
@@ -179,23 +191,12 @@ def _in_tar(row: dict[str, Any]) -> bool:
     return row.get("length") is not None
 
 
-def _in_folder(row: dict[str, Any]) -> bool:
+def in_folder(row: Mapping[str, Any]) -> bool:
     """Return whether a row's image is a file of a folder, of which the key is the name; its shard is no file then."""
     placed = row.get("offset") is not None or row.get("length") is not None
     if placed or None in (row.get("shard"), row.get("key")):
         return False
     return not (is_tar(row["shard"]) or is_compressed(row["shard"]))
-
-
-def _read_file(store: Store, key: str) -> bytes | None:
-    """Read the image of a key in a folder: the file of that name, or of that name and an extension of images."""
-    endings = [f".{extension}" for lower in IMAGE_EXTENSIONS for extension in (lower, lower.upper())]
-    if ".." in key.split("/"):
-        return None
-    for name in ([key] if key.lower().endswith(tuple(endings)) else []) + [f"{key}{ending}" for ending in endings]:
-        with contextlib.suppress(FileNotFoundError):
-            return store.read(name)
-    return None
 
 
 def image(row: dict[str, Any], storage: StorageConfig = StorageConfig()) -> bytes | None:
@@ -206,9 +207,9 @@ def image(row: dict[str, Any], storage: StorageConfig = StorageConfig()) -> byte
     """
     if not has_place(row):
         return None
-    if _in_folder(row):
+    if in_folder(row):
         try:
-            return _read_file(Store(text_name(row["shard"]), storage.storage_options), text_name(row["key"]))
+            return read_picture(Store(text_name(row["shard"]), storage.storage_options), text_name(row["key"]))
         except (OSError, InputError):
             return None
     folder, name = split_url(text_name(row["shard"]))

@@ -740,3 +740,16 @@ def test_the_snippet_of_the_page(demo: str) -> None:
     assert names["dataset"].selection.rows == 100
     assert names["dataset"].failures.counts == {}
     assert sum(map(sum, names["state"]["phases"])) == 100
+
+
+def test_pictures_of_a_folder_are_samples(tmp_path: Path) -> None:
+    pictures = {"a.jpg": 1, "b.Jpg": 2, "deep/c.jfif": 3}
+    for name, seed in pictures.items():
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(corpus.jpeg(seed))
+    index = index_of([str(tmp_path / "photos")], tmp_path)
+    (tmp_path / "photos" / "a.jpg").rename(tmp_path / "photos" / "gone.jpg")
+    dataset = FilteredDataset(index, "anything", amount=3, selection=str(tmp_path / "s"), decode="raw", max_failures=1)
+    found = {sample["key"]: bytes(sample["image"]) for sample in dataset}
+    assert found == {"b": corpus.jpeg(2), "deep/c": corpus.jpeg(3)}
+    assert dataset.failures.counts == {"missing_tar": 1}

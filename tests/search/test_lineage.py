@@ -15,12 +15,14 @@ from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfi
 from clip_batch.embeddings.commits import read_commits
 from clip_batch.embeddings.embed import embed
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.export.filter import filter_rows
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.index.merge.merge import merge
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan, make_plan
-from clip_batch.search.lineage import Lineage, embedding, image, planned, shard_of, where
+from clip_batch.search.lineage import Lineage, embedding, image, planned, shard_of, shows, where
+from clip_batch.search.query import Query
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from tests import corpus
@@ -236,20 +238,51 @@ def test_which_ids_our_planner_located(home: Path) -> None:
 
 
 def test_pictures_of_folders_are_read_by_their_keys(tmp_path: Path) -> None:
-    files = {"a.jpg": 1, "b.JPG": 2, "deep/c.png": 3, "d.jpg": 4, "d.png": 5, "e.jpg.jpg": 6}
+    files = {
+        "a.jpg": 1,
+        "b.JPG": 2,
+        "deep/c.png": 3,
+        "d.jpg": 4,
+        "d.png": 5,
+        "e.jpg.jpg": 6,
+        "f.Jpg": 7,
+        "deep/g.jfif": 8,
+    }
+    files["deep/h.Picture"] = 9
     for name, seed in files.items():
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(corpus.encode(corpus.picture(seed), "PNG") if name.endswith("png") else corpus.jpeg(seed))
-    make_plan(tmp_path / "photos", tmp_path / "out", PlanConfig(model="fake:8", format="files"))
+    extensions = [*PlanConfig().image_extensions, "picture"]
+    config = PlanConfig(model="fake:8", format="files", image_extensions=extensions)
+    make_plan(tmp_path / "photos", tmp_path / "out", config)
     embed(f"{tmp_path}/out", EmbedConfig(device="cpu"))
     merge(f"{tmp_path}/out", f"{tmp_path}/index", MergeConfig(queries=2))
     with Searcher(f"{tmp_path}/index") as searcher:
-        keys = {row["key"]: searcher.image(id) for id, row in enumerate(searcher.metadata(range(6)))}
+        keys = {row["key"]: searcher.image(id) for id, row in enumerate(searcher.metadata(range(len(files))))}
         found = {(tmp_path / "photos" / name).read_bytes() for name in files}
-        assert set(keys) == {"a", "b", "deep/c", "d.jpg", "d.png", "e.jpg"} and set(keys.values()) == found
+        assert (
+            set(keys) == {"a", "b", "deep/c", "d.jpg", "d.png", "e.jpg", "f", "deep/g", "deep/h"}
+            and set(keys.values()) == found
+        )
         assert keys["d.png"] == (tmp_path / "photos/d.png").read_bytes()
+        filtered = filter_rows(searcher, Query(id=0, k=len(files)), Store(tmp_path / "found"), images=True)
+        assert (filtered.images, filtered.missing) == (len(files), 0)
         row = searcher.metadata([0])[0]
         assert image(row | {"key": "../out/_clip_batch/plan.json"}) is None
         (tmp_path / "photos/a.jpg").unlink()
         assert image(row | {"key": "a"}) is None
+
+
+def test_a_folder_of_texts_has_no_pictures_to_show(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in "abc":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"text {name}")
+    (tmp_path / "texts" / "c.jpg").write_bytes(corpus.jpeg(1))
+    make_plan(tmp_path / "texts", tmp_path / "out", PlanConfig(model="fake:8", format="files", modalities=["text"]))
+    embed(f"{tmp_path}/out", EmbedConfig(device="cpu"))
+    merge(f"{tmp_path}/out", f"{tmp_path}/index", MergeConfig(queries=2))
+    with Searcher(f"{tmp_path}/index") as searcher:
+        rows = enumerate(searcher.metadata(range(3)))
+        shown = {row["key"]: shows(searcher.manifest, id, row, searcher.storage) for id, row in rows}
+    assert shown == {"a": False, "b": False, "c": True}

@@ -1,4 +1,4 @@
-"""Fetch a row's image, by its place in a tar or a Parquet file or by its URL; in any number of threads."""
+"""Fetch a row's image, by its place in a tar, a Parquet file or a folder, or by its URL; in any number of threads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import threading
 from typing import Any, NamedTuple
 
 from clip_batch.errors import ClipBatchError, InputError, Preempted, StorageUnavailable, one_line
+from clip_batch.samples.files import read_picture
 from clip_batch.samples.parquet.reader import read_image
 from clip_batch.samples.tar.fast_headers import BLOCK
 from clip_batch.samples.tar.headers import name_and_size
 from clip_batch.samples.tar.scan import scan_links
+from clip_batch.search import lineage
 from clip_batch.storage import web
 from clip_batch.storage.arrow import UNREADABLE
 from clip_batch.storage.names import text_name
@@ -72,6 +74,8 @@ class Fetch:
                 return self._member(place)
             if place.image_column is not None:
                 return self._row(place, place.image_column)
+        if self._via != "url" and lineage.in_folder(place._asdict()):
+            return self._file(place)
         if self._via == "tar" or not place.url:
             absent = "no URL" if self._via == "url" else "no place in a file that our planner recorded"
             raise Lost("no_place", f"{absent}{' and no URL' if self._via == 'either' else ''}")
@@ -121,6 +125,17 @@ class Fetch:
             raise Lost("changed_tar", f"{place.shard}: {one_line(error)}") from None
         if data is None:
             raise Lost("changed_tar", f"{place.shard} no longer has an image in row {place.offset}: plan again")
+        return data
+
+    def _file(self, place: Place) -> bytes:
+        """Return the picture of a key in a folder."""
+        assert place.shard is not None and place.key is not None
+        try:
+            data = read_picture(Store(text_name(place.shard), self._options), text_name(place.key))
+        except OSError as error:
+            raise Lost("unavailable", one_line(error)) from None
+        if data is None:
+            raise Lost("missing_tar", f"{place.shard} has no picture {place.key}: put it back, or plan again")
         return data
 
     def _is_member(self, data: bytes, place: Place, shard: str) -> bool:

@@ -72,7 +72,8 @@ class Images:
 
     def has_image(self, version: OpenVersion, id: int, row: dict[str, Any]) -> bool:
         """Return whether `read` may find an image of a row; `row` has its `columns`."""
-        return (lineage.has_place(row) and version.planned(id)) or self.url(row) is not None
+        shown = lineage.shows(version.manifest, id, row, version.searcher.storage)
+        return shown or self.url(row) is not None
 
     def _copy(self, version: OpenVersion, row: int, place: dict[str, Any], width: int | None) -> bytes:
         manifest = version.manifest
