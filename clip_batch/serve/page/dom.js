@@ -37,3 +37,14 @@ export function safeUrl(value) {
 export function link(url, ...children) {
   return el("a", { href: url, target: "_blank", rel: "noopener noreferrer" }, ...children);
 }
+
+// Calls `act` once it has not been asked for during some milliseconds.
+export function later(act, milliseconds) {
+  let timer = 0;
+  const ask = (...values) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => act(...values), milliseconds);
+  };
+  ask.cancel = () => clearTimeout(timer);
+  return ask;
+}

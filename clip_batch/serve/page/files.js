@@ -1,12 +1,14 @@
 // Reading files that users drop, paste or choose: pictures, and embeddings as .npy or JSON.
 
+import { say } from "./words.js";
+
 export class Unreadable extends Error {}
 
 // Returns {image: base64} or {vector: numbers}. Throws Unreadable, with the reason, if the file is neither.
 export async function readFile(file) {
   if (file.name.endsWith(".npy")) return { vector: fromNpy(await file.arrayBuffer()) };
   if (file.name.endsWith(".json") || file.type === "application/json") return { vector: fromJson(await file.text()) };
-  if (!file.type.startsWith("image/")) throw new Unreadable(`${file.name} is neither an image nor an embedding (.npy, .json)`);
+  if (!file.type.startsWith("image/")) throw new Unreadable(say("neither", { name: file.name }));
   return { image: await toBase64(file) };
 }
 
@@ -14,7 +16,7 @@ function toBase64(file) {
   return new Promise((done, fail) => {
     const reader = new FileReader();
     reader.onload = () => done(reader.result.slice(reader.result.indexOf(",") + 1));
-    reader.onerror = () => fail(new Unreadable(`${file.name} cannot be read`));
+    reader.onerror = () => fail(new Unreadable(say("unreadable", { name: file.name })));
     reader.readAsDataURL(file);
   });
 }
@@ -25,11 +27,11 @@ export function fromJson(text) {
   try {
     values = JSON.parse(text);
   } catch {
-    throw new Unreadable("this is not a JSON array of numbers");
+    throw new Unreadable(say("notJson"));
   }
   if (Array.isArray(values) && values.length === 1 && Array.isArray(values[0])) [values] = values;
   if (!Array.isArray(values) || !values.length || !values.every(value => Number.isFinite(value)))
-    throw new Unreadable("an embedding is a JSON array of numbers");
+    throw new Unreadable(say("notVector"));
   return values;
 }
 
@@ -43,7 +45,7 @@ const READ = {
 export function fromNpy(buffer) {
   const view = new DataView(buffer);
   const magic = [0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59];
-  if (buffer.byteLength < 12 || magic.some((byte, place) => view.getUint8(place) !== byte)) throw new Unreadable("this is not a .npy file");
+  if (buffer.byteLength < 12 || magic.some((byte, place) => view.getUint8(place) !== byte)) throw new Unreadable(say("notNpy"));
   const wide = view.getUint8(6) > 1;
   const start = (wide ? 12 : 10) + (wide ? view.getUint32(8, true) : view.getUint16(8, true));
   const header = new TextDecoder().decode(buffer.slice(10, start));
@@ -51,11 +53,11 @@ export function fromNpy(buffer) {
   const shape = /'shape':\s*\(([^)]*)\)/.exec(header)?.[1].split(",").filter(part => part.trim()).map(Number) ?? [];
   const size = shape.at(-1);
   if (!(kind in READ) || !size || !(shape.length === 1 || (shape.length === 2 && shape[0] === 1)))
-    throw new Unreadable(`the .npy holds ${kind ?? "unknown data"} of shape (${shape}): it must hold one vector of float16, float32 or float64`);
+    throw new Unreadable(say("npyShape", { kind: kind ?? "?", shape: shape.join(", ") }));
   const [width, read] = READ[kind];
-  if (buffer.byteLength < start + size * width) throw new Unreadable("the .npy file is truncated");
+  if (buffer.byteLength < start + size * width) throw new Unreadable(say("npyCut"));
   const values = Array.from({ length: size }, (_, place) => read(view, start + place * width));
-  if (!values.every(Number.isFinite)) throw new Unreadable("the .npy holds NaN or infinity");
+  if (!values.every(Number.isFinite)) throw new Unreadable(say("npyNan"));
   return values;
 }
 

@@ -1,117 +1,191 @@
-// The grid of hits, one card each. Arrow keys move between cards, and Tab reaches only the current one.
+// The grid of hits: justified rows, of which only those near the screen exist, so that 30,000 hits scroll as 30 do.
+// Arrow keys move between cards, and Tab reaches only the current one.
 
-import { $, el, icon, iconButton, link, safeUrl } from "./dom.js";
+import { $, el, icon, iconButton, link } from "./dom.js";
+import { between, justify } from "./layout.js";
+import { nameOf, originalOf, picture, ratioOf, urlOf } from "./picture.js";
+import { number, say } from "./words.js";
 
-export const EAGER = 12;   // the first cards load their pictures at once, the others when they are near the screen
 export const LESS = -0.5;   // the weight of a subtracted hit: subtracting a whole vector would leave little of the query
-const NARROW = 0.5, WIDE = 2.4;
+const GUESS = 1.2;   // the proportions of a picture until it is there
+const TOGETHER = 140;   // milliseconds in which pictures that arrive are arranged at once, so that cards jump once at most
+const PRINTED = 60;   // cards on the printed page
 
-export const nameOf = hit => String(hit.metadata.caption || hit.metadata.key || `row ${hit.id}`);
-
-// Returns the web address in the hit's metadata, or null.
-export function urlOf(hit) {
-  const { url, image_url, link } = hit.metadata;
-  return [url, image_url, link].map(safeUrl).find(Boolean) ?? null;
-}
-
-// Returns the picture of a hit, or a placeholder if it has none. A picture that does not load is replaced by one.
-export function picture(hit, lazy, onload = () => {}) {
-  const placeholder = text => el("span", { className: "none" }, icon("broken"), text);
-  if (!hit.image) return placeholder("no image");
-  const image = el("img", { alt: "", decoding: "async", draggable: true });
-  image.loading = lazy ? "lazy" : "eager";
-  image.onload = () => onload(image.naturalWidth / image.naturalHeight);
-  image.onerror = () => image.replaceWith(placeholder("cannot be shown"));
-  image.src = hit.image.replace(/^\//, "");
-  return image;
-}
-
-function card(hit, place, act) {
-  const name = nameOf(hit), url = urlOf(hit);
-  const shape = ratio => ratio > 0 && box.style.setProperty("--ratio", Math.min(Math.max(ratio, NARROW), WIDE).toFixed(3));
-  const look = el("button", { type: "button", className: "picture", label: `Find images like: ${name}`, title: name, onclick: () => act.similar(hit) });
-  const box = el("li", { className: "hit", data: { id: hit.id } }, look,
-    el("div", { className: "acts" },
-      iconButton("plus", `Add to the query: ${name}`, () => act.add(hit, 1)),
-      iconButton("minus", `Subtract from the query: ${name}`, () => act.add(hit, LESS)),
-      iconButton("info", `Details: ${name}`, () => act.details(hit))),
-    el("div", { className: "about" },
-      el("span", { className: "caption", textContent: name }),
-      ...(url ? [Object.assign(link(url, icon("link")), { title: url, ariaLabel: `Open the web address of: ${name}` })] : []),
-      el("span", { className: "score", textContent: hit.score.toFixed(3), title: "cosine" })));
-  shape(hit.metadata.width / hit.metadata.height);
-  look.append(picture(hit, place >= EAGER, shape));
-  return box;
-}
+const known = new Map();   // proportions of the pictures that were seen, by address
 
 export function createGrid(act) {
   const grid = $("hits");
-  let hits = [], current = null;
+  let hits = [], ratios = [], layout = { boxes: [], height: 0 };
+  let current = 0, width = 0, arrived = [];
+  const cards = new Map();   // by place
+
+  const top = () => grid.getBoundingClientRect().top + scrollY;
+
+  function arrange() {
+    const above = scrollY - top(), anchor = layout.boxes.findIndex(box => box.top + box.height > above && box.top >= above);
+    const before = layout.boxes[anchor]?.top;
+    const small = width < 620;
+    layout = justify(ratios, width, { row: small ? 116 : width < 1100 ? 172 : 204, gap: small ? 10 : 16, about: small ? 40 : 46 });
+    grid.style.height = `${layout.height}px`;
+    if (above > 0 && anchor > 0) scrollBy({ top: layout.boxes[anchor].top - before, behavior: "instant" });   // what is read stays where it is
+    draw();
+  }
+
+  function range() {
+    const start = scrollY - top(), screens = innerHeight;
+    return between(layout.boxes, start - 0.8 * screens, start + 1.8 * screens);
+  }
+
+  function draw([from, to] = range()) {
+    for (const [place, box] of cards) {
+      if (place >= from && place < to || box.contains(document.activeElement)) continue;
+      box.remove();
+      cards.delete(place);
+    }
+    let next = null;
+    for (let place = to - 1; place >= from; place--) {
+      const box = cards.get(place) ?? card(place);
+      cards.set(place, box);
+      const { left, top, width, height } = layout.boxes[place];
+      Object.assign(box.style, { left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` });
+      if (box.parentNode !== grid || box.nextElementSibling !== next) grid.insertBefore(box, next);
+      next = box;
+    }
+    if (hits.length && scrollY + 2.5 * innerHeight > top() + layout.height) act.more();
+  }
+
+  function card(place) {
+    const hit = hits[place], name = nameOf(hit), url = urlOf(hit), address = originalOf(hit);
+    const look = el("button", { type: "button", className: "picture", label: say("open", { name }), title: name, onclick: () => act.open(hit) });
+    const box = el("li", { className: "hit", data: { id: hit.id, place } }, look,
+      el("div", { className: "acts" },
+        iconButton("similar", say("similar", { name }), () => act.similar(hit)),
+        iconButton("plus", say("add", { name }), () => act.add(hit, 1)),
+        iconButton("minus", say("subtract", { name }), () => act.add(hit, LESS))),
+      el("div", { className: "about" },
+        el("span", { className: "caption", dir: "auto", textContent: name }),
+        ...(url ? [Object.assign(link(url, icon("link")), { title: url, ariaLabel: say("web", { name }) })] : []),
+        ...(hit.score === undefined ? [] : [el("span", { className: "score", textContent: hit.score.toFixed(3), title: say("score") })])));
+    box.setAttribute("aria-posinset", place + 1);
+    box.setAttribute("aria-setsize", hits.length);
+    const told = known.has(address) || ratioOf(hit) !== null;
+    const image = picture(hit, layout.boxes[place].width, ratio => {
+      known.set(address, ratio);
+      if (told && Math.abs(ratio / ratios[place] - 1) < 0.03) return look.classList.add("shown");
+      if (hits[place] !== hit) return;
+      ratios[place] = ratio;
+      if (!arrived.length) setTimeout(settle, TOGETHER);
+      arrived.push(look);
+    });
+    if (!address) look.classList.add("shown");
+    image.addEventListener("error", () => look.classList.add("shown"));
+    look.append(image);
+    reach(box, place === current);
+    return box;
+  }
+
+  function settle() {
+    for (const look of arrived) look.classList.add("shown");
+    arrived = [];
+    arrange();
+  }
+
+  function reach(box, on) {
+    box?.querySelectorAll("button, a").forEach(part => (part.tabIndex = on ? 0 : -1));
+  }
 
   // Makes only the current card's buttons reachable by Tab.
-  function setCurrent(box) {
-    for (const [one, stop] of [[current, -1], [box, 0]]) one?.querySelectorAll("button, a").forEach(part => (part.tabIndex = stop));
-    current = box;
+  function setCurrent(place) {
+    reach(cards.get(current), false);
+    current = place;
+    reach(cards.get(current), true);
   }
 
   function add(more) {
-    const boxes = more.map((hit, place) => card(hit, hits.length + place, act));
-    for (const box of boxes) box.querySelectorAll("button, a").forEach(part => (part.tabIndex = -1));
+    ratios.push(...more.map(hit => known.get(originalOf(hit)) ?? ratioOf(hit) ?? (originalOf(hit) ? GUESS : 1.6)));
     hits = hits.concat(more);
-    grid.append(...boxes);
-    if (!current && boxes.length) setCurrent(boxes[0]);
+    arrange();
+  }
+
+  function show(shown) {
+    clear();
+    add(shown);
   }
 
   function clear() {
+    for (const box of cards.values()) box.remove();
+    cards.clear();
     hits = [];
-    current = null;
-    grid.replaceChildren();
+    ratios = [];
+    arrived = [];
+    current = 0;
+    layout = { boxes: [], height: 0 };
+    grid.style.height = "0";
   }
 
-  function focus(box) {
-    if (!box) return;
-    setCurrent(box);
-    box.querySelector(".picture").focus({ preventScroll: true });
-    box.scrollIntoView({ block: "nearest" });
+  // Scrolls a card into view, below the header that covers the top.
+  function reveal(place) {
+    const box = layout.boxes[place], start = top() + box.top, covered = document.querySelector("header").offsetHeight + 12;
+    if (start - covered < scrollY) scrollTo({ top: start - covered, behavior: "instant" });
+    else if (start + box.height + 12 > scrollY + innerHeight) scrollTo({ top: start + box.height + 12 - innerHeight, behavior: "instant" });
+    draw();
   }
 
-  // Returns the card in the row above or below whose centre is nearest.
-  function across(down) {
-    const middle = box => box.offsetLeft + box.offsetWidth / 2;
-    let row = null, best = null;
-    for (let box = current; (box = down ? box.nextElementSibling : box.previousElementSibling);) {
-      if (box.offsetTop === current.offsetTop) continue;
-      row ??= box.offsetTop;
-      if (box.offsetTop !== row) break;
-      if (!best || Math.abs(middle(box) - middle(current)) < Math.abs(middle(best) - middle(current))) best = box;
+  function focus(place) {
+    if (place === null || !hits[place]) return;
+    reveal(place);
+    setCurrent(place);
+    cards.get(place).querySelector(".picture").focus({ preventScroll: true });
+  }
+
+  // Returns the card in the row above or below whose centre is nearest, or null.
+  function across(step) {
+    const middle = box => box.left + box.width / 2, here = layout.boxes[current];
+    let best = null;
+    for (let place = current + step; layout.boxes[place]; place += step) {
+      const box = layout.boxes[place];
+      if (box.row === here.row) continue;
+      if (box.row !== here.row + step) break;
+      if (best === null || Math.abs(middle(box) - middle(here)) < Math.abs(middle(layout.boxes[best]) - middle(here))) best = place;
     }
     return best;
   }
 
-  grid.addEventListener("focusin", event => setCurrent(event.target.closest(".hit")));
+  grid.addEventListener("focusin", event => {
+    const box = event.target.closest(".hit");
+    if (box) setCurrent(Number(box.dataset.place));
+  });
   grid.addEventListener("keydown", event => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const hit = hits[[...grid.children].indexOf(current)];
+    const hit = hits[current];
     const keys = {
-      ArrowRight: () => focus(current.nextElementSibling), ArrowLeft: () => focus(current.previousElementSibling),
-      ArrowDown: () => focus(across(true)), ArrowUp: () => focus(across(false)),
-      Home: () => focus(grid.firstElementChild), End: () => focus(grid.lastElementChild),
-      "+": () => act.add(hit, 1), "-": () => act.add(hit, LESS), i: () => act.details(hit),
+      ArrowRight: () => focus(current + 1), ArrowLeft: () => focus(current - 1),
+      ArrowDown: () => focus(across(1)), ArrowUp: () => focus(across(-1)),
+      Home: () => focus(0), End: () => focus(hits.length - 1),
+      "+": () => act.add(hit, 1), "-": () => act.add(hit, LESS), s: () => act.similar(hit),
     };
     if (!(event.key in keys)) return;
     event.preventDefault();
     keys[event.key]();
   });
 
-  return { add, clear, focusCurrent: () => focus(current), get hits() { return hits; } };
-}
+  let asked = false;
+  addEventListener("scroll", () => {
+    if (asked) return;
+    asked = true;
+    requestAnimationFrame(() => {
+      asked = false;
+      draw();
+    });
+  }, { passive: true });
+  new ResizeObserver(() => {
+    if (grid.clientWidth === width) return;
+    width = grid.clientWidth;
+    arrange();
+  }).observe(grid);
+  addEventListener("beforeprint", () => draw([0, Math.min(PRINTED, hits.length)]));
+  addEventListener("afterprint", () => draw());
 
-export function showDetails(hit) {
-  const value = text => (safeUrl(text) ? link(safeUrl(text), String(text)) : typeof text === "object" ? JSON.stringify(text) : String(text));
-  const fields = { row: hit.id, score: hit.score.toFixed(4), ...hit.metadata };
-  $("detail-name").textContent = nameOf(hit);
-  $("detail-picture").replaceChildren(picture(hit, false));
-  $("detail-fields").replaceChildren(...Object.entries(fields).filter(([, text]) => text !== null && text !== "")
-    .flatMap(([name, text]) => [el("dt", { textContent: name }), el("dd", {}, value(text))]));
-  $("detail").showModal();
+  width = grid.clientWidth;
+  return { add, show, clear, focus, focusCurrent: () => focus(current), reveal, get hits() { return hits; }, count: () => number(hits.length) };
 }

@@ -2,91 +2,185 @@
 
 import { ask, Refused } from "./api.js";
 import { showChips, thumbs } from "./chips.js";
-import { $, safeUrl } from "./dom.js";
+import { $, later, safeUrl } from "./dom.js";
 import { fromJson, readFile, Unreadable } from "./files.js";
-import { createGrid, EAGER, LESS, nameOf, showDetails } from "./hits.js";
-import { describe, empty, FLAGS, fromAddress, isEmpty, packVector, toAddress, toRequest } from "./query.js";
+import { createFilters } from "./filters.js";
+import { createGrid, LESS } from "./hits.js";
+import { kept, recent } from "./memory.js";
+import { loadDirectly, nameOf, urlOf } from "./picture.js";
+import { describe, describeFilters, empty, FLAGS, fromAddress, isEmpty, isFiltered, packVector, toAddress, toRequest } from "./query.js";
 import { fileName, save, toCsv } from "./save.js";
+import { createViewer } from "./viewer.js";
+import { createWelcome } from "./welcome.js";
+import { say, translate } from "./words.js";
 
 const FIRST = 60;   // hits of the first request; each further request asks for twice as many
+const REMEMBERED = 20;   // searches whose hits are kept, so that Back shows them at once
+const QUICK = 250;   // milliseconds: when searches take less, they begin while one types
+const PAUSE = 280;   // milliseconds without a key after which such a search begins
 const PARQUET = "application/vnd.apache.parquet";
 
 let query = empty();
-let server = { indices: [], features: {}, max_k: 10_000 };
+let server = { indices: [], features: {}, max_k: 10_000, page_images: "off" };
+let facts = null;   // of the index that is searched
+let learning = null;   // until they are known
 let running = new AbortController();   // of the latest search
-let results = null;   // {query, index, version, k, done} of the hits on the page
+let results = null;   // {address, query, index, version, k, done} of the hits on the page
 let loading = false;   // whether more hits are being requested
+let quick = false;
+const seen = new Map();   // address -> {results, hits, scroll}
 
-const say = (text, bad = false) => {
+const note = (text, bad = false) => {
   $("note").textContent = text;
   $("note").classList.toggle("bad", bad);
 };
 const trouble = error => {
   if (error.name === "AbortError") return;
-  say(error instanceof Refused || error instanceof Unreadable ? `Cannot search: ${error.message}` : `Something went wrong: ${error.message}`, true);
+  const expected = error instanceof Refused || error instanceof Unreadable;
+  if (!expected) console.error(error);
+  note(say(expected ? "cannotSearch" : "wentWrong", { reason: error.message }), true);
+  if (error instanceof Refused && !grid.hits.length) nothing(say("cannotSearch", { reason: "" }).replace(/[\s:]+$/, ""), error.message, say("tryAgain"), () => search());
 };
-const indexName = () => query.index || server.indices[0]?.name || "";
 const term = (kind, value, label, weight = 1) => ({ kind, value, label, weight });
+const indexName = () => query.index || server.indices[0]?.name || "";
+const current = () => server.indices.find(({ name }) => name === indexName());
+const like = (hit, weight) => term("id", hit.id, nameOf(hit).slice(0, 60), weight);
 
-const painted = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+const grid = createGrid({ open: hit => go({}, hit.id), similar, add, more: loadMore });
+const viewer = createViewer({ similar, add, step, close: closeViewer });
+const filters = createFilters(change => go(change));
+const welcome = createWelcome({ search: text => go({ text }), go: address => visit(address) });
 
-const grid = createGrid({
-  similar: hit => go({ text: "", terms: [term("id", hit.id, nameOf(hit).slice(0, 60))] }),
-  add: (hit, weight) => go({ text: $("text").value.trim(), terms: [...query.terms, term("id", hit.id, nameOf(hit).slice(0, 60), weight)] }),
-  details: showDetails,
-});
-
-// Changes the query, writes it into the address, and searches.
-function go(change) {
-  query = { ...query, ...change };
-  const address = toAddress(query);
-  history[address === location.hash.slice(1) ? "replaceState" : "pushState"](null, "", `${location.pathname}#${address}`);
-  show();
-  return search();
+function similar(hit) {
+  return go({ text: "", terms: [like(hit)] });
+}
+function add(hit, weight) {
+  return go({ text: $("text").value.trim(), terms: [...query.terms, like(hit, weight)] });
 }
 
-function show() {
+// The address of a query, and of the hit that the viewer shows.
+const addressOf = (query, view) => [toAddress(query), view === null ? "" : `view=${view}`].filter(Boolean).join("&");
+function viewOf(address) {
+  const view = new URLSearchParams(address).get("view");
+  return /^\d{1,15}$/.test(view ?? "") ? Number(view) : null;
+}
+
+// Changes the query, or what the viewer shows, writes it into the address, and searches.
+function go(change, view = null, { replace = false, typed = false } = {}) {
+  query = { ...query, ...change };
+  const fresh = Object.keys(change).length > 0;
+  return visit(addressOf(query, view), { replace, typed, fresh });
+}
+
+function visit(address, { replace = false, typed = false, fresh = true } = {}) {
+  typing.cancel();
+  rememberScroll();
+  const here = address === location.hash.slice(1) || replace || (typed && history.state?.typed);
+  const opened = viewOf(address) !== null && viewOf(location.hash.slice(1)) === null;
+  history[here ? "replaceState" : "pushState"]({ typed, opened: opened || (here && history.state?.opened) }, "", `${location.pathname}#${address}`);
+  return show(fresh);
+}
+
+// Shows what the address says: it opens or closes the viewer, and searches unless the hits are there or, with `fresh`,
+// even then.
+async function show(fresh = false) {
+  const address = location.hash.slice(1);
+  query = fromAddress(address);
+  showQuery();
+  if (fresh || results?.address !== toAddress(query)) await search(fresh);
+  await view(viewOf(address));
+}
+
+function showQuery() {
   if (document.activeElement !== $("text") || query.text !== $("text").value.trim()) $("text").value = query.text;
   showChips(query.terms, indexName(), terms => go({ terms, text: $("text").value.trim() }));
-  $("text").placeholder = (current()?.text ?? true ? "Describe an image" : "Drop, paste or choose an image: this index reads no text")
-    + (server.features.image_url ? ", or paste its address" : "");
-  $("index").value = indexName();
+  $("text").placeholder = say(current()?.text ?? true ? "describe" : "describeNoText") + (server.features.image_url ? say("orAddress") : "");
+  if ($("index").value !== indexName()) $("index").value = indexName();
   for (const choice of document.querySelectorAll("#modality input")) choice.checked = choice.value === query.modality;
   for (const flag of FLAGS) $(flag).checked = query[flag];
   $("aesthetic").value = query.aesthetic;
+  filters.show(query);
   document.title = isEmpty(query) ? "clip-batch search" : `${describe(query)} – clip-batch`;
+  showKept();
+  if (facts?.index !== indexName()) learning = learn();
 }
 
-async function search() {
+function showKept() {
+  const on = kept.has(toAddress(query));
+  $("keep").setAttribute("aria-pressed", on);
+  $("keep").ariaLabel = $("keep").title = say(on ? "unsaveSearch" : "saveSearch");
+}
+
+// Asks what is in the index, for the first screen and the filters. The page works without.
+async function learn() {
+  const index = indexName();
+  if (!index) return;
+  facts = { index };
+  try {
+    const learned = await (await ask(`v1/facts/${encodeURIComponent(index)}`)).json();
+    if (index !== indexName()) return;
+    facts = learned;
+  } catch {
+    return;
+  }
+  filters.learn(facts);
+  if (isEmpty(query)) greet();
+}
+
+function greet() {
+  results = { address: toAddress(query), query, done: true };
+  nothing();
+  $("welcome").hidden = false;
+  $("keep").hidden = $("save").hidden = true;
+  $("end").textContent = "";
+  $("hits").removeAttribute("aria-busy");
+  note("");
+  const known = facts?.sample ? facts : null;
+  welcome.show(current(), known);
+  welcome.remember();
+  grid.show(known?.sample ?? []);
+  tellUrlsOnly();
+}
+
+function nothing(title = "", help = "", button = "", act = null) {
+  $("nothing").hidden = !title;
+  $("nothing-name").textContent = title;
+  $("nothing-help").textContent = help;
+  $("nothing-button").textContent = button;
+  $("nothing-button").hidden = !act;
+  $("nothing-button").onclick = act;
+  if (title) $("welcome").hidden = $("inside").hidden = true;
+}
+
+async function search(fresh = true) {
   running.abort();
   running = new AbortController();
-  const { signal } = running, searched = query, start = performance.now();
+  const { signal } = running, searched = query, address = toAddress(query), start = performance.now();
   loading = false;
-  if (isEmpty(searched)) return clear();
+  if (isEmpty(searched)) {
+    greet();
+    return restoreScroll(seen.get(address)?.scroll);
+  }
+  if (!fresh && seen.has(address)) return reshow(seen.get(address));
   const late = setTimeout(() => {
-    say("Searching…");
+    note(say("searching"));
     $("hits").setAttribute("aria-busy", "true");
   }, 150);
   try {
-    const k = Math.min(FIRST, server.max_k);
-    const response = await (await ask("v1/search", toRequest(searched, k), { signal })).json();
+    const again = history.state?.address === address ? history.state : {};   // the page was loaded anew
+    if (!searched.text && !searched.terms.length) await learning;   // filters alone search by a row of the sample
+    const k = Math.min(Math.max(FIRST, again.k ?? 0), server.max_k);
+    const response = await (await ask("v1/search", toRequest(searched, k, facts?.sample?.[0]?.id), { signal, waiting: text => note(text) })).json();
     clearTimeout(late);
     const took = Math.round(performance.now() - start);
-    results = { query: searched, index: response.index, version: response.version, k, done: response.hits.length === 0 || k >= server.max_k };
-    $("welcome").hidden = true;
+    if (searched.text) quick = took < QUICK;
+    results = { address, query: searched, index: response.index, version: response.version, k, took, done: response.hits.length < k || k >= server.max_k };
     const focused = $("hits").contains(document.activeElement);   // the focus stays on the hits if it is there
-    grid.clear();
-    grid.add(response.hits.slice(0, EAGER));
+    showHits(response.hits, again.scroll ?? 0);
     if (focused) grid.focusCurrent();
-    scrollTo({ top: 0 });
-    $("save").hidden = !response.hits.length;
-    $("end").textContent = "";
-    say(response.hits.length ? `${response.hits.length} hits for ${describe(searched)} · ${took} ms` : `No hits for ${describe(searched)}`);
-    await painted();
-    if (signal.aborted) return;
-    grid.add(response.hits.slice(EAGER));
-    watch();
+    if (!history.state?.typed) recent.add(address, describe(searched));
   } catch (error) {
+    if (error.name !== "AbortError") results = null;
     trouble(error);
   } finally {
     clearTimeout(late);
@@ -94,34 +188,75 @@ async function search() {
   }
 }
 
-function clear() {
-  results = null;
-  grid.clear();
-  $("welcome").hidden = false;
-  $("save").hidden = true;
+function showHits(hits, scroll) {
+  const { query: searched } = results;
+  $("welcome").hidden = $("inside").hidden = true;
+  $("printed").textContent = [describe(searched), ...describeFilters(searched), `${location.host} · ${results.index}`].join("\n");
+  if (hits.length) nothing();
+  else if (isFiltered(searched)) nothing(say("nothingFound"), say("nothingHelp"), say("clearFilters"), () => go({ filters: [], threshold: null }));
+  else nothing(say("nothingFound"), say("nothingHelp"));
+  grid.show(hits);
+  restoreScroll(scroll);
+  $("save").hidden = !hits.length;
+  $("keep").hidden = false;
   $("end").textContent = "";
+  if (hits.length) filters.best(hits[0].score);
+  tell();
+  tellUrlsOnly();
+}
+
+function reshow(kept) {
+  results = kept.results;
   $("hits").removeAttribute("aria-busy");
-  say("");
+  showHits(kept.hits, kept.scroll);
+}
+
+function tell() {
+  const n = grid.hits.length, text = say(n ? "hitsFor" : "noHits", { n, query: describe(results.query) });
+  note(n ? say("took", { text, ms: results.took }) : text);
+}
+
+function tellUrlsOnly() {
+  $("urls-only").hidden = server.page_images !== "off" || !grid.hits.length || !grid.hits.slice(0, FIRST).every(hit => !hit.image && urlOf(hit));
+}
+
+const restoreScroll = (scroll = 0) => scrollTo({ top: scroll, behavior: "instant" });
+
+// Remembers the hits and the place on the page, for Back and for a page that is loaded anew.
+function rememberScroll() {
+  if (!results) return;
+  const { address } = results;
+  seen.delete(address);
+  seen.set(address, { results, hits: grid.hits, scroll: scrollY });
+  if (seen.size > REMEMBERED) seen.delete(seen.keys().next().value);
 }
 
 // Infinite scroll: the service has no paging, so request twice as many hits and add the new ones.
 async function loadMore() {
-  if (loading || !results || results.done) return;
+  if (loading || !results || results.done) {
+    if (results?.done && !isEmpty(results.query) && grid.hits.length) $("end").textContent ||= say("theseAreAll");
+    return;
+  }
   loading = true;
   const { signal } = running, shown = results;
   try {
     const k = Math.min(shown.k * 2, server.max_k);
-    const response = await (await ask("v1/search", toRequest(shown.query, k), { signal })).json();
+    const response = await (await ask("v1/search", toRequest(shown.query, k, facts?.sample?.[0]?.id), { signal })).json();
     if (shown !== results) return;
-    if (response.version !== shown.version) return void search();   // in a new version of the index, rows have other ids
+    if (response.version !== shown.version) {   // in a new version of the index, rows have other ids
+      seen.clear();
+      facts = null;
+      showQuery();
+      return void search();
+    }
     const known = new Set(grid.hits.map(hit => hit.id));
     const fresh = response.hits.filter(hit => !known.has(hit.id));
     shown.k = k;
-    shown.done = !fresh.length || k >= server.max_k;
+    shown.done = !fresh.length || response.hits.length < k || k >= server.max_k;
+    loading = false;
     grid.add(fresh);
-    if (shown.done) $("end").textContent = "These are all.";
-    say(`${grid.hits.length} hits for ${describe(shown.query)}`);
-    watch();
+    if (shown.done && !fresh.length) $("end").textContent = say("theseAreAll");
+    tell();
   } catch (error) {
     if (shown === results && error.name !== "AbortError") {   // for example, the service limits k
       shown.done = true;
@@ -132,10 +267,38 @@ async function loadMore() {
   }
 }
 
-const nearEnd = new IntersectionObserver(entries => entries.some(entry => entry.isIntersecting) && loadMore(), { rootMargin: "0px 0px 900px" });
-function watch() {   // observing it again fires even if the end is still in sight
-  nearEnd.disconnect();
-  nearEnd.observe($("end"));
+// Opens the viewer at a row, or closes it at null.
+async function view(id) {
+  if (id === null) {
+    const closed = viewer.id;
+    viewer.close();
+    const place = grid.hits.findIndex(hit => hit.id === closed);
+    if (closed !== null && place >= 0) grid.focus(place);
+    return;
+  }
+  const place = grid.hits.findIndex(hit => hit.id === id);
+  if (place >= 0) return viewer.show(grid.hits[place], place, grid.hits.length);
+  try {   // a link to a row that this search does not show
+    const { hits } = await (await ask("v1/search", { id, k: 1, ...(query.index && { index: query.index }) })).json();
+    const [hit] = hits.filter(hit => hit.id === id);
+    if (!hit) throw new Refused(say("notHere", { id: String(id) }));
+    delete hit.score;
+    if (viewOf(location.hash.slice(1)) === id) viewer.show(hit, null, 0);
+  } catch (error) {
+    trouble(error);
+  }
+}
+
+function step(by) {
+  const place = grid.hits.findIndex(hit => hit.id === viewer.id), next = grid.hits[place + by];
+  if (place < 0 || !next) return;
+  grid.reveal(place + by);   // which requests more hits near the end
+  go({}, next.id, { replace: true });
+}
+
+function closeViewer() {
+  if (history.state?.opened) history.back();
+  else go({}, null, { replace: true });
 }
 
 // Returns the typed text as a term: an address, an embedding, or words.
@@ -143,7 +306,7 @@ function typedTerm(weight) {
   const text = $("text").value.trim();
   if (text.startsWith("[")) {
     const vector = fromJson(text);
-    return term("embedding", packVector(vector), `vector of ${vector.length}`, weight);
+    return term("embedding", packVector(vector), say("vectorOf", { n: vector.length }), weight);
   }
   if (safeUrl(text) && server.features.image_url) return term("image_url", text, text.replace(/^.*\/(?=.)/, "").slice(0, 60), weight);
   return term("text", text, text, weight);
@@ -152,13 +315,15 @@ function typedTerm(weight) {
 function submit(weight) {
   try {
     if (!$("text").value.trim()) {
-      if (weight && !query.terms.length) say("Type the text to add or subtract");
+      if (weight && !query.terms.length) note(say("typeFirst"));
       else go({ text: "" });
       return;
     }
     const part = typedTerm(weight || 1);
-    if (part.kind === "text" && !weight) go({ text: part.value });
-    else {
+    if (part.kind === "text" && !weight) {
+      recent.add(toAddress({ ...query, text: part.value }), describe({ ...query, text: part.value }));
+      go({ text: part.value });
+    } else {
       $("text").value = "";
       go({ text: "", terms: [...query.terms, part] });
     }
@@ -167,20 +332,26 @@ function submit(weight) {
   }
 }
 
+// Searches by the text while it is typed, if searches are quick.
+const typing = later(() => {
+  const text = $("text").value.trim();
+  if (text !== query.text && text && !text.startsWith("[") && !safeUrl(text)) go({ text }, null, { typed: true });
+}, PAUSE);
+
 // Searches by a file. A picture is replaced by its embedding, so that it is sent once and fits into the address.
 async function searchFile(file) {
   try {
     const content = await readFile(file);
     let { vector } = content;
     if (content.image) {
-      say("Reading the image…");
-      const answer = await ask("v1/embed", { images: [content.image], index: query.index || undefined });
+      note(say("readingImage"));
+      const answer = await ask("v1/embed", { images: [content.image], index: query.index || undefined }, { waiting: text => note(text) });
       [vector] = (await answer.json()).images;
     }
     const packed = packVector(vector);
     if (content.image) thumbs.set(packed, URL.createObjectURL(file));
     $("text").value = "";
-    await go({ text: "", terms: [term("embedding", packed, file.name || "pasted image")] });
+    await go({ text: "", terms: [term("embedding", packed, file.name || say("pasted"))] });
   } catch (error) {
     trouble(error);
   }
@@ -188,7 +359,7 @@ async function searchFile(file) {
 
 function searchDropped(text) {
   const ours = new RegExp(`^${location.origin}${location.pathname}v1/image/([^/]+)/(\\d+)(\\?|$)`).exec(text);
-  if (ours && decodeURIComponent(ours[1]) === indexName()) return go({ text: "", terms: [term("id", Number(ours[2]), `row ${ours[2]}`)] });
+  if (ours && decodeURIComponent(ours[1]) === indexName()) return go({ text: "", terms: [term("id", Number(ours[2]), say("rowName", { id: ours[2] }))] });
   $("text").value = text;
   submit();
 }
@@ -198,7 +369,7 @@ async function download(kind) {
   try {
     if (kind === "json") save(new Blob([JSON.stringify({ index, query: toAddress(saved), hits: grid.hits }, null, 1)], { type: "application/json" }), fileName(words, kind));
     if (kind === "csv") save(new Blob([toCsv(grid.hits)], { type: "text/csv" }), fileName(words, kind));
-    if (kind === "parquet") save(await (await ask("v1/search", toRequest(saved, results.k), { accept: PARQUET })).blob(), fileName(words, kind));
+    if (kind === "parquet") save(await (await ask("v1/search", toRequest(saved, results.k, facts?.sample?.[0]?.id), { accept: PARQUET })).blob(), fileName(words, kind));
   } catch (error) {
     trouble(error);
   }
@@ -211,7 +382,12 @@ function theme(next) {
   if (now) root.dataset.theme = now;
   else delete root.dataset.theme;
   localStorage.setItem("theme", now);
-  $("theme-button").ariaLabel = $("theme-button").title = `Colours: ${now || "automatic"}`;
+  $("theme-button").ariaLabel = $("theme-button").title = say("colours", { name: say(now || "automatic") });
+}
+
+function showFilters(open) {
+  $("filters").hidden = !open;
+  $("filter-button").setAttribute("aria-expanded", open);
 }
 
 function listen() {
@@ -226,15 +402,30 @@ function listen() {
     if (file) searchFile(file);
     event.target.value = "";
   };
-  $("surprise").onclick = () => go({ text: "", terms: [term("id", Math.floor(Math.random() * current().rows), "a random image")] });
+  $("surprise").onclick = () => go({ text: "", terms: [term("id", Math.floor(Math.random() * current().rows), say("surpriseLabel"))] });
   $("theme-button").onclick = () => theme(1);
-  $("index").onchange = () => go({ index: $("index").value, terms: query.terms.filter(({ kind }) => kind !== "id") });   // ids of rows mean nothing in another index
+  $("filter-button").onclick = () => showFilters($("filters").hidden);
+  $("close-filters").onclick = () => {
+    showFilters(false);
+    $("filter-button").focus();
+  };
+  // ids of rows and filters mean nothing in another index
+  $("index").onchange = () => go({ index: $("index").value, filters: [], terms: query.terms.filter(({ kind }) => kind !== "id") });
   $("modality").onchange = event => go({ modality: event.target.value });
   for (const flag of FLAGS) $(flag).onchange = event => go({ [flag]: event.target.checked });
   $("aesthetic").onchange = event => go({ aesthetic: Number(event.target.value) });
+  $("keep").onclick = () => {
+    const address = toAddress(query);
+    if (kept.has(address)) kept.remove(address);
+    else kept.add(address, describe(query));
+    showKept();
+  };
   $("save").onchange = event => {
     download(event.target.value);
     event.target.value = "";
+  };
+  $("text").oninput = () => {
+    if (quick && localStorage.getItem("typing") !== "off") typing();
   };
   $("text").onkeydown = event => {
     if (event.key === "Escape") go({ ...empty(), index: query.index, modality: query.modality });
@@ -245,10 +436,12 @@ function listen() {
   };
   addEventListener("keydown", event => {
     if (event.target.matches("input, select, textarea") || document.querySelector("dialog[open]") || event.ctrlKey || event.metaKey) return;
-    if (event.key !== "/" && event.key !== "Escape") return;
+    if (event.key === "f") showFilters($("filters").hidden);
+    else if (event.key === "/" || event.key === "Escape") {
+      $("text").focus();
+      $("text").select();
+    } else return;
     event.preventDefault();
-    $("text").focus();
-    $("text").select();
   });
   addEventListener("dragover", event => {
     event.preventDefault();
@@ -267,19 +460,21 @@ function listen() {
     if (file) searchFile(file);
     else if (!event.target.matches("input")) searchDropped(event.clipboardData.getData("text").trim());
   });
-  addEventListener("popstate", restore);
-}
-
-const current = () => server.indices.find(({ name }) => name === indexName());
-
-function restore() {
-  query = fromAddress(location.hash.slice(1));
-  show();
-  return search();
+  history.scrollRestoration = "manual";
+  addEventListener("popstate", () => {
+    rememberScroll();
+    show();
+  });
+  addEventListener("pagehide", () => {
+    const address = results && toAddress(results.query);
+    if (address) history.replaceState({ ...history.state, address, k: results.k, scroll: scrollY }, "");
+  });
 }
 
 // Asks the service what it can do, and shows the controls for that.
 async function start() {
+  translate();
+  document.body.dataset.drop = say("dropHere");
   theme(0);
   listen();
   try {
@@ -287,14 +482,12 @@ async function start() {
   } catch (error) {
     return trouble(error);
   }
+  loadDirectly(server.page_images === "direct");
   $("index").replaceChildren(...server.indices.map(({ name }) => new Option(name)));
   $("index").hidden = server.indices.length < 2;
   $("modality").hidden = !server.indices.some(({ modalities }) => modalities.length > 1);
   for (const name of [...FLAGS, "aesthetic"]) $(name).closest("label").hidden = !server.features[name];
-  const rows = server.indices.reduce((sum, index) => sum + index.rows, 0);
-  $("size").textContent = `Search ${rows.toLocaleString("en")} images`;
-  $("surprise").hidden = !rows;
-  return restore();
+  return show();
 }
 
 start();

@@ -42,14 +42,17 @@ def add_page(app: FastAPI, images_by_url: bool = False) -> None:
     """
     assets: dict[str, tuple[bytes, dict[str, Any]]] = {}
     headers = {"content-security-policy": FROM_ANYWHERE if images_by_url else POLICY, **HEADERS}
-    for file in (files("clip_batch.serve") / "page").iterdir():
-        kind = KINDS.get("." + file.name.rpartition(".")[2])
+    folder = files("clip_batch.serve") / "page"
+    found = [(file.name, file) for file in folder.iterdir()]
+    found += [(f"words/{file.name}", file) for file in (folder / "words").iterdir()]
+    for name, file in found:
+        kind = KINDS.get("." + name.rpartition(".")[2])
         if kind:
             data = file.read_bytes()
             tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
-            assets[file.name] = data, {**headers, "etag": tag, "content-type": f"{kind}; charset=utf-8"}
+            assets[name] = data, {**headers, "etag": tag, "content-type": f"{kind}; charset=utf-8"}
 
-    @app.get("/page/{name}", include_in_schema=False)
+    @app.get("/page/{name:path}", include_in_schema=False)
     def asset(name: str, request: Request) -> Response:
         if name not in assets:
             raise HTTPException(404, "the page has no such file")

@@ -83,7 +83,14 @@ class Images:
         original = lineage.image(place, version.searcher.storage)
         if original is None:
             raise Refused(404, "this row's image cannot be read: its file is gone, or has changed", "row")
-        return original if width is None else self._smaller(key, original, width)
+        if width is None:
+            return original
+        try:
+            return self._smaller(key, original, width)
+        except DecodeError as error:
+            if error.reason == "undecodable_image":
+                return original  # browsers show some images that are cut, and formats that this Pillow lacks
+            raise Refused(404, f"no smaller copy of this row's image: {error}", "row") from None
 
     def _proxied(self, url: str, width: int | None) -> bytes:
         width = width or PROXIED
@@ -94,13 +101,14 @@ class Images:
             original = web.fetch(url, self._limit, self._config.fetch_timeout, self._config.image_url_private)
         except web.FetchError as error:
             raise Refused(404, f"this row's image by URL {error}", "row") from None
-        return self._smaller(key, original, width)
+        try:
+            return self._smaller(key, original, width)
+        except DecodeError as error:
+            raise Refused(404, f"this row's image by URL is {error}", "row") from None
 
     def _smaller(self, key: str, original: bytes, width: int) -> bytes:
-        try:
-            data = thumbnail(original, rounded(width), self._config.max_pixels)
-        except DecodeError as error:
-            raise Refused(404, f"this row's image cannot be decoded: {error}", "row") from None
+        """Make a copy and keep it. Raises DecodeError as `thumbnail`."""
+        data = thumbnail(original, rounded(width), self._config.max_pixels)
         if data is not original:
             self._cache.put(key, data)
         return data

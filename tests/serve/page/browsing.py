@@ -56,9 +56,16 @@ def search(page: Page, act: Callable[[], Any]) -> tuple[dict[str, Any], list[int
     request = json.loads(caught.value.request.post_data or "")
     assert caught.value.ok, caught.value.text()
     ids = [hit["id"] for hit in caught.value.json()["hits"]]
-    first_ids = "[...document.querySelectorAll('.hit')].slice(0, ids.length).map(hit => hit.dataset.id)"
-    page.wait_for_function(f"ids => {first_ids}.join() == ids", arg=ids)
+    page.wait_for_function(SHOWS, arg=ids)
     return request, ids
+
+
+SHOWS = """ids => {
+    const cards = [...document.querySelectorAll(".hit")];
+    const same = cards.every(card => ids[card.dataset.place] == card.dataset.id);
+    return document.title != "clip-batch search" && same && (ids.length ? cards[0]?.dataset.place == 0 : !cards.length);
+}"""
+"""Whether the cards that exist, which are those near the screen, are the first of these ids."""
 
 
 def type_text(page: Page, text: str) -> None:
@@ -77,7 +84,7 @@ def hits(page: Page) -> Any:
 
 
 def shown(page: Page) -> list[int]:
-    """Return the ids of the hits on the page."""
+    """Return the ids of the hits near the screen, of which alone the page has cards."""
     ids: list[int] = page.evaluate("[...document.querySelectorAll('.hit')].map(hit => +hit.dataset.id)")
     return ids
 

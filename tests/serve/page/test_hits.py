@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from clip_batch.client import Client
@@ -11,18 +9,19 @@ from clip_batch.client import Client
 pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect
 
-from tests.serve.page.browsing import BROKEN, EVIL, ROWS, hits, in_chromium, row_of, search, shown, text_search
+from tests.serve.page.browsing import BROKEN, EVIL, ROWS, SHOWS, hits, in_chromium, row_of, search, shown, text_search
 
 pytestmark = in_chromium
 
 
-def test_a_click_finds_similar_ones_and_back_goes_back(page: Page) -> None:
+def test_a_hit_finds_similar_ones_and_back_goes_back(page: Page) -> None:
     before = text_search(page)
-    request, ids = search(page, hits(page).nth(3).locator(".picture").click)
+    hits(page).nth(3).hover()
+    request, ids = search(page, hits(page).nth(3).get_by_label("Find similar").click)
     assert (request["id"], ids[0]) == (before[3], before[3])
     assert page.get_by_label("Search text").input_value() == ""
-    _, again = search(page, page.go_back)
-    assert again == before
+    page.go_back()
+    page.wait_for_function(SHOWS, arg=before)
     assert page.get_by_label("Search text").input_value() == "picture number 5"
 
 
@@ -58,16 +57,24 @@ def test_hits_and_words_are_added_and_taken_away(page: Page, service: str) -> No
     expect(page.locator(".chip")).to_have_count(0)
 
 
+PLACES = "Object.fromEntries([...document.querySelectorAll('.hit')].map(({dataset}) => [dataset.place, +dataset.id]))"
+
+
 def test_scrolling_shows_all_rows_once_in_order(page: Page, service: str) -> None:
     text_search(page)
-    for _ in range(100):
-        page.mouse.wheel(0, 3000)
-        if page.locator("#end").inner_text():
+    page.mouse.move(500, 400)
+    found: dict[int, int] = {}
+    for _ in range(200):
+        found |= page.evaluate(PLACES)
+        if page.locator("#end").inner_text() and len(found) == ROWS:
             break
+        page.mouse.wheel(0, 500)
         page.wait_for_timeout(50)
     expect(page.locator("#end")).to_have_text("These are all.")
     with Client(service) as client:
-        assert shown(page) == [hit.id for hit in client.search(text="picture number 5", k=ROWS)]
+        wanted = [hit.id for hit in client.search(text="picture number 5", k=ROWS)]
+    assert found == {str(place): id for place, id in enumerate(wanted)}
+    assert hits(page).count() < ROWS, "cards that are far from the screen do not exist"
 
 
 def test_captions_scores_links_and_shapes(page: Page, index: str, service: str) -> None:
@@ -80,10 +87,14 @@ def test_captions_scores_links_and_shapes(page: Page, index: str, service: str) 
     link = card.locator("a")
     assert link.get_attribute("href") == best.metadata["url"]
     assert link.get_attribute("rel") == "noopener noreferrer"
-    height = "[hit.offsetTop, hit.querySelector('.picture').offsetHeight]"
-    heights = page.evaluate(f"[...document.querySelectorAll('.hit')].slice(0, 24).map(hit => {height})")
-    for top in {top for top, _ in heights}:  # a row is justified: one height, its own shapes
-        assert len({height for one, height in heights if one == top}) == 1
+    box = "[hit.offsetTop, hit.querySelector('.picture').offsetHeight, hit.offsetLeft + hit.offsetWidth]"
+    boxes = page.evaluate(f"[...document.querySelectorAll('.hit')].map(hit => {box})")
+    width = page.locator("#hits").evaluate("hits => hits.clientWidth")
+    tops = sorted({top for top, _, _ in boxes})
+    for top in tops[:-1]:  # a row is justified: one height, its own shapes, as wide as the page
+        row = [box for box in boxes if box[0] == top]
+        assert len({height for _, height, _ in row}) == 1
+        assert max(right for _, _, right in row) == pytest.approx(width, abs=2)
     assert len(ids) == 60
 
 
@@ -95,22 +106,10 @@ def test_data_is_text_and_never_markup(page: Page, index: str) -> None:
     expect(card.locator(".caption")).to_have_text(EVIL)
     expect(card.locator("a")).to_have_count(0)
     expect(page.locator(".chip .name")).to_have_text("<b>bold</b>")
-    card.hover()
-    card.get_by_label("Details").click()
-    expect(page.locator("#detail-name")).to_have_text(EVIL)
-    expect(page.locator("#detail-fields a")).to_have_count(0)
-    expect(page.locator("#detail-fields")).to_contain_text("javascript:window.hacked=1")
-
-
-def test_details_are_shown_and_closed(page: Page) -> None:
-    text_search(page)
-    hits(page).nth(2).hover()
-    hits(page).nth(2).get_by_label("Details").click()
-    dialog = page.get_by_role("dialog")
-    expect(dialog).to_contain_text("number")
-    expect(dialog.get_by_role("link")).to_have_attribute("href", re.compile("https://example.org/"))
-    page.keyboard.press("Escape")
-    expect(dialog).to_have_count(0)
+    card.locator(".picture").click()
+    expect(page.locator("#viewer-name")).to_have_text(EVIL)
+    expect(page.locator("#theirs a")).to_have_count(0)
+    expect(page.locator("#theirs")).to_contain_text("javascript:window.hacked=1")
 
 
 def test_a_broken_picture_has_a_stand_in(page: Page, index: str) -> None:
@@ -119,5 +118,6 @@ def test_a_broken_picture_has_a_stand_in(page: Page, index: str) -> None:
     page.reload()
     card = page.locator(f".hit[data-id='{broken}']")
     expect(card.locator(".none")).to_have_text("cannot be shown")
-    _, ids = search(page, card.locator(".picture").click)
+    card.hover()
+    _, ids = search(page, card.get_by_label("Add to the query").click)
     assert ids[0] == broken
