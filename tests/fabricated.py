@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -46,8 +47,13 @@ def store_of(out: Place) -> Store:
     return out if isinstance(out, Store) else Store(str(out))
 
 
+def bucket(out: Place) -> str:
+    """Where the tars of an OUT are said to be: every OUT has its own."""
+    return f"s3://bucket-{zlib.crc32(store_of(out).url.encode()):08x}"
+
+
 def make_plan(out: Place, partitions: int) -> Plan:
-    shards = [Shard(f"s3://bucket/{number:05d}.tar", 1, None, None) for number in range(partitions)]
+    shards = [Shard(f"{bucket(out)}/{number:05d}.tar", 1, None, None) for number in range(partitions)]
     draft = Plan(tuple(Partition(i, (Slice(shard),)) for i, shard in enumerate(shards)), ENCODER, fields={"n": "int64"})
     plan = replace(draft, digest=stored.plan_digest(draft))
     stored.write_plan(store_of(out), plan, shards, PartitionTarget("partitions", partitions), {})

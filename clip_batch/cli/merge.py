@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeArguments(JsonArguments, IndexArguments, OutputArguments):
+class MergeArguments(JsonArguments, IndexArguments):
     """What is merged into which index, and which task of it."""
 
+    output: list[str] = field(default_factory=list, metadata={"path": True})
+    """The embeddings folders that are merged: paths or URLs; with --anew by default those of the live version."""
     task: Literal["all", "train", "shards", "manifest"] = "all"
     """Which task of the merge to run; `shards` takes --slot I and --slots N; all: one after another."""
     slot: int | None = None

@@ -47,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser, section: type, only: Sequence[str
 
     A field's metadata may say that it has a short flag too ("short"), is given by its place ("positional"), or is a
     list of which each flag gives one value ("repeat"). A flag of one value is refused where it is given again; "again"
-    says what to do instead.
+    says what to do instead. In the environment spaces part the values of a list, but not of one of paths ("path").
     """
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
@@ -196,7 +196,7 @@ def gather(
             text, kind = environ[used], hints[field.name]
             values[field.name], sources[field.name] = text, used
             if typing.get_origin(kind) is list:
-                values[field.name] = _items(text, bool(field.metadata.get("repeat")))
+                values[field.name] = _items(text, bool(field.metadata.get("repeat") or field.metadata.get("path")))
             if text == "null" and type(None) in typing.get_args(kind):  # as YAML and `to_environment` write None
                 values[field.name] = None
         elif field.name in keys:

@@ -157,8 +157,10 @@ class MergeConfig(Options):
     """open_clip's names of model and weights, for a folder that clip-retrieval wrote, which does not record them."""
     add: bool = False
     """Add OUT to the live version, as new shards of its trained template, instead of building a new index."""
+    replace: bool = False
+    """Where a tar changed after its rows were merged, put its new rows in place of the old; else that is refused."""
     anew: bool = False
-    """Let the new version take the place of a live one that holds more, such as other OUTs that were added to it."""
+    """Take the place of a live version, also of one that holds more; without --output, merge all its OUTs again."""
     dedup: Share = 0.0
     """Leave out rows whose cosine with an earlier row is this or more; 1: only equal vectors; 0: keep all rows."""
     flat_rows: int = 50_000

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from shlex import quote
-from typing import IO, TYPE_CHECKING, Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,16 @@ class Embeddings:
     def dim(self) -> int:
         """The dimension of the vectors."""
         return self.commits[0].dim
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of vectors, "image" and "text", that every part has."""
+        return tuple(kind for kind, folder in paths.VECTORS.items() if all(part.file(folder) for part in self.commits))
+
+    def only(self, commits: Sequence[Commit]) -> Self:
+        """The rows of some of the parts alone."""
+        starts = tuple(int(start) for start in np.cumsum([0, *(commit.rows for commit in commits)]))
+        return replace(self, commits=tuple(commits), starts=starts)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[Commit, int, int]]:
         """(commit, first, last + 1 within its part) of the parts that hold rows [start, stop)."""
@@ -140,12 +151,15 @@ class Embeddings:
         partition alone, so the sample does not depend on the number of processes or on the parts before it.
         CorruptError where a drawn row is not finite and of unit norm.
         """
-        total = sum(filled)
-        ends = np.cumsum([0, *filled])
-        shares = np.diff([min(count, total) * int(end) // total for end in ends])
+        return self.draw_shares(kind, filled, shares(filled, count), seed, without)
+
+    def draw_shares(
+        self, kind: str, filled: Sequence[int], shares: Sequence[int], seed: int, without: Rows | None = None
+    ) -> tuple[Rows, Half]:
+        """As `draw`, where `shares` says how many rows each part gives."""
         rows, vectors = [np.empty(0, dtype=np.int64)], [np.empty((0, self.dim), dtype=np.float16)]
         for part, commit in enumerate(self.commits):
-            start, share = self.starts[part], int(shares[part])
+            start, share = self.starts[part], shares[part]
             if not share:
                 continue
             order = np.random.default_rng([seed, commit.partition]).permutation(commit.rows)
@@ -292,6 +306,13 @@ def open_embeddings(store: Store, plan: Plan, allow_partial: bool = False) -> Em
         raise CorruptError(f"{store.url} has no embedded row{why}: there is nothing to merge; see clip-batch status")
     starts = tuple(int(start) for start in np.cumsum([0, *(commit.rows for commit in nonempty)]))
     return Embeddings(store, plan, nonempty, starts, missing, empty=empty)
+
+
+def shares(filled: Sequence[int], count: int) -> list[int]:
+    """How many of `count` rows each part gives, as many as its share of all; fewer where there are not so many."""
+    total = sum(filled)
+    ends = [min(count, total) * int(end) // max(total, 1) for end in np.cumsum([0, *filled])]
+    return [stop - start for start, stop in pairwise(ends)]
 
 
 def blocks(count: int) -> list[slice]:

@@ -70,7 +70,9 @@ class MergedOutput:
     """An OUT that was merged: its URL, its plan's digest, the digest of its commits, and its number of rows.
 
     `missing` are the partitions that it lacked. `verified` is False where no commits vouch for the rows
-    (a folder that clip-retrieval wrote).
+    (a folder that clip-retrieval wrote). `standing` of its rows were left out, as the index, or an OUT before it, had
+    them. `held` has the file, by its path below INDEX, of the slices of source shards that the index has of it (see
+    `clip_batch.index.held`); older versions have none.
     """
 
     output: str
@@ -79,6 +81,8 @@ class MergedOutput:
     rows: int
     missing: tuple[int, ...] = ()
     verified: bool = True
+    standing: int = 0
+    held: dict[str, StoredFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,7 +98,8 @@ class Manifest:
     `predicted[modality][kind]` is about predicted lists: where they are used, `recall` is theirs. `tried[modality]` are
     the index keys that were tried before the build, and why (see `clip_batch.index.merge.choose`). `base` is the
     version that this one was added to, `template` the version that trained; `drift[modality][kind]` is then the
-    recall@10 of the new queries among the new shards alone.
+    recall@10 of the new queries among the new shards alone. `replaced` has the file, by its path below INDEX, of the
+    ids of rows that newer rows of the same source shards replace (`--replace`).
     """
 
     version: str
@@ -122,6 +127,7 @@ class Manifest:
     efforts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     tried: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     predicted: dict[str, dict[str, Prediction]] = field(default_factory=dict)
+    replaced: dict[str, StoredFile] = field(default_factory=dict)
 
     def effort_for(self, modality: str, k: int, kind: str | None = None) -> int | None:
         """The effort that reaches the recall at k hits for queries of a kind; None where there is nothing to tune.
@@ -158,6 +164,8 @@ class Manifest:
         files = {name: file for joined in self.single.values() for name, file in joined.items()}
         for by_kind in self.predicted.values():
             files |= {name: file for prediction in by_kind.values() for name, file in prediction["file"].items()}
+        for held in (self.replaced, *(source.held for source in self.sources)):
+            files |= held
         for shard in self.shards:
             files |= {self.paths(shard).file(name): file for name, file in shard.files.items()}
         return files

@@ -106,6 +106,20 @@ class TemplatePaths(_Folder):
         """The report on these rows, for people."""
         return self._in("duplicates.parquet")
 
+    @property
+    def standing(self) -> str:
+        """The rows of OUT that are left out because the index, or an earlier OUT, has them."""
+        return self._in("standing.npy")
+
+    @property
+    def replaced(self) -> str:
+        """The ids of the version's rows that newer ones replace, which no search may return."""
+        return self._in("replaced.npy")
+
+    def held(self, source: int) -> str:
+        """The slices of source shards that the version has of an OUT, by its position among those that are merged."""
+        return self._in(f"held-{source}.parquet")
+
     def index(self, modality: str) -> str:
         """The trained empty index of a modality."""
         return self._in(f"{modality}.index")

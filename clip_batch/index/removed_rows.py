@@ -52,10 +52,12 @@ def check_column(removals: Removal, schema: pa.Schema) -> None:
 def removed_ids(store: Store, manifest: Manifest, shards: Shards) -> Ids:
     """The sorted unique ids (n,) of a version that no search may return. Errors: as `find_removed` and `load`.
 
-    They are read from the version's cache; `shards` is scanned only for lists that the cache lacks, which are then
-    added to it if INDEX can be written.
+    These are the rows of removal lists, and those that newer rows replaced (`replaced_ids`). The former are read from
+    the version's cache; `shards` is scanned only for lists that the cache lacks, which are then added to it if INDEX
+    can be written.
     """
-    return union(removed_by(store, manifest, names(store), shards).values())
+    removed = removed_by(store, manifest, names(store), shards)
+    return union([*removed.values(), replaced_ids(store, manifest)])
 
 
 def removed_by(store: Store, manifest: Manifest, digests: Sequence[str], shards: Shards) -> dict[str, Ids]:
@@ -72,7 +74,19 @@ def removed_if_known(store: Store, manifest: Manifest) -> Ids | None:
     """The ids that `removed_ids` returns if the version's cache has all of them; None otherwise."""
     digests = names(store)
     ids = cached(store, manifest, digests)
-    return union(ids.values()) if len(ids) == len(digests) else None
+    return union([*ids.values(), replaced_ids(store, manifest)]) if len(ids) == len(digests) else None
+
+
+def replaced_ids(store: Store, manifest: Manifest) -> Ids:
+    """The sorted ids (n,) of a version that newer rows of the same source shards replaced (`merge --add --replace`).
+
+    CorruptError: their file is damaged.
+    """
+    for name in manifest.replaced:
+        what = f"{store.display(name)} is not the ids of replaced rows"
+        with corrupt_unless_unavailable(what, "put it back from a copy, or merge anew", ValueError):
+            return _read_ids(store.read(name), manifest.rows)
+    return np.empty(0, dtype=np.int64)
 
 
 def contains(removed: Ids, ids: Ids) -> npt.NDArray[np.bool_]:

@@ -37,6 +37,13 @@ def verify_index(store: Store, deep: bool = False) -> VerifyReport:
             for name, stored in prediction["file"].items():
                 if problem := check_file(store, name, stored, deep):
                     report.problems[f"predictor of {kind} queries in the {modality} index"] = problem
+    for name, stored in manifest.replaced.items():
+        if problem := check_file(store, name, stored, deep):
+            report.problems["replaced rows"] = problem
+    for source in manifest.sources:
+        for name, stored in source.held.items():
+            if problem := check_file(store, name, stored, deep):
+                report.problems[f"shards held of {source.output}"] = problem
     report.problems |= dict(kept.problems(store, manifest, deep))
     for digest in removals.names(store):
         try:

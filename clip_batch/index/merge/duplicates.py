@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clip_batch.embeddings.outputs import Outputs
 from clip_batch.embeddings.reader import BLOCK, Embeddings, Rows
 from clip_batch.storage import npy
 from clip_batch.storage.npy import Half, Vectors
@@ -53,18 +54,19 @@ class Duplicates:
 
 
 def find(
-    source: Embeddings,
+    source: Embeddings | Outputs,
     kind: str,
     assign: Callable[[Vectors], Rows],
     threshold: float,
     progress: Callable[[str], None] = lambda line: None,
     budget: int = BUDGET,
+    without: Rows | None = None,
 ) -> Duplicates:
     """The rows of OUT that repeat an earlier one by their vectors of a kind, at cosine >= threshold (0..1].
 
     `assign` gives the list (n,) of each unit vector (n, dim). A threshold of 1 means equal float16 vectors and needs no
-    lists. All-zero rows (no caption) are no duplicates. OUT is read once, and for a threshold below 1 once more for
-    each `budget` bytes of its vectors. Disk in TMPDIR: 16 bytes a row.
+    lists. All-zero rows (no caption) are no duplicates, and rows in `without` neither are nor have any. OUT is read
+    once, and for a threshold below 1 once more for each `budget` bytes of its vectors. Disk in TMPDIR: 16 bytes a row.
     """
     lists = np.full(source.rows if threshold < 1 else 0, -1, dtype=np.int32)
     filled = np.ones(source.rows, dtype=np.bool_)
@@ -76,6 +78,10 @@ def find(
             filled[start + some] = True
             if len(lists) and len(some):
                 lists[start + some] = assign(npy.unit(data[some]))
+        if without is not None:
+            filled[without] = False
+            if len(lists):
+                lists[without] = -1
         repeats, originals = _equal(source, kind, hashes, filled, budget)
     progress(f"{len(repeats):,} rows equal an earlier one")
     near = [np.empty((0, 3))]
@@ -87,7 +93,7 @@ def find(
     return _join(repeats, originals, np.concatenate(near))
 
 
-def _read(source: Embeddings, kind: str, hashes: npt.NDArray[np.uint64]) -> Iterator[tuple[int, Rows, Half]]:
+def _read(source: Embeddings | Outputs, kind: str, hashes: npt.NDArray[np.uint64]) -> Iterator[tuple[int, Rows, Half]]:
     """Yield blocks of (start, rows, vectors), read and hashed a block ahead; fills `hashes` (n, 2)."""
 
     def load(start: int) -> tuple[int, Rows, Half]:
@@ -107,7 +113,7 @@ def _read(source: Embeddings, kind: str, hashes: npt.NDArray[np.uint64]) -> Iter
 
 
 def _equal(
-    source: Embeddings, kind: str, hashes: npt.NDArray[np.uint64], filled: npt.NDArray[np.bool_], budget: int
+    source: Embeddings | Outputs, kind: str, hashes: npt.NDArray[np.uint64], filled: npt.NDArray[np.bool_], budget: int
 ) -> tuple[Rows, Rows]:
     """(rows that equal an earlier one, ascending; the first row that each equals)."""
     shares = -(-96 * len(hashes) // budget)  # the range of hashes is cut into these, sorted one at a time
@@ -136,7 +142,7 @@ def _equal(
     return repeats[equal], originals[equal]
 
 
-def _take(source: Embeddings, kind: str, rows: Rows) -> Half:
+def _take(source: Embeddings | Outputs, kind: str, rows: Rows) -> Half:
     """The vectors of rows (n,) in any order, repeats allowed."""
     ascending, back = np.unique(rows, return_inverse=True)
     return source.gather(kind, ascending)[back]
@@ -158,7 +164,7 @@ def _groups(lists: npt.NDArray[np.int32], dim: int, budget: int) -> Iterator[Row
 
 
 def _near(
-    source: Embeddings, kind: str, rows: Rows, lists: npt.NDArray[np.int32], threshold: float, budget: int
+    source: Embeddings | Outputs, kind: str, rows: Rows, lists: npt.NDArray[np.int32], threshold: float, budget: int
 ) -> Iterator[Pair]:
     """Yield the near duplicates among rows that are ordered by list."""
     ends = np.flatnonzero(np.diff(lists[rows])) + 1
@@ -173,7 +179,7 @@ def _near(
         yield from _in_list(piece, npy.unit(data[np.searchsorted(ascending, piece)]), threshold)[0]
 
 
-def _in_long_list(source: Embeddings, kind: str, rows: Rows, threshold: float, budget: int) -> Iterator[Pair]:
+def _in_long_list(source: Embeddings | Outputs, kind: str, rows: Rows, threshold: float, budget: int) -> Iterator[Pair]:
     """Yield those of one list larger than the budget: each segment is compared with the kept rows of those before."""
     length = max(TILE, budget // (8 * source.dim))
     kept: list[Rows] = []
@@ -254,17 +260,17 @@ def _join(repeats: Rows, originals: Rows, near: npt.NDArray[np.float64]) -> Dupl
     )
 
 
-def write_report(duplicates: Duplicates, source: Embeddings, path: str) -> None:
+def write_report(duplicates: Duplicates, source: Embeddings | Outputs, path: str) -> None:
     """Write a Parquet file with one row for each duplicate, in the order of OUT.
 
-    Columns: partition, row, key and shard of the row that is left out; kept_partition, kept_row, kept_key and
-    kept_shard of the row that it repeats; score.
+    Columns: partition, row, key, shard and offset of the row that is left out; kept_partition, kept_row, kept_key,
+    kept_shard and kept_offset of the row that it repeats; score.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = ["partition", "row", "key", "shard"]
-    types = [pa.int32(), pa.int32(), pa.string(), pa.string()]
+    names = ["partition", "row", "key", "shard", "offset"]
+    types = [pa.int32(), pa.int32(), pa.string(), pa.string(), pa.int64()]
     fields = [(prefix + name, kind) for prefix in ("", "kept_") for name, kind in zip(names, types, strict=True)]
     schema = pa.schema([*fields, ("score", pa.float32())])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -279,7 +285,7 @@ def write_report(duplicates: Duplicates, source: Embeddings, path: str) -> None:
             writer.write_table(pa.table([*columns, pa.array(duplicates.score[part])], schema=schema))
 
 
-def _metadata(source: Embeddings, rows: Rows, names: list[str]) -> Any:
+def _metadata(source: Embeddings | Outputs, rows: Rows, names: list[str]) -> Any:
     """The metadata columns of rows (n,), ascending."""
     import pyarrow as pa
 

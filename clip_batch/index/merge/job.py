@@ -8,18 +8,19 @@ import json
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, NotRequired, TypedDict
 
 from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings import clip_retrieval, reader
-from clip_batch.errors import ConfigError
+from clip_batch.embeddings.outputs import Outputs
+from clip_batch.errors import ConfigError, CorruptError, IncompleteError, PlanError
 from clip_batch.index.ann import footprint, index_keys
 from clip_batch.index.ann.index_keys import Choice
-from clip_batch.index.manifest import DuplicateRows, Manifest, load_manifest
+from clip_batch.index.manifest import DuplicateRows, Manifest, MergedOutput, load_manifest
 from clip_batch.index.merge.attempt import Attempt
-from clip_batch.index.merge.queries import vector_kinds
+from clip_batch.index.merge.overlap import Overlap, look
 from clip_batch.index.paths import VersionPaths
 from clip_batch.index.publications import live_version
 from clip_batch.plan.plan import load_plan
@@ -28,6 +29,9 @@ from clip_batch.types import EncoderSpec, StoredFile
 
 FORMAT = 6
 """Version of the files that merge tasks exchange; a part of the index version's digest."""
+
+PERMISSIONS = ("replace", "anew")
+"""Options that only allow what a merge without them refuses: no part of the digest."""
 
 MOST_ROWS = 5_000_000
 """Rows of an index shard at most, unless `shard_rows` is larger: a lost task loses little, a server opens few files."""
@@ -63,6 +67,8 @@ class TemplateRecord(TypedDict):
     rerank: int
     tried: dict[str, list[dict[str, Any]]]
     predictors: dict[str, dict[str, dict[str, StoredFile]]]
+    left_out: int
+    standing: list[int]
     seconds: float
     files: dict[str, StoredFile]
     job: NotRequired[str]
@@ -80,42 +86,57 @@ class ShardRecord(TypedDict):
 
 @dataclass(frozen=True)
 class MergeJob:
-    """One merge, the same for each of its tasks: a pure function of OUT, the options and the version that is added to.
+    """One merge, the same for each of its tasks: a pure function of OUTs, options and the version that is added to.
 
-    `base` is that version, the live one; None for a merge without `add`. `live` is the version that was live when the
-    job was opened (None: nothing).
+    `source` has the rows of all OUTs, without the parts that the index holds already, and `overlap` is what is to be
+    compared of them; `outputs` describes the OUTs as they are. `base` is the version that is added to, the live one;
+    None for a merge without `add`. `live` is the version that was live when the job was opened (None: nothing).
     """
 
-    source: reader.Embeddings
+    source: Outputs
     index: Store
     config: MergeConfig
     base: Manifest | None = None
     live: str | None = None
-
-    @cached_property
-    def digest(self) -> str:
-        """12 hex digits over the commits of OUT."""
-        return digest(self.source)
+    outputs: tuple[MergedOutput, ...] = ()
+    overlap: Overlap = field(default_factory=Overlap)
 
     @cached_property
     def version(self) -> str:
         """12 hex digits over the commits, the options and the version that is added to."""
-        return _digest([FORMAT, self.digest, self._options, self.base and self.base.version])
+        return _digest([FORMAT, self._commits, self._options, self.base and self.base.version])
 
     @cached_property
     def identity(self) -> str:
         """12 hex digits over the commits and the options, whichever version is live."""
-        return _digest([FORMAT, self.digest, self._options])
+        return _digest([FORMAT, self._commits, self._options])
+
+    @property
+    def _commits(self) -> str | list[str]:
+        """The digest over the commits of OUT, or those of several OUTs."""
+        digests = [output.digest for output in self.outputs]
+        return digests[0] if len(digests) == 1 else digests
 
     @property
     def _options(self) -> dict[str, Any]:
         """The options that say what the version holds."""
-        return {name: value for name, value in asdict(self.config).items() if name != "anew"}
+        return {name: value for name, value in asdict(self.config).items() if name not in PERMISSIONS}
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of vectors that every part has."""
-        return vector_kinds(self.source)
+    def encoder(self) -> EncoderSpec:
+        """The encoder of all OUTs, with the digest of its weights if any OUT has it."""
+        encoders = [source.plan.encoder for source in self.source.sources]
+        return next((encoder for encoder in encoders if encoder.weights), encoders[0])
+
+    @property
+    def nothing_new(self) -> bool:
+        """Whether the version that is added to has all rows, as far as that is known before training."""
+        if not self.base:
+            return False
+        if not self.source.rows or {one.digest for one in self.outputs} <= {one.digest for one in self.base.sources}:
+            return True
+        record = self.template_record()
+        return record is not None and record.get("left_out") == self.source.rows
 
     def choices(self, rows: int, indices: int) -> list[Choice]:
         """The index keys that may serve an index of `rows` rows, the best first; one where it was given by hand.
@@ -143,7 +164,7 @@ class MergeJob:
         """The index keys that a task must have memory for; how many modalities have vectors is not known yet."""
         if self.base:
             return set(self.base.key.values())
-        most = sum(modality in self.kinds for modality in self.config.modalities) or 1
+        most = sum(modality in self.source.kinds for modality in self.config.modalities) or 1
         keys = {choice.key for choice in self.choices(self.source.rows, 1)}
         for count in range(2, most + 1):
             with contextlib.suppress(ConfigError):  # if as many have vectors, training will say so
@@ -174,13 +195,13 @@ class MergeJob:
 
     @cached_property
     def shards(self) -> int:
-        """The number of index shards: as few as `shard_rows` or, without it, `max_memory` allows.
+        """The number of index shards: for each OUT as few as `shard_rows` or, without it, `max_memory` allows.
 
         ConfigError: a shard of `shard_rows` rows does not fit in `max_memory`, or there would be too many.
         """
         room = parse_bytes(self.config.max_memory) - self.task_bytes
         most = max(0, room) // self.row_bytes
-        rows = min(self.config.shard_rows or min(MOST_ROWS, max(1, most)), self.source.rows)
+        rows = self._shard_rows(most)
         if rows > most:
             needed = self.needs(rows)
             remedy = "lower --shard-rows or raise --max-memory" if self.config.shard_rows else "raise --max-memory"
@@ -188,7 +209,7 @@ class MergeJob:
                 f"an index shard takes {needed:,} bytes of memory, {self.row_bytes:,} a row, "
                 f"and --max-memory is {self.config.max_memory}: {remedy}"
             )
-        count, limit = math.ceil(self.source.rows / rows), MOST_SHARDS if rows >= TINY_SHARD else MOST_TINY_SHARDS
+        count, limit = sum(self._counts(rows)), MOST_SHARDS if rows >= TINY_SHARD else MOST_TINY_SHARDS
         if count > limit:
             raise ConfigError(
                 f"{count:,} index shards of {rows:,} rows are too many to search, {limit:,} of that size are the most: "
@@ -196,9 +217,34 @@ class MergeJob:
             )
         return count
 
+    def _shard_rows(self, most: int) -> int:
+        """The rows of an index shard at most, if memory has room for `most`."""
+        return max(1, min(self.config.shard_rows or min(MOST_ROWS, max(1, most)), self.source.rows))
+
+    def _counts(self, rows: int) -> list[int]:
+        """The number of index shards of each OUT, of at most `rows` rows each."""
+        return [math.ceil(source.rows / rows) for source in self.source.sources]
+
+    @cached_property
+    def _bounds(self) -> list[tuple[int, int, int]]:
+        """(rows [start, stop), position of the OUT) of each index shard."""
+        most = (parse_bytes(self.config.max_memory) - self.task_bytes) // self.row_bytes
+        counts = self._counts(self._shard_rows(most))
+        return [
+            (first + source.rows * shard // count, first + source.rows * (shard + 1) // count, number)
+            for number, (source, first, count) in enumerate(
+                zip(self.source.sources, self.source.starts, counts, strict=False)
+            )
+            for shard in range(count)
+        ]
+
     def bounds(self, shard: int) -> tuple[int, int]:
-        """The contiguous rows [start, stop) of OUT that a shard has; the sizes of shards differ by one at most."""
-        return self.source.rows * shard // self.shards, self.source.rows * (shard + 1) // self.shards
+        """The contiguous rows [start, stop) of one OUT that a shard has; an OUT's shards differ by one row at most."""
+        return self._bounds[shard][:2]
+
+    def output(self, shard: int) -> int:
+        """The position among all OUTs of the one whose rows a shard has."""
+        return self._bounds[shard][2]
 
     def shard_name(self, shard: int) -> str:
         """The zero-padded number of a shard, counted on from those of the version that is added to."""
@@ -279,32 +325,70 @@ def open_source(out: Store, made_by: EncoderSpec, allow_partial: bool = False) -
     return reader.open_embeddings(out, load_plan(out), allow_partial)
 
 
-def open_job(output: str, index_url: str, config: MergeConfig, storage: StorageConfig = StorageConfig()) -> MergeJob:
-    """The merge job, once its options, OUT and the version that is added to are checked. Errors: see `merge`."""
-    out, home = Store(output, storage.storage_options), Store(index_url, storage.storage_options)
-    made_by = EncoderSpec(config.made_by[0], "".join(config.made_by[1:]), weights="")
+def open_job(
+    output: str | Sequence[str], index_url: str, config: MergeConfig, storage: StorageConfig = StorageConfig()
+) -> MergeJob:
+    """The merge job, once its options, its OUTs and the version that is added to are checked. Errors: see `merge`."""
+    home, urls = Store(index_url, storage.storage_options), [output] if isinstance(output, str) else list(output)
+    if config.add and config.anew:
+        raise ConfigError("--add and --anew exclude each other: add to the live version, or merge without it")
+    if not urls and not config.anew:
+        raise ConfigError("--output OUT is needed: the embeddings folders to merge, unless --anew takes the live ones")
     home.check_folder()
-    source = open_source(out, made_by, config.allow_partial)
-    live = live_version(home)
-    base = load_manifest(home, live) if config.add and live else None
-    if base:
-        _check_base(source, base)
-    job = MergeJob(source, home, config, base, live)
-    _ = job.shards  # raises now if the shards do not fit in memory, or faiss does not know the key
+    version = live_version(home)
+    live = load_manifest(home, version) if (config.add and version) or not urls else None
+    if urls:
+        made_by = EncoderSpec(config.made_by[0], "".join(config.made_by[1:]), weights="")
+        sources = [open_source(Store(url, storage.storage_options), made_by, config.allow_partial) for url in urls]
+    else:
+        assert live is not None
+        sources = _sources_of(live, config, storage)
+    base = live if config.add else None
+    _check_alike(sources, base)
+    allowed = config.replace or not urls  # what replaces what in the live version was allowed before
+    source, overlap = look(sources, home, base, allowed)
+    outputs = tuple(
+        MergedOutput(each.store.url, each.plan.digest, digest(each), each.rows, each.missing, each.verified)
+        for each in sources
+    )
+    job = MergeJob(source, home, config, base, version, outputs, overlap)
+    if source.rows:
+        _ = job.shards  # raises now if the shards do not fit in memory, or faiss does not know the key
     return job
 
 
-def _check_base(source: reader.Embeddings, base: Manifest) -> None:
-    ours, theirs = source.plan.encoder, base.encoder
-    for what, of_out, of_index, fits in (
-        ("encoder", _named(ours), _named(theirs), ours.agrees(theirs)),
-        ("dimension", source.dim, base.dim, source.dim == base.dim),
-    ):
-        if not fits:
-            raise ConfigError(
-                f"{source.store.url} has {what} {of_out}, index version {base.version} has {of_index}: "
-                "merge it into an INDEX of its own"
-            )
+def _sources_of(live: Manifest, config: MergeConfig, storage: StorageConfig) -> list[reader.Embeddings]:
+    """The OUTs of a version, each once, as they are now. ConfigError names those that cannot be opened."""
+    sources, gone = [], []
+    for url in dict.fromkeys(source.output for source in live.sources):
+        try:
+            store = Store(url, storage.storage_options)
+            sources.append(open_source(store, live.encoder, config.allow_partial))
+        except IncompleteError:
+            raise
+        except (PlanError, CorruptError) as error:
+            gone.append(f"{url} ({error})")
+    if gone or not sources:
+        what = f"sources of version {live.version} cannot be read: {'; '.join(gone) or 'it records none'}"
+        raise ConfigError(f"{what}: put them back, or name what is left with --output")
+    return sources
+
+
+def _check_alike(sources: Sequence[reader.Embeddings], base: Manifest | None) -> None:
+    """ConfigError where an OUT has another encoder or dimension than the index, or than the OUT before it."""
+    first = sources[0]
+    encoder, dim = (base.encoder, base.dim) if base else (first.plan.encoder, first.dim)
+    of = f"index version {base.version}" if base else first.store.url
+    for source in sources:
+        ours = source.plan.encoder
+        for what, of_out, theirs, fits in (
+            ("encoder", _named(ours), _named(encoder), ours.agrees(encoder)),
+            ("dimension", source.dim, dim, source.dim == dim),
+        ):
+            if not fits:
+                raise ConfigError(
+                    f"{source.store.url} has {what} {of_out}, {of} has {theirs}: merge it into an INDEX of its own"
+                )
 
 
 def _named(encoder: EncoderSpec) -> str:

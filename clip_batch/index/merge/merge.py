@@ -1,4 +1,4 @@
-"""Merge: from the committed parts of OUT to a finished version of the index, or none at all.
+"""Merge: from the committed parts of OUTs to a finished version of the index, or none at all.
 
     train (one task) -> build_shard 0, 1, ... (any order, any process) -> publish (one task)
 
@@ -42,7 +42,7 @@ Say = Callable[[str], None]
 
 
 def merge(
-    output: StrPath,
+    output: StrPath | Iterable[StrPath],
     index: StrPath,
     config: MergeConfig = MergeConfig(),
     *,
@@ -51,17 +51,19 @@ def merge(
 ) -> Manifest:
     """Build a version of INDEX from OUT, unless it is finished already, and return its manifest.
 
+    `output` is one folder of embeddings, or several that one encoder made; with `anew` none of them means those of the
+    live version. A row that several have, or with `add` the index has, is merged once.
     All tasks run in this process, one after another. Every row is checked as it is read, before its shard is built.
     With `add` it begins again, up to `TRIES` times, if another version goes live meanwhile.
 
     IncompleteError: partitions are not committed (and not `allow_partial`). CorruptError: a committed file is not what
     its commit says, or a vector is not finite and of unit norm. ConfigError: an option is wrong, faiss refuses the key,
-    or the live version holds more (and not `anew`). ConflictError: it does since this merge began. PlanError: OUT has
-    no plan.
+    a source shard has another content than before (and not `replace`), or the live version holds more (and not
+    `anew`). ConflictError: it does since this merge began. PlanError: OUT has no plan.
     """
     MergeConfig.expect(config=config), StorageConfig.expect(storage=storage)
     say = progress or (lambda line: None)
-    places = path_text(output, "output"), path_text(index, "index")
+    places = output_urls(output), path_text(index, "index")
     for _ in range(TRIES):
         job = open_job(*places, config, storage)
         try:
@@ -84,6 +86,12 @@ def _run(job: MergeJob, say: Say) -> Manifest:
     return publish(job, say)
 
 
+def output_urls(output: StrPath | Iterable[StrPath]) -> list[str]:
+    """OUTs as URLs. ConfigError: one of them is neither a path nor a URL."""
+    outputs = output if isinstance(output, Iterable) and not isinstance(output, str | bytes) else [output]
+    return [path_text(each, "output") for each in outputs]
+
+
 def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = False) -> Manifest | None:
     """The manifest of the job's version if it is finished, made live and rid of left-over files; None otherwise.
 
@@ -92,12 +100,12 @@ def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = F
     With `rebuild`, for the first task of a merge alone, a finished version that has lost a file since is deleted, so
     that it is built anew; and where it is to be built, ConfigError is raised if it could not go live.
     """
-    if job.base and any(source.digest == job.digest for source in job.base.sources):
-        progress(f"version {job.base.version} has this OUT already")
+    if job.base and job.nothing_new:
+        progress(f"version {job.base.version} has all rows of {job.source.urls} already: nothing is added")
         return job.base
     if not job.index.exists(job.paths.manifest):
         if rebuild and not job.config.add:
-            refuse_less(job, [_source(job)], job.live, job.live)
+            refuse_less(job, job.outputs, job.live, job.live)
         return None
     manifest = load_manifest(job.index, job.version)
     own = {name: file for name, file in manifest.files.items() if name.startswith(f"{job.version}/")}
@@ -136,15 +144,17 @@ def train(job: MergeJob, progress: Say = lambda line: None) -> None:
 
     Headers, sizes and counts are checked here, rows by the shards' tasks.
     """
-    if job.source.missing:
-        progress(f"merging without partitions {format_numbers(job.source.missing)}")
-    empty = {str(commit.partition): commit.empty for commit in job.source.empty}
-    for line in describe_partitions(empty, "without a row: clip-batch status lists them"):
-        progress(line)
+    for output, source in zip(job.outputs, job.source.sources, strict=True):
+        of = f" of {output.output}" if len(job.outputs) > 1 else ""
+        if source.missing:
+            progress(f"merging without partitions {format_numbers(source.missing)}{of}")
+        empty = {str(commit.partition): commit.empty for commit in source.empty}
+        for line in describe_partitions(empty, f"without a row: clip-batch status lists them{of}"):
+            progress(line)
     if job.template_record():
         progress(f"version {job.version} is trained already")
         return
-    captioned = job.source.check_files(job.kinds)
+    captioned = job.source.check_files()
     with job.attempt_training() as attempt:
         make_template(job, captioned, attempt, progress)
     give_back()  # the sample's memory, before the shards take theirs
@@ -155,8 +165,10 @@ def train(job: MergeJob, progress: Say = lambda line: None) -> None:
 def build_shard(job: MergeJob, shard: int, progress: Say = lambda line: None) -> None:
     """Build one index shard (see `clip_batch.index.merge.shard`), and give its files their final names.
 
-    If its record exists, only the latter. ConfigError: the template is not trained yet.
+    If its record exists, only the latter; nothing where no row is new. ConfigError: the template is not trained yet.
     """
+    if job.nothing_new:
+        return None
     at = f"index shard {shard + 1} of {job.shards}"
     if record := job.shard_record(shard):
         progress(f"{at} is built already")
@@ -202,16 +214,16 @@ def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
         created=time.time(),
         dim=job.source.dim,
         rows=sum(shard.rows for shard in shards),
-        encoder=base.encoder if base and base.encoder.weights else job.source.plan.encoder,
-        plan=base.plan if base else job.source.plan.digest,
+        encoder=base.encoder if base and base.encoder.weights else job.encoder,
+        plan=base.plan if base else job.outputs[0].plan,
         key=template.keys,
         effort=tuning.effort,
         recall=tuning.recall,
         recall_target=job.config.recall_target,
-        missing=base.missing if base else job.source.missing,
+        missing=base.missing if base else job.outputs[0].missing,
         allow_partial=job.config.allow_partial or bool(base and base.allow_partial),
         shards=tuple(shards),
-        sources=(*(base.sources if base else ()), _source(job)),
+        sources=(*(base.sources if base else ()), *_sources(template)),
         rerank=template.rerank,
         efforts=tuning.efforts,
         tried=template.tried,
@@ -221,6 +233,7 @@ def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
         drift=tuning.drift,
         duplicates=duplicates,
         predicted=tuning.predicted,
+        replaced=template.own_file(template.paths.replaced) or (base.replaced if base else {}),
     )
     _check_removals(job, manifest)
     job.index.create(job.paths.manifest, manifest.to_json().encode())
@@ -244,17 +257,27 @@ def _tidy(job: MergeJob, manifest: Manifest) -> None:
 
 def _check_removals(job: MergeJob, manifest: Manifest) -> None:
     """ConfigError where the version's metadata lacks a column that rows are removed by: nobody could open it."""
-    if digests := removals.names(job.index):
-        schema = removed_rows.read_schema(job.index, job.paths.metadata(manifest.shards[-1].name))
-        for digest in digests:
-            removed_rows.check_column(removals.load(job.index, digest), schema)
+    lists = [removals.load(job.index, digest) for digest in removals.names(job.index)]
+    new = {shard.source: shard for shard in manifest.shards if not shard.version}
+    for shard in new.values() if lists else ():
+        schema = removed_rows.read_schema(job.index, job.paths.metadata(shard.name))
+        for each in lists:
+            removed_rows.check_column(each, schema)
 
 
-def _source(job: MergeJob) -> MergedOutput:
-    plan = job.source.plan.digest
-    return MergedOutput(
-        job.source.store.url, plan, job.digest, job.source.rows, job.source.missing, job.source.verified
-    )
+def _sources(template: Template) -> list[MergedOutput]:
+    """The OUTs that are merged now, with what the version holds of each."""
+    job = template.job
+    return [
+        replace(
+            output,
+            standing=known + standing,
+            held=template.own_file(template.paths.held(number)),
+        )
+        for number, (output, known, standing) in enumerate(
+            zip(job.outputs, job.overlap.known, template.standing or [0] * len(job.outputs), strict=True)
+        )
+    ]
 
 
 def _shards(job: MergeJob, records: dict[int, ShardRecord]) -> list[IndexShard]:
@@ -267,7 +290,9 @@ def _shards(job: MergeJob, records: dict[int, ShardRecord]) -> list[IndexShard]:
     for number, record in records.items():
         if record["rows"]:
             files = _without(record["files"], (TRUTH,))
-            shards.append(IndexShard(job.shard_name(number), record["rows"], offset, files, source=source))
+            shards.append(
+                IndexShard(job.shard_name(number), record["rows"], offset, files, source=source + job.output(number))
+            )
             offset += record["rows"]
     return shards
 

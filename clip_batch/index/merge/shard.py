@@ -46,7 +46,7 @@ def build(template: Template, shard: int, attempt: Attempt) -> None:
     with ThreadPoolExecutor(1, "write") as background:
         for modality in sorted(template.keys, key=lambda modality: modality != template.order_modality):
             vectors = job.source.read_vectors(modality, start, stop)
-            job.source.check_rows(modality, start, vectors, captionless if modality == "text" else None)
+            job.source.check_rows(modality, start, vectors, captionless)
             lists, writing = None, []
             if order is None:
                 order, lists = _order(template, shard, vectors)

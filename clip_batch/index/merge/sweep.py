@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from clip_batch.config import MergeConfig, StorageConfig, SweepConfig, parse_bytes
 from clip_batch.embeddings import reader
+from clip_batch.embeddings.outputs import Outputs
 from clip_batch.errors import ConfigError
 from clip_batch.index.ann import faiss_index, faiss_search, footprint, index_keys, recall
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.rerank import candidates, rerank, score
-from clip_batch.index.merge.queries import draw_queries, filled_rows, held_out_rows, vector_kinds
+from clip_batch.index.merge.queries import draw_queries, filled_rows, held_out_rows
 from clip_batch.index.merge.trial import try_efforts
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage import npy
@@ -128,7 +129,7 @@ def sweep(
     errors: see `merge`.
     """
     out, modality = Store(output, storage.storage_options), config.modalities[0]
-    source = reader.open_embeddings(out, load_plan(out), config.allow_partial)
+    source = Outputs((reader.open_embeddings(out, load_plan(out), config.allow_partial),))
     sample, rows = draw(source, modality, config, options.sample)
     memory = parse_bytes(config.index_memory) // sum(kind in sample.queries for kind in config.modalities)
     keys = options.keys_to_try or index_keys.default_keys(rows, source.dim, memory)
@@ -162,19 +163,18 @@ def codebook_rows(index_key: str) -> int:
     return TRAINING_ROWS * index_keys.codewords(index_key)
 
 
-def draw(source: reader.Embeddings, modality: str, config: MergeConfig, count: int) -> tuple[SweepSample, int]:
+def draw(source: Outputs, modality: str, config: MergeConfig, count: int) -> tuple[SweepSample, int]:
     """A sample of `count` rows without the held-out queries, and the number of all rows.
 
     ConfigError: there are no vectors of the modality, or too few.
     """
-    kinds = vector_kinds(source)
-    filled = filled_rows(source, kinds, source.check_files(kinds))
+    filled = filled_rows(source, source.check_files())
     if modality not in filled:
-        raise ConfigError(f"{source.store.url} has no {modality} vectors to index: see --modalities")
+        raise ConfigError(f"{source.urls} has no {modality} vectors to index: see --modalities")
     queries = draw_queries(source, filled, config)
     _, half = source.draw(modality, filled[modality], count, config.seed, held_out_rows(queries))
     if len(half) < 2:
-        raise ConfigError(f"{source.store.url} has too few {modality} vectors to try keys on: merge with Flat")
+        raise ConfigError(f"{source.urls} has too few {modality} vectors to try keys on: merge with Flat")
     half = half[np.random.default_rng(config.seed).permutation(len(half))]
     exact, vectors = npy.unit(half), {kind: npy.unit(drawn) for kind, (_, drawn) in queries.items()}
     truth = {kind: faiss_search.nearest(vectors[kind], exact, 10) for kind in vectors}

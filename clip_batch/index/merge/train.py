@@ -18,19 +18,21 @@ import numpy.typing as npt
 
 from clip_batch.config import parse_bytes
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index import kept
+from clip_batch.index import held, kept
 from clip_batch.index.ann import clusters, faiss_index, index_keys
 from clip_batch.index.ann.index_keys import Choice
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.kept import Files
 from clip_batch.index.manifest import DuplicateRows, Manifest
-from clip_batch.index.merge import duplicates, predict
+from clip_batch.index.merge import duplicates, overlap, predict
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.choose import choose
 from clip_batch.index.merge.job import MergeJob
+from clip_batch.index.merge.overlap import LeftOut
 from clip_batch.index.merge.queries import Queries, draw_queries, filled_rows, held_out_rows
 from clip_batch.index.paths import TemplatePaths, VersionPaths
+from clip_batch.index.removed_rows import replaced_ids
 from clip_batch.plan.paths import VECTORS
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
@@ -58,12 +60,13 @@ Vectors = npt.NDArray[np.float32]
 class Template:
     """The trained empty indices of a merge, its held-out queries, and the rows that it leaves out.
 
-    `keys` has the index key of each modality, `kinds` the kinds of vectors that OUT has, which all are queries.
+    `keys` has the index key of each modality, `kinds` the kinds of vectors that OUTs have, which all are queries.
     `rerank` is how many times k candidates are re-ranked (0: none), `tried` what was tried before the keys were chosen.
     `folder`, relative to INDEX, has the trained indices, and `reference` is the file of the index's own queries
     ("" where this OUT is not added to an index). `duplicates` is empty without `--dedup`.
     `predictors[modality][kind]` has the file of a predictor of lists, by its
-    path below INDEX, where there is one. `files` are all of these files, by their path below INDEX.
+    path below INDEX, where there is one. `standing` counts the rows of each OUT that are left out as the index, or an
+    earlier OUT, has them. `files` are all of these files, by their path below INDEX.
     """
 
     job: MergeJob
@@ -76,6 +79,7 @@ class Template:
     rerank: int
     tried: dict[str, list[dict[str, Any]]]
     predictors: dict[str, dict[str, dict[str, StoredFile]]]
+    standing: tuple[int, ...]
     files: Files
 
     @classmethod
@@ -97,6 +101,7 @@ class Template:
             record["rerank"],
             record["tried"],
             record["predictors"],
+            tuple(record.get("standing", ())),  # a merge that an older clip-batch began has none
             files,
         )
 
@@ -165,13 +170,18 @@ class Template:
             return clusters.nearest_of(np.load(path))
 
     def left_out(self, start: int, stop: int) -> Ids:
-        """The rows among [start, stop) that are left out as duplicates, counted from `start`."""
-        if not self.duplicates:
-            return np.empty(0, dtype=np.int64)
-        with self.fetch(self.paths.dropped) as path:
-            rows: Ids = np.load(path, mmap_mode="r")
-            low, high = np.searchsorted(rows, [start, stop])
-            return np.asarray(rows[low:high]) - start
+        """The rows among [start, stop) that are left out, as they repeat others or stand already; from `start`."""
+        pieces = [np.empty(0, dtype=np.int64)]
+        for name in (self.paths.dropped, self.paths.standing):
+            if name in self.files:
+                with self.fetch(name) as path:
+                    rows: Ids = np.load(path, mmap_mode="r")
+                    pieces.append(np.asarray(rows[slice(*np.searchsorted(rows, [start, stop]))]) - start)
+        return np.unique(np.concatenate(pieces))
+
+    def own_file(self, name: str) -> Files:
+        """A file of the attempt that trained, by its path below INDEX; none where it was not written."""
+        return {name: self.files[name]} if name in self.files else {}
 
 
 def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progress: Say) -> None:
@@ -180,9 +190,10 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
     `captioned` counts each part's rows with a caption. Errors: see `clip_batch.merge`.
     """
     started = time.monotonic()
-    filled = filled_rows(job.source, job.kinds, captioned)
+    left_out = _leave_out(job, attempt, progress)
+    filled = filled_rows(job.source, captioned, left_out.rows)
     kinds, modalities = list(filled), _modalities(job, filled)
-    queries = draw_queries(job.source, filled, job.config)
+    queries = draw_queries(job.source, filled, job.config, left_out.rows)
     _write_queries(attempt, queries)
     if job.base:
         if problem := next(kept.problems(job.index, job.base, deep=True), None):
@@ -200,25 +211,47 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
             job.base.rerank,
             job.base.tried,
             record.get("predictors", {}),  # older versions have none
+            left_out.standing,
             files,
         )
     else:
-        template = Template(job, attempt.id, {}, kinds, attempt.folder, "", {}, 0, {}, {}, {})
-        template = _train(template, attempt, modalities, filled, queries, progress)
-    left_out = _find_duplicates(template, attempt, progress) if job.config.dedup else {}
+        standing = left_out.standing
+        template = Template(job, attempt.id, {}, kinds, attempt.folder, "", {}, 0, {}, {}, standing, {})
+        held_out = held_out_rows(queries, left_out.rows)
+        template = _train(template, attempt, modalities, filled, queries, held_out, progress)
+    repeats = _find_duplicates(template, attempt, left_out.rows, progress) if job.config.dedup and filled else {}
     attempt.commit(
         keys=template.keys,
         kinds=kinds,
         template=template.folder,
         reference=template.reference,
-        duplicates=left_out,
+        duplicates=repeats,
         rerank=template.rerank,
         tried=template.tried,
         predictors=template.predictors,
+        left_out=len(left_out.rows),
+        standing=left_out.standing,
         seconds=time.monotonic() - started,
         job=job.identity,
         replaces=job.live,
     )
+
+
+def _leave_out(job: MergeJob, attempt: Attempt, progress: Say) -> LeftOut:
+    """Find the rows that stand already, and write which they are, which rows they replace, and what is held then."""
+    names = TemplatePaths()
+    left_out = overlap.find(job.overlap, job.source, job.index, job.base)
+    for line in overlap.describe(left_out, job.overlap, job.source.rows):
+        progress(line)
+    if len(left_out.rows):
+        attempt.write(names.standing, lambda file: np.save(file, left_out.rows))
+    if job.base and len(left_out.replaced):
+        ids = np.union1d(left_out.replaced, replaced_ids(job.index, job.base))
+        attempt.write(names.replaced, lambda file: np.save(file, ids))
+    for number, source in enumerate(job.source.sources):
+        slices = held.slices_of(source)
+        attempt.write(names.held(number), lambda file, slices=slices: held.write(slices, file))  # type: ignore[misc]
+    return left_out
 
 
 def base_template(index: Store, base: Manifest) -> tuple[dict[str, Any], Files]:
@@ -233,9 +266,9 @@ def _modalities(job: MergeJob, filled: Mapping[str, list[int]]) -> list[str]:
     modalities: list[str] = [name for name in job.config.modalities if name in filled]
     modalities = list(job.base.key) if job.base else modalities
     if not modalities:
-        raise ConfigError(f"{job.source.store.url} has no vectors of {', '.join(job.config.modalities)} to index")
-    if lacking := set(modalities) - set(job.kinds):
-        raise ConfigError(f"{job.source.store.url} has no {', '.join(lacking)} vectors, which the index has")
+        raise ConfigError(f"{job.source.urls} has no vectors of {', '.join(job.config.modalities)} to index")
+    if filled and not {*modalities} & {*job.source.kinds}:
+        raise ConfigError(f"{job.source.urls} has no {' or '.join(modalities)} vectors, which the index has")
     return modalities
 
 
@@ -261,11 +294,12 @@ def _train(
     modalities: Sequence[str],
     filled: Mapping[str, list[int]],
     queries: Queries,
+    held_out: Ids,
     progress: Say,
 ) -> Template:
     """Choose the key of each modality, and write its trained index and predictors; returns the template with them.
 
-    All modalities are re-ranked alike, by the most that one of them wants.
+    All modalities are re-ranked alike, by the most that one of them wants. Nothing is learned from rows `held_out`.
     """
     job, seed, names = template.job, template.job.config.seed, TemplatePaths()
     asked = {kind: npy.unit(vectors) for kind, (_, vectors) in queries.items()}
@@ -278,7 +312,7 @@ def _train(
         if modality in small:
             progress(f"{modality}: {sum(counts):,} rows are too few for index key {choices[0].key}: Flat instead")
             choices = [Choice("Flat", choices[0].rerank)]
-        sample = _sample(job, modality, counts, queries, choices)
+        sample = _sample(job, modality, counts, queries, held_out, choices)
         if job.is_tried(choices):
             index, choice, trials = choose(
                 choices, sample, asked, sum(counts), job.config.recall_target, seed, progress
@@ -290,7 +324,7 @@ def _train(
         keys[modality], rerank = choice.key, max(rerank, choice.rerank or 0)
         progress(f"{modality}: key {choice.key}, trained on {len(sample):,} rows")
         attempt.write(names.index(modality), lambda file, index=index: faiss_index.write(index, file.name))  # type: ignore[misc]
-        others = partial(_others, job, filled, queries)
+        others = partial(_others, job, filled, held_out)
         predictors[modality] = {}
         for kind, predictor in predict.learn(index, modality, sum(counts), sample, list(filled), others, seed).items():
             name = names.predictor(modality, kind)
@@ -313,27 +347,31 @@ def _too_small(
     return small if len(small) < len(modalities) else []
 
 
-def _others(job: MergeJob, filled: Mapping[str, list[int]], queries: Queries, kind: str, count: int) -> Vectors:
+def _others(job: MergeJob, filled: Mapping[str, list[int]], held_out: Ids, kind: str, count: int) -> Vectors:
     """Unit vectors (count, d) of a kind to learn a predictor from, none of them a query."""
-    return npy.unit(job.source.draw(kind, filled[kind], count, job.config.seed, held_out_rows(queries))[1])
+    return npy.unit(job.source.draw(kind, filled[kind], count, job.config.seed, held_out)[1])
 
 
 def _order_modality(modalities: Iterable[str]) -> str:
     return "image" if "image" in modalities else next(iter(modalities))
 
 
-def _sample(job: MergeJob, modality: str, filled: list[int], queries: Queries, choices: Sequence[Choice]) -> Vectors:
+def _sample(
+    job: MergeJob, modality: str, filled: list[int], queries: Queries, held_out: Ids, choices: Sequence[Choice]
+) -> Vectors:
     """The unit vectors to train on, in a random order: drawn from all partitions, no query among them."""
     count, seed = _sample_rows(job, choices), job.config.seed
-    _, sample = job.source.draw(modality, filled, count, seed, held_out_rows(queries))
+    _, sample = job.source.draw(modality, filled, count, seed, held_out)
     sample = sample if len(sample) else queries[modality][1]  # so few rows that every one is a query
     return npy.unit(sample[np.random.default_rng(seed).permutation(len(sample))])
 
 
-def _find_duplicates(template: Template, attempt: Attempt, progress: Say) -> DuplicateRows:
-    """Write which rows are left out, and the report on them."""
+def _find_duplicates(template: Template, attempt: Attempt, standing: Ids, progress: Say) -> DuplicateRows:
+    """Write which rows are left out besides those that stand already, and the report on them."""
     names, source, threshold = TemplatePaths(), template.job.source, template.job.config.dedup
-    repeats = duplicates.find(source, template.order_modality, template.assigner(), threshold, progress)
+    repeats = duplicates.find(
+        source, template.order_modality, template.assigner(), threshold, progress, without=standing
+    )
     attempt.write(names.dropped, lambda file: np.save(file, repeats.rows))
     attempt.write(names.duplicates, lambda file: duplicates.write_report(repeats, source, file.name))
     progress(f"{len(repeats.rows):,} of {source.rows:,} rows repeat an earlier one and are left out")

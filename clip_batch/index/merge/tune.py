@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from shlex import quote
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -192,7 +193,8 @@ def _drift(template: Template, modality: str, near: _Way, progress: Say) -> dict
         before = known["10"] if known else 0.0
         progress(f"{modality}: {kind} queries of the new rows find {value:.3f} of them, {before:.3f} before")
         if value < before - DRIFT:
-            progress(f"{modality}: the new rows do not fit the trained lists: merge all of OUT anew to retrain")
+            command = f"clip-batch merge --anew --index {quote(template.job.index.url)}"
+            progress(f"{modality}: the new rows do not fit the trained lists: {command} retrains over all OUTs")
     return drift
 
 

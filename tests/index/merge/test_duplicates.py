@@ -14,7 +14,7 @@ from clip_batch.index.ann import clusters, faiss_index
 from clip_batch.index.merge import duplicates
 from clip_batch.index.merge.duplicates import Duplicates, find, write_report
 from clip_batch.storage.store import Store
-from tests.fabricated import Vectors, make_out, unit
+from tests.fabricated import Vectors, bucket, make_out, unit
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +183,7 @@ def test_report_names_both_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             partition, place = (0, at) if at < 30 else (2, at - 30)
             assert (line[f"{prefix}partition"], line[f"{prefix}row"]) == (partition, place)
             assert line[f"{prefix}key"] == f"{partition}-{place}"
-            assert line[f"{prefix}shard"] == f"s3://bucket/{partition:05d}.tar"
+            assert line[f"{prefix}shard"] == f"{bucket(tmp_path / 'out')}/{partition:05d}.tar"
         assert line["score"] == score
 
 
@@ -193,8 +193,8 @@ def test_report_of_nothing_has_its_columns(tmp_path: Path) -> None:
     write_report(found, source, str(tmp_path / "report.parquet"))
     table = pq.read_table(tmp_path / "report.parquet")
     assert table.num_rows == 0
-    assert table.column_names[:4] == ["partition", "row", "key", "shard"]
-    assert table.column_names[4:] == ["kept_partition", "kept_row", "kept_key", "kept_shard", "score"]
+    names = ["partition", "row", "key", "shard", "offset"]
+    assert table.column_names == [*names, *(f"kept_{name}" for name in names), "score"]
 
 
 def test_few_near_pairs_are_missed_on_the_border_of_lists(tmp_path: Path) -> None:

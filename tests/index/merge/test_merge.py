@@ -693,7 +693,10 @@ class Race:
             version = searcher.manifest.version
         assert [line[0].metadata["key"] for line in found] == keys(self.images, SIZES)
         attempt = store.read_json(f"{version}/template/record.json")["attempt"]
-        template = {f"{attempt}/{name}" for name in ("centroids.npy", "image.index", "queries.npz", "text.index")}
+        template = {
+            f"{attempt}/{name}"
+            for name in ("centroids.npy", "held-0.parquet", "image.index", "queries.npz", "text.index")
+        }
         wanted = {"manifest.json", *(f"template/{name}" for name in ("record.json", *template))}
         ends = {"image": "index", "text": "index", "metadata": "arrow", "truth": "npz", "shards": "json"}
         wanted |= {f"{name}/{shard}.{end}" for name, end in ends.items() for shard in ("0000", "0001")}

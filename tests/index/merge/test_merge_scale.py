@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -89,12 +90,13 @@ def test_shards_are_as_few_as_the_memory_allows(rows: int, memory: int, shard_ro
 
 
 def _job_of(rows: int, config: MergeConfig) -> MergeJob:
+    from clip_batch.embeddings.outputs import Outputs
     from clip_batch.embeddings.reader import Embeddings
     from clip_batch.types import Commit
 
     one = Commit(0, "0" * 8, rows, 64, "", "", {}, [], {}, {}, 0.0, 0.0, "")
     source = Embeddings(Store("/nowhere"), None, (one,), (0, rows), ())  # type: ignore[arg-type]
-    return MergeJob(source, Store("/nowhere"), config)
+    return MergeJob(Outputs((source,)), Store("/nowhere"), config)
 
 
 def test_too_little_memory_is_refused_before_anything_is_built(tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_an_addition_leaves_the_old_shards_where_they_are_and_is_made_once(tmp_p
     assert third == second  # that OUT is the one it began with
     lines = []
     assert merge(str(tmp_path / "a/out"), index, IVF, progress=lines.append) == second  # the rows that were added stay
-    assert f"clip-batch versions --use {first.version} goes back" in lines[-1]
+    assert f"{second.version}, which was added to it, is live" in lines[-1]
     sound(tmp_path / "a/index")
     make_out(tmp_path / "c/out", images[:100], texts[:100], [100])
     last = merge(str(tmp_path / "c/out"), index, replace(IVF, add=True))
@@ -290,7 +292,16 @@ def test_rows_unlike_the_old_ones_ask_for_retraining(tmp_path: Path) -> None:
     lines: list[str] = []
     made = merge(str(tmp_path / "new"), str(tmp_path / "index"), replace(config, add=True), progress=lines.append)
     assert made.drift["image"]["image"] < 0.9
-    assert any("merge all of OUT anew to retrain" in line for line in lines)
+    command = f"clip-batch merge --anew --index {tmp_path}/index"
+    assert any(command in line for line in lines)
+    assert main(shlex.split(command)[1:]) == 0  # as it is printed, it can be pasted
+    anew = load_manifest(Store(f"{tmp_path}/index"))
+    assert (anew.rows, anew.base, [source.output for source in anew.sources]) == (
+        4000,
+        "",
+        [f"{tmp_path}/out", f"{tmp_path}/new"],
+    )
+    assert anew.template == anew.version
 
 
 def test_an_addition_of_another_encoder_is_refused(tmp_path: Path) -> None:
