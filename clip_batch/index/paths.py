@@ -11,6 +11,7 @@
     <version>/metadata/<shard>.arrow          metadata of a shard
     <version>/truth/<shard>.npz               the shard's recall trials
     <version>/tombstones/<digest>.npy         ids that a removal list removes from the version: a cache
+    <version>/tombstones/packed.npz           those of many lists
     <version>/template/record.json            names the attempt to train that counts
     <version>/template/<attempt>/             what it left, see `TemplatePaths`; searches read predictors
     <version>/shards/<shard>.json             names the attempt to build a shard that counts
@@ -175,6 +176,11 @@ class VersionPaths(_Folder):
     def removed_ids(self, digest: str) -> str:
         """The ids that a removal list removes from the version."""
         return self._in(f"{REMOVALS}/{digest}.npy")
+
+    @property
+    def packed_ids(self) -> str:
+        """The ids that many removal lists remove from the version."""
+        return self._in(f"{REMOVALS}/packed.npz")
 
     @property
     def templates(self) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -60,13 +60,10 @@ class RowName(NamedTuple):
     key: str | None
 
     @property
-    def order(self) -> tuple[tuple[bool, str | int], ...]:
+    def order(self) -> tuple[str, int, str, bool, bool]:
         """A key to sort names by, which None has too."""
-        return (
-            (self.shard is None, self.shard or ""),
-            (self.offset is None, self.offset or 0),
-            (self.key is None, self.key or ""),
-        )
+        shard, offset, key = self
+        return shard or "", -1 if offset is None else offset, key or "", shard is None, key is None
 
     def __str__(self) -> str:
         return f"{self.key} in {self.shard or 'no shard'}"
@@ -133,13 +130,18 @@ def names(store: Store) -> list[str]:
 
 def load(store: Store, digest: str) -> Removal:
     """A list of INDEX by its digest; CorruptError if the file has another content."""
-    name = removal_list(digest)
-    data = store.read(name)
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        removal = _parse(json.loads(data))
-        if removal.digest == digest:
-            return removal
-    raise CorruptError(f"{store.display(name)} is not the list of its name: {_REMEDY}")
+    return next(load_all(store, [digest]))
+
+
+def load_all(store: Store, digests: Sequence[str]) -> Iterator[Removal]:
+    """Lists of INDEX by their digests, in order; several are read at once. Errors: as `load`."""
+    for digest, data in zip(digests, store.read_all(map(removal_list, digests)), strict=True):
+        removal = None
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            removal = _parse(json.loads(data))
+        if removal is None or removal.digest != digest:
+            raise CorruptError(f"{store.display(removal_list(digest))} is not the list of its name: {_REMEDY}")
+        yield removal
 
 
 def _parse(content: Mapping[str, Any]) -> Removal:

@@ -66,13 +66,13 @@ def _stale(store: Store, searcher: Searcher) -> Iterator[tuple[str, str]]:
     """The removal lists of which the version's cache has other rows than its metadata, and why that is wrong."""
     digests = removals.names(store)
     cached = removed_rows.cached(store, searcher.manifest, digests)
-    lists = [removals.load(store, digest) for digest in digests]
+    lists = list(removals.load_all(store, digests))
     for digest, rows in zip(digests, removed_rows.find_removed(lists, searcher.metadata_files), strict=True):
         found = int(np.count_nonzero(~removed_rows.contains(searcher.removed, rows.ids)))
         if found or (digest in cached and not np.array_equal(cached[digest], rows.ids)):
-            name = VersionPaths(searcher.manifest.version).removed_ids(digest)
-            wrong = f"{store.display(name)} does not have the rows that it removes, of which {found:,} can be found"
-            yield f"removal list {digest}", f"{wrong}: delete that file"
+            folder = store.display(VersionPaths(searcher.manifest.version).removals)
+            wrong = f"{folder} does not have the rows that it removes, of which {found:,} can be found"
+            yield f"removal list {digest}", f"{wrong}: delete that folder, which is a cache"
 
 
 def _search(searcher: Searcher, report: VerifyReport, deep: bool) -> None:

@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from clip_batch.index.manifest import load_manifest
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.paths import is_version
 from clip_batch.index.removal_history import describe_list, describe_undo, list_removals, undo
+from clip_batch.index.removal_pack import unpack
 from clip_batch.index.removals import RemovalList, RowList, RowName
 from clip_batch.index.remove import RemoveReport, remove_values
 from clip_batch.index.versions import use
@@ -216,3 +219,57 @@ def test_a_list_of_rows_is_read_as_it_was_written(rows: list[RowName]) -> None:
     assert removals.load(store, digest) == RowList.of(rows)
     assert set(RowList.of(rows).rows) == set(rows)
     Flaky.reset()
+
+
+@pytest.mark.parametrize("damage", [None, "cut", "sizes", "digests", "beyond", "unsorted", "empty"])
+def test_many_lists_are_cached_in_one_file(
+    store: Store, tmp_path: Path, damage: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removed_rows, "MANY", 4)
+    manifest = load_manifest(store)
+    for row in range(10):
+        removals.add(store, "n", [str(row)])
+    assert removed(store) == 20 and store.list(f"{manifest.version}/tombstones") == ["packed.npz"]
+    packed = tmp_path / f"index/{manifest.version}/tombstones/packed.npz"
+    whole = packed.read_bytes()
+    content = dict(np.load(packed))
+    if damage == "cut":
+        packed.write_bytes(whole[: len(whole) // 2])
+    elif damage == "empty":
+        packed.write_bytes(b"")
+    elif damage:
+        harmed: dict[str, Any] = {
+            "sizes": {"sizes": content["sizes"] + 1},
+            "digests": {"digests": content["digests"][1:]},
+            "beyond": {"ids": content["ids"] + 50},
+            "unsorted": {"ids": content["ids"][::-1]},
+        }
+        np.savez(packed, **{**content, **harmed[damage]})
+    known = removed_rows.removed_if_known(store, manifest)
+    assert (known is None) == (damage is not None) and (known is None or len(known) == 20)
+    assert removed(store) == 20 and unpack(packed.read_bytes(), manifest.rows).keys() == set(removals.names(store))
+    one = remove_values(store.url, ["5"], "n").digest  # stands already
+    undo(store.url, one)
+    assert removed(store) == 18
+    remove_values(store.url, ["0-5", "x"])
+    assert removed(store) == 19 and len(store.list(f"{manifest.version}/tombstones")) == 3
+
+
+def test_files_of_many_lists_are_packed_once_they_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(removed_rows, "MANY", 4)
+    manifest = load_manifest(store)
+    for row in range(5):
+        remove_values(store.url, [str(row)], "n")
+    folder = f"{manifest.version}/tombstones"
+    assert len(store.list(folder)) == 5
+    assert removed(store) == 10 and "packed.npz" in store.list(folder)
+    for digest in removals.names(store):
+        store.remove(f"{folder}/{digest}.npy")
+    known = removed_rows.removed_if_known(store, manifest)
+    assert known is not None and len(known) == removed(store)
+
+
+@given(st.lists(st.lists(st.integers(0, 30), max_size=5), max_size=4))
+def test_union(lists: list[list[int]]) -> None:
+    found = removed_rows.union([np.unique(np.array(one, np.int64)) for one in lists])
+    assert found.tolist() == sorted({id for one in lists for id in one})

@@ -82,7 +82,7 @@ def test_a_cache_that_lacks_rows_is_named_with_deep(tmp_path: Path) -> None:
     assert verify_searches(index).ok
     problems = verify_searches(index, deep=True).problems
     assert list(problems) == [f"removal list {digest}"]
-    assert "of which 1 can be found: delete that file" in problems[f"removal list {digest}"]
+    assert "of which 1 can be found: delete that folder" in problems[f"removal list {digest}"]
     cached.unlink()
     report = verify_searches(index, deep=True)
     assert (report.problems, report.removed) == ({}, len(KEYS) + 1)
