@@ -432,3 +432,15 @@ def format_counts(counts: Mapping[str, int]) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 input", "2,000 inputs"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def format_bytes(size: int) -> str:
+    """A size for people, in the units that `--max-memory` takes.
+
+    >>> format_bytes(999), format_bytes(1_540_000)
+    ('999 bytes', '1.5 MB')
+    """
+    for exponent, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if size >= 10**exponent:
+            return f"{size / 10**exponent:,.1f} {unit}"
+    return counted(size, "byte")

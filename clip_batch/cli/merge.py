@@ -91,13 +91,13 @@ class VersionsArguments(JsonArguments, IndexArguments):
     """What `versions` changes."""
 
     use: str = ""
-    """Make this version the live one."""
+    """Make this version the live one: go back to an older one, or forward again. Removed rows stay removed."""
     drop: str = ""
-    """Delete this version, unless it is live or another one needs it."""
+    """Delete this version, unless it is live or another one needs it; gc --index deletes all that nothing needs."""
 
 
 def versions(arguments: VersionsArguments, storage: StorageConfig) -> int:
-    """List the versions of an index and the live one; --use makes another version live."""
+    """List the versions of an index: what they hold, need and cost, when they were live, and how to go back."""
     from clip_batch.index import versions as stage
     from clip_batch.index.manifest import load_manifest
     from clip_batch.storage.store import Store
@@ -110,5 +110,5 @@ def versions(arguments: VersionsArguments, storage: StorageConfig) -> int:
     listed = stage.versions(store)
     if not listed:
         load_manifest(store)  # refuses a folder that is no index, such as a mistyped one
-    answer(arguments, [asdict(version) for version in listed], stage.describe(listed))
+    answer(arguments, [asdict(version) for version in listed], stage.describe(listed, store.url))
     return 0

@@ -21,8 +21,10 @@ def repair(store: Store, problems: dict[str, str]) -> list[int]:
     return numbers
 
 
-def gc(store: Store, everything: bool = False) -> list[str]:
+def gc(store: Store, everything: bool = False, dry_run: bool = False) -> list[str]:
     """Remove the data files that no commit names, and unfinished uploads to S3; returns their names.
+
+    With `dry_run` nothing is removed, and the names of uploads are left out.
 
     In a committed partition, such a file belongs to an attempt that lost. In an uncommitted one it may belong to a
     worker that is running now, so it is kept unless `everything` says that no worker is, and no planner.
@@ -39,10 +41,13 @@ def gc(store: Store, everything: bool = False) -> list[str]:
             return everything or attempt[0] in commits
 
         for base in filter(orphan, store.list(folder)):
-            store.remove(f"{folder}/{base}")
             removed.append(f"{folder}/{base}")
-        removed += [f"{folder}/{base} (unfinished upload)" for base in store.abort_uploads(folder, orphan)]
+            if not dry_run:
+                store.remove(removed[-1])
+        if not dry_run:
+            removed += [f"{folder}/{base} (unfinished upload)" for base in store.abort_uploads(folder, orphan)]
     for name in unused_files(store) if everything else ():  # of planners that died
-        store.remove(name)
         removed.append(name)
+        if not dry_run:
+            store.remove(name)
     return removed

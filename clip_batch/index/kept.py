@@ -6,6 +6,8 @@ Their sizes and sha256 are in the records of the tasks that wrote them, `templat
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from typing import Any
 from clip_batch.embeddings.verify import check_file
 from clip_batch.errors import CorruptError
 from clip_batch.index.manifest import Manifest
-from clip_batch.index.paths import VersionPaths
+from clip_batch.index.paths import VersionPaths, is_file_name
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store, file_digest
 from clip_batch.types import StoredFile
@@ -30,10 +32,18 @@ Files = dict[str, StoredFile]
 def read_record(store: Store, name: str) -> dict[str, Any]:
     """The record of a merge task. CorruptError: it is missing, or is none."""
     with corrupt_unless_unavailable(f"{store.display(name)} cannot be read", ADD_REMEDY, ValueError):
-        record = store.read_json(name)
-    if not isinstance(record, dict) or not {"attempt", "files"} <= record.keys():
-        raise CorruptError(f"{store.display(name)} is not the record of a merge task: {ADD_REMEDY}")
-    return record
+        return parse_record(store.read(name), f"{store.display(name)} is not the record of a merge task: {ADD_REMEDY}")
+
+
+def parse_record(data: bytes, problem: str) -> dict[str, Any]:
+    """The record of a merge task, whose names stay in their folder. CorruptError: it is none, with this message."""
+    with contextlib.suppress(ValueError):
+        record = json.loads(data)
+        if isinstance(record, dict) and isinstance(record.get("files"), dict):
+            names = [record.get("attempt"), *record["files"], *filter(None, map(record.get, ("template", "reference")))]
+            if all(map(is_file_name, names)):
+                return record
+    raise CorruptError(problem)
 
 
 def template_files(version: VersionPaths, record: Mapping[str, Any]) -> Files:

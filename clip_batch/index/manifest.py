@@ -10,7 +10,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from clip_batch.errors import ConfigError, CorruptError
-from clip_batch.index.paths import CURRENT, VersionPaths
+from clip_batch.index.paths import CURRENT, VersionPaths, is_file_name, is_version
 from clip_batch.index.publications import live_version
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
@@ -196,7 +196,29 @@ class Manifest:
             MergedOutput(**{**source, "missing": tuple(source["missing"])}) for source in data.get("sources", ())
         )
         data["shards"] = tuple(IndexShard(**shard) for shard in data["shards"])
-        return cls(**data)
+        manifest = cls(**data)
+        manifest._check_names()
+        return manifest
+
+    def _check_names(self) -> None:
+        """ValueError where a name would lead out of its folder: all of them become parts of paths."""
+        versions = (self.base, self.template, *(shard.version for shard in self.shards))
+        if wrong := [name for name in (self.version, *filter(None, versions)) if not is_version(name)]:
+            raise ValueError(f"{wrong[0]!r} is not the name of a version")
+        names = [name for shard in self.shards for name in (shard.name, *shard.files)]
+        if wrong := [name for name in (*names, *self.files, *self._report) if not is_file_name(name)]:
+            raise ValueError(f"{wrong[0]!r} is not the name of a file in it")
+
+    @property
+    def _report(self) -> tuple[str, ...]:
+        """The report on duplicates, by its path below INDEX."""
+        return (self.duplicates["file"],) if "file" in self.duplicates else ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The other versions that this one needs: they have its template, or some of its files."""
+        names = {self.template, *(name.partition("/")[0] for name in (*self.files, *self._report))}
+        return frozenset(names - {"", self.version})
 
 
 def _between(efforts: Sequence[dict[str, int]], k: int) -> int:
@@ -220,8 +242,11 @@ def load_manifest(store: Store, version: str | None = None) -> Manifest:
         raise ConfigError(f"no index at {store.url}: run clip-batch merge --output OUT --index {quote(store.url)}")
     name = VersionPaths(version).manifest
     try:
-        return Manifest.from_json(store.read(name))
+        manifest = Manifest.from_json(store.read(name))
+        if manifest.version != version:
+            raise ValueError(f"it is that of version {manifest.version}")
+        return manifest
     except FileNotFoundError:
         raise CorruptError(f"{store.display(name)} is missing: the version is not finished, merge again") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{store.display(name)} is not a manifest ({error}): delete it and merge again") from None

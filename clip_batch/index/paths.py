@@ -74,6 +74,15 @@ def is_version(name: str) -> bool:
     return bool(re.fullmatch("[0-9a-f]{12}", name))
 
 
+def is_file_name(name: object) -> bool:
+    """Whether a record may have this as the name of a file: relative to its folder, and not of one outside.
+
+    >>> is_file_name("image/0000.index"), is_file_name("../image/0000.index"), is_file_name("/etc/passwd")
+    (True, False, False)
+    """
+    return isinstance(name, str) and re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*", name, re.ASCII) is not None
+
+
 @dataclass(frozen=True)
 class _Folder:
     """A folder, relative to INDEX; with "" its files' names are relative to it, as records have them."""

@@ -115,16 +115,19 @@ def publish(store: Store, version: str, onto: str | None) -> None:
                 "run the command again, which begins from it"
             )
         if version in state.dropping:
-            raise ConflictError(
-                f"{store.display(version)} is being deleted: clip-batch versions --index {quote(store.url)} "
-                f"--drop {version} completes that, if nothing is at it"
-            )
+            raise being_deleted(store, version)
         if not store.exists(VersionPaths(version).manifest):
             raise ConflictError(
                 f"{store.display(version)} was deleted meanwhile: clip-batch versions lists what is there"
             )
         if append(store, state, version, state.dropping) and state.logged:
             return
+
+
+def being_deleted(store: Store, version: str) -> ConflictError:
+    """The error of whoever wants a version that is being deleted."""
+    command = f"clip-batch versions --index {quote(store.url)} --drop {version}"
+    return ConflictError(f"{store.display(version)} is being deleted: {command} completes that, if nothing is at it")
 
 
 def append(store: Store, state: State, version: str | None, dropping: Iterable[str]) -> bool:

@@ -1,31 +1,53 @@
 """The versions of an index: list them, make another one live, delete old ones.
 
-A version is a folder of 12 hex digits; it is finished once it has a manifest, and live while CURRENT names it.
+A version is a folder of 12 hex digits; it is finished once it has a manifest. `clip_batch.index.publications` knows
+which one is live.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from shlex import quote
 
 from clip_batch.errors import ConfigError, CorruptError
 from clip_batch.index.ann.recall import Recall
-from clip_batch.index.manifest import Manifest, load_manifest
+from clip_batch.index.manifest import Manifest, MergedOutput, load_manifest
 from clip_batch.index.paths import VersionPaths, is_version
-from clip_batch.index.publications import append, live_version, mend, publish, read_state
+from clip_batch.index.publications import (
+    Publication,
+    State,
+    append,
+    live_version,
+    mend,
+    publications,
+    publish,
+    read_state,
+)
 from clip_batch.index.removed_rows import fetch_metadata, removed_ids, removed_if_known
 from clip_batch.storage.store import Store
-from clip_batch.types import StoredFile, counted
+from clip_batch.types import StoredFile, counted, format_bytes
+
+
+@dataclass(frozen=True)
+class LivePeriod:
+    """A version was live from `start` to `end`, in Unix seconds; `end` is None while it is."""
+
+    start: float
+    end: float | None
 
 
 @dataclass(frozen=True)
 class VersionInfo:
-    """One version. `created`, `rows`, `key`, `recall` and `base` are the manifest's.
+    """One version. `created`, `rows`, `key`, `recall`, `base`, `template` and `sources` are the manifest's.
 
-    `alive` counts the rows that are not removed; None where that is not known without a scan. An unfinished version
-    has only its name, or also a `problem` where its manifest is not readable.
+    `alive` counts the rows that are not removed; None where that is not known without a scan. `bytes` are those of its
+    own files, and `shared_bytes` those of the versions in `needs`, whose files it has too; `needed_by` are the finished
+    versions that need it. `was_live` has the times that the log knows. An unfinished version has only its name, or also
+    a `problem` where its manifest is not readable.
     """
 
     version: str
@@ -38,26 +60,51 @@ class VersionInfo:
     recall: dict[str, dict[str, Recall]] = field(default_factory=dict)
     base: str = ""
     problem: str = ""
+    template: str = ""
+    sources: tuple[MergedOutput, ...] = ()
+    bytes: int = 0
+    shared_bytes: int = 0
+    needs: tuple[str, ...] = ()
+    needed_by: tuple[str, ...] = ()
+    was_live: tuple[LivePeriod, ...] = ()
 
 
 def versions(store: Store) -> list[VersionInfo]:
-    """All versions of INDEX, the oldest first, unfinished ones last."""
-    live = live_version(store)
-    listed = [_info(store, version, version == live) for version in _folders(store)]
+    """All versions of INDEX, the oldest first, unfinished ones last. CorruptError: an entry of the log is damaged."""
+    folders, log = folders_of(store), publications(store)
+    found: dict[str, Manifest | str] = {}
+    for version in folders:
+        try:
+            found[version] = load_manifest(store, version)
+        except CorruptError as error:
+            found[version] = str(error) if store.exists(VersionPaths(version).manifest) else ""
+    live = _live_or_none(store)
+    listed = [_info(store, version, found, version == live, log) for version in folders]
     return sorted(listed, key=lambda info: (not info.finished, info.created, info.version))
 
 
-def _folders(store: Store) -> list[str]:
+def _live_or_none(store: Store) -> str | None:
+    """The live version, or None where CURRENT names none: the list of versions is how that is mended."""
+    try:
+        return live_version(store)
+    except CorruptError:
+        return None
+
+
+def folders_of(store: Store) -> list[str]:
+    """The names of all versions, finished or not."""
     return [name for name in store.list("") if is_version(name)]
 
 
-def _info(store: Store, version: str, live: bool) -> VersionInfo:
-    try:
-        manifest = load_manifest(store, version)
-    except CorruptError as error:
-        has_manifest = store.exists(VersionPaths(version).manifest)
-        return VersionInfo(version, live, finished=False, problem=str(error) if has_manifest else "")
+def _info(
+    store: Store, version: str, found: Mapping[str, Manifest | str], live: bool, log: Sequence[Publication]
+) -> VersionInfo:
+    manifest = found[version]
+    if isinstance(manifest, str):
+        return VersionInfo(version, live, finished=False, problem=manifest)
     removed = removed_if_known(store, manifest)
+    finished = [each for each in found.values() if isinstance(each, Manifest)]
+    own = sum(file["bytes"] for name, file in manifest.files.items() if name.startswith(f"{version}/"))
     return VersionInfo(
         version,
         live,
@@ -68,23 +115,57 @@ def _info(store: Store, version: str, live: bool) -> VersionInfo:
         key=manifest.key,
         recall=manifest.recall,
         base=manifest.base,
+        template=manifest.template,
+        sources=manifest.sources,
+        bytes=own,
+        shared_bytes=manifest.size - own,
+        needs=tuple(sorted(manifest.needs)),
+        needed_by=tuple(other.version for other in finished if version in other.needs),
+        was_live=live_periods(version, log),
     )
 
 
-def describe(listed: Sequence[VersionInfo]) -> str:
-    """Versions as lines for people; the live one is starred."""
-    return "\n".join(map(_line, listed)) or "no versions"
+def live_periods(version: str, log: Sequence[Publication]) -> tuple[LivePeriod, ...]:
+    """When a version was live, by the log."""
+    moves = [entry for entry in log if entry.version != entry.replaces]
+    ends = [entry.created for entry in moves[1:]]
+    periods = zip_longest(moves, ends)  # the last one has no end
+    return tuple(LivePeriod(entry.created, end) for entry, end in periods if entry.version == version)
 
 
-def _line(info: VersionInfo) -> str:
+def describe(listed: Sequence[VersionInfo], index: str = "INDEX") -> str:
+    """Versions as lines for people, the live one starred, and how to go back to the one that was live before."""
+    lines = [line for info in listed for line in _lines(info)]
+    before = [(period.end, info.version) for info in listed if not info.live for period in info.was_live if period.end]
+    if before:
+        lines.append(f"to go back: clip-batch versions --index {quote(index)} --use {max(before)[1]}")
+    return "\n".join(lines) or "no versions"
+
+
+def _lines(info: VersionInfo) -> list[str]:
     start = f"{'*' if info.live else ' '} {info.version}"
     if not info.finished:
-        return f"{start}  {info.problem or 'not finished'}"
+        return [f"{start}  {info.problem or 'not finished'}"]
     removed = "removals not counted yet" if info.alive is None else f"{info.rows - info.alive:,} removed"
     indices = [f"{modality} {key}{_recall(info.recall.get(modality, {}))}" for modality, key in info.key.items()]
-    base = [f"added to {info.base}"] if info.base else []
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.created))
-    return "; ".join([f"{start}  {when}  {counted(info.rows, 'row')}, {removed}", *indices, *base])
+    lines = ["; ".join([f"{start}  {_time(info.created)}  {counted(info.rows, 'row')}, {removed}", *indices])]
+    size = format_bytes(info.bytes)
+    size += f", and {format_bytes(info.shared_bytes)} of {', '.join(info.needs)}" if info.needs else ""
+    size += f"; needed by {', '.join(info.needed_by)}" if info.needed_by else ""
+    lines.append(size + (f"; added to {info.base}" if info.base else ""))
+    if info.sources:
+        lines.append("of " + ", ".join(f"{source.output} ({counted(source.rows, 'row')})" for source in info.sources))
+    if info.was_live:
+        periods = [
+            f"{_time(period.start)} to {_time(period.end)}" if period.end else f"since {_time(period.start)}"
+            for period in info.was_live
+        ]
+        lines.append("live " + ", ".join(periods))
+    return [lines[0], *(f"    {line}" for line in lines[1:])]
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _recall(measured: dict[str, Recall]) -> str:
@@ -118,7 +199,7 @@ def broken(store: Store, files: Mapping[str, StoredFile]) -> str | None:
 
 
 def _finished(store: Store, version: str) -> Manifest:
-    finished = [name for name in _folders(store) if store.exists(VersionPaths(name).manifest)]
+    finished = [name for name in folders_of(store) if store.exists(VersionPaths(name).manifest)]
     if version not in finished:
         known = ", ".join(finished) or "none: run clip-batch merge"
         raise ConfigError(f"{store.url} has no finished version {version!r}; there are {known}")
@@ -136,23 +217,41 @@ def _problem(store: Store, name: str, size: int) -> str | None:
 def drop(store: Store, version: str, rebuild: bool = False) -> None:
     """Delete a version's folder. An unfinished version may be deleted too, if no merge is building it.
 
-    First the log says so, so that it cannot become live; if this is killed, another call completes it. `rebuild` also
-    deletes the live version, which is to be built anew. ConfigError: there is no such version, it is live, or another
-    version needs its files, which an unfinished one may. CorruptError: a manifest is not readable.
+    If this is killed, another call completes it. `rebuild` also deletes the live version, which is to be built anew.
+    ConfigError: there is no such version, it is live, or another version needs its files, which an unfinished one may.
+    CorruptError: a manifest is not readable.
     """
-    while version not in (state := read_state(store)).dropping:
-        folders = _folders(store)
-        if version not in folders:
-            raise ConfigError(f"{store.url} has no version {version!r}; there are {', '.join(folders) or 'none'}")
-        if state.version == version and not rebuild:
-            raise ConfigError(f"{store.display(version)} is live: use another version first")
-        if store.exists(VersionPaths(version).manifest):
-            _refuse_base(store, version, [other for other in folders if other != version])
-        append(store, state, state.version, {*state.dropping, version})
-    store.remove(VersionPaths(version).manifest)
-    store.remove_folder(version)
-    while version in (state := read_state(store)).dropping:
-        append(store, state, state.version, {*state.dropping} - {version})
+    while True:
+        state = read_state(store)
+        if version not in state.dropping:
+            folders = folders_of(store)
+            if version not in folders:
+                raise ConfigError(f"{store.url} has no version {version!r}; there are {', '.join(folders) or 'none'}")
+            if state.version == version and not rebuild:
+                raise ConfigError(f"{store.display(version)} is live: use another version first")
+            if store.exists(VersionPaths(version).manifest):
+                _refuse_base(store, version, [other for other in folders if other != version])
+        if delete(store, state, {version}):
+            return
+
+
+def delete(store: Store, state: State, doomed: Set[str]) -> bool:
+    """Delete the folders of versions that nothing needs, as was found after `state` was read; False: look again.
+
+    First the log says so, so that none of them becomes live any more; it is False if the log has grown since.
+    """
+    if not doomed <= set(state.dropping) and not (
+        append(store, state, state.version, {*state.dropping, *doomed}) and state.logged
+    ):
+        return False
+    for version in sorted(doomed):
+        if version in read_state(store).dropping:  # unless another command has completed it, and a merge built it anew
+            store.remove(VersionPaths(version).manifest)
+            store.remove_folder(version)
+            store.abort_uploads(version, lambda name: True)
+    while doomed & set((state := read_state(store)).dropping):
+        append(store, state, state.version, {*state.dropping} - doomed)
+    return True
 
 
 def _refuse_base(store: Store, version: str, others: list[str]) -> None:
@@ -160,6 +259,5 @@ def _refuse_base(store: Store, version: str, others: list[str]) -> None:
         where = store.display(other)
         if not store.exists(VersionPaths(other).manifest):
             raise ConfigError(f"{where} is not finished and may be based on {version}: finish it, or drop it first")
-        manifest = load_manifest(store, other)
-        if version in {manifest.template, *(name.split("/")[0] for name in manifest.files)}:
+        if version in load_manifest(store, other).needs:
             raise ConfigError(f"{where} has index shards, or the template, of {version}: drop it first, or keep both")

@@ -127,6 +127,18 @@ class Store:
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
+    def files(self, folder: str) -> dict[str, int]:
+        """The bytes of all files below a folder, hidden ones too, by their sorted names relative to it."""
+        start = len(self._at(folder)) + 1
+        if self.local:
+            paths = [os.path.join(at, name) for at, _, names in os.walk(self._at(folder)) for name in names]
+            return {path[start:]: os.lstat(path).st_size for path in sorted(paths) if os.path.lexists(path)}
+        try:
+            found = self._call("listing", folder, lambda: self._fs.find(self._at(folder), detail=True))
+        except FileNotFoundError:
+            return {}
+        return {str(path)[start:]: int(info.get("size") or 0) for path, info in sorted(found.items())}
+
     def modified(self, name: str) -> float | None:
         """When a file last changed by the store's clock, in Unix seconds; None where the store does not tell."""
         if self.local:

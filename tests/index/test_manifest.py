@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
+from clip_batch.errors import CorruptError
+from clip_batch.index.kept import parse_record
+from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput, load_manifest
+from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec
 
 ENCODER = EncoderSpec("ViT-B-32", "openai", "0" * 64)
@@ -71,3 +75,49 @@ def test_files_lie_in_the_version_that_built_them() -> None:
     manifest = Manifest(**{**vars(MANIFEST), "shards": (SHARDS[0], older)})
     assert list(manifest.files) == ["3f2a9c0d1e5b/image/0000.index", "0123456789ab/metadata/0100.arrow"]
     assert manifest.size == 15
+
+
+HARMFUL = ("../a", "a/../../b", "/etc/passwd", "", ".", "a//b", "a/", "a\\b", "s3://a/b", "a\0b", ".hidden")
+
+
+def test_names_that_lead_out_of_their_folder_are_refused() -> None:
+    files = {"bytes": 1, "sha256": ""}
+    for name in HARMFUL:
+        for change in (
+            {"version": name},
+            {"base": name or "x"},
+            {"template": name or "x"},
+            {"shards": [{**json.loads(MANIFEST.to_json())["shards"][0], "name": name}]},
+            {"shards": [{**json.loads(MANIFEST.to_json())["shards"][0], "version": name or "x"}]},
+            {"shards": [{**json.loads(MANIFEST.to_json())["shards"][0], "files": {name: files}}]},
+            {"single": {"image": {name: files}}},
+            {"predicted": {"image": {"text": {"file": {name: files}}}}},
+            {"duplicates": {"file": name}},
+        ):
+            text = json.dumps({**json.loads(MANIFEST.to_json()), **change})
+            with pytest.raises((ValueError, TypeError)):
+                Manifest.from_json(text)
+
+
+def test_a_manifest_of_another_version_is_not_read(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.replace("0123456789ab/manifest.json", MANIFEST.to_json().encode())
+    with pytest.raises(CorruptError, match=r"is not a manifest \(it is that of version 3f2a9c0d1e5b\)"):
+        load_manifest(store, "0123456789ab")
+
+
+def test_a_record_of_a_merge_task_names_files_of_its_folder_alone() -> None:
+    good = {"attempt": "ab12", "files": {"image/0000.index": {"bytes": 1, "sha256": ""}}, "template": "3f/template/a"}
+    assert parse_record(json.dumps(good).encode(), "no") == good
+    for name in HARMFUL:
+        for change in (
+            {"attempt": name},
+            {"files": {name: {}}},
+            {"template": name or "/"},
+            {"reference": name or ".."},
+        ):
+            with pytest.raises(CorruptError, match="no"):
+                parse_record(json.dumps({**good, **change}).encode(), "no")
+    for data in (b"", b"[]", b"{}", b'{"attempt": "a"}', b'{"attempt": "a", "files": []}'):
+        with pytest.raises(CorruptError, match="no"):
+            parse_record(data, "no")

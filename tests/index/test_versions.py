@@ -147,16 +147,39 @@ def test_versions_are_listed_by_age_with_what_they_hold(store: Store, home: Path
     assert (bare.version, bare.finished, bare.problem) == ("0123456789ab", False, "")
     assert (broken.version, broken.finished) == ("0123456789ac", False)
     assert "is not a manifest" in broken.problem
-    lines = describe([old, new, bare, broken]).splitlines()
+    text = describe([old, new, bare, broken], "a b")
+    lines = text.splitlines()
     assert lines[0].startswith(f"  {first}  20") and "100 rows, removals not counted yet; image Flat (" in lines[0]
-    assert lines[1].startswith(f"* {second}  20") and "120 rows, 2 removed; image Flat (recall@10 " in lines[1]
-    assert "1.000 for text queries" in lines[1] and "text Flat" in lines[1]
-    assert lines[2] == "  0123456789ab  not finished"
-    assert "is not a manifest" in lines[3]
-    assert describe([replace(new, base=first)]).endswith(f"; added to {first}")
+    assert lines[1] == f"    {old.bytes / 1000:.1f} kB"
+    assert lines[2] == f"    of {old.sources[0].output} (100 rows)"
+    assert lines[3].startswith("    live 20") and " to 20" in lines[3]
+    assert lines[4].startswith(f"* {second}  20") and "120 rows, 2 removed; image Flat (recall@10 " in lines[4]
+    assert "1.000 for text queries" in lines[4] and "text Flat" in lines[4]
+    assert lines[7].startswith("    live since 20")
+    assert lines[8] == "  0123456789ab  not finished"
+    assert "is not a manifest" in lines[9]
+    assert lines[10] == f"to go back: clip-batch versions --index 'a b' --use {first}"
     assert json.dumps([asdict(info) for info in (old, new, bare, broken)])
     assert versions(Store(str(home / "nowhere"))) == []
     assert describe([]) == "no versions"
+
+
+def test_versions_say_who_needs_whom_and_when_each_was_live(store: Store, home: Path, first: str, second: str) -> None:
+    images, texts = clustered(20, 8, 5)
+    make_out(home / "third", images, texts, [20])
+    third = merge(home / "third", store.url, replace(CONFIG, add=True)).version
+    use(store, first)
+    old, base, added = versions(store)
+    assert (old.needs, old.needed_by, old.shared_bytes) == ((), (), 0)
+    assert (base.needs, base.needed_by, base.template) == ((), (third,), second)
+    assert (added.needs, added.base, added.template) == ((second,), second, second)
+    assert added.shared_bytes == base.bytes and [source.rows for source in added.sources] == [120, 20]
+    assert 0 < added.bytes == load_manifest(store, third).size - base.bytes
+    assert [period.end is None for period in old.was_live] == [False, True]
+    assert base.was_live[0].end == added.was_live[0].start < added.was_live[0].end == old.was_live[1].start  # type: ignore[operator]
+    text = describe([old, base, added])
+    assert f"of {second}; added to {second}" in text and f"kB; needed by {third}" in text
+    assert text.endswith(f"--use {third}")  # that was live before
 
 
 def test_removed_rows_stay_removed_back_and_forth_and_through_a_merge(store: Store, home: Path, first: str) -> None:

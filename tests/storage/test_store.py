@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from clip_batch.storage.paths import split_url
 from clip_batch.storage.store import Store, read_url
+from tests.servers.flaky import Flaky
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -134,3 +135,14 @@ def test_the_folder_of_what_lies_directly_under_the_root_is_the_root() -> None:
     with pytest.raises(FileNotFoundError):
         read_url("/no-such-file.txt")
     assert "tmp" in Store("/").list("")
+
+
+def test_all_files_below_a_folder_with_their_bytes(tmp_path: Path) -> None:
+    Flaky.reset()
+    for store in (Store(tmp_path), Store("flaky://home/files")):
+        assert store.files("a") == {}
+        for name in ("a/b/c", "a/.d.tmp-1", "a/é e", "ab"):
+            store.replace(name, b"12345")
+        assert store.files("a") == {".d.tmp-1": 5, "b/c": 5, "é e": 5}
+        assert list(store.files("")) == ["a/.d.tmp-1", "a/b/c", "a/é e", "ab"]
+    Flaky.reset()

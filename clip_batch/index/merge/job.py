@@ -16,13 +16,14 @@ from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
 from clip_batch.embeddings import clip_retrieval, reader
 from clip_batch.embeddings.outputs import Outputs
 from clip_batch.errors import ConfigError, CorruptError, IncompleteError, PlanError
+from clip_batch.index import kept
 from clip_batch.index.ann import footprint, index_keys
 from clip_batch.index.ann.index_keys import Choice
 from clip_batch.index.manifest import DuplicateRows, Manifest, MergedOutput, load_manifest
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.overlap import Overlap, look
 from clip_batch.index.paths import VersionPaths
-from clip_batch.index.publications import live_version
+from clip_batch.index.publications import being_deleted, read_state
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
@@ -268,9 +269,11 @@ class MergeJob:
 
     def _record(self, name: str) -> Any:
         try:
-            return self.index.read_json(name)
+            data = self.index.read(name)
         except FileNotFoundError:
             return None
+        remedy = f"clip-batch versions --drop {self.version}, and merge again"
+        return kept.parse_record(data, f"{self.index.display(name)} is not the record of a merge task: {remedy}")
 
     def attempt_training(self) -> Attempt:
         """A new attempt to train; its files are named relative to its folder (see `TemplatePaths`)."""
@@ -335,8 +338,8 @@ def open_job(
     if not urls and not config.anew:
         raise ConfigError("--output OUT is needed: the embeddings folders to merge, unless --anew takes the live ones")
     home.check_folder()
-    version = live_version(home)
-    live = load_manifest(home, version) if (config.add and version) or not urls else None
+    state = read_state(home)
+    live = load_manifest(home, state.version) if (config.add and state.version) or not urls else None
     if urls:
         made_by = EncoderSpec(config.made_by[0], "".join(config.made_by[1:]), weights="")
         sources = [open_source(Store(url, storage.storage_options), made_by, config.allow_partial) for url in urls]
@@ -351,7 +354,9 @@ def open_job(
         MergedOutput(each.store.url, each.plan.digest, digest(each), each.rows, each.missing, each.verified)
         for each in sources
     )
-    job = MergeJob(source, home, config, base, version, outputs, overlap)
+    job = MergeJob(source, home, config, base, state.version, outputs, overlap)
+    if job.version in state.dropping and job.version != state.version:  # the live one is built anew by its merge
+        raise being_deleted(home, job.version)
     if source.rows:
         _ = job.shards  # raises now if the shards do not fit in memory, or faiss does not know the key
     return job

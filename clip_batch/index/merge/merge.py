@@ -32,7 +32,7 @@ from clip_batch.index.merge.shard import build
 from clip_batch.index.merge.train import Template, make_template
 from clip_batch.index.merge.tune import tune
 from clip_batch.index.paths import TRUTH
-from clip_batch.index.publications import TRIES
+from clip_batch.index.publications import TRIES, read_state
 from clip_batch.index.versions import broken, drop
 from clip_batch.storage.allocator import give_back
 from clip_batch.storage.store import file_digest
@@ -103,6 +103,8 @@ def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = F
     if job.base and job.nothing_new:
         progress(f"version {job.base.version} has all rows of {job.source.urls} already: nothing is added")
         return job.base
+    if rebuild and job.version == job.live and job.version in read_state(job.index).dropping:
+        drop(job.index, job.version, rebuild=True)  # by a merge that was killed before it built it anew
     if not job.index.exists(job.paths.manifest):
         if rebuild and not job.config.add:
             refuse_less(job, job.outputs, job.live, job.live)
@@ -114,7 +116,8 @@ def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = F
         drop(job.index, job.version, rebuild=True)
         return None
     if larger := _added_to(job):
-        progress(f"version {job.version} is finished already, and {larger.version}, which was added to it, is live")
+        stays = f"{larger.version}, which was added to it, stays live (--anew takes its place)"
+        progress(f"version {job.version} is finished already, and {stays}")
         return larger
     make_live(job, manifest.sources, job.live if rebuild else _began(job))
     _tidy(job, manifest)

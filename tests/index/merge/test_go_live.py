@@ -136,9 +136,8 @@ def test_the_base_merged_again_leaves_what_was_added(home: Path) -> None:
     larger = merge(home / "b", home / "index", ADD)
     lines: list[str] = []
     assert merge(home / "a", home / "index", CONFIG, progress=lines.append) == larger
-    assert lines == [
-        f"version {base.version} is finished already, and {larger.version}, which was added to it, is live"
-    ]
+    said = f"version {base.version} is finished already, and {larger.version}, which was added to it, stays live"
+    assert lines == [f"{said} (--anew takes its place)"]
     with pytest.raises(ConfigError) as refused:
         merge(home / "a", home / "index", replace(CONFIG, seed=1), progress=lines.append)
     text = f"live version {larger.version} of {home}/index holds {home}/b (25 rows) besides: "

@@ -192,7 +192,7 @@ def test_an_addition_leaves_the_old_shards_where_they_are_and_is_made_once(tmp_p
     assert third == second  # that OUT is the one it began with
     lines = []
     assert merge(str(tmp_path / "a/out"), index, IVF, progress=lines.append) == second  # the rows that were added stay
-    assert f"{second.version}, which was added to it, is live" in lines[-1]
+    assert f"{first.version} is finished already, and {second.version}, which was added to it, stays live" in lines[-1]
     sound(tmp_path / "a/index")
     make_out(tmp_path / "c/out", images[:100], texts[:100], [100])
     last = merge(str(tmp_path / "c/out"), index, replace(IVF, add=True))
