@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import reprlib
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -187,6 +188,7 @@ def record(store: Store, removal: Removal, note: str = "", about: Mapping[str, A
 
     A list that counts already stays as it is, one that was undone counts again.
     """
+    _check_note(note)
     name = removal_list(removal.digest)
     created = store.create(name, removal.to_json())
     digest = load(store, removal.digest).digest  # `create` may have failed without an answer
@@ -200,6 +202,7 @@ def record(store: Store, removal: Removal, note: str = "", about: Mapping[str, A
 
 def undo(store: Store, digest: str, note: str = "") -> None:
     """Let a list no longer count, in any version. ConfigError: there is no such list, or it is undone already."""
+    _check_note(note)
     lists = histories(store)
     if digest not in lists:
         raise ConfigError(f"{store.url} has no removal {digest!r}: clip-batch remove --list names those that there are")
@@ -207,6 +210,11 @@ def undo(store: Store, digest: str, note: str = "") -> None:
     number = events[-1] + 1 if events else 1
     if is_undone(events) or not _create_event(store, digest, number, RemovalEvent(True, time.time(), note)):
         raise ConfigError(f"removal {digest} is undone already: its rows are removed only if another list has them")
+
+
+def _check_note(note: object) -> None:
+    if not isinstance(note, str):
+        raise ConfigError(f"note is {reprlib.repr(note)}: it must be a text")
 
 
 def _create_event(store: Store, digest: str, number: int, event: RemovalEvent) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clip_batch.config import StorageConfig
 from clip_batch.config.paths import path_text
+from clip_batch.config.texts import is_unicode
 from clip_batch.errors import ConfigError, one_line
 from clip_batch.index import removals, removed_rows
 from clip_batch.index.manifest import Manifest, load_manifest
@@ -96,6 +98,8 @@ def remove_values(
     new = RemovalList.of(column, filter(None, values))
     if not new.values:
         raise ConfigError("keys has no value: nothing to remove")
+    if wrong := next((value for value in new.values if not is_unicode(value)), None):
+        raise ConfigError(f"keys has {reprlib.repr(wrong)}, which is no Unicode text: decode it anew")
     for shard in {shard.source: shard for shard in manifest.shards}.values():
         schema = removed_rows.read_schema(store, manifest.paths(shard).metadata(shard.name))
         removed_rows.check_column(new, schema)

@@ -241,7 +241,9 @@ def _typed_values(removals: RemovalList, schema: pa.Schema) -> pa.Array:
         return pa.array(removals.values, kind)
     by = f"tombstones {removals.digest}"
     if not pa.types.is_integer(kind):
-        raise ConfigError(f"metadata column {column!r} is {kind}: rows are removed by text or whole numbers ({by})")
+        raise ConfigError(
+            f"metadata column {column!r} is {kind}, and values are text or whole numbers: use where ({by})"
+        )
     with contextlib.suppress(ValueError, OverflowError):
         return pa.array([int(value) for value in removals.values], kind)
     for value in removals.values:

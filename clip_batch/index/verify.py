@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 from clip_batch.embeddings.verify import VerifyReport, check_file
 from clip_batch.errors import CorruptError
 from clip_batch.index import kept, removals
@@ -45,14 +48,20 @@ def verify_index(store: Store, deep: bool = False) -> VerifyReport:
             if problem := check_file(store, name, stored, deep):
                 report.problems[f"shards held of {source.output}"] = problem
     report.problems |= dict(kept.problems(store, manifest, deep))
-    for digest in removals.names(store):
-        try:
-            removals.load(store, digest)
-        except CorruptError as error:
-            report.problems[f"removal list {digest}"] = str(error)
+    with ThreadPoolExecutor(16) as pool:  # there may be thousands
+        report.problems |= filter(None, pool.map(partial(_check_removals, store), removals.names(store)))
     if offset != manifest.rows:
         report.problems["manifest"] = f"{offset} rows in shards, {manifest.rows} in all"
     return report
+
+
+def _check_removals(store: Store, digest: str) -> tuple[str, str] | None:
+    """What is wrong with a removal list, by its name, or None."""
+    try:
+        removals.load(store, digest)
+    except CorruptError as error:
+        return f"removal list {digest}", str(error)
+    return None
 
 
 def _check_index_shard(store: Store, manifest: Manifest, shard: IndexShard, deep: bool) -> str | None:

@@ -7,6 +7,7 @@ The example itself is not kept: rows that are added later are not compared with 
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import replace
 
 import numpy as np
@@ -48,6 +49,8 @@ def remove_found(
     """
     if (query is None) == (where is None):
         raise ConfigError("rows are removed by a query or by a condition: give one of them")
+    if query is not None and not isinstance(query, Query):
+        raise ConfigError(f"query is {reprlib.repr(query)}: it must be of clip_batch.Query, with a threshold")
     store = Store(path_text(index, "index"), storage.storage_options)
     load_manifest(store)  # refuses the folder of an index that clip-retrieval made, which has no removals
     with Searcher(index, storage, config=config) as searcher:

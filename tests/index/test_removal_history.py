@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,13 +35,21 @@ from tests.servers.flaky import Flaky
 CONFIG = MergeConfig(queries=5, shard_rows=40)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    """INDEX of 100 rows, the live version of two."""
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of 100 rows, and INDEX with two versions of it."""
+    home = tmp_path_factory.mktemp("history")
     images, texts = clustered(100, 8, 5)
-    make_out(tmp_path / "out", images, texts, [60, 40])
+    make_out(home / "out", images, texts, [60, 40])
     for seed in (1, 2):
-        merge(f"{tmp_path}/out", f"{tmp_path}/index", MergeConfig(queries=5, shard_rows=40, seed=seed))
+        merge(f"{home}/out", f"{home}/index", MergeConfig(queries=5, shard_rows=40, seed=seed))
+    return home
+
+
+@pytest.fixture
+def store(home: Path, tmp_path: Path) -> Store:
+    """A copy of INDEX."""
+    shutil.copytree(home / "index", tmp_path / "index")
     return Store(f"{tmp_path}/index")
 
 
@@ -135,6 +144,27 @@ def test_a_dry_run_writes_nothing_and_shows_rows(store: Store, tmp_path: Path) -
 
 def report_values(report: RemoveReport) -> list[str]:
     return [str(row.key) for row in report.sample]
+
+
+def test_texts_that_no_metadata_can_have_are_refused(store: Store) -> None:
+    with pytest.raises(ConfigError, match="is no Unicode text"):
+        remove_values(store.url, ["a", "\ud800x"])
+    with pytest.raises(ConfigError, match="note is None"):
+        remove_values(store.url, ["a"], note=None)  # type: ignore[arg-type]
+    assert removals.histories(store) == {}
+    report = remove_values(store.url, ["\n", "é\0", "🔥" * 1000, "0-1"], note="\ud800")
+    assert (report.rows, report.missing, list_removals(store.url)[0].note) == (1, 3, "\ud800")
+
+
+def test_undoing_while_a_merge_publishes(store: Store, home: Path) -> None:
+    """Whatever comes first: the version that is live at the end has the rows of what was undone, and no others."""
+    digests = [remove_values(store.url, [f"0-{row}"]).digest for row in range(6)]
+    with ThreadPoolExecutor(2) as pool:
+        merging = pool.submit(merge, f"{home}/out", store.url, MergeConfig(queries=5, shard_rows=30, seed=5))
+        for digest in digests[:3]:
+            undo(store.url, digest)
+        made = merging.result().version
+    assert load_manifest(store).version == made and removed(store) == 3
 
 
 @pytest.mark.parametrize("url", ["", "flaky://undone/index"])

@@ -253,7 +253,11 @@ def test_what_cannot_be_looked_for_is_refused_by_name(tmp_path: Path, shards: li
         pass
     for one, shard, message in (
         (RemovalList.of("url", ["a"]), path, "no metadata column 'url' .*: there are key, score"),
-        (RemovalList.of("score", ["0.5"]), path, "column 'score' is double: rows are removed by text or whole numbers"),
+        (
+            RemovalList.of("score", ["0.5"]),
+            path,
+            "column 'score' is double, and values are text or whole numbers: use where",
+        ),
         (RemovalList.of("n", ["7", "seven"]), shards[0][0], "'seven' is no int16, .* column 'n'"),
         (RemovalList.of("n", ["7", "40000"]), shards[0][0], "'40000' is no int16"),
     ):

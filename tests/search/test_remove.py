@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,19 @@ def vectors(rows: int = 300) -> tuple[Any, Any]:
     return images, texts
 
 
-@pytest.fixture
-def index(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("merged")
     images, texts = vectors()
-    make_out(tmp_path / "out", images, texts, [200, 100])
-    merge(f"{tmp_path}/out", f"{tmp_path}/index", CONFIG)
+    make_out(home / "out", images, texts, [200, 100])
+    merge(f"{home}/out", f"{home}/index", CONFIG)
+    return home / "index"
+
+
+@pytest.fixture
+def index(merged: Path, tmp_path: Path) -> str:
+    """A copy of INDEX."""
+    shutil.copytree(merged, tmp_path / "index")
     return f"{tmp_path}/index"
 
 
@@ -169,6 +178,8 @@ def test_scores_of_compressed_vectors_are_said_to_be_so(tmp_path: Path) -> None:
     [
         ({}, "by a query or by a condition"),
         ({"query": example(), "where": "n = 1"}, "by a query or by a condition"),
+        ({"query": "a dog"}, "must be of clip_batch.Query"),
+        ({"where": "n = 1", "note": 5}, "note is 5: it must be a text"),
         ({"query": Query(text="a", k=3)}, "with a threshold, and without k"),
         ({"query": example(k=3)}, "with a threshold, and without k"),
         ({"query": example(unique=True)}, "with a threshold, and without k"),

@@ -260,7 +260,7 @@ def _tidy(job: MergeJob, manifest: Manifest) -> None:
 
 def _check_removals(job: MergeJob, manifest: Manifest) -> None:
     """ConfigError where the version's metadata lacks a column that rows are removed by: nobody could open it."""
-    lists = [removals.load(job.index, digest) for digest in removals.names(job.index)]
+    lists = list(removals.load_all(job.index, removals.names(job.index)))
     new = {shard.source: shard for shard in manifest.shards if not shard.version}
     for shard in new.values() if lists else ():
         schema = removed_rows.read_schema(job.index, job.paths.metadata(shard.name))
