@@ -91,7 +91,7 @@ class _Connection:
         message = f"{self.url} answers {result.status_code}: {_detail(result)}"
         if result.status_code not in RETRIED:
             raise ServiceError(message, result.status_code)
-        if last:
+        if last or _is_known(result):
             raise ServiceUnavailable(message, result.status_code)
         return retry_after(result.headers.get("retry-after")) or back_off(attempt)
 
@@ -104,6 +104,7 @@ class Client(_Connection):
 
     `timeout` is in seconds without a byte. Requests that lose their connection, or are answered "not now" (429, 502,
     503, 504), are repeated up to `retries` times, after the time that Retry-After says or an exponential back-off.
+    Where the service says that somebody must mend it (its weights are missing), ServiceUnavailable is raised at once.
     `transport` carries the requests instead of the network, such as that of a `FakeService` in tests.
     """
 
@@ -332,6 +333,14 @@ def _problems(response: httpx2.Response) -> str:
         return one_line("; ".join(f"{name}: {problem}" for name, problem in problems.items()), 500) or "not ready"
     except (ValueError, TypeError, KeyError, AttributeError):
         return _detail(response)
+
+
+def _is_known(response: httpx2.Response) -> bool:
+    """Whether the service says that it waits for somebody to mend it, and not only that it is busy."""
+    try:
+        return bool(response.json().get("error"))
+    except (ValueError, AttributeError):
+        return False
 
 
 def _detail(response: httpx2.Response) -> str:

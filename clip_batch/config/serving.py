@@ -75,6 +75,8 @@ class ServeConfig(Options):
     """Origins whose web pages may send requests, such as https://example.org; * allows any."""
     columns: list[str] = field(default_factory=list)
     """Metadata columns in answers; default: all. `image` adds the image itself to /knn-service, in base64."""
+    show_paths: bool = False
+    """Answer with whole paths and URLs of shards, and in messages; by default with their last names."""
     max_k: Count = 10_000
     """Largest number of hits that a request may ask for."""
     prefilter_rows: int = 20_000_000

@@ -74,6 +74,9 @@ class Backend(Protocol):
     def reconstruct(self, ids: npt.ArrayLike, modality: str = "image") -> Vectors:
         """Return the vectors float32 (n, d) of ids (n,); zero for a row without a vector."""
 
+    def shortened(self) -> str:
+        """Return the path of a memory-mapped file that is shorter than when it was opened, "" if there is none."""
+
     def close(self) -> None:
         """Release files, connections and memory."""
 

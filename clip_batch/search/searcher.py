@@ -5,6 +5,7 @@ A Searcher holds no state that a request changes, so any number of threads may s
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +114,7 @@ class Searcher:
             None if store.local or self._files else IndexCache(store, self.manifest.version, self.manifest.size, limit)
         )
         self._url = store.url
+        self._mapped: dict[str, tuple[int, int]] = {}
         try:
             self._open(store)
         except BaseException:
@@ -183,8 +185,26 @@ class Searcher:
             alive = [replace(part, removed=self._removed(part.offset, part.rows)) for part in parts]
             self.indices[modality] = Shards.of(alive)
 
+    def shortened(self) -> str:
+        """The path of a file that is shorter than when it was opened, "" if there is none.
+
+        To read what such a file has lost ends the process (SIGBUS), as files are memory-mapped.
+        """
+        for path, (inode, size) in self._mapped.items():
+            with suppress(OSError):  # a file that was removed or replaced stays as it was for who has mapped it
+                status = os.stat(path)
+                if status.st_ino == inode and status.st_size < size:
+                    return path
+        return ""
+
     def _file(self, store: Store, name: str, recorded: StoredFile) -> str:
         """A local path of a file of INDEX, of the recorded size."""
+        path = self._located(store, name, recorded)
+        status = os.stat(path)
+        self._mapped[path] = status.st_ino, status.st_size
+        return path
+
+    def _located(self, store: Store, name: str, recorded: StoredFile) -> str:
         if self._files:
             return self._files[name]
         try:

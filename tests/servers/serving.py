@@ -56,8 +56,8 @@ def served(index: str, storage: StorageConfig = StorageConfig(), **options: Any)
 
 
 @contextlib.contextmanager
-def running(indices: dict[str, str], *options: str, token: str = "") -> Iterator[str]:
-    """The URL of a running `clip-batch serve` of named indices."""
+def running(indices: dict[str, str], *options: str, token: str = "", ready: str = "/readyz") -> Iterator[str]:
+    """The URL of a running `clip-batch serve` of named indices, once it answers `ready` with 200."""
     [port] = free_ports(1)
     named = [f"{name}={index}" for name, index in indices.items()]
     command = [sys.executable, "-m", "clip_batch", "serve", "--index", *named, "--port", str(port), *options]
@@ -67,7 +67,7 @@ def running(indices: dict[str, str], *options: str, token: str = "") -> Iterator
     try:
         for _ in range(600):
             assert process.poll() is None, "the service ended"
-            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(f"{url}/readyz", timeout=5):
+            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(f"{url}{ready}", timeout=5):
                 break
             time.sleep(0.05)
         yield url

@@ -99,6 +99,9 @@ class DatabaseBackend:
             raise DatabaseError(f"{where} has {count - rows:,} rows that were removed from the index: {again}")
         return count - rows
 
+    def shortened(self) -> str:
+        return ""
+
     def close(self) -> None:
         self._open.close()
 

@@ -19,3 +19,11 @@ class Busy(Refused):
     def __init__(self, message: str, status: int = 503, after: int = 1) -> None:
         super().__init__(status, f"{message}: ask again in {after} s")
         self.after = after
+
+
+class KnownProblem(Busy):
+    """The service cannot do this until somebody mends it: `problem` says what is wrong. It tries again by itself."""
+
+    def __init__(self, problem: str, after: int) -> None:
+        super().__init__(problem, after=after)
+        self.problem = problem

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -11,14 +13,24 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from clip_batch.errors import ClipBatchError, ConfigError
-from clip_batch.serve.http.errors import Busy, Refused
+from clip_batch.serve.http.errors import Busy, KnownProblem, Refused
+
+log = logging.getLogger("clip_batch.serve")
 
 
 class Problem(BaseModel):
-    """Why a request was refused. `field` names the part of the request that is wrong, or is null if none is."""
+    """Why a request was refused. `field` names the part of the request that is wrong, or is null if none is.
+
+    `error` is there if the service waits for somebody to mend something: to ask again soon does not help.
+    """
 
     detail: str
     field: str | None = None
+    error: str | None = None
+
+
+LATER = 5
+"""Seconds after which a client may ask again where an error does not say."""
 
 
 def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -30,15 +42,18 @@ def json_response(data: Any, status: int = 200, headers: dict[str, str] | None =
 def refusal(error: Refused) -> Response:
     """Return the response to a refused request; its body is a `Problem`."""
     headers = {}
-    if isinstance(error, Busy):
-        headers["retry-after"] = str(error.after)
+    if error.status == 503 or isinstance(error, Busy):
+        headers["retry-after"] = str(getattr(error, "after", LATER))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return json_response({"detail": str(error), "field": error.field}, error.status, headers)
+    body = {"detail": str(error), "field": error.field}
+    if isinstance(error, KnownProblem):
+        body["error"] = error.problem
+    return json_response(body, error.status, headers)
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Make `app` answer every error with a `Problem`."""
+def answer_errors(app: FastAPI, shown: Callable[[str], str] = str) -> None:
+    """Make `app` answer every error with a `Problem`. `shown` is what clients see of the text of other errors."""
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -47,7 +62,9 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(ClipBatchError)
     async def failed(_: Request, error: ClipBatchError) -> Response:
         status = 400 if isinstance(error, ConfigError) else 503
-        return refusal(Refused(status, str(error), getattr(error, "field", None)))
+        if status == 503:
+            log.error("%s", error)
+        return refusal(Refused(status, shown(str(error)), getattr(error, "field", None)))
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:

@@ -14,6 +14,7 @@ from clip_batch import __version__
 from clip_batch.config import DatabaseConfig, ServeConfig, StorageConfig
 from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError
+from clip_batch.serve.http.hidden import without_paths
 from clip_batch.serve.http.hosts import check_hosts
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.openapi import describe
@@ -21,6 +22,7 @@ from clip_batch.serve.http.port import check_port
 from clip_batch.serve.http.responses import answer_errors, json_response
 from clip_batch.serve.search import clip_retrieval, v1
 from clip_batch.serve.search.assets import add_page
+from clip_batch.serve.search.bus_error import name_lost_files
 from clip_batch.serve.search.schema import EmbedRequest, SearchRequest
 from clip_batch.serve.search.service import Service
 from clip_batch.types import StrPath
@@ -51,7 +53,7 @@ def create_app(
     app.include_router(clip_retrieval.router(service))
     app.include_router(v1.router(service))
     describe(app, [SearchRequest, EmbedRequest, clip_retrieval.KnnRequest, clip_retrieval.MetadataRequest])
-    answer_errors(app)
+    answer_errors(app, service.indices.shown)
     app.add_middleware(Guard, config=config, metrics=service.metrics)
     if config.cors:  # outermost, so that a browser can read refusals too
         app.add_middleware(CORSMiddleware, allow_origins=config.cors, allow_methods=["*"], allow_headers=["*"])
@@ -68,8 +70,14 @@ def _health(app: FastAPI, service: Service) -> None:
     @app.get("/readyz", responses={503: {"description": "An index, its metadata or its encoder is not ready."}})
     async def ready() -> Response:
         """Whether every index is open with the encoder that embedded it, or why not."""
-        problems, indices = service.indices.problems(), service.indices.rows()
-        data = {"indices": indices, "problems": problems, "warnings": service.indices.warnings()}
+        problems, warnings = service.indices.problems(), service.indices.warnings()
+        # Nobody needs a token to ask this, so paths are shown only where there is none.
+        shown = without_paths if service.config.token else service.indices.shown
+        data = {
+            "indices": service.indices.rows(),
+            "problems": {name: shown(problem) for name, problem in problems.items()},
+            "warnings": {name: shown(warning) for name, warning in warnings.items()},
+        }
         return json_response(data, 503 if problems else 200)
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -127,5 +135,6 @@ def run(
     named = parse_indices(indices)
     check_port(config)
     app = create_app(named, config, storage, databases)
+    name_lost_files()
     print(f"serving {', '.join(named)} at http://{config.host}:{config.port}/", flush=True)
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)

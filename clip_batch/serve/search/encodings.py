@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clip_batch.config import ServeConfig, parse_bytes
-from clip_batch.errors import EncoderError
+from clip_batch.errors import EncoderError, one_line
+from clip_batch.serve.http.errors import Busy
+from clip_batch.serve.http.responses import LATER
 from clip_batch.serve.search.batching import Lane, TextCache, Vector
 from clip_batch.serve.search.metrics import Metrics
 
 if TYPE_CHECKING:
     from clip_batch.encoders.encoder import Model, Pixels
     from clip_batch.search.backend import Backend
+
+PATIENCE = 10.0
+"""Seconds that a request waits for an encoder that is being loaded."""
+
+_LOADING = "its encoder is being loaded"
 
 
 class Encoding:
@@ -66,16 +74,41 @@ class Encodings:
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
         self._config, self._metrics = config, metrics
         self._tasks: dict[str, asyncio.Task[Encoding]] = {}
+        self._problems: dict[str, str] = {}
 
     async def get(self, searcher: Backend) -> Encoding:
-        """Return the encoding of an index, loading its encoder the first time.
+        """Return the encoding of an index, for a request.
+
+        Raises EncoderError at once if the encoder could not be loaded, also while that is tried again, and Busy if it
+        is not loaded within `PATIENCE` seconds.
+        """
+        fingerprint = searcher.manifest.encoder.fingerprint
+        if fingerprint in self._problems:
+            raise EncoderError(self._problems[fingerprint])
+        try:
+            return await asyncio.wait_for(self.load(searcher), PATIENCE)
+        except TimeoutError:
+            raise Busy(f"index {searcher.manifest.version}: {_LOADING}", after=LATER) from None
+        except OSError as error:
+            raise EncoderError(one_line(error)) from None
+
+    async def load(self, searcher: Backend) -> Encoding:
+        """Return the encoding of an index once its encoder is loaded, which may take long.
 
         Raises EncoderError if the encoder is not available or is not the one that embedded the index.
         """
         fingerprint = searcher.manifest.encoder.fingerprint
         if fingerprint not in self._tasks:
             self._tasks[fingerprint] = asyncio.create_task(asyncio.to_thread(self._load, searcher))
+            self._tasks[fingerprint].add_done_callback(functools.partial(self._note, fingerprint))
         return await asyncio.shield(self._tasks[fingerprint])
+
+    def _note(self, fingerprint: str, task: asyncio.Task[Encoding]) -> None:
+        """Note why an encoder could not be loaded, or that it is."""
+        if task.cancelled() or (error := task.exception()) is None:
+            self._problems.pop(fingerprint, None)
+        else:
+            self._problems[fingerprint] = one_line(error)
 
     def _load(self, searcher: Backend) -> Encoding:
         encoder, manifest = searcher.encoder, searcher.manifest
@@ -92,14 +125,12 @@ class Encodings:
 
     def problem(self, fingerprint: str) -> str | None:
         """Return why the encoder cannot be used yet, or None if it can."""
-        task = self._tasks.get(fingerprint)
-        if task is None or not task.done():
-            return "its encoder is being loaded"
-        error = task.exception()
-        return None if error is None else str(error)
+        if fingerprint in self._problems:
+            return self._problems[fingerprint]
+        return None if self._loaded(fingerprint) is not None else _LOADING
 
     def forget_failed(self) -> None:
-        """Forget the encoders that failed to load, so that `get` tries them again."""
+        """Forget which encoders failed to load, so that `load` tries them again; what was wrong stays known."""
         for fingerprint, task in list(self._tasks.items()):
             if task.done() and task.exception():
                 del self._tasks[fingerprint]
@@ -109,6 +140,7 @@ class Encodings:
         for fingerprint in set(self._tasks).difference(fingerprints):
             encoding = self._loaded(fingerprint)
             del self._tasks[fingerprint]
+            self._problems.pop(fingerprint, None)
             if encoding is not None:
                 encoding.close()
 

@@ -9,21 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clip_batch.config import DatabaseConfig, SearchConfig, parse_bytes
-from clip_batch.errors import ClipBatchError, ConfigError
+from clip_batch.errors import ClipBatchError, ConfigError, CorruptError, EncoderError
 from clip_batch.index import removals
 from clip_batch.index.publications import current_version
 from clip_batch.search.backend import Backend
 from clip_batch.search.lineage import is_planned
 from clip_batch.search.prefilter import Prefilter
 from clip_batch.search.searcher import Searcher
-from clip_batch.serve.http.errors import Refused
+from clip_batch.serve.http.errors import KnownProblem, Refused
+from clip_batch.serve.http.hidden import without_paths
+from clip_batch.serve.http.responses import LATER
 from clip_batch.serve.search.encodings import Encoding, Encodings
+from clip_batch.storage.paths import absolute
 from clip_batch.storage.store import Store
 
 if TYPE_CHECKING:
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
 
 State = tuple[str | None, ...]
 """The content of CURRENT, and the digests of the removal lists."""
+
+_NEVER = 60
+"""Seconds after which clients may ask again where this service never looks for what was mended."""
 
 log = logging.getLogger("clip_batch.serve")
 
@@ -114,7 +121,8 @@ class Indices:
             raise Refused(404, f"{field}: no index {name!r}; there is {', '.join(self.names)}", field)
         version = index.version
         if version is None:
-            raise Refused(503, f"index {index.name} cannot be served: {index.problem}")
+            problem = self.shown(f"index {index.name} cannot be served: {index.problem}")
+            raise KnownProblem(problem, self._again)
         version.users += 1
         try:
             yield index.name, version
@@ -123,8 +131,27 @@ class Indices:
             self._close_if_done(version)
 
     async def encoding(self, version: OpenVersion) -> Encoding:
-        """Return the encoding of a version. Raises EncoderError as `Encodings.get`."""
-        return await self._encodings.get(version.searcher)
+        """Return the encoding of a version, for a request.
+
+        Raises KnownProblem at once if its encoder could not be loaded, and Busy if that takes long.
+        """
+        try:
+            return await self._encodings.get(version.searcher)
+        except EncoderError as error:
+            raise KnownProblem(self.shown(str(error)), self._again) from None
+
+    @property
+    def _again(self) -> int:
+        """Seconds after which this service has tried again what failed."""
+        return max(LATER, math.ceil(self._config.poll) or _NEVER)
+
+    def shown(self, text: str) -> str:
+        """Return what clients see of a text: without paths of this machine, unless the options show them."""
+        if self._config.show_paths:
+            return text
+        return without_paths(
+            text, [root for index in self._indices.values() for root in (index.url, absolute(index.url))]
+        )
 
     def reads_text(self, version: OpenVersion) -> bool:
         """Whether the encoder of a version has a text side; true as long as it is not loaded."""
@@ -167,11 +194,12 @@ class Indices:
     async def _prepare(self, index: _Index) -> None:
         if index.version is not None:
             with contextlib.suppress(ClipBatchError, OSError):  # /readyz reports it
-                await self.encoding(index.version)
+                await self._encodings.load(index.version.searcher)
 
     async def refresh(self, name: str) -> None:
         """Serve the version that CURRENT names now, once it is open and warm and its encoder is loaded."""
         index = self._indices[name]
+        await self._look_at_files(index)
         try:
             state = await asyncio.to_thread(self._state, index)
             self._encodings.forget_failed()
@@ -183,7 +211,7 @@ class Indices:
             try:
                 await asyncio.to_thread(version.warm)
                 if name not in self.problems():  # the old version answers texts, and so must its successor
-                    await self.encoding(version)
+                    await self._encodings.load(version.searcher)
             except BaseException:
                 await asyncio.to_thread(version.searcher.close)
                 raise
@@ -191,6 +219,17 @@ class Indices:
             await self._prepare(index)
         except (ClipBatchError, OSError) as error:
             self._fail(index, error)
+
+    async def _look_at_files(self, index: _Index) -> None:
+        """Serve a version no longer of which a file was cut: whoever reads what is lost ends the process."""
+        version = index.version
+        if version is None or not (path := await asyncio.to_thread(version.searcher.shortened)):
+            return
+        self._fail(index, CorruptError(f"{path} became shorter while it was in use: restore it, or merge again"))
+        index.version = index.state = None
+        self._metrics.rows.remove(index.name, version.manifest.version)
+        version.retired = True
+        self._close_if_done(version)
 
     def _state(self, index: _Index) -> State:
         """Return what a merge or a removal changes. It is read before the index is opened, to miss no change."""

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clip_batch.search.rows import Ids
+from clip_batch.serve.http.hidden import without_paths
 
 if TYPE_CHECKING:
     from clip_batch.serve.search.live import OpenVersion
     from clip_batch.serve.search.service import Service
+
+SHARD = "shard"
+"""The column with the path or URL of a row's tar, Parquet file or folder on the server."""
 
 
 def shown_columns(service: Service, version: OpenVersion) -> list[str]:
@@ -27,7 +31,11 @@ def metadata(
     with service.metrics.steps["metadata_get_time"].time():
         rows = version.searcher.metadata(ids, list(dict.fromkeys([*columns, *located])))
     readable = [service.images.has_image(version, int(id), row) for id, row in zip(ids, rows, strict=True)]
-    return [_to_json({name: row[name] for name in columns}) for row in rows], readable
+    values = [_to_json({name: row[name] for name in columns}) for row in rows]
+    if SHARD in columns and not service.config.show_paths:
+        for row in values:
+            row[SHARD] = row[SHARD] and without_paths(row[SHARD], [row[SHARD]])
+    return values, readable
 
 
 def _to_json(values: dict[str, Any]) -> dict[str, Any]:
