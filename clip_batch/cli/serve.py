@@ -13,7 +13,7 @@ from clip_batch.config import (
     StorageConfig,
 )
 
-WEB = ("host", "port", "token", "allowed_hosts")
+WEB = ("host", "port", "token", "allowed_hosts", "max_connections", "header_timeout")
 """The flags of ServeConfig that every service takes."""
 
 

@@ -95,6 +95,14 @@ class ServeConfig(Options):
     """Largest width times height of a query's image."""
     max_pending: Count = 256
     """Largest number of requests in progress or waiting; others are answered 503, to be repeated later."""
+    max_connections: Count = 1_000
+    """Largest number of connections; of those that wait for a request, the oldest is closed for a new one."""
+    header_timeout: Seconds = 10.0
+    """Seconds that a connection may take to send the header of a request."""
+    body_memory: Memory = "256MB"
+    """Memory for the bodies of all requests in progress; those that need more are answered 503."""
+    decode_memory: Memory = "512MB"
+    """Memory for decoding the images of queries at the same time; those that need more alone are refused."""
     rate: float = 0.0
     """Requests per second that each client address may make; 0: no limit."""
     rate_burst: Count = 50

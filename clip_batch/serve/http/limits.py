@@ -9,6 +9,7 @@ from collections.abc import Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING, Any
 
+from clip_batch.config import parse_bytes
 from clip_batch.serve.http.errors import Busy, Refused
 from clip_batch.serve.http.responses import refusal
 
@@ -55,6 +56,7 @@ class Guard:
         self._app, self._config, self._metrics = app, config, metrics
         self._rate = Rate(config.rate, config.rate_burst) if config.rate else None
         self._pending = 0
+        self._body_bytes, self._most_bytes = 0, parse_bytes(config.body_memory)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,9 +88,22 @@ class Guard:
             return
         self._pending += 1
         self._metrics.pending.set(self._pending)
+        held = 0
+
+        async def counted() -> Message:
+            nonlocal held
+            message = await receive()
+            size = len(message.get("body", b""))
+            held += size
+            self._body_bytes += size
+            if size and self._body_bytes > self._most_bytes:
+                raise Busy("the bodies of other requests take all memory for them")
+            return message
+
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, counted, send)
         finally:
+            self._body_bytes -= held
             self._pending -= 1
             self._metrics.pending.set(self._pending)
 

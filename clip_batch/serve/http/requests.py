@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+import contextlib
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from clip_batch.serve.http.errors import Refused
@@ -15,6 +17,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 READ_SECONDS = 30.0
 """How long a request's body may take to arrive."""
+
+MOST_VALUES = 400_000
+"""Values in a body, about; one long text, such as an image, is one value."""
+
+MOST_FIELDS = 200
+"""Fields of an object in a body."""
+
+_PLAIN = {str, int, float, bool, type(None)}
 
 _INLINE_BYTES = 64 * 1024
 """Bodies up to this size are parsed on the event loop, larger ones in a thread so that they delay no other request."""
@@ -43,14 +53,40 @@ async def read_body(request: Request, model: type[Model], limit: int) -> Model:
         raise Refused(400, "the client closed the connection") from None
     try:
         if len(body) <= _INLINE_BYTES:
-            return model.model_validate_json(bytes(body))
-        return await asyncio.to_thread(model.model_validate_json, bytes(body))
+            return model.model_validate_json(body)
+        return await asyncio.to_thread(_large, body, model)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"])) or None
         unknown = first["type"] == "extra_forbidden"
         reason = "a request has no such field; /openapi.json lists those it has" if unknown else first["msg"]
         raise Refused(422, f"{field or 'request'}: {reason.removeprefix('Value error, ')}", field) from None
+
+
+def _large(body: bytearray, model: type[Model]) -> Model:
+    """Return a large JSON body as a `model`. Blocks.
+
+    pydantic collects all errors, and holds Python's lock meanwhile. So it gets no body that could have very many:
+    Refused, 413 for too many values, 422 for an object with too many fields.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise Refused(413, f"a request may have {MOST_VALUES} values at most")
+    with contextlib.suppress(ValueError):  # no JSON: the model says where
+        _check_fields(from_json(body))
+    return model.model_validate_json(body)
+
+
+def _check_fields(value: Any) -> None:
+    """Raise Refused (422) if an object within parsed JSON has more fields than any request's."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            if len(value) > MOST_FIELDS:
+                raise Refused(422, f"request: an object has {len(value)} fields, more than {MOST_FIELDS}")
+            left += value.values()
+        elif isinstance(value, list) and not set(map(type, value)) <= _PLAIN:
+            left += value
 
 
 async def disconnected(request: Request) -> None:

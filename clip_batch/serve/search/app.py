@@ -132,9 +132,11 @@ def run(
     """Open the indices (each INDEX or NAME=INDEX) and serve until a signal."""
     import uvicorn
 
+    from clip_batch.serve.http.connections import protocol
+
     named = parse_indices(indices)
     check_port(config)
     app = create_app(named, config, storage, databases)
     name_lost_files()
     print(f"serving {', '.join(named)} at http://{config.host}:{config.port}/", flush=True)
-    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", access_log=False)
+    uvicorn.run(app, host=config.host, port=config.port, http=protocol(config), log_level="warning", access_log=False)

@@ -44,7 +44,7 @@ class KnnRequest(BaseModel):
     text: str | None = Field(None, max_length=10_000)
     image: str | None = Field(None, description="base64 of an image file")
     image_url: str | None = Field(None, max_length=2048)
-    embedding_input: list[float] | None = Field(None, max_length=MOST)
+    embedding_input: list[float] | None = Field(None, fail_fast=True, max_length=MOST)
     modality: Literal["image", "text"] = "image"
     num_images: int = Field(100, ge=0, lt=2**31, description="hits that carry metadata")
     num_result_ids: int | None = Field(None, ge=1, lt=2**31, description="hits; num_images if absent")
@@ -60,7 +60,7 @@ class KnnRequest(BaseModel):
 class MetadataRequest(BaseModel):
     """The rows whose metadata to return."""
 
-    ids: list[int] = Field(max_length=2**20)
+    ids: list[int] = Field(fail_fast=True, max_length=2**20)
     indice_name: str | None = Field(None, max_length=1000)
 
 

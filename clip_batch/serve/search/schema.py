@@ -21,7 +21,7 @@ class QueryModel(RequestModel):
     image_url: str | None = Field(
         None, min_length=1, max_length=2048, description="the URL of an image, if this server may download images"
     )
-    embedding: list[float] | None = Field(None, max_length=MOST, description="a vector of the encoder")
+    embedding: list[float] | None = Field(None, fail_fast=True, max_length=MOST, description="a vector of the encoder")
     id: int | None = Field(None, ge=0, lt=2**63, description="a row of the index, to find similar ones")
 
     def kinds(self) -> list[str]:
@@ -44,15 +44,15 @@ class WeightedQuery(QueryModel):
 class SearchRequest(QueryModel):
     """One query, or several in `queries`, and the options of the search and of the response."""
 
-    queries: list[WeightedQuery] | None = Field(None, min_length=1, max_length=MOST)
+    queries: list[WeightedQuery] | None = Field(None, fail_fast=True, min_length=1, max_length=MOST)
     index: str | None = Field(None, max_length=1000, description="the name of an index; by default the first one")
     modality: Literal["image", "text"] = Field("image", description="search the images or their captions")
     k: int = Field(10, ge=1, lt=2**31)
     threshold: float | None = Field(None, description="the lowest score of a hit")
     effort: int | None = Field(None, ge=1, le=1_000_000, description="nprobe or efSearch; by default as merge tuned it")
-    filters: list[Filter] = Field([], max_length=100, description="a hit must meet all of them")
+    filters: list[Filter] = Field([], fail_fast=True, max_length=100, description="a hit must meet all of them")
     columns: list[str] | None = Field(
-        None, max_length=1000, description="the metadata columns in the response; by default all"
+        None, fail_fast=True, max_length=1000, description="the metadata columns in the response; by default all"
     )
     deduplicate: bool = Field(False, description="keep only the best of near duplicates")
     deduplicate_threshold: float = Field(0.94, ge=0, le=1, description="the cosine from which two hits are duplicates")
@@ -105,8 +105,8 @@ class SearchResponse(BaseModel):
 class EmbedRequest(RequestModel):
     """Texts and images (base64) to embed."""
 
-    texts: list[str] = Field([], max_length=MOST)
-    images: list[str] = Field([], max_length=MOST)
+    texts: list[str] = Field([], fail_fast=True, max_length=MOST)
+    images: list[str] = Field([], fail_fast=True, max_length=MOST)
     index: str | None = Field(
         None, max_length=1000, description="the index whose encoder to use; by default the first one"
     )

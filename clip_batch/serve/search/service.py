@@ -16,6 +16,7 @@ from clip_batch.search.vectors import checked_vector, mixed_vector, row_vector, 
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.search.images import Images
 from clip_batch.serve.search.live import Indices, OpenVersion
+from clip_batch.serve.search.memory import DecodeMemory
 from clip_batch.serve.search.metrics import Metrics
 from clip_batch.serve.search.schema import QueryModel, WeightedQuery
 from clip_batch.serve.search.threads import Threads
@@ -51,6 +52,8 @@ class Service:
         self.indices = Indices(urls, config, storage, databases, self.metrics)
         self.threads = Threads("search", config.serve_threads or 2 * cores(), 4 * config.max_pending)
         self.filters = Threads("filters", _FILTERS, 8 * _FILTERS)
+        self._decoders = Threads("images", cores(), config.max_pending)
+        self._memory = DecodeMemory(parse_bytes(config.decode_memory))
         self._downloads = Threads("download", _DOWNLOADS, 4 * _DOWNLOADS)
 
     async def close(self) -> None:
@@ -59,6 +62,7 @@ class Service:
         self.threads.close()
         self.images.close()
         self.filters.close()
+        self._decoders.close()
         self._downloads.close()
 
     async def text(self, version: OpenVersion, text: str) -> Vectors:
@@ -73,11 +77,11 @@ class Service:
         encoding = await self.indices.encoding(version)
 
         def prepare() -> Pixels:
-            with self.metrics.steps["image_prepro_time"].time():
+            with self._memory.reserved(data, self.config.max_pixels), self.metrics.steps["image_prepro_time"].time():
                 return encoding.encoder.preprocess(data, self.config.max_pixels)
 
         try:
-            return await encoding.image(await self.threads.run(prepare))
+            return await encoding.image(await self._decoders.run(prepare))
         except DecodeError as error:
             raise Refused(400, f"{field} cannot be used: {error}", field) from None
 

@@ -15,6 +15,7 @@ from fastapi.responses import PlainTextResponse
 from clip_batch import __version__
 from clip_batch.config import EmbedConfig, ServeConfig, StorageConfig
 from clip_batch.errors import ConfigError
+from clip_batch.serve.http.connections import protocol
 from clip_batch.serve.http.hosts import check_hosts
 from clip_batch.serve.http.limits import Guard
 from clip_batch.serve.http.metrics import Traffic
@@ -84,6 +85,7 @@ def run(allow: list[str], config: ServeConfig, embed: EmbedConfig, storage: Stor
         app,
         host=config.host,
         port=config.port,
+        http=protocol(config),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=int(GRACE),
