@@ -32,7 +32,7 @@ from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.retry import corrupt_unless_unavailable
 from clip_batch.storage.store import Store
-from clip_batch.types import Commit
+from clip_batch.types import Commit, StoredFile
 
 Ids = npt.NDArray[np.int64]
 Names = npt.NDArray[np.uint64]
@@ -40,6 +40,8 @@ Names = npt.NDArray[np.uint64]
 
 SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 """Other names of the protocols of URLs."""
+
+REMEDY = "put it back from a copy, or merge anew"
 
 COLUMNS = {
     "shard": pa.string(),
@@ -163,20 +165,32 @@ def write(slices: Sequence[HeldSlice], file: IO[bytes]) -> None:
     pq.write_table(pa.Table.from_pylist([asdict(one) for one in slices], schema), file, compression="zstd")
 
 
-def read_source(store: Store, manifest: Manifest, number: int) -> list[HeldSlice]:
-    """The slices that a version has of its source of that number. CorruptError: the file is damaged.
+def read_sources(store: Store, manifest: Manifest) -> list[list[HeldSlice]]:
+    """The slices that a version has of each of its sources. CorruptError: a file is damaged.
 
-    Of a source that an older clip-batch merged, which left no file, the shards that its metadata names, without their
-    content.
+    Of a source that an older clip-batch merged, which left no file, these are the shards that its metadata names,
+    without their content.
     """
-    source = origin(manifest, number)
-    for name, stored in source.held.items() if source else ():
-        data = store.read(name)
-        remedy = "put it back from a copy, or merge anew"
+    files = {number: file for number, source in enumerate(manifest.sources) for file in source.held.items()}
+    contents = store.read_all(name for name, _ in files.values())
+    slices = {number: _parsed(store, *files[number], data) for number, data in zip(files, contents, strict=True)}
+    count = max(len(manifest.sources), 1)
+    return [slices[number] if number in slices else _named_shards(store, manifest, number) for number in range(count)]
+
+
+def read_source(store: Store, source: MergedOutput) -> list[HeldSlice]:
+    """The slices that a version has of a source, which has a file `held`. CorruptError: it is damaged."""
+    return [one for name, stored in source.held.items() for one in _parsed(store, name, stored, store.read(name))]
+
+
+def _parsed(store: Store, name: str, stored: StoredFile, data: bytes) -> list[HeldSlice]:
+    with corrupt_unless_unavailable(f"{store.display(name)} is not readable", REMEDY, *UNREADABLE):
         if hashlib.sha256(data).hexdigest() != stored["sha256"]:
-            raise CorruptError(f"{store.display(name)} is not what was written (sha256 differs): {remedy}")
-        with corrupt_unless_unavailable(f"{store.display(name)} is not readable", remedy, *UNREADABLE):
-            return [HeldSlice(**row) for row in ParquetFile(io.BytesIO(data)).read().to_pylist()]
+            raise CorruptError(f"{store.display(name)} is not what was written (sha256 differs): {REMEDY}")
+        return [HeldSlice(**row) for row in ParquetFile(io.BytesIO(data)).read().to_pylist()]
+
+
+def _named_shards(store: Store, manifest: Manifest, number: int) -> list[HeldSlice]:
     rows: Counter[str] = Counter()
     for table, _ in named_rows(store, manifest, {number}):
         counts = table["shard"].cast(pa.string()).drop_null().value_counts()

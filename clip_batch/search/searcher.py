@@ -148,6 +148,11 @@ class Searcher:
     def __repr__(self) -> str:
         return f"<Searcher of {redact(self._url)}: version {self.manifest.version}, {self.manifest.rows:,} rows>"
 
+    @property
+    def store(self) -> Store:
+        """INDEX, whose files the index has been opened from."""
+        return Store(self._url, self.storage.storage_options)
+
     def _open(self, store: Store) -> None:
         opened: dict[str, list[OpenedIndex]] = {modality: [] for modality in self.manifest.key}
         stored: dict[str, list[Any]] = {modality: [] for modality in self.manifest.key}

@@ -121,7 +121,13 @@ class MergeJob:
     @property
     def _options(self) -> dict[str, Any]:
         """The options that say what the version holds."""
-        return {name: value for name, value in asdict(self.config).items() if name not in PERMISSIONS}
+        options = {name: value for name, value in asdict(self.config).items() if name not in PERMISSIONS}
+        return {**options, "replace": True} if self._brings_back else options
+
+    @property
+    def _brings_back(self) -> bool:
+        """Whether rows that were replaced before may come back: the one case in which `replace` changes a version."""
+        return self.config.replace and bool(self.base and self.base.replaced)
 
     @property
     def encoder(self) -> EncoderSpec:
@@ -134,7 +140,8 @@ class MergeJob:
         """Whether the version that is added to has all rows, as far as that is known before training."""
         if not self.base:
             return False
-        if not self.source.rows or {one.digest for one in self.outputs} <= {one.digest for one in self.base.sources}:
+        known = {one.digest for one in self.outputs} <= {one.digest for one in self.base.sources}
+        if not self.source.rows or (known and not self._brings_back):
             return True
         record = self.template_record()
         return record is not None and record.get("left_out") == self.source.rows
@@ -349,7 +356,7 @@ def open_job(
     base = live if config.add else None
     _check_alike(sources, base)
     allowed = config.replace or not urls  # what replaces what in the live version was allowed before
-    source, overlap = look(sources, home, base, allowed)
+    source, overlap = look(sources, home, base, allowed, None if urls else live)
     outputs = tuple(
         MergedOutput(each.store.url, each.plan.digest, digest(each), each.rows, each.missing, each.verified)
         for each in sources

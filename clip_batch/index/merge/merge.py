@@ -101,7 +101,7 @@ def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = F
     that it is built anew; and where it is to be built, ConfigError is raised if it could not go live.
     """
     if job.base and job.nothing_new:
-        progress(f"version {job.base.version} has all rows of {job.source.urls} already: nothing is added")
+        progress(f"version {job.base.version} knows all rows of {job.source.urls} already: nothing is added")
         return job.base
     if rebuild and job.version == job.live and job.version in read_state(job.index).dropping:
         drop(job.index, job.version, rebuild=True)  # by a merge that was killed before it built it anew

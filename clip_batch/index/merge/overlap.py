@@ -61,15 +61,21 @@ class LeftOut(NamedTuple):
     standing: tuple[int, ...]
 
 
-def look(sources: Sequence[Embeddings], index: Store, base: Manifest | None, replace: bool) -> tuple[Outputs, Overlap]:
+def look(
+    sources: Sequence[Embeddings], index: Store, base: Manifest | None, replace: bool, like: Manifest | None = None
+) -> tuple[Outputs, Overlap]:
     """The OUTs without the parts that are known by their commits, and what of the rest is to be compared.
 
-    Only plans, commits and the files `MergedOutput.held` are read. ConfigError: a source shard has another content than
-    in the index, or in an earlier OUT, and not `replace`; or it has, and OUT lacks partitions of that shard.
+    Where a source shard has several contents, the last one is merged; with `like` that of this version, if an OUT has
+    it still. Only plans, commits and the files `MergedOutput.held` are read. ConfigError: a source shard has another
+    content than in the index, or in an earlier OUT, and not `replace`; or it has, and OUT lacks partitions of it.
     """
     places = Places()
-    of_base = [held.read_source(index, base, number) for number in range(_sources(base))] if base else []
+    of_base = held.read_sources(index, base) if base else []
     commits = {one.commit for slices in of_base for one in slices}
+    if base and base.replaced and replace:  # what was replaced may come back
+        content = _last([_contents(of_one, places) for of_one in of_base])
+        commits -= {one.commit for each in of_base for one in each if one.content.differs(content[places.of(one.url)])}
     restricted, known = [], []
     for source in sources:
         new = [commit for commit in source.commits if held.commit_digest(commit) not in commits]
@@ -82,6 +88,10 @@ def look(sources: Sequence[Embeddings], index: Store, base: Manifest | None, rep
     base_each = [_contents([one for one in of_one if places.of(one.url) in touched], places) for of_one in of_base]
     base_last = _last(base_each)
     last = _last([base_last, *contents])
+    settled = _last([_contents(of_one, places) for of_one in held.read_sources(index, like)]) if like else {}
+    for place, known_content in settled.items():
+        if known_content.size is not None and any(of_one.get(place) == known_content for of_one in contents):
+            last[place] = known_content
     shared_places = [place for place in last if (place in base_last) + sum(place in of_one for of_one in contents) > 1]
     shared = {place: number for number, place in enumerate(shared_places)}
     urls = [source.store.url for source in sources]
@@ -154,11 +164,6 @@ def _rows(
             kept.append(of_part[rows[~loses]])
             names.append(held.names_of(table, rows[~loses], ordered[numbers[~loses]].tolist()))
     return np.concatenate(older), np.concatenate(kept), held.numbered(np.concatenate(names))
-
-
-def _sources(base: Manifest) -> int:
-    """The number of OUTs that a version has rows of."""
-    return max(len(base.sources), 1)
 
 
 def _contents(slices: Sequence[HeldSlice], places: Places) -> Contents:

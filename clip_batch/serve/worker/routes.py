@@ -81,9 +81,12 @@ def router(stages: Stages) -> APIRouter:
     async def merge(request: Request) -> Response:
         """Run a task of a merge and return its record or the manifest. All tasks of a merge need the same options."""
         body = await _body(request, MergeWork)
-        await _checked(stages.check_folders, output=body.output, index=body.index)
+        outputs = [body.output] if isinstance(body.output, str) else body.output
+        for output in outputs:
+            await _checked(stages.check_folders, output=output)
+        await _checked(stages.check_folders, index=body.index)
         config = section_of(MergeConfig, body)
-        what = f"merge {body.output} {body.task} {'' if body.shard is None else body.shard}".rstrip()
+        what = f"merge {' '.join(outputs)} {body.task} {'' if body.shard is None else body.shard}".rstrip()
         return await respond(request, body, what, lambda _: stages.merge(body, config))
 
     @routes.get("/status")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, create_model
 
 from clip_batch.config import MergeConfig, PlanConfig
 from clip_batch.config.fields import default, helps
 from clip_batch.search.filters import RequestModel
+
+Output = Annotated[str, Field(max_length=4096)]
 
 
 class StageFields(RequestModel):
@@ -34,6 +36,9 @@ class EmbedWork(StageFields):
 class MergeTask(StageFields):
     """Run one task of a merge: first train, then each shard in any order, then manifest. `all` runs all of them."""
 
+    output: Output | Annotated[list[Output], Field(min_length=1, max_length=1000)] = Field(  # type: ignore[assignment]
+        description="the embeddings folder OUT, or several that one encoder made"
+    )
     index: str = Field(max_length=4096, description="the index folder INDEX")
     task: Literal["all", "train", "shard", "manifest"] = "all"
     shard: int | None = Field(None, ge=0, description="the number of the index shard, for task `shard`")

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -16,16 +17,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import clip_batch
 from clip_batch.cli import main
-from clip_batch.config import MergeConfig
+from clip_batch.config import DatabaseConfig, MergeConfig
 from clip_batch.embeddings.part_writer import PartWriter
 from clip_batch.embeddings.repair import repair
 from clip_batch.embeddings.verify import verify_output
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.export.clip_retrieval import export_clip_retrieval
+from clip_batch.export.databases.fill import export_sql
+from clip_batch.export.filter import filter_rows
 from clip_batch.index import held
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.held import Content, Places
@@ -34,9 +41,11 @@ from clip_batch.index.merge.job import open_job
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.remove import remove_values
 from clip_batch.index.verify import verify_index
+from clip_batch.index.versions import versions
 from clip_batch.plan import paths, stored
 from clip_batch.plan.pack import PartitionTarget
 from clip_batch.plan.plan import load_plan
+from clip_batch.search.query import Query
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, Partition, Plan, Shard, Slice
@@ -157,7 +166,7 @@ def test_a_new_out_over_grown_input_adds_what_is_new(tmp_path: Path) -> None:
     assert (made.rows, made.sources[1].rows, made.sources[1].standing) == (57, 57, 50)
     assert rows_of(tmp_path / "index") == expected(("a", 0, 30), ("b", 0, 20), ("c", 0, 7))
     again, said = add(tmp_path / "grown", tmp_path / "index")
-    assert again == made and "has all rows of" in said and "nothing is added" in said
+    assert again == made and "knows all rows of" in said and "nothing is added" in said
 
 
 def test_the_same_tars_cut_otherwise_are_nothing_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,6 +248,77 @@ def test_a_changed_tar_is_refused_by_name_or_replaced(tmp_path: Path) -> None:
     back, _ = add(tmp_path / "stale", index, replace=True)
     assert back.rows == 69
     assert rows_of(index) == whole - expected(("a", 0, 12), etag="2") + expected(("a", 0, 30))
+
+
+def test_what_was_replaced_comes_back_when_it_is_asked_for(tmp_path: Path) -> None:
+    index, old = tmp_path / "index", [[("a", 0, 30)], [("b", 0, 20)]]
+    make_out(tmp_path / "old", old, skip=[1])
+    make_out(tmp_path / "new", [[("a", 0, 12)]], etag={"a": "2"})
+    merge(str(tmp_path / "old"), str(index), replace(CONFIG, allow_partial=True))
+    add(tmp_path / "new", index, replace=True)
+    make_out(tmp_path / "old", old)  # completed: what it has of the changed tar stays replaced
+    made, _ = add(tmp_path / "old", index)
+    assert rows_of(index) == expected(("b", 0, 20)) + expected(("a", 0, 12), etag="2")
+    assert add(tmp_path / "old", index)[0] == made
+    back, said = add(tmp_path / "old", index, replace=True)
+    assert "12 rows of the index are replaced" in said
+    assert rows_of(index) == expected(("a", 0, 30), ("b", 0, 20))
+    assert add(tmp_path / "old", index)[0] == back
+    anew = merge([], str(index), replace(CONFIG, anew=True))  # the contents are those of the version that was live
+    assert anew.rows == 50
+    assert rows_of(index) == expected(("a", 0, 30), ("b", 0, 20))
+
+
+def test_every_reader_is_without_replaced_rows(tmp_path: Path) -> None:
+    index = f"{tmp_path}/index"
+    make_out(tmp_path / "old", [[("a", 0, 30)], [("b", 0, 20)]])
+    make_out(tmp_path / "new", [[("a", 0, 12)]], etag={"a": "2"})
+    merge(str(tmp_path / "old"), index, CONFIG)
+    add(tmp_path / "new", index, replace=True)
+    whole = {caption for _, caption in expected(("b", 0, 20)) + expected(("a", 0, 12), etag="2")}
+    (version,) = [one for one in versions(Store(index)) if one.live]
+    assert (version.rows, version.alive) == (62, 32)
+    assert set(clip_batch.read(index).to_table(["caption"])["caption"].to_pylist()) == whole
+    assert filter_rows(Searcher(index), Query(embedding=vectors(["x"])[0], k=99), Store(f"{tmp_path}/found")).rows == 32
+    export_clip_retrieval(index, f"{tmp_path}/theirs")
+    theirs = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "theirs/metadata").iterdir())])
+    assert set(theirs["caption"].drop_null().to_pylist()) == whole
+    assert faiss_index.read(f"{tmp_path}/theirs/image.index").ntotal == 32
+    export_sql(index, DatabaseConfig(sql=f"{tmp_path}/rows.db"))
+    with sqlite3.connect(f"{tmp_path}/rows.db") as base:
+        names = [name for (name,) in base.execute("select name from sqlite_master where type = 'table'")]
+        (table,) = [name for name in names if name.endswith(version.version)]
+        assert {caption for (caption,) in base.execute(f"select caption from {table}")} == whole
+    remove_values(index, ["b-3"])
+    assert sum(rows_of(index).values()) == 31
+    assert clip_batch.verify(index, deep=True).ok
+
+
+def test_a_folder_without_commits_grows_by_its_files(tmp_path: Path) -> None:
+    out, index = tmp_path / "theirs", f"{tmp_path}/index"
+
+    def write(number: int, rows: int) -> None:
+        for kind in ("img_emb", "text_emb", "metadata"):
+            (out / kind).mkdir(parents=True, exist_ok=True)
+        names = [f"{number}-{row}" for row in range(rows)]
+        for kind in ("img_emb", "text_emb"):
+            np.save(out / kind / f"{kind}_{number}.npy", vectors(names).astype(np.float16))
+        pq.write_table(pa.table({"caption": names}), out / f"metadata/metadata_{number}.parquet")
+
+    write(0, 20)
+    merge(str(out), index, CONFIG)
+    write(1, 7)
+    made, said = add(out, index)
+    assert "20 rows stand already and are not added again; 7 are new" in said
+    assert made.rows == 27
+    assert add(out, index)[0] == made
+    write(0, 25)
+    with pytest.raises(ConfigError, match=r"theirs#0 with another content"):
+        add(out, index)
+    made, said = add(out, index, replace=True)
+    assert "20 rows of the index are replaced" in said
+    with Searcher(index) as searcher:
+        assert searcher.manifest.rows - len(searcher.removed) == 32
 
 
 def test_rows_are_replaced_by_a_whole_tar_alone(tmp_path: Path) -> None:
