@@ -137,6 +137,7 @@ def describe_report(report: RemoveReport) -> str:
     else:
         text += "; rows that are added later stay: run it again after merge --add" if report.rows else ""
         text += "" if report.exact else "; scores are approximate, as the index compresses vectors"
+    text += f"; --undo {report.digest} takes it back" if report.digest and not report.dry_run else ""
     return "\n".join([*lines, text])
 
 

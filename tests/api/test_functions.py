@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -28,6 +29,7 @@ from clip_batch import (
     make_plan,
     merge,
 )
+from clip_batch.cli import main
 from clip_batch.config import html
 from tests import corpus
 
@@ -83,6 +85,24 @@ def test_filter_takes_a_text_or_a_query(home: Path, tmp_path: Path) -> None:
         clip_batch.filter(home / "index", "a", tmp_path / "a", images=True, images_from="web")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="image_path"):
         clip_batch.filter(home / "index", "a", tmp_path / "a", images=True, images_from="path")
+
+
+def test_rows_are_removed_by_an_example_picture(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(home / "index", tmp_path / "index")
+    with Searcher(tmp_path / "index") as searcher:
+        picture = searcher.image(5)
+        key = searcher.metadata([5], ["key"])[0]["key"]
+    assert picture is not None
+    (tmp_path / "me.jpg").write_bytes(picture)
+    query = Query(image=tmp_path / "me.jpg", threshold=0.99)
+    report = clip_batch.remove(tmp_path / "index", query=query, dry_run=True)
+    assert report.rows >= 1 and key in {row.key for row in report.sample}
+    words = ["remove", "--index", f"{tmp_path}/index", "--image", f"{tmp_path}/me.jpg", "--threshold", "0.99"]
+    assert main(words) == 0
+    assert f"--undo {report.digest} takes it back" in capsys.readouterr().out
+    assert clip_batch.versions(tmp_path / "index")[0].alive == 12 - report.rows
+    assert main([*words[:4], f"{tmp_path}", *words[5:]]) == 2
+    assert "is no file" in capsys.readouterr().err
 
 
 def test_rows_are_removed_by_a_list_or_a_file(home: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch.config import MergeConfig
+from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.errors import ClipBatchError, ConfigError, CorruptError
 from clip_batch.index import removals, removed_rows
 from clip_batch.index.manifest import load_manifest
@@ -28,9 +29,17 @@ from clip_batch.index.removal_pack import unpack
 from clip_batch.index.removals import RemovalList, RowList, RowName
 from clip_batch.index.remove import RemoveReport, remove_values
 from clip_batch.index.versions import use
+from clip_batch.search.query import Query
+from clip_batch.search.remove import remove_found
+from clip_batch.search.verify import verify_searches
+from clip_batch.storage import retry
 from clip_batch.storage.store import Store
+from tests import corpus
 from tests.fabricated import clustered, make_out
 from tests.servers.flaky import Flaky
+from tests.servers.s3_server import BUCKET, S3
+from tests.servers.s3_server import s3 as s3
+from tests.servers.s3_server import s3_server as s3_server
 
 CONFIG = MergeConfig(queries=5, shard_rows=40)
 
@@ -303,3 +312,46 @@ def test_files_of_many_lists_are_packed_once_they_are_read(store: Store, monkeyp
 def test_union(lists: list[list[int]]) -> None:
     found = removed_rows.union([np.unique(np.array(one, np.int64)) for one in lists])
     assert found.tolist() == sorted({id for one in lists for id in one})
+
+
+@pytest.mark.slow
+def test_on_s3_with_lost_answers_races_and_no_right_to_write(
+    store: Store, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    storage = StorageConfig(s3.options)
+    remote = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}", s3.options)
+    for name in corpus.names_in(store):
+        remote.replace(name, Path(store.path(name)).read_bytes())
+    with s3.fault("lost", lambda method, path: method == "PUT", times=4) as lost:
+        digest = remove_values(remote.url, ["0-1", "0-2"], storage=storage, note="lost").digest
+        assert undo(remote.url, digest, storage).rows == 2
+    assert lost.hits == 4 and removals.histories(remote) == {digest: [0, 1]}
+    assert [info.note for info in list_removals(remote.url, storage)] == ["lost"]
+
+    def attempt(_: int) -> bool:
+        try:
+            undo(remote.url, digest, storage)
+        except ConfigError:
+            return False
+        return True
+
+    remove_values(remote.url, ["0-2", "0-1"], storage=storage)
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(attempt, range(4))) == 1
+    assert removals.histories(remote) == {digest: [0, 1, 2, 3]}
+    query = Query(embedding=clustered(100, 8, 5)[0][3], threshold=0.9999)
+    with s3.fault("expired", lambda method, path: method == "PUT"):
+        for change in (
+            lambda: remove_values(remote.url, ["0-5"], storage=storage),
+            lambda: remove_found(remote.url, query, storage=storage),
+        ):
+            with pytest.raises((ClipBatchError, OSError)) as refused:
+                change()
+            assert "\n" not in str(refused.value) and "0-5" not in str(refused.value)
+        assert remove_found(remote.url, query, storage=storage, dry_run=True).rows == 1
+        assert [info.active for info in list_removals(remote.url, storage)] == [False]
+    assert remove_found(remote.url, query, storage=storage).rows == removed(remote) == 1
+    report = verify_searches(remote.url, True, storage)
+    assert (report.problems, report.searched) == ({}, 1)
