@@ -49,7 +49,7 @@ from clip_batch.errors import (
 from clip_batch.types import Hit, Plan
 
 if _typing.TYPE_CHECKING:
-    from clip_batch.api.index import filter, removals, remove, sweep, undo_removal, versions
+    from clip_batch.api.index import filter, gc_index, index_status, removals, remove, sweep, undo_removal, versions
     from clip_batch.api.output import status, verify
     from clip_batch.api.table import embed_table
     from clip_batch.client import AsyncClient, Client, FakeService, ServiceHits
@@ -60,11 +60,13 @@ if _typing.TYPE_CHECKING:
     from clip_batch.export.arrow import RowDataset, read
     from clip_batch.export.dataset import FilteredDataset
     from clip_batch.export.filter import Filtered
+    from clip_batch.index.gc import GcReport
     from clip_batch.index.manifest import Manifest
     from clip_batch.index.merge.merge import merge
     from clip_batch.index.merge.sweep import Sweep
     from clip_batch.index.removal_history import RemovalInfo, UndoReport
     from clip_batch.index.remove import RemovedRow, RemoveReport
+    from clip_batch.index.status import IndexStatus
     from clip_batch.index.versions import VersionInfo
     from clip_batch.plan.plan import make_plan
     from clip_batch.search.query import Query, QueryTerm
@@ -91,8 +93,10 @@ __all__ = [
     "FakeService",
     "Filtered",
     "FilteredDataset",
+    "GcReport",
     "Hit",
     "IncompleteError",
+    "IndexStatus",
     "InputError",
     "Manifest",
     "MergeConfig",
@@ -130,6 +134,8 @@ __all__ = [
     "embed_table",
     "errors",
     "filter",
+    "gc_index",
+    "index_status",
     "make_app",
     "make_plan",
     "merge",
@@ -151,6 +157,8 @@ _HOMES = {
     "Filtered": "export.filter",
     "FilteredDataset": "export.dataset",
     "ServiceHits": "client",
+    "GcReport": "index.gc",
+    "IndexStatus": "index.status",
     "Manifest": "index.manifest",
     "Outcome": "embeddings.embed",
     "OutputStatus": "embeddings.status",
@@ -169,6 +177,8 @@ _HOMES = {
     "embed": "embeddings.embed",
     "embed_table": "api.table",
     "filter": "api.index",
+    "gc_index": "api.index",
+    "index_status": "api.index",
     "make_app": "serve.search.app",
     "make_plan": "plan.plan",
     "merge": "index.merge.merge",

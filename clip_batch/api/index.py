@@ -1,4 +1,4 @@
-"""filter, remove, its list and undo, versions and sweep, as functions."""
+"""filter, remove, its list and undo, versions, status and gc of an index, and sweep, as functions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from clip_batch.config import MergeConfig, SearchConfig, StorageConfig, SweepConfig
 from clip_batch.config.paths import path_text
 from clip_batch.errors import ConfigError
-from clip_batch.index import removal_history
+from clip_batch.index import gc, removal_history
 from clip_batch.index import remove as removal
+from clip_batch.index import status as stage
 from clip_batch.index import versions as index_versions
+from clip_batch.index.gc import GcReport
 from clip_batch.index.manifest import load_manifest
 from clip_batch.index.removal_history import RemovalInfo, UndoReport
 from clip_batch.index.remove import RemoveReport
+from clip_batch.index.status import IndexStatus
 from clip_batch.index.versions import VersionInfo
 from clip_batch.storage.store import Store
 from clip_batch.types import StrPath
@@ -132,6 +135,33 @@ def versions(
     return listed
 
 
+def index_status(index: StrPath, *, storage: StorageConfig = StorageConfig()) -> IndexStatus:
+    """Which version of INDEX is live and what it holds, which merges are unfinished, and which commands are due.
+
+    ConfigError: there is no index. CorruptError: its live version cannot be told, or not be opened.
+    """
+    return stage.index_status(Store(path_text(index, "index"), storage.storage_options))
+
+
+def gc_index(
+    index: StrPath,
+    *,
+    keep: int = gc.KEEP,
+    older_than: float = gc.OLDER_THAN,
+    dry_run: bool = False,
+    storage: StorageConfig = StorageConfig(),
+) -> GcReport:
+    """Delete the versions of INDEX that nothing needs, and what merges have left behind; `dry_run` only names them.
+
+    `keep` versions that were live before the live one stay, and what was live or written to within `older_than` days.
+    ConfigError: there is no index, or an argument is below 0. CorruptError: nobody can tell what is needed.
+    """
+    if keep < 0 or not older_than >= 0:
+        raise ConfigError(f"keep is {keep} and older_than {older_than}: both must be 0 or more")
+    store = Store(path_text(index, "index"), storage.storage_options)
+    return gc.gc_index(store, keep, older_than, dry_run)
+
+
 def sweep(
     output: StrPath,
     config: SweepConfig = SweepConfig(),
@@ -144,6 +174,6 @@ def sweep(
 
     `merge` says what the index is to reach, as for `clip_batch.merge`; errors as there.
     """
-    from clip_batch.index.merge import sweep as stage
+    from clip_batch.index.merge import sweep as sweeping
 
-    return stage.sweep(path_text(output, "output"), merge, storage, config, progress)
+    return sweeping.sweep(path_text(output, "output"), merge, storage, config, progress)

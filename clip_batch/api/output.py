@@ -7,7 +7,7 @@ from clip_batch.config.paths import path_text
 from clip_batch.embeddings import status as output_status
 from clip_batch.embeddings.status import OutputStatus
 from clip_batch.embeddings.verify import VerifyReport, verify_output
-from clip_batch.index.paths import CURRENT
+from clip_batch.index.paths import CURRENT, PUBLICATIONS
 from clip_batch.storage.store import Store
 from clip_batch.types import StrPath
 
@@ -29,7 +29,7 @@ def verify(source: StrPath, *, deep: bool = False, storage: StorageConfig = Stor
     is neither.
     """
     store = Store(path_text(source, "source"), storage.storage_options)
-    if store.exists(CURRENT):
+    if store.exists(CURRENT) or store.list(PUBLICATIONS):
         from clip_batch.search.verify import verify_searches
 
         return verify_searches(source, deep, storage)

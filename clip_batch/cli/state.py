@@ -15,14 +15,30 @@ from clip_batch.types import counted, format_counts
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusArguments(JsonArguments, OutputArguments):
+class StatusArguments(JsonArguments):
     """Whose state `status` tells."""
+
+    output: str = ""
+    """The embeddings folder OUT, if its state is wanted."""
+    index: list[str] = field(default_factory=list)
+    """The index folder INDEX, if its state is wanted."""
 
 
 def status(arguments: StatusArguments, storage: StorageConfig) -> int:
-    """Report what is done, failed and missing, the rate, the ETA, and the command that relaunches what is missing."""
-    from clip_batch.embeddings.status import describe, status
+    """Report what is done, failed and missing, the rate and the ETA, of OUT or of an index, and what to type next."""
     from clip_batch.storage.store import Store
+
+    if arguments.index:
+        from clip_batch.index.status import describe as describe_index
+        from clip_batch.index.status import index_status
+
+        folder = IndexArguments(index=arguments.index).index_folder
+        state = index_status(Store(folder, storage.storage_options))
+        answer(arguments, asdict(state), describe_index(state))
+        return 0
+    if not arguments.output:
+        raise ConfigError("--output OUT or --index INDEX is needed: the folder whose state is wanted")
+    from clip_batch.embeddings.status import describe, status
 
     counts = status(Store(arguments.output, storage.storage_options))
     answer(arguments, asdict(counts), describe(counts))
@@ -59,7 +75,8 @@ def verify(arguments: VerifyArguments, storage: StorageConfig) -> int:
     for name, problem in (*report.problems.items(), *report.empty.items()):
         print(f"{name}: {problem}", file=sys.stderr)
     proof = "deep" if arguments.deep else "quick"
-    text = f"{report.checked - len(report.problems)} of {report.checked} sound ({proof}), {counted(report.rows, 'row')}"
+    sound = max(0, report.checked - len(report.problems))
+    text = f"{sound} of {report.checked} sound ({proof}), {counted(report.rows, 'row')}"
     text += f", {report.failed:,} listed as failed" if report.failed else ""
     if report.removed:
         searched = (

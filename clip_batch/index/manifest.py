@@ -26,6 +26,10 @@ MOST_PREDICTED = 100
 """Hits up to which a search visits predicted lists."""
 
 
+DRIFT = 0.02
+"""How much less recall@10 the rows added to an index may have before retraining is advised."""
+
+
 class DuplicateRows(TypedDict, total=False):
     """Rows that `--dedup` left out: how many, at which cosine, and the report on them, a path below INDEX."""
 

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from shlex import quote
 
 from clip_batch.errors import ConflictError, CorruptError, InputError
@@ -83,10 +84,11 @@ def publications(store: Store) -> list[Publication]:
     return [_read(store, number) for number in _numbers(store)]
 
 
-def read_state(store: Store) -> State:
+def read_state(store: Store, mending: bool = True) -> State:
     """The live version and what is being deleted. CURRENT is written again where it is behind and can be written.
 
-    CorruptError: CURRENT names no version, or an entry of the log is not readable.
+    Without `mending` it is left as it is. CorruptError: CURRENT names no version, or an entry of the log is not
+    readable.
     """
     current = current_version(store)
     if not (numbers := _numbers(store)):
@@ -94,7 +96,7 @@ def read_state(store: Store) -> State:
     last = _read(store, numbers[-1])
     if current not in (None, last.version) and all(entry.version != current for entry in publications(store)):
         return State(current, last.dropping, last.number, logged=False)
-    if current != last.version:
+    if current != last.version and mending:
         with contextlib.suppress(OSError, NotImplementedError, InputError):  # nor do readers need it
             _point(store, last)
     return State(last.version, last.dropping, last.number)
@@ -158,6 +160,36 @@ def mend(store: Store) -> None:
         _point(store, _read(store, numbers[-1]))
     else:
         store.remove(CURRENT)
+
+
+def problems(store: Store) -> dict[str, str]:
+    """What is wrong with CURRENT and the log, by their names, with the remedy; CURRENT is not mended."""
+    index, found = quote(store.url), dict[str, str]()
+    try:
+        log = publications(store)
+        for before, entry in pairwise([None, *log]):
+            assert entry is not None
+            number, version = (before.number, before.version) if before else (0, None)
+            if (entry.number, entry.replaces) != (number + 1, version):
+                found["log of publications"] = (
+                    f"entry {entry.number} does not follow entry {number}: what is live is not in doubt, but put what "
+                    "is missing back from a copy"
+                )
+        current = current_version(store)
+    except CorruptError as error:
+        return {"what is live": str(error)}
+    if log and current != log[-1].version:
+        if current is None or any(entry.version == current for entry in log):
+            found[CURRENT] = (
+                f"is behind the log, whose last entry is version {log[-1].version}: whatever opens the index writes it "
+                f"again, such as clip-batch versions --index {index}"
+            )
+        else:
+            found[CURRENT] = (
+                f"names version {current}, which the log lacks, as an older clip-batch or a person wrote it: "
+                f"clip-batch versions --index {index} --use {current} enters it"
+            )
+    return found
 
 
 def _point(store: Store, entry: Publication) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from shlex import quote
 
 from clip_batch.embeddings.verify import VerifyReport, check_file
 from clip_batch.errors import CorruptError
-from clip_batch.index import kept, removals
+from clip_batch.index import kept, publications, removals
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.index.metadata import MetadataFile
+from clip_batch.index.paths import VersionPaths
+from clip_batch.index.versions import folders_of
 from clip_batch.storage.npy import open_matrix
 from clip_batch.storage.store import Store
 
@@ -18,11 +21,17 @@ from clip_batch.storage.store import Store
 def verify_index(store: Store, deep: bool = False) -> VerifyReport:
     """Check that the live version of INDEX is complete: sizes and rows, and with `deep` every byte.
 
-    That includes what only `merge --add` reads (see `clip_batch.index.kept`), and the removal lists. `deep` also opens
-    every index and metadata file and compares their rows.
+    That includes what only `merge --add` reads (see `clip_batch.index.kept`), the removal lists, and whether CURRENT
+    and the log of publications agree. `deep` also opens every index and metadata file and compares their rows.
     """
-    manifest = load_manifest(store)
-    report = VerifyReport(checked=len(manifest.shards), rows=manifest.rows)
+    wrong = publications.problems(store)
+    try:
+        manifest = load_manifest(store, publications.read_state(store, mending=False).version)
+    except CorruptError as error:
+        others = [name for name in folders_of(store) if store.exists(VersionPaths(name).manifest)]
+        remedy = f"; clip-batch versions --index {quote(store.url)} --use goes back to {' or '.join(others)}"
+        return VerifyReport(problems={"what is live": f"{error}{remedy if others else ''}", **wrong})
+    report = VerifyReport(checked=len(manifest.shards), rows=manifest.rows, problems=wrong)
     offset = 0
     for shard in manifest.shards:
         problem = _check_index_shard(store, manifest, shard, deep)

@@ -147,8 +147,8 @@ def _lines(info: VersionInfo) -> list[str]:
     if not info.finished:
         return [f"{start}  {info.problem or 'not finished'}"]
     removed = "removals not counted yet" if info.alive is None else f"{info.rows - info.alive:,} removed"
-    indices = [f"{modality} {key}{_recall(info.recall.get(modality, {}))}" for modality, key in info.key.items()]
-    lines = ["; ".join([f"{start}  {_time(info.created)}  {counted(info.rows, 'row')}, {removed}", *indices])]
+    indices = [f"{modality} {key}{show_recall(info.recall.get(modality, {}))}" for modality, key in info.key.items()]
+    lines = ["; ".join([f"{start}  {show_time(info.created)}  {counted(info.rows, 'row')}, {removed}", *indices])]
     size = format_bytes(info.bytes)
     size += f", and {format_bytes(info.shared_bytes)} of {', '.join(info.needs)}" if info.needs else ""
     size += f"; needed by {', '.join(info.needed_by)}" if info.needed_by else ""
@@ -156,19 +156,22 @@ def _lines(info: VersionInfo) -> list[str]:
     if info.sources:
         lines.append("of " + ", ".join(f"{source.output} ({counted(source.rows, 'row')})" for source in info.sources))
     if info.was_live:
-        periods = [
-            f"{_time(period.start)} to {_time(period.end)}" if period.end else f"since {_time(period.start)}"
-            for period in info.was_live
-        ]
-        lines.append("live " + ", ".join(periods))
+        lines.append("live " + ", ".join(map(_period, info.was_live)))
     return [lines[0], *(f"    {line}" for line in lines[1:])]
 
 
-def _time(seconds: float) -> str:
+def _period(period: LivePeriod) -> str:
+    start = show_time(period.start)
+    return f"{start} to {show_time(period.end)}" if period.end else f"since {start}"
+
+
+def show_time(seconds: float) -> str:
+    """A time in Unix seconds, for people."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-def _recall(measured: dict[str, Recall]) -> str:
+def show_recall(measured: dict[str, Recall]) -> str:
+    """The recall@10 of an index by kind of query, in brackets."""
     values = ", ".join(f"{recall['10']:.3f} for {kind} queries" for kind, recall in measured.items())
     return f" (recall@10 {values})" if values else ""
 

@@ -17,6 +17,7 @@ from clip_batch.errors import ClipBatchError, ConfigError
 from clip_batch.index import removals, removed_rows
 from clip_batch.index.manifest import load_manifest
 from clip_batch.index.paths import VersionPaths
+from clip_batch.index.publications import read_state
 from clip_batch.index.verify import verify_index
 from clip_batch.search.rows import Ids
 from clip_batch.search.searcher import Searcher
@@ -45,7 +46,9 @@ def verify_searches(index: StrPath, deep: bool = False, storage: StorageConfig =
     """
     store = Store(index, storage.storage_options)
     report = verify_index(store, deep)
-    manifest = load_manifest(store)
+    if "what is live" in report.problems:
+        return report
+    manifest = load_manifest(store, read_state(store, mending=False).version)
     known = removed_rows.removed_if_known(store, manifest)
     report.removed = 0 if known is None else len(known)
     nothing = known is not None and not len(known)

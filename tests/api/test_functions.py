@@ -54,6 +54,8 @@ def test_they_are_functions() -> None:
         "removals",
         "undo_removal",
         "versions",
+        "index_status",
+        "gc_index",
         "sweep",
         "make_app",
         "read",

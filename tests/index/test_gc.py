@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import clip_batch
 from clip_batch.cli import main
 from clip_batch.config import MergeConfig
 from clip_batch.errors import ConfigError, ConflictError, CorruptError
@@ -229,6 +230,13 @@ def test_the_command(store: Store, names: list[str], capsys: pytest.CaptureFixtu
     assert main(flags) == 0
     assert "3 items deleted" in capsys.readouterr().out
     assert len(versions(store)) == 2
+
+
+def test_from_python(store: Store, names: list[str]) -> None:
+    assert clip_batch.gc_index(store.url, keep=0, older_than=0, dry_run=True).bytes > 10_000
+    for wrong in ({"keep": -1}, {"older_than": -1.0}, {"older_than": float("nan")}):
+        with pytest.raises(ConfigError, match="must be 0 or more"):
+            clip_batch.gc_index(store.url, **wrong)  # type: ignore[arg-type]
 
 
 def test_on_a_remote_store(home: Path, names: list[str]) -> None:

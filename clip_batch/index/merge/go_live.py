@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Sequence
 from shlex import join
 
-from clip_batch.config.options import to_flags
 from clip_batch.errors import ClipBatchError, ConfigError, ConflictError
 from clip_batch.index.manifest import MergedOutput, load_manifest
 from clip_batch.index.merge.job import MergeJob
@@ -41,7 +40,7 @@ def refuse_less(job: MergeJob, sources: Sequence[MergedOutput], live: str | None
         return
     if not (held := _lacking(job, sources, live)):
         return
-    adding = join(["clip-batch", "merge", "--add", *_places(job)])
+    adding = join(["clip-batch", "merge", "--add", *job.places])
     text = f"live version {live} of {job.index.url} holds {' and '.join(held)} besides"
     if live == began:
         raise ConfigError(f"{text}: {adding} adds to it, and merge --anew takes its place")
@@ -68,14 +67,9 @@ def _covers(new: MergedOutput, old: MergedOutput) -> bool:
     return same and set(new.missing) <= set(old.missing) and new.rows >= old.rows
 
 
-def _places(job: MergeJob) -> list[str]:
-    """The flags of merge that name the OUTs and the INDEX of a job."""
-    return ["--output", *(output.output for output in job.outputs), "--index", job.index.url]
-
-
 def untrained(job: MergeJob) -> ClipBatchError:
     """Why the tasks after `train` find no template: it was not run, or another version has gone live since."""
-    command = f"run {join(['clip-batch', 'merge', *_places(job), *to_flags(job.config), '--task', 'train'])}"
+    command = f"run {job.command} --task train"
     for name in filter(is_version, job.index.list("") if job.config.add else ()):
         paths = VersionPaths(name)
         with contextlib.suppress(FileNotFoundError, ValueError):

@@ -10,9 +10,11 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from shlex import join
 from typing import Any, NotRequired, TypedDict
 
 from clip_batch.config import MergeConfig, StorageConfig, parse_bytes
+from clip_batch.config.options import to_flags
 from clip_batch.embeddings import clip_retrieval, reader
 from clip_batch.embeddings.outputs import Outputs
 from clip_batch.errors import ConfigError, CorruptError, IncompleteError, PlanError
@@ -56,7 +58,8 @@ BASE_BYTES = 700_000_000
 class TemplateRecord(TypedDict):
     """What `train` recorded: see `clip_batch.index.merge.train.Template`.
 
-    `job` is `MergeJob.identity`, and `replaces` the version that was live then; older releases recorded neither.
+    `job` is `MergeJob.identity`, `replaces` the version that was live then, `rows` those of the OUTs, `shards` the
+    number of index shards, and `command` runs the merge; older releases recorded none of these.
     """
 
     attempt: str
@@ -74,6 +77,9 @@ class TemplateRecord(TypedDict):
     files: dict[str, StoredFile]
     job: NotRequired[str]
     replaces: NotRequired[str | None]
+    rows: NotRequired[int]
+    shards: NotRequired[int]
+    command: NotRequired[str]
 
 
 class ShardRecord(TypedDict):
@@ -117,6 +123,16 @@ class MergeJob:
         """The digest over the commits of OUT, or those of several OUTs."""
         digests = [output.digest for output in self.outputs]
         return digests[0] if len(digests) == 1 else digests
+
+    @property
+    def places(self) -> list[str]:
+        """The flags of merge that name the OUTs and the INDEX."""
+        return ["--output", *(output.output for output in self.outputs), "--index", self.index.url]
+
+    @property
+    def command(self) -> str:
+        """The command that runs the merge, for people."""
+        return join(["clip-batch", "merge", *self.places, *to_flags(self.config)])
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -234,6 +234,9 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
         seconds=time.monotonic() - started,
         job=job.identity,
         replaces=job.live,
+        rows=job.source.rows,
+        shards=job.shards,
+        command=job.command,
     )
 
 

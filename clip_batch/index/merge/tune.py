@@ -12,7 +12,7 @@ import numpy.typing as npt
 from clip_batch.index.ann import faiss_index, predictor, recall
 from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.ann.recall import Recall, RecallTrial
-from clip_batch.index.manifest import Prediction
+from clip_batch.index.manifest import DRIFT, Prediction
 from clip_batch.index.merge import predict
 from clip_batch.index.merge.job import MergeJob
 from clip_batch.index.merge.queries import Queries
@@ -20,9 +20,6 @@ from clip_batch.index.merge.train import REFERENCE, Template
 from clip_batch.index.merge.trial import PREDICTED
 from clip_batch.index.paths import VersionPaths
 from clip_batch.storage import npy
-
-DRIFT = 0.02
-"""How much less recall@10 the rows added to an index may have before retraining is advised."""
 
 ROWS: tuple[Literal["rows"], Literal["distance_rows"]] = "rows", "distance_rows"
 
