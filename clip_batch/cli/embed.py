@@ -92,11 +92,16 @@ class EmbedArguments(JsonArguments, OutputArguments):
 
 def embed(arguments: EmbedArguments, embed: EmbedConfig, plan: PlanConfig, storage: StorageConfig) -> int:
     """Embed every uncommitted partition on this machine; with --input, plan first."""
-    from clip_batch.launch import local
+    from clip_batch.plan.plan import count_partitions
+    from clip_batch.storage.store import Store
 
     if plan.input:
         say(_plan(arguments.output, plan, storage)[1])
-    workers = processes(arguments.workers, embed)
+    else:
+        count_partitions(Store(arguments.output, storage.storage_options))  # before torch is loaded
+    from clip_batch.launch import local
+
+    workers = local.processes(arguments.workers, embed)
     if workers <= 1:
         code = report(arguments, local.run_worker(arguments.output, None, embed, storage), embed.allow_empty)
     else:
@@ -104,13 +109,6 @@ def embed(arguments: EmbedArguments, embed: EmbedConfig, plan: PlanConfig, stora
     if code == 0:
         say_next(f"clip-batch merge --output {quote(arguments.output)} --index INDEX")
     return code
-
-
-def processes(workers: int, config: EmbedConfig) -> int:
-    """Processes that embed on this machine: `workers`, or where that is 0 one for each GPU (0: there is none)."""
-    from clip_batch.encoders.device import gpus
-
-    return workers or (gpus() if config.device in ("auto", "cuda") else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ from shlex import quote
 from typing import Annotated
 
 from clip_batch.cli.arguments import JsonArguments, Only, Without, answer, say
-from clip_batch.cli.embed import processes
 from clip_batch.cli.serve import WEB
 from clip_batch.config import (
     DownloadConfig,
@@ -72,9 +71,8 @@ def run(
         record_spec(folder, specs, storage)
         return end2end(line, replace(download, urls=urls), replace(plan, input=[]), embed, merge, serve, storage)
     plan = replace(plan, input=specs)
-    workers = processes(arguments.workers, embed)
     then = "serve" if arguments.serve else ""
-    index, state = run_line(folder, plan, embed, merge, storage, workers, say, then)
+    index, state = run_line(folder, plan, embed, merge, storage, arguments.workers, say, then)
     failed = sum(state.failures.values())
     text = f"{counted(state.rows, 'sample')} embedded, {failed:,} listed as failed"
     if failed:
@@ -128,7 +126,6 @@ def end2end(
     from clip_batch.launch.end2end.account import describe
     from clip_batch.launch.end2end.end2end import end2end
 
-    workers = processes(arguments.workers, embed)
-    index, account = end2end(arguments.output, download, plan, embed, merge, storage, workers, say)
+    index, account = end2end(arguments.output, download, plan, embed, merge, storage, arguments.workers, say)
     answer(arguments, {**asdict(account), "index": index}, f"{describe(account)}\nindex: {index}")
     return _serve(arguments, index, embed, serve, storage)

@@ -15,7 +15,6 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from clip_batch.errors import EncoderError, one_line
 from clip_batch.storage.store import file_digest
@@ -48,6 +47,8 @@ def offline() -> Iterator[None]:
 
 def reachable() -> bool:
     """Whether the hub's name is known here, or a proxy may know it. Its libraries try for a minute where it is not."""
+    from urllib.request import getproxies
+
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT)

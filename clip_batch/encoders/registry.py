@@ -10,7 +10,6 @@ import io
 import os
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from clip_batch.encoders import hub, open_clip_names
@@ -142,6 +141,8 @@ def _family(model: str) -> Family:
     prefix, colon, _ = model.partition(":")
     module = FAMILIES.get(prefix) if colon else _OPEN_CLIP
     if module is None:
+        from importlib.metadata import entry_points
+
         module = next((entry.value for entry in entry_points(group=ENTRY_POINTS) if entry.name == prefix), None)
     if module is None:
         raise EncoderError(f"no family of models is called {prefix!r}: there are {', '.join(FAMILIES)}")

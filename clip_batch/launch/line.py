@@ -103,6 +103,7 @@ def embed_all(output: str, config: EmbedConfig, storage: StorageConfig, workers:
     Partitions without a row are no error here: the callers say what became of the input.
     """
     config = replace(config, allow_empty=True)
+    workers = local.processes(workers, config)
     if workers > 1:
         code = local.run_workers(output, workers, config, storage)
         if code == Preempted.exit_code:

@@ -25,6 +25,14 @@ from clip_batch.storage.store import Store
 from clip_batch.types import Commit
 
 
+def processes(workers: int, config: EmbedConfig) -> int:
+    """Processes that embed on this machine: `workers`, or where that is 0 one for each GPU (0: there is none).
+
+    Looking for GPUs loads torch, which takes seconds.
+    """
+    return workers or (gpus() if config.device in ("auto", "cuda") else 0)
+
+
 def run_worker(
     output: str, work: list[int] | Slot | None, config: EmbedConfig, storage: StorageConfig
 ) -> list[Outcome]:

@@ -6,12 +6,12 @@ s3fs and gcsfs receive the same bytes through asyncio, as many small objects, fo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from http.client import HTTPMessage
-from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from typing import TYPE_CHECKING, Any
 
 from clip_batch.storage.retry import is_transient
+
+if TYPE_CHECKING:
+    from http.client import HTTPMessage
 
 _BUFFER = 256 * 2**10  # bytes; a buffer that stays in the processor's cache is copied fastest
 _TIMEOUT = 60.0  # seconds, as botocore
@@ -38,6 +38,9 @@ def chunks(
     Yields fewer bytes where the connection ends early, and none where the server refuses the request: the store's
     client then reads the object, or raises the error. Raises transient errors, as HTTPError or OSError.
     """
+    from urllib.error import HTTPError, URLError  # with ssl and email, which most commands never need
+    from urllib.request import Request, urlopen
+
     bucket = fs, path.partition("/")[0]
     if bucket in _refused:
         return

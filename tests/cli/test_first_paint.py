@@ -6,8 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from clip_batch.cli import COMMANDS
+from clip_batch.config import PlanConfig
 from clip_batch.config.extras import NEEDS
+from clip_batch.plan.plan import make_plan
+from tests import ROOT, corpus
 from tests.test_layers import HEAVY
 
 WORDS = {
@@ -58,3 +63,48 @@ def test_each_command_says_something_before_it_loads_a_large_library(tmp_path: P
     lines = done.stdout.splitlines()
     expected = [f"{command} - - clip-batch {command}: its libraries are being loaded" for command in NEEDS]
     assert lines == expected, done.stderr
+
+
+QUICK = [
+    "--help",
+    "merge --help",
+    "models cached",
+    "status --output {out}",
+    "status --output nowhere",
+    "gc --output nowhere",
+    "embed --output nowhere",
+    "plan --output out --input nowhere",
+    "plan --output out",
+]
+"""Commands that answer, or refuse, without loading what takes a tenth of a second or more."""
+
+SLOW = {*HEAVY, "numpy", "pyarrow", "pydantic", "http.client", "importlib.metadata", "rich"}
+
+MODULES = """
+import sys
+from clip_batch.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print("\\n", *sorted({slow} & {{*sys.modules}}))
+"""
+
+
+@pytest.mark.parametrize("words", QUICK)
+def test_what_answers_at_once_loads_little(words: str, out: Path, tmp_path: Path) -> None:
+    # -S: the environment's own start-up files load modules too
+    paths = [str(ROOT), *(path for path in sys.path if path.endswith("-packages"))]
+    script = f"import sys; sys.path += {paths}" + MODULES.format(slow=SLOW)
+    command = [sys.executable, "-S", "-c", script, *words.format(out=out).split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.stdout.splitlines()[-1].split() == [], done.stderr
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OUT whose plan has nothing committed."""
+    home = tmp_path_factory.mktemp("first_paint")
+    corpus.good_tar(str(home / "a.tar"), 3)
+    make_plan(home / "a.tar", home / "out", PlanConfig(model="fake:8"))
+    return home / "out"
