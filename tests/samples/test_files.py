@@ -152,7 +152,7 @@ def test_a_changed_folder_is_refused(folder: str) -> None:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that are walked, in order."""
     walks: list[str] = []
-    monkeypatch.setattr(files, "list_tree", lambda url, options: walks.append(url) or list_tree(url, options))
+    monkeypatch.setattr(files, "list_tree", lambda url, *rest: walks.append(url) or list_tree(url, *rest))
     return walks
 
 
