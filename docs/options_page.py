@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import yaml
 
 from clip_batch.cli import COMMANDS
-from clip_batch.cli.parser import sections
+from clip_batch.cli.parser import argument_names, sections
 from clip_batch.config.fields import default, meaning, required, show
 from clip_batch.config.options import SECTIONS
 
@@ -70,9 +70,10 @@ def reference_markdown() -> str:
 
 
 def shared_fields() -> list[str]:
-    """The fields that several sections have."""
+    """The fields that several sections have, or a command as an argument of its own."""
     names = [field.name for section in SECTIONS.values() for field in dataclasses.fields(section)]
-    return sorted({name for name in names if names.count(name) > 1})
+    arguments = argument_names(COMMANDS.values())
+    return sorted({name for name in names if names.count(name) > 1 or name in arguments})
 
 
 def _arguments() -> dict[tuple[str, str, str], list[str]]:

@@ -88,5 +88,6 @@ def call(
     values: dict[str, Any] = {"main": main} if "main" in typing.get_type_hints(command) else {}
     for name, section in taken.items():
         own = {flag: value for flag, value in flags.items() if flag in section.flags}
-        values[name] = options.gather(section.kind, own, file)
+        others = argument_names(commands) if section.kind in options.SECTIONS.values() else ()
+        values[name] = options.gather(section.kind, own, file, arguments=others)
     return command(**values)

@@ -179,9 +179,16 @@ def _check_keys(where: str, content: Any, valid: Iterable[str], arguments: Itera
 
 
 def gather(
-    section: type, flags: Mapping[str, Any], file: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+    section: type,
+    flags: Mapping[str, Any],
+    file: Mapping[str, Any],
+    environ: Mapping[str, str] = os.environ,
+    arguments: Iterable[str] = (),
 ) -> Any:
-    """One section's dataclass from flags, environment and file; ConfigError names the wrong or missing value."""
+    """One section's dataclass from flags, environment and file; ConfigError names the wrong or missing value.
+
+    `arguments` are the names of the commands' own arguments, which have the short names of variables to themselves.
+    """
     name = _name(section)
     keys = _keys(name, file)
     hints = typing.get_type_hints(section)
@@ -190,7 +197,7 @@ def gather(
     for field in dataclasses.fields(section):
         if field.name in flags:
             values[field.name], sources[field.name] = flags[field.name], _flag(field.name)
-        elif used := _used_variable(section, field.name, environ):
+        elif used := _used_variable(section, field.name, environ, arguments):
             text, kind = environ[used], hints[field.name]
             values[field.name], sources[field.name] = text, used
             if typing.get_origin(kind) is list:
@@ -242,19 +249,20 @@ def _keys(name: str | None, file: Mapping[str, Any]) -> Mapping[str, Any]:
     return keys if isinstance(keys, dict) else {}
 
 
-def _used_variable(section: type, field: str, environ: Mapping[str, str]) -> str | None:
+def _used_variable(section: type, field: str, environ: Mapping[str, str], arguments: Iterable[str]) -> str | None:
     """The variable that sets a field, if one does. ConfigError: it does not say of which section it is."""
     long, short = variable(section, field), f"CLIP_BATCH_{field.upper()}"
     if long in environ:
         return long
     if short not in environ:
         return None
-    sharing = [known for known in SECTIONS.values() if field in _field_names(known)]
-    if len(sharing) > 1:
+    sharing = [variable(known, field) for known in SECTIONS.values() if field in _field_names(known)]
+    if len(sharing) > 1 or field in arguments:
         if not environ[short]:  # a variable that was emptied sets nothing
             return None
-        names = ", ".join(variable(known, field) for known in sharing)
-        raise ConfigError(f"{short} does not say whose {field} it sets: set the one that is meant of {names}")
+        raise ConfigError(
+            f"{short} does not say whose {field} it sets: set the one that is meant of {', '.join(sharing)}"
+        )
     return short
 
 

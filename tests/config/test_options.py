@@ -228,9 +228,13 @@ def test_no_variable_means_two_fields() -> None:
     assert not {name: owners for name, owners in long.items() if len(owners) > 1}
     for section in options.SECTIONS.values():
         for field in dataclasses.fields(section):
-            shared = {(None, field.name)} if field.name == "dry_run" else set()  # one variable: nothing is changed
-            found = long.get(f"CLIP_BATCH_{field.name.upper()}", set())
-            assert found <= {(section, field.name), *shared}, field.name
+            name = f"CLIP_BATCH_{field.name.upper()}"
+            if long.get(name, set()) <= {(section, field.name)}:
+                continue
+            with pytest.raises(
+                ConfigError, match=f"{name} does not say whose .*: set .*{options.variable(section, field.name)}"
+            ):
+                options.gather(section, {}, {}, {name: "1"}, argument_names(COMMANDS.values()))
 
 
 def test_the_long_name_of_a_variable_says_its_section() -> None:
