@@ -11,7 +11,7 @@ from clip_batch.errors import InputError, StorageUnavailable
 from clip_batch.plan.threads import map_in_threads
 from clip_batch.storage.paths import split_url
 from clip_batch.storage.store import Store
-from clip_batch.types import Plan, Shard
+from clip_batch.types import MODALITIES, Plan, Shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,10 +51,11 @@ def count_rows(shard: Shard, options: dict[str, Any]) -> Shard:
     return replace(shard, samples=file.rows) if file else shard
 
 
-def column_lines(shards: Sequence[Shard], draft: Plan, options: dict[str, Any]) -> list[str]:
-    """Lines that say which columns are embedded, after a look at some of the files.
+def look_at_columns(shards: Sequence[Shard], draft: Plan, options: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
+    """What is embedded of files, and lines that say which columns, after a look at some of them.
 
-    InputError: none of those that can be read has the columns that are asked for.
+    Of files of captions that have no images, and where no option names a column of images, the captions alone are
+    embedded. InputError: none of the files that can be read has the columns that are asked for.
     """
     from clip_batch.samples.parquet.columns import find_columns, text_columns
 
@@ -62,11 +63,16 @@ def column_lines(shards: Sequence[Shard], draft: Plan, options: dict[str, Any]) 
     spread = [shards[(len(shards) - 1) * k // max(count - 1, 1)] for k in range(count)]
     read = map_in_threads(lambda shard: (shard.url, read_schema(shard.url, options)), spread)
     schemas = [(url, schema) for url, schema in read if schema is not None]
-    images = "image" in draft.modalities
-    found = [find_columns(schema, draft.image_field, draft.caption_field, images) for _, schema in schemas]
-    if not found:
-        return []
+    if not schemas:
+        return draft.modalities, []
     url, first = schemas[0]
+    lines = []
+    modalities = draft.modalities
+    if modalities == MODALITIES and not draft.image_field and _captions_alone(draft, [one for _, one in schemas]):
+        modalities = ("text",)
+        lines.append("no column of images: the captions alone are embedded, as with --modalities text")
+    images = "image" in modalities
+    found = [find_columns(schema, draft.image_field, draft.caption_field, images) for _, schema in schemas]
     if images and not any(columns.image for columns in found):
         problem = found[0].problem
         raise InputError(f"{url} has {problem}{'' if '--image-field' in problem else _remedy(first)}")
@@ -75,16 +81,23 @@ def column_lines(shards: Sequence[Shard], draft: Plan, options: dict[str, Any]) 
         named = f"no column {draft.caption_field!r}" if draft.caption_field else "no column of captions"
         columns = f"its columns with text are {', '.join(texts) or 'none'}"
         raise InputError(f"{url} has {named}: name one with --caption-field; {columns}")
-    lines = []
     if images:
         lines.append(f"images: {_named(columns.image for columns in found)}")
     if any(columns.caption for columns in found):
         lines.append(f"captions: {_named(columns.caption for columns in found)}")
-    elif "text" in draft.modalities:
+    elif "text" in modalities:
         lines.append(f"no column of captions: --caption-field takes one of {', '.join(texts[:20]) or 'none'}")
     if passed_over := list(dict.fromkeys(name for columns in found for name in columns.passed_over)):
         lines.append(f"columns with binary values that are passed over: {', '.join(passed_over[:20])}")
-    return lines
+    return modalities, lines
+
+
+def _captions_alone(draft: Plan, schemas: Iterable[pa.Schema]) -> bool:
+    """Whether each file has captions, in the column that is named or by looking, and none images or URLs of them."""
+    return all(
+        parquet_kind(schema) == "captions" or (parquet_kind(schema) == "other" and draft.caption_field in schema.names)
+        for schema in schemas
+    )
 
 
 def _named(columns: Iterable[str | None]) -> str:
@@ -97,10 +110,9 @@ def _named(columns: Iterable[str | None]) -> str:
 
 def _remedy(schema: pa.Schema) -> str:
     """What takes a file without images."""
-    kind = parquet_kind(schema)
-    if kind == "urls":
+    if parquet_kind(schema) == "urls":
         return ": clip-batch end2end --urls downloads the images and embeds them"
-    return ": --modalities text embeds its captions" if kind == "captions" else ": name another file"
+    return ": name another file, or --modalities text and --caption-field to embed a column of captions"
 
 
 def read_footer(shard: Shard, options: dict[str, Any]) -> SampleFile | None:

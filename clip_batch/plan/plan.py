@@ -24,7 +24,7 @@ from clip_batch.plan.cuts import FindCuts, find_cuts, folder_cuts, parquet_cuts,
 from clip_batch.plan.growth import Growth, compare_files
 from clip_batch.plan.kinds import check_kinds
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
-from clip_batch.plan.parquet import column_lines
+from clip_batch.plan.parquet import look_at_columns
 from clip_batch.plan.replace import obstacle, replaced
 from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples, name_advice
 from clip_batch.plan.stored import count_partitions as count_partitions
@@ -111,7 +111,10 @@ def make_plan(
     draft = replace(draft, key_ends=config.key_ends, image_field=config.image_field, modalities=_modalities(config))
     draft = replace(draft, home=store.url)
     if config.format == "parquet":
-        for line in column_lines([shard for shard in shards if shard.etag != UNREADABLE], draft, options):
+        files = [shard for shard in shards if shard.etag != UNREADABLE]
+        modalities, lines = look_at_columns(files, draft, options)
+        draft = replace(draft, modalities=modalities)
+        for line in lines:
             say(line)
 
     def differences(existing: Plan, head: dict[str, Any]) -> list[str]:

@@ -95,7 +95,8 @@ def test_every_row_is_a_row_or_a_failure_with_its_reason(tmp_path: Path) -> None
     ("columns", "options", "message"),
     [
         ({"url": ["http://a/b.jpg"]}, {"format": "parquet"}, "end2end --urls downloads"),
-        ({"text": ["a"]}, {}, "--modalities text embeds its captions"),
+        ({"text": ["a"]}, {"modalities": ["image"]}, "its columns are text: name another file, or --modalities text"),
+        ({"text": ["a"]}, {"image_field": "jpg"}, "no column 'jpg'"),
         ({"n": [1]}, {}, "no column with images' bytes; its columns are n: name another file"),
         ({"n": [1]}, {"modalities": ["text"]}, "no column of captions: name one with --caption-field; its columns"),
         ({"jpg": [b"x"], "alt": ["a"]}, {"caption_field": "alter"}, "no column 'alter'.*with text are alt"),
@@ -209,3 +210,16 @@ def test_an_output_in_a_folder_of_parquet_files_is_refused(folder: Path, tmp_pat
         plan(f"{folder}{spec}", folder / "out")
     assert not (folder / "out").exists()
     plan(f"{folder}/*.parquet", folder / "out")
+
+
+@pytest.mark.parametrize(("column", "options"), [("text", {}), ("words", {"caption_field": "words"})])
+def test_captions_without_images_are_embedded_alone(tmp_path: Path, column: str, options: dict[str, Any]) -> None:
+    path = parquets.write(str(tmp_path / "a.parquet"), {column: ["a cat", "a dog"]})
+    lines: list[str] = []
+    made = plan(path, tmp_path / "out", lines, **options)
+    assert made.modalities == ("text",) and "captions: column " + column in lines
+    assert "no column of images: the captions alone are embedded, as with --modalities text" in lines
+    [outcome] = embed(tmp_path / "out")
+    assert (outcome.rows, outcome.failed) == (2, 0)
+    assert plan(path, tmp_path / "out", lines, **options) == made
+    assert plan(path, tmp_path / "out", lines, modalities=["text"], **options) == made
