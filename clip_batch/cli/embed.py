@@ -68,10 +68,12 @@ def prefetch(
     options = storage.storage_options
     if arguments.output:
         planned = load_plan(Store(arguments.output, options)).encoder
+        say(f"{planned.model} {planned.pretrained}".strip() + " is fetched, unless it is on this machine")
         spec = encoders.resolve(planned.model, planned.pretrained, planned.preprocess, planned.precision, options)
         encoders.check_weights(spec.weights, planned)
         spec = replace(spec, exif_rotation=planned.exif_rotation)
     else:
+        say(f"{plan.model} {plan.pretrained}".strip() + " is fetched, unless it is on this machine")
         mode = "fast" if plan.preprocess == "auto" else plan.preprocess
         spec = encoders.resolve(plan.model, plan.pretrained, mode, plan.precision, options)
     text = f"{spec.model} {spec.pretrained}".strip() + f" is on this machine: {spec.weights[:12]}"
@@ -79,6 +81,11 @@ def prefetch(
     if plan.preprocess == "auto" and not arguments.output:  # only a trial of the model tells which it is
         del values["preprocess"], values["fingerprint"]
     answer(arguments, values, text)
+    if arguments.output:
+        say_next(f"clip-batch embed --output {quote(arguments.output)}")
+    else:
+        named = f" --pretrained {quote(spec.pretrained)}" if spec.pretrained else ""
+        say_next(f"clip-batch run FOLDER --model {quote(spec.model)}{named}")
     return 0
 
 

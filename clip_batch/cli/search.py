@@ -71,7 +71,7 @@ def filter(arguments: FilterArguments, search: SearchConfig, storage: StorageCon
     query = _query(arguments, search, search.k if search.threshold is None else None)
     with Searcher(arguments.index_folder, storage, config=search) as searcher:
         store = Store(arguments.output, storage.storage_options)
-        done = filter_rows(searcher, query, store, arguments.images, search.columns or None, arguments.images_from)
+        done = filter_rows(searcher, query, store, arguments.images, search.columns or None, arguments.images_from, say)
     text = f"{counted(done.rows, 'row')}, {counted(done.images, 'image')}: {arguments.output}"
     place = {"tar": "a planned file", "path": "an image_path", "url": "a url"}[arguments.images_from]
     text += f"; {counted(done.missing, 'image')} could not be read from {place}" if done.missing else ""

@@ -25,7 +25,7 @@ from clip_batch.index.ann.concatenate import concatenate
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.paths import is_local
 from clip_batch.storage.store import Store
-from clip_batch.types import EncoderSpec
+from clip_batch.types import EncoderSpec, counted
 
 INDICES = "indices_paths.json"
 BLOCK = 65_536
@@ -55,15 +55,17 @@ def export_clip_retrieval(
     if store.exists(INDICES):
         raise ConfigError(f"{store.display(INDICES)} exists already: name another folder, or delete this one")
     with Searcher(index, storage) as searcher:
+        shards = len(searcher.manifest.shards)
+        progress(f"metadata of {counted(shards, 'index shard')} are written first; then the indices")
         for number, table in enumerate(_tables(searcher)):
             with store.writer(f"metadata/metadata_{number:06d}.parquet") as file:
                 rows = _write(table, file)
-            progress(f"metadata {number + 1}: {rows:,} rows")
+            progress(f"metadata {number + 1} of {shards} written: {counted(rows, 'row')}")
         for modality, effort in searcher.manifest.effort.items():
             parts = [(one.index, one.offset) for one in searcher.indices[modality].parts]
+            progress(f"{modality}.index is written: {counted(len(parts), 'index shard')} become one file")
             with store.writer(f"{modality}.index") as file:
                 concatenate(parts, searcher.removed, effort, file.name, searcher.stored.get(modality))
-            progress(f"{modality}: {len(parts)} index shards in one file")
         name = os.path.basename(store.url)
         served = {name: _options(store.url, searcher.manifest.encoder)}
     store.replace(INDICES, json.dumps(served, indent=1).encode())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -34,6 +34,7 @@ from clip_batch.search.rows import Ids, Vectors
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage import web
 from clip_batch.storage.store import Store, read_url
+from clip_batch.types import counted
 
 GROUP = 10_000
 """Rows of a Parquet row group and of a tar, which are in memory at a time."""
@@ -75,6 +76,7 @@ def filter_rows(
     images: bool = False,
     columns: Sequence[str] | None = None,
     images_from: ImagesFrom = "tar",
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Filtered:
     """Write the k best rows of a query to the folder `store`; with a threshold and no `k`, every row over it.
 
@@ -118,6 +120,9 @@ def filter_rows(
             if images:
                 images_copied = _copy_images(searcher, table, store, f"images/{number:05d}.tar", images_from)
                 copied, missing = copied + images_copied, missing + len(table) - images_copied
+            if rows % GROUP == 0:
+                also = f" and {counted(copied, 'image')}" if images else ""
+                progress(f"{counted(rows, 'row')}{also} written so far")
     result = Filtered(rows, copied, missing, complete)
     about = {"index": searcher.manifest.version, **query.describe(), "planned": lineage.planned(searcher.manifest)}
     store.replace(_ABOUT, json.dumps({**about, **asdict(result)}, indent=1).encode())

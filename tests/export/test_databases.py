@@ -139,7 +139,7 @@ def test_metadata_comes_back_as_it_was(index: str, sql_url: str, prefix: str) ->
     assert (done.rows, done.there, done.compared) == (ROWS, ROWS, ROWS)
     fields = "where rows there compared missing surplus different examples"
     assert list(asdict(done)) == fields.split()  # the keys that --json prints
-    assert log[-1] == f"{ROWS} rows written"
+    assert log[-1] == f"{ROWS} rows written; then what the database holds is compared with the index"
     table = f"{prefix}_{current_version(Store(index))}"
     with Sql(sql_url, prefix) as sql, sql.engine.connect() as connection, Searcher(index) as searcher:
         rows = connection.execute(sa.text(f"SELECT * FROM {table} ORDER BY id")).mappings().all()
@@ -251,7 +251,7 @@ def test_sql_resumes_after_a_kill_finds_what_is_wrong_and_repairs_it(larger: str
         run(*flags)
         assert value(rows) == value(done) == 10_000
         _, log = run(*flags, "--deep")
-        assert "0 rows written" in log
+        assert any(line.startswith("0 rows written") for line in log)
         write(table.delete().where(table.c.id.in_([3, 7_500])))
         write(table.insert().values(id=10_000, key="no row"))
         write(table.update().where(table.c.id == 12).values(caption="Caption"))
@@ -271,7 +271,7 @@ def test_milvus_resumes_after_a_kill_finds_what_is_wrong_and_repairs_it(larger: 
     text, _ = run(*flags, "--deep", "--json")
     assert json.loads(text)["compared"] == json.loads(text)["there"] == 10_000
     _, log = run(*flags)
-    assert "0 rows written" in log
+    assert any(line.startswith("0 rows written") for line in log)
     name = f"clip_batch_{current_version(Store(larger))}"
     with Milvus(path) as milvus:
         collection = milvus.open(name, ["image", "text"], "AUTOINDEX")

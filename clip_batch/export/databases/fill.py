@@ -20,6 +20,7 @@ from clip_batch.export.databases.milvus import Collection, Milvus
 from clip_batch.export.databases.rows import Ids, IndexRows, VectorRows
 from clip_batch.export.databases.sql import ExportRecord, Sql, SqlTable
 from clip_batch.search.searcher import Searcher
+from clip_batch.types import counted
 
 SAMPLE = 1_000
 """Rows that a check compares value by value, unless it is deep."""
@@ -167,9 +168,9 @@ def _fill(rows: IndexRows, target: Target, progress: Progress) -> None:
         if len(missing := np.setdiff1d(expected, present)):
             target.write(missing)
             written += len(missing)
-            progress(f"{stop:,} of {rows.manifest.rows:,} rows")
+            progress(f"{stop:,} of {rows.manifest.rows:,} rows are in the database")
     target.finish()
-    progress(f"{written:,} rows written")
+    progress(f"{counted(written, 'row')} written; then what the database holds is compared with the index")
 
 
 def _check(rows: IndexRows, target: Target, deep: bool) -> ExportCheck:

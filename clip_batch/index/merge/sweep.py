@@ -29,6 +29,7 @@ from clip_batch.index.merge.trial import try_efforts
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
+from clip_batch.types import counted
 
 FACTORS = (0, 10, 30)
 """Re-ranking factors that are tried with a key whose codes are less exact than the vectors."""
@@ -134,12 +135,16 @@ def sweep(
     memory = parse_bytes(config.index_memory) // sum(kind in sample.queries for kind in config.modalities)
     keys = options.keys_to_try or index_keys.default_keys(rows, source.dim, memory)
     tried: list[Candidate] = []
-    for index_key in dict.fromkeys(key.replace("{}", str(index_keys.list_count(rows))) for key in keys):
+    distinct = list(dict.fromkeys(key.replace("{}", str(index_keys.list_count(rows))) for key in keys))
+    progress(f"{sample.rows:,} of {counted(rows, 'row')} are drawn; {counted(len(distinct), 'index key')} to try")
+    for number, index_key in enumerate(distinct, 1):
         if sample.rows < (least := codebook_rows(index_key)) and not options.keys_to_try:
             progress(
                 f"skipped: index key {index_key!r} trains on {least:,} rows or more, the sample has {sample.rows:,}"
             )
             continue
+        after = f"; then {distinct[number]}" if distinct[number:] else "; then which one to take"
+        progress(f"key {number} of {len(distinct)}: {index_key} is trained, built and searched{after}")
         try:
             results = _try_key(index_key, sample, rows, memory, config)
         except ConfigError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
@@ -136,7 +137,9 @@ def run(
 
     named = parse_indices(indices)
     check_port(config)
+    print(f"opening {', '.join(named.values())}; then serving", file=sys.stderr, flush=True)
     app = create_app(named, config, storage, databases)
     name_lost_files()
     print(f"serving {', '.join(named)} at http://{config.host}:{config.port}/", flush=True)
+    print("open that address in a browser, or ask by clip_batch.Client; Ctrl-C ends it", file=sys.stderr, flush=True)
     uvicorn.run(app, host=config.host, port=config.port, http=protocol(config), log_level="warning", access_log=False)
