@@ -16,15 +16,18 @@ from clip_batch.encoders.embedded import model_path
 from clip_batch.errors import InputError
 
 LICENCES = {
-    r"laion/": "MIT",
-    r"timm/[^/]*\.openai/": "MIT",
-    r"timm/[^/]*SigLIP": "Apache-2.0",
-    r"timm/PE-Core": "Apache-2.0",
+    r"laion/CLIP-(?!.*CommonPool)": "MIT or Apache-2.0",
+    r"timm/[^/]*\.(openai|yfcc15m|cc12m)|timm/vit_[^/]*\.laion400m": "MIT or Apache-2.0",
+    r"timm/[^/]*SigLIP|timm/PE-Core": "Apache-2.0",
     r"timm/[^/]*\.metaclip": "CC-BY-NC-4.0",
-    r"apple/|timm/MobileCLIP2": "Apple's own",
-    r"visheratin/nllb": "CC-BY-NC-4.0",
+    r"apple/DFN": "Apple's own (apple-ascl)",
+    r"apple/MobileCLIP|timm/MobileCLIP2": "Apple's own (apple-amlr)",
 }
-"""Licences by the beginnings of repositories, as patterns; that of a model card in the cache goes before these."""
+"""Licences by the beginnings of repositories, as patterns; that of a model card in the cache goes before these.
+
+They are those that timm 1.0.31 records of the same weights, some of which it has in several forms. What it does not
+record is not here.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def describe(rows: Sequence[ModelRow]) -> str:
         for row in filter(lambda row: row.tag, tags):
             notes = ["default"] if row.default else []
             notes += ["cached here"] if row.cached else []
-            notes += [row.licence or "licence not known"]
+            notes += [row.licence or "licence: see its page"]
             lines.append(f"    {row.tag:<34} {', '.join(notes)} ({row.source})")
     return "\n".join(lines)
 

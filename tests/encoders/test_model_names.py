@@ -37,7 +37,7 @@ def test_the_list_has_what_a_choice_needs(tmp_path: Path, monkeypatch: pytest.Mo
     words = ["vit-b-32", "DataComp.XL"]
     (row,) = model_list(words)
     assert (row.model, row.tag, row.default, row.cached) == ("ViT-B-32", "datacomp_xl_s13b_b90k", True, False)
-    assert (row.dim, row.image_size, row.gflop, row.licence) == (512, 224, 8.82, "MIT")
+    assert (row.dim, row.image_size, row.gflop, row.licence) == (512, 224, 8.82, "MIT or Apache-2.0")
     (snapshot / "open_clip_model.safetensors").touch()
     (snapshot / "README.md").write_text("---\nlicense: other\n---\n")
     (row,) = model_list([*words, "cached"])
