@@ -41,6 +41,7 @@ def filter(
     images_from: ImagesFrom = "tar",
     config: SearchConfig = SearchConfig(),
     storage: StorageConfig = StorageConfig(),
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Filtered:
     """Write every row over a threshold, or the k best, to the folder `output` as Parquet, and their images if asked.
 
@@ -62,7 +63,7 @@ def filter(
         raise ConfigError("filter has a Query, which has its own threshold and k: give them there")
     store = Store(path_text(output, "output"), storage.storage_options)
     with Searcher(index, storage, config=config) as searcher:
-        return filter_rows(searcher, query, store, images, columns, images_from)
+        return filter_rows(searcher, query, store, images, columns, images_from, progress)
 
 
 def remove(

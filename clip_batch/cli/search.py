@@ -64,14 +64,20 @@ class FilterArguments(QueryArguments):
 
 def filter(arguments: FilterArguments, search: SearchConfig, storage: StorageConfig) -> int:
     """Every row over a --threshold, or the k best, as Parquet in OUTPUT; their images too, if asked."""
-    from clip_batch.export.filter import filter_rows
-    from clip_batch.search.searcher import Searcher
-    from clip_batch.storage.store import Store
+    from clip_batch.api import index
 
     query = _query(arguments, search, search.k if search.threshold is None else None)
-    with Searcher(arguments.index_folder, storage, config=search) as searcher:
-        store = Store(arguments.output, storage.storage_options)
-        done = filter_rows(searcher, query, store, arguments.images, search.columns or None, arguments.images_from, say)
+    done = index.filter(
+        arguments.index_folder,
+        query,
+        arguments.output,
+        columns=search.columns or None,
+        images=arguments.images,
+        images_from=arguments.images_from,
+        config=search,
+        storage=storage,
+        progress=say,
+    )
     text = f"{counted(done.rows, 'row')}, {counted(done.images, 'image')}: {arguments.output}"
     place = {"tar": "a planned file", "path": "an image_path", "url": "a url"}[arguments.images_from]
     text += f"; {counted(done.missing, 'image')} could not be read from {place}" if done.missing else ""

@@ -56,7 +56,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "ViT-g-14"]) == 0
     said = capsys.readouterr().out
     assert "ViT-g-14: 1024 numbers, 224 pixels, 534 GFLOP an image" in said
-    assert "laion2b_s34b_b88k                  default, MIT or Apache-2.0 (laion/CLIP-ViT-g-14-laion2B-s34B-b88K)" in said
+    assert (
+        "laion2b_s34b_b88k                  default, MIT or Apache-2.0 (laion/CLIP-ViT-g-14-laion2B-s34B-b88K)" in said
+    )
 
 
 @pytest.mark.slow
