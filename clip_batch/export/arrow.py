@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import IO, Any, Self
 
@@ -23,8 +24,11 @@ from clip_batch.embeddings.metadata import LINEAGE
 from clip_batch.embeddings.reader import Embeddings
 from clip_batch.errors import ConfigError, some
 from clip_batch.export.databases.rows import VectorRows
+from clip_batch.index.manifest import load_manifest
 from clip_batch.index.merge.job import open_source
+from clip_batch.index.metadata import MetadataFile, common_schema, take_as
 from clip_batch.index.paths import CURRENT
+from clip_batch.index.removed_rows import fetch_metadata, read_schema, removed_ids
 from clip_batch.plan import paths
 from clip_batch.search import clip_retrieval as foreign_index
 from clip_batch.search.searcher import Searcher
@@ -60,7 +64,7 @@ def read(source: StrPath, *, storage: StorageConfig = StorageConfig()) -> RowDat
     StorageConfig.expect(storage=storage)
     store = Store(path_text(source, "source"), storage.storage_options)
     if store.exists(CURRENT) or foreign_index.is_index(store):
-        return IndexDataset(Searcher(source, storage))
+        return IndexDataset(store, storage)
     if store.exists(paths.PLAN) or clip_retrieval.is_folder(store):
         model, pretrained = MergeConfig().made_by
         return OutputDataset(open_source(store, EncoderSpec(model, pretrained, weights=""), allow_partial=True))
@@ -233,49 +237,89 @@ class OutputDataset(RowDataset):
 
 
 class IndexDataset(RowDataset):
-    """The rows of a version of INDEX that were not removed."""
+    """The rows of the live version of INDEX that were not removed.
 
-    def __init__(self, searcher: Searcher) -> None:
-        self._searcher = searcher
+    Of a remote INDEX, metadata files are fetched one after another while they are read; it is copied to this machine's
+    cache as a whole, as a search does, once vectors are asked for.
+    """
+
+    def __init__(self, store: Store, storage: StorageConfig) -> None:
+        self._store, self._storage = store, storage
+        self._searcher: Searcher | None = None
         self._rows: VectorRows | None = None
-        modalities = list(searcher.manifest.key)
+        if store.local or foreign_index.is_index(store):
+            searcher = self._opened()
+            self._manifest, self._removed, metadata = searcher.manifest, searcher.removed, searcher.schema
+        else:
+            self._manifest = load_manifest(store)
+            names = [self._manifest.paths(shard).metadata(shard.name) for shard in self._manifest.shards]
+            with ThreadPoolExecutor(16) as pool:
+                metadata = common_schema(list(pool.map(lambda name: _plain(read_schema(store, name)), names)))
+            self._removed = removed_ids(store, self._manifest, fetch_metadata(store, self._manifest))
+        modalities = list(self._manifest.key)
         own = ["id", *(f"{modality}_vector" for modality in modalities)]
-        self._names = {f"json_{name}" if name in own else name: name for name in searcher.schema.names}
-        renamed = [searcher.schema.field(name).with_name(shown) for shown, name in self._names.items()]
-        super().__init__(pa.schema([("id", pa.int64()), *renamed]), modalities, searcher.manifest.dim)
+        self._names = {f"json_{name}" if name in own else name: name for name in metadata.names}
+        renamed = [metadata.field(name).with_name(shown) for shown, name in self._names.items()]
+        self._metadata = metadata
+        super().__init__(pa.schema([("id", pa.int64()), *renamed]), modalities, self._manifest.dim)
 
     def __repr__(self) -> str:
-        return f"<IndexDataset {self._searcher.manifest.version}: {self.count_rows():,} rows of {self._dim}>"
+        return f"<IndexDataset {self._manifest.version}: {self.count_rows():,} rows of {self._dim}>"
 
     def close(self) -> None:
         """Close the index."""
-        self._searcher.close()
+        if self._searcher:
+            self._searcher.close()
 
     def count_rows(self, filter: Any = None, **options: Any) -> int:
         """The number of rows that meet the filter."""
-        alive = self._searcher.manifest.rows - len(self._searcher.removed)
+        alive = self._manifest.rows - len(self._removed)
         return alive if filter is None else super().count_rows(filter)
 
+    def _opened(self) -> Searcher:
+        """The index, opened; a remote one is copied first. ConfigError: another version went live meanwhile."""
+        if self._searcher is None:
+            self._searcher = Searcher(self._store.url, self._storage)
+            version = self._searcher.manifest.version
+            if hasattr(self, "_manifest") and version != self._manifest.version:
+                raise ConfigError(f"{self._store.url} has version {version} now: call clip_batch.read again")
+        return self._searcher
+
     def _blocks(self, columns: Sequence[str], filter: Any) -> Iterator[tuple[pa.Table, VectorsOf]]:
-        manifest, removed = self._searcher.manifest, self._searcher.removed
         names = [name for name in columns if name != "id"]
-        for shard in manifest.shards:
-            end = shard.offset + shard.rows
-            for start in range(shard.offset, end, ROWS):
-                low, high = np.searchsorted(removed, [start, min(start + ROWS, end)])
-                ids = np.setdiff1d(np.arange(start, min(start + ROWS, end)), removed[low:high], assume_unique=True)
-                columns_of = {"id": pa.array(ids)}
-                if names:
-                    table = self._searcher.table(ids, [self._names[name] for name in names])
-                    columns_of |= zip(names, table.columns, strict=True)
-                yield pa.table(columns_of), lambda modality, places, ids=ids: self._read(modality, ids[places])  # type: ignore[misc]
+        schema = pa.schema([self._metadata.field(self._names[name]) for name in names])
+        for shard in self._manifest.shards:
+            with ExitStack() as stack:
+                file: MetadataFile | None = None
+                if names and self._searcher is None:
+                    name = self._manifest.paths(shard).metadata(shard.name)
+                    file = MetadataFile(stack.enter_context(self._store.fetch(name)))
+                end = shard.offset + shard.rows
+                for start in range(shard.offset, end, ROWS):
+                    low, high = np.searchsorted(self._removed, [start, min(start + ROWS, end)])
+                    every = np.arange(start, min(start + ROWS, end))
+                    ids = np.setdiff1d(every, self._removed[low:high], assume_unique=True)
+                    columns_of = {"id": pa.array(ids)}
+                    if names:
+                        if file:
+                            table = take_as(file, ids - shard.offset, schema)
+                        else:
+                            table = self._opened().table(ids, schema.names)
+                        columns_of |= zip(names, table.columns, strict=True)
+                    yield pa.table(columns_of), lambda modality, places, ids=ids: self._read(modality, ids[places])  # type: ignore[misc]
 
     def _read(self, modality: str, ids: npt.NDArray[np.int64]) -> Vectors:
         if self._rows is None:
-            self._rows = VectorRows(self._searcher)
+            self._rows = VectorRows(self._opened())
             if not self._rows.exact:
                 warnings.warn(f"vectors are {self._rows.origin}", stacklevel=2)
         return self._rows.vectors(ids)[modality]
+
+
+def _plain(schema: pa.Schema) -> pa.Schema:
+    """The schema of a metadata file as `MetadataFile` gives it: without dictionaries."""
+    kinds = [one.type.value_type if pa.types.is_dictionary(one.type) else one.type for one in schema]
+    return pa.schema([one.with_type(kind) for one, kind in zip(schema, kinds, strict=True)])
 
 
 def _named_in(names: Sequence[str], *expressions: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -156,3 +157,20 @@ def test_rows_come_in_small_batches(home: Path, monkeypatch: pytest.MonkeyPatch)
     for source in ("out", "index"):
         with read(home / source) as rows:
             assert max(map(len, rows.to_batches())) == 5 and sum(map(len, rows.to_batches(["key"]))) == 36
+
+
+def test_a_remote_index_is_copied_only_for_its_vectors(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(home / "index"), "/arrow/index", recursive=True)
+    wanted = read(home / "index").to_table()
+    with read("memory://arrow/index") as rows:
+        assert rows.schema == wanted.schema and rows.count_rows() == len(wanted)
+        assert rows.to_table(columns=["key", "id"]).equals(wanted.select(["key", "id"]))
+        assert rows.count_rows(pc.field("row") < 2) == pc.sum(pc.less(wanted["row"], 2)).as_py()
+        assert not list(tmp_path.rglob("*.index"))
+        assert rows.to_table().equals(wanted)
+        assert list(tmp_path.rglob("*.index"))
+    memory.rm("/arrow", recursive=True)
