@@ -119,23 +119,23 @@ class GcArguments(JsonArguments):
     index: list[str] = field(default_factory=list)
     """The index folder INDEX, if that is to be cleaned."""
     everything: bool = False
-    """Of OUT: remove uncommitted files of unfinished partitions too; no worker may be running."""
+    """Remove uncommitted files of unfinished partitions of OUT too; no worker may be running."""
     keep: Annotated[int, Range(0, 10_000)] = 3
-    """Of INDEX: how many versions that were live before the live one are kept, to go back to."""
+    """How many versions of INDEX that were live before the live one are kept, to go back to."""
     older_than: Annotated[float, Range(0, 36_500)] = 7
-    """Of INDEX: days for which what was live or written to is kept, as a merge may build it, or a service serve it."""
+    """Days for which a version of INDEX is kept after it was live or written to: it may be built, or served."""
     dry_run: bool = False
     """Remove nothing, and list what would be removed."""
 
 
 def gc(arguments: GcArguments, storage: StorageConfig) -> int:
     """Remove the files of OUT that no commit names, or the versions of an index that nothing needs."""
-    from clip_batch.embeddings.repair import gc
-    from clip_batch.index.gc import describe, gc_index
     from clip_batch.plan.plan import count_partitions
     from clip_batch.storage.store import Store
 
     if arguments.index:
+        from clip_batch.index.gc import describe, gc_index
+
         store = Store(IndexArguments(index=arguments.index).index_folder, storage.storage_options)
         report = gc_index(store, arguments.keep, arguments.older_than, arguments.dry_run)
         answer(arguments, asdict(report), describe(report))
@@ -144,6 +144,8 @@ def gc(arguments: GcArguments, storage: StorageConfig) -> int:
         raise ConfigError("--output OUT or --index INDEX is needed: the folder to clean")
     store = Store(arguments.output, storage.storage_options)
     count_partitions(store)  # refuses a folder without a plan, such as a mistyped one
+    from clip_batch.embeddings.repair import gc
+
     removed = gc(store, arguments.everything, arguments.dry_run)
     text = f"{counted(len(removed), 'file')} {'would be ' if arguments.dry_run else ''}removed"
     answer(arguments, removed, "\n".join([*(removed if arguments.dry_run else ()), text]))
