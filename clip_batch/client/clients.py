@@ -52,7 +52,7 @@ class _Connection:
         self._options: dict[str, Any] = {
             "base_url": str(parsed).rstrip("/") + "/",
             "timeout": float(timeout),
-            "headers": {"authorization": f"Bearer {token}"} if token else {},
+            "headers": {"authorization": f"Bearer {token}".encode()} if token else {},
         }
 
     def __repr__(self) -> str:
@@ -304,6 +304,8 @@ def _check_options(token: Any, timeout: Any, retries: Any) -> None:
     """ConfigError: an option of a client is of the wrong type or size."""
     if token is not None and not isinstance(token, str):
         raise ConfigError(f"token is a {type(token).__name__}: it must be a text")
+    if token is not None and not (token + "a").isprintable():
+        raise ConfigError("token has control characters, such as a line break: leave them out")
     if isinstance(timeout, bool) or not isinstance(timeout, Real) or not 0 < float(timeout) < math.inf:
         raise ConfigError(f"timeout is {timeout!r}: it must be a number of seconds over 0")
     if isinstance(retries, bool) or not isinstance(retries, Integral) or int(retries) < 0:

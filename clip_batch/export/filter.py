@@ -84,12 +84,15 @@ def filter_rows(
     `images_from` says: their byte range in a tar that our planner recorded ("tar"), or as clip-retrieval's own filter
     does, the file that the column image_path names ("path") or the one at the column url ("url"). Every row over a
     threshold is written in the order of the index, the k best are written best first. The result of an earlier run is
-    replaced. Memory: one index shard's ids and scores (with `unique`, those of all rows), and 10,000 rows. ConfigError:
-    the folder has files, but no result of an earlier run; and the errors of `Searcher.find`.
+    replaced, but pictures only by the same query. Memory: one index shard's ids and scores (with `unique`, those of all
+    rows), and 10,000 rows. ConfigError: the folder has files, but no result of an earlier run, or pictures of another
+    query; and the errors of `Searcher.find`.
     """
     if (present := store.list("")) and _ABOUT not in present:
         where = f"{store.url} has files that are no result of a filter ({some(present)})"
         raise ConfigError(f"{where}: name another output, or remove them if an interrupted filter left them")
+    if present:
+        _check_same(store, query)
     if columns is not None:
         check_columns(searcher.schema, columns)
     if images_from not in get_args(ImagesFrom):
@@ -127,6 +130,14 @@ def filter_rows(
     about = {"index": searcher.manifest.version, **query.describe(), "planned": lineage.planned(searcher.manifest)}
     store.replace(_ABOUT, json.dumps({**about, **asdict(result)}, indent=1).encode())
     return result
+
+
+def _check_same(store: Store, query: Query) -> None:
+    """ConfigError if a folder has the pictures of a run with another query, which would be removed."""
+    about = json.loads(store.read(_ABOUT))
+    if about.get("images") and any(about.get(name) != value for name, value in query.describe().items()):
+        where = f"{store.url} has {about['images']} pictures of another query"
+        raise ConfigError(f"{where}: name another output, or remove that folder")
 
 
 def _groups(searcher: Searcher, pieces: Iterator[tuple[Vectors, Ids]]) -> Iterator[pa.Table]:

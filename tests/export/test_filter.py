@@ -162,3 +162,20 @@ def test_images_of_a_clip_retrieval_index_are_copied_by_path_or_url(
             assert member is not None and member.read() == (corpus.jpeg(1) if origin == "path" else image(1))
         assert main(words) == 0
     assert "0 images" in capsys.readouterr().out, "unless it is asked for, no file that foreign data names is opened"
+
+
+def test_pictures_of_another_query_stay(tmp_path: Path) -> None:
+    images, texts = clustered(200, 16, 4)
+    make_out(tmp_path / "out", images, texts, [200])
+    merge(str(tmp_path / "out"), str(tmp_path / "index"), CONFIG)
+    store = Store(str(tmp_path / "found"))
+    first, other = (Query(embedding=images[row], k=5) for row in (3, 4))
+    with Searcher(str(tmp_path / "index")) as searcher:
+        filter_rows(searcher, other, store)
+        filter_rows(searcher, first, store)  # no pictures are lost
+        about = tmp_path / "found/filter.json"
+        about.write_text(json.dumps({**json.loads(about.read_text()), "images": 3}))
+        with pytest.raises(ConfigError, match="3 pictures of another query"):
+            filter_rows(searcher, other, store)
+        assert json.loads(about.read_text())["images"] == 3
+        assert filter_rows(searcher, first, store).rows == 5

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
 
 from clip_batch.config import parse_bytes
 from clip_batch.serve.http.errors import Busy, Refused
@@ -118,13 +120,30 @@ class Guard:
 
 
 def _has_token(scope: MutableMapping[str, Any], token: str) -> bool:
-    """Whether the request carries the token, in its Authorization header or, without one, in its cookie."""
+    """Whether the request carries the token, in its Authorization header or, without one, in its cookie.
+
+    Clients send characters that are not ASCII in UTF-8 or in Latin-1, and cookies percent-encoded, quoted or as they
+    are. Spaces around a header's value are no part of it.
+    """
     headers = dict(scope["headers"])
     kind, _, value = headers.get(b"authorization", b"").partition(b" ")
+    given = [value.strip()]
     if kind.lower() != b"bearer":
-        try:
-            cookies = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1"))
-        except CookieError:
-            return False
-        value = cookies[COOKIE].value.encode() if COOKIE in cookies else b""
-    return hmac.compare_digest(value.strip(), token.encode())
+        given = []
+        for pair in headers.get(b"cookie", b"").split(b";"):
+            name, _, value = pair.strip().partition(b"=")
+            if name == COOKIE.encode():
+                given += [unquote_to_bytes(value), value, _unquoted(value)]
+    text = token.strip()
+    expected = [text.encode()]
+    with contextlib.suppress(UnicodeEncodeError):
+        expected.append(text.encode("latin-1"))
+    return any(hmac.compare_digest(one, right) for one in given for right in expected)
+
+
+def _unquoted(value: bytes) -> bytes:
+    """Return a cookie's value without the quotes around it, and the escapes in them (RFC 2109)."""
+    if len(value) < 2 or not value.startswith(b'"') or not value.endswith(b'"'):
+        return value
+    octal = re.sub(rb"\\([0-3][0-7]{2})", lambda escaped: bytes([int(escaped[1], 8)]), value[1:-1])
+    return re.sub(rb"\\(.)", rb"\1", octal)

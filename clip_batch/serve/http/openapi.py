@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from clip_batch.serve.http.limits import COOKIE, OPEN_PATHS
 from clip_batch.serve.http.responses import Problem
 
 _REASONS = {
@@ -31,21 +33,41 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 _REFERENCE = "#/components/schemas/{model}"
 
 
-def takes(model: type[BaseModel]) -> dict[str, Any]:
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "cookie": {"type": "apiKey", "in": "cookie", "name": COOKIE},
+}
+"""The two ways to send the token."""
+
+
+def takes(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
     """Return the `openapi_extra` of a route whose body is a `model`."""
     schema = {"$ref": _REFERENCE.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    content = {"application/json": {"schema": schema, "example": example}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-def describe(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
-    """Add the models of the bodies to what `app.openapi` returns."""
+def describe(app: FastAPI, bodies: Sequence[type[BaseModel]], token: bool) -> None:
+    """Add to what `app.openapi` returns: the bodies' models, names of operations, and whether a `token` is needed."""
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             _, models = models_json_schema([(model, "validation") for model in bodies], ref_template=_REFERENCE)
             schema.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
+            schema["components"]["securitySchemes"] = _SCHEMES
+            schema["security"] = [{name: []} for name in _SCHEMES] if token else [{}]
+            for path, operations in schema["paths"].items():
+                for method, operation in operations.items():
+                    operation["operationId"] = _name(method, path)
+                    if path in OPEN_PATHS:
+                        operation["security"] = [{}]
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _name(method: str, path: str) -> str:
+    """Return the name of an operation, such as `post_v1_search`."""
+    return "_".join([method, *re.findall(r"[A-Za-z0-9]+", path)])

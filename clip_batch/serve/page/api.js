@@ -60,7 +60,7 @@ function enterToken(wrong) {
     const door = $("door");
     $("wrong").hidden = !wrong;
     door.addEventListener("close", () => {
-      document.cookie = `clip_batch_token=${$("token").value.trim()}; path=/; samesite=strict${location.protocol === "https:" ? "; secure" : ""}`;
+      document.cookie = `clip_batch_token=${encodeURIComponent($("token").value.trim())}; path=/; samesite=strict${location.protocol === "https:" ? "; secure" : ""}`;
       $("token").value = "";
       tokenEntered = null;
       done();

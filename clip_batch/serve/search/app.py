@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel
 
 from clip_batch import __version__
 from clip_batch.config import DatabaseConfig, ServeConfig, StorageConfig
@@ -53,7 +54,9 @@ def create_app(
     add_page(app, config.page_images == "direct")
     app.include_router(clip_retrieval.router(service))
     app.include_router(v1.router(service))
-    describe(app, [SearchRequest, EmbedRequest, clip_retrieval.KnnRequest, clip_retrieval.MetadataRequest])
+    bodies: list[type[BaseModel]] = [SearchRequest, EmbedRequest]
+    bodies += [clip_retrieval.KnnRequest, clip_retrieval.MetadataRequest]
+    describe(app, bodies, token=bool(config.token))
     answer_errors(app, service.indices.shown)
     app.add_middleware(Guard, config=config, metrics=service.metrics)
     if config.cors:  # outermost, so that a browser can read refusals too

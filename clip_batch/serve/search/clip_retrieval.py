@@ -80,6 +80,9 @@ class RowMetadata(BaseModel):
     metadata: dict[str, Any]
 
 
+_KNN = {"text": "a red bicycle", "modality": "image", "num_images": 5}
+
+
 def router(service: Service) -> APIRouter:
     """Return the routes over a service."""
     routes = APIRouter(responses=REFUSALS)
@@ -89,7 +92,7 @@ def router(service: Service) -> APIRouter:
         """The names of the indices."""
         return json_response(service.indices.names)
 
-    @routes.post("/knn-service", response_model=list[KnnHit], openapi_extra=takes(KnnRequest))
+    @routes.post("/knn-service", response_model=list[KnnHit], openapi_extra=takes(KnnRequest, _KNN))
     async def knn(request: Request) -> Response:
         """The best hits; the first num_images of them have metadata."""
         with service.metrics.steps[REQUEST].time():
@@ -115,7 +118,7 @@ def router(service: Service) -> APIRouter:
 
                 return await service.threads.run(respond)
 
-    @routes.post("/metadata", response_model=list[RowMetadata], openapi_extra=takes(MetadataRequest))
+    @routes.post("/metadata", response_model=list[RowMetadata], openapi_extra=takes(MetadataRequest, {"ids": [0, 1]}))
     async def rows(request: Request) -> Response:
         """The metadata of rows, in the order of the request."""
         body = await read_body(request, MetadataRequest, service.max_body)

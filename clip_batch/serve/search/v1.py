@@ -12,6 +12,7 @@ from clip_batch.search.find import beautified
 from clip_batch.search.query import Criteria, kind_of
 from clip_batch.serve.http.errors import Refused
 from clip_batch.serve.http.openapi import REFUSALS, takes
+from clip_batch.serve.http.ranges import answer, unchanged
 from clip_batch.serve.http.requests import read_body
 from clip_batch.serve.http.responses import json_response
 from clip_batch.serve.search.deadline import Deadline
@@ -38,7 +39,9 @@ def router(service: Service) -> APIRouter:
     """Return the routes over a service."""
     routes = APIRouter(prefix="/v1", responses=REFUSALS)
 
-    @routes.post("/search", response_model=SearchResponse, openapi_extra=takes(SearchRequest))
+    @routes.post(
+        "/search", response_model=SearchResponse, openapi_extra=takes(SearchRequest, {"text": "a red bicycle", "k": 5})
+    )
     async def search(request: Request) -> Response:
         """The best hits for a query or a mixture of queries."""
         with service.metrics.steps[REQUEST].time():
@@ -74,7 +77,9 @@ def router(service: Service) -> APIRouter:
                 async with deadline.watching(request):
                     return await service.filters.run(respond, deadline.check)
 
-    @routes.post("/embed", response_model=EmbedResponse, openapi_extra=takes(EmbedRequest))
+    @routes.post(
+        "/embed", response_model=EmbedResponse, openapi_extra=takes(EmbedRequest, {"texts": ["a red bicycle"]})
+    )
     async def embed(request: Request) -> Response:
         """The unit vectors of texts and images."""
         body = await read_body(request, EmbedRequest, service.max_body)
@@ -122,6 +127,7 @@ def router(service: Service) -> APIRouter:
         limits = {"max_k": config.max_k, "max_queries": config.max_queries}
         return json_response({"indices": served, "features": features, **limits, "page_images": config.page_images})
 
+    @routes.head("/image/{index}/{row}", include_in_schema=False)
     @routes.get("/image/{index}/{row}", response_class=Response, responses=_IMAGE)
     async def image(
         index: str,
@@ -144,10 +150,10 @@ def router(service: Service) -> APIRouter:
             lifetime = "max-age=86400, immutable" if version else "no-cache"
             headers = {"etag": tag, "cache-control": f"private, {lifetime}", "x-content-type-options": "nosniff"}
             headers["content-security-policy"] = "default-src 'none'; sandbox"
-            if request.headers.get("if-none-match") == tag:
+            if unchanged(request, tag):
                 return Response(status_code=304, headers=headers)
             data = await service.images.read(opened, row, width)
-        return Response(data, media_type=media_type(data), headers=headers)
+        return answer(request, data, media_type(data), headers)
 
     facts = Facts(service)
 
@@ -161,7 +167,9 @@ def router(service: Service) -> APIRouter:
 
 _IMAGE: dict[int | str, dict[str, Any]] = {
     200: {"content": {f"image/{kind}": {} for kind in SHOWN} | {"application/octet-stream": {}}},
+    206: {"description": "The range of the image that the header Range names."},
     304: {"description": "The image has not changed."},
+    416: {"description": "The range begins behind the end of the image."},
 }
 
 

@@ -60,7 +60,7 @@ def create_worker(
         return Response(traffic.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     app.include_router(router(stages))
-    describe(app, MODELS)
+    describe(app, MODELS, token=bool(config.token))
     answer_errors(app)
     app.add_middleware(Guard, config=config, metrics=traffic)
     check_hosts(app, config)

@@ -55,7 +55,7 @@ def router(stages: Stages) -> APIRouter:
             return json_response({"state": "running", "what": what}, 202, {"retry-after": str(AGAIN)})
         return json_response({"state": "done", **result})
 
-    @routes.post("/plan", openapi_extra=takes(PlanWork))
+    @routes.post("/plan", openapi_extra=takes(PlanWork, {"output": "/data/out", "input": ["/data/{000..999}.tar"]}))
     async def plan(request: Request) -> Response:
         """Freeze which tars are embedded, in which partitions and by which encoder. Repeating it changes nothing.
 
@@ -66,7 +66,7 @@ def router(stages: Stages) -> APIRouter:
         config = section_of(PlanConfig, body)
         return await respond(request, body, f"plan {body.output}", lambda _: stages.plan(body.output, config))
 
-    @routes.post("/embed", openapi_extra=takes(EmbedWork))
+    @routes.post("/embed", openapi_extra=takes(EmbedWork, {"output": "/data/out", "partition": 0}))
     async def embed(request: Request) -> Response:
         """Embed one partition and return its commit: rows, failures by reason, and files with their sha256."""
         body = await _body(request, EmbedWork)
@@ -77,7 +77,7 @@ def router(stages: Stages) -> APIRouter:
         what = f"embed {body.output}, partition {body.partition}"
         return await respond(request, body, what, lambda stop: stages.embed(body.output, body.partition, stop))
 
-    @routes.post("/merge", openapi_extra=takes(MergeWork))
+    @routes.post("/merge", openapi_extra=takes(MergeWork, {"output": "/data/out", "index": "/data/index"}))
     async def merge(request: Request) -> Response:
         """Run a task of a merge and return its record or the manifest. All tasks of a merge need the same options."""
         body = await _body(request, MergeWork)
