@@ -487,6 +487,22 @@ def test_an_out_without_captions_stands_beside_one_with(tmp_path: Path, key: str
         assert rows_of(tmp_path / "joined") == expected(("a", 0, 50), ("b", 0, 45))
 
 
+def test_outs_of_captions_alone_and_of_images_alone_are_one_index(tmp_path: Path) -> None:
+    make_out(tmp_path / "both", [[("a", 0, 50)]])
+    make_out(tmp_path / "texts", [[("b", 0, 45)]], modalities=["text"])
+    make_out(tmp_path / "images", [[("c", 0, 45)]], modalities=["image"])
+    config = replace(CONFIG, index_key="IVF4,Flat")
+    for number, names in enumerate((["texts", "images"], ["texts", "both", "images"])):
+        index = f"{tmp_path}/index{number}"
+        made = merge([f"{tmp_path}/{name}" for name in names], index, config)
+        assert set(made.key) == {"image", "text"}
+        assert verify_index(Store(index), deep=True).problems == {}
+        with Searcher(index) as searcher:
+            for kind, own, rows in (("text", "b-7-1", 45 + 50 * number), ("image", "c-7-1", 45 + 50 * number)):
+                (hits,) = searcher.search(vectors([own]), 200, kind, effort=4)
+                assert hits[0].metadata["key"] == own[:3] and len(hits) == rows
+
+
 def test_duplicates_are_looked_for_across_outs(tmp_path: Path) -> None:
     make_out(tmp_path / "one", [[("a", 0, 50)]], tars="/here")
     make_out(tmp_path / "two", [[("a", 0, 60)]], tars="/there")  # the same pictures in other tars
