@@ -46,8 +46,9 @@ class Shard:
 
     - `url`: its path or URL.
     - `size`: bytes; None for a folder, or where the store does not tell.
-    - `etag`: its version: etag, generation or modification time; for a folder, a digest of its files' names. None where
-      the store does not tell; UNREADABLE for a folder that could not be listed.
+    - `etag`: its version: etag, generation or modification time; for a folder, that of its frozen listing (in plans of
+      before there were listings, a digest of its files' names). None where the store does not tell; UNREADABLE for a
+      folder that could not be listed.
     - `samples`: number of samples, from a side-car or a scan of the headers; None where it was not counted.
     """
 
@@ -175,7 +176,7 @@ class Plan:
     - `image_field`: the column of a Parquet file that has the images; "" chooses one in each file.
     - `modalities`: what is embedded, of "image" and "text". Without "image", samples need no image.
     - `generations`: of a plan that was extended, the partitions of the first plan and of each extension; else ().
-    - `home`: the URL of the OUT that it was loaded from, for the frozen listings of folders.
+    - `listings`: the URL of the folder that has the frozen listings of its folders of files.
     """
 
     partitions: tuple[Partition, ...]
@@ -191,7 +192,7 @@ class Plan:
     image_field: str = ""
     modalities: tuple[str, ...] = MODALITIES
     generations: tuple[Generation, ...] = ()
-    home: str = field(default="", compare=False)
+    listings: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Short, however many partitions there are."""
@@ -318,6 +319,9 @@ class Commit:
     - `started`, `finished`: Unix seconds, for display only.
     - `worker`: the name of the machine.
     - `empty`: why it has failures and no row, in one line; "" for all other partitions.
+    - `inputs`: by URL, the size and version of those of its shards that were newer than planned when `repair` embedded
+      them again; {} otherwise.
+    - `replaces`: the attempt whose commit it replaced; "" for all that replaced none.
     """
 
     partition: int
@@ -335,6 +339,8 @@ class Commit:
     worker: str
     passed_over: dict[str, int] = field(default_factory=dict)
     empty: str = ""
+    inputs: dict[str, tuple[int | None, str | None]] = field(default_factory=dict)
+    replaces: str = ""
 
     def file(self, folder: str) -> str | None:
         """The path below OUT of the file in a folder (img_emb, text_emb, metadata, ...); None if there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,23 +22,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments(JsonArguments, OutputArguments):
-    """Where `plan` writes."""
+    """Where `plan` writes, and what it leaves out."""
+
+    excluding: list[str] = field(default_factory=list, metadata={"repeat": True, "short": "--except", "path": True})
+    """Leave out what the plan of this OUT has, such as that of the days before; given once for each."""
 
 
 def plan(arguments: PlanArguments, plan: PlanConfig, storage: StorageConfig) -> int:
     """Freeze the plan: which tars are embedded, in which partitions, by which encoder."""
-    answer(arguments, *_plan(arguments.output, plan, storage))
+    answer(arguments, *_plan(arguments.output, plan, storage, arguments.excluding))
     say_next(f"clip-batch embed --output {quote(arguments.output)}, or clip-batch submit for many machines")
     return 0
 
 
-def _plan(output: str, config: PlanConfig, storage: StorageConfig) -> tuple[dict[str, Any], str]:
+def _plan(
+    output: str, config: PlanConfig, storage: StorageConfig, excluding: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
     """Make the plan; what was planned, as values and as text."""
     from clip_batch.plan.plan import make_plan
 
     if not config.input:
         raise ConfigError("plan needs --input: paths, URLs, globs or brace patterns of tars")
-    plan = make_plan(config.input, output, config, storage=storage, progress=say)
+    plan = make_plan(config.input, output, config, excluding=excluding, storage=storage, progress=say)
     shards = {piece.shard.url for partition in plan.partitions for piece in partition.slices}
     summary = {"partitions": len(plan.partitions), "shards": len(shards), "encoder": plan.encoder.fingerprint}
     summary["preprocess"], summary["generations"] = plan.encoder.preprocess, max(len(plan.generations), 1)

@@ -95,10 +95,13 @@ class RepairArguments(JsonArguments, OutputArguments):
 
     deep: bool = False
     """Read every byte of OUT and of its input first; without it, only sizes and counts are compared."""
+    retry_failed: list[str] = field(default_factory=list, metadata={"metavar": "REASON"})
+    """Embed partitions again that have failures for these reasons, or (changed, gone) input that is not as it was."""
 
 
 def repair(arguments: RepairArguments, embed: EmbedConfig, storage: StorageConfig) -> int:
-    """Embed again only those partitions in which verify finds a problem."""
+    """Embed again only those partitions in which verify finds a problem, or whose failed samples are to be retried."""
+    from clip_batch.embeddings.renewal import CHANGED, GONE, check_reasons
     from clip_batch.embeddings.repair import repair
     from clip_batch.embeddings.verify import verify_output
     from clip_batch.launch import local
@@ -106,8 +109,14 @@ def repair(arguments: RepairArguments, embed: EmbedConfig, storage: StorageConfi
 
     options = storage.storage_options
     store = Store(arguments.output, options)
-    numbers = repair(store, verify_output(store, arguments.deep, options).problems)
-    return report(arguments, local.run_worker(arguments.output, numbers, embed, storage), embed.allow_empty)
+    reasons = {*arguments.retry_failed}
+    check_reasons(reasons)
+    found = verify_output(store, arguments.deep, options)
+    if found.outdated:
+        reasons |= {CHANGED, GONE}
+    numbers, renew = repair(store, {*found.problems} - {*found.outdated}, reasons)
+    outcomes = local.run_worker(arguments.output, [*numbers, *renew], embed, storage, renew)
+    return report(arguments, outcomes, embed.allow_empty)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -26,6 +26,7 @@ from clip_batch.embeddings.loading import are_many, batch_size, load_encoder
 from clip_batch.embeddings.metadata import metadata_row
 from clip_batch.embeddings.part_writer import PartWriter
 from clip_batch.embeddings.partition_queue import PartitionQueue
+from clip_batch.embeddings.renewal import Renewal
 from clip_batch.embeddings.slabs import Slab, Slabs
 from clip_batch.embeddings.spare import spare
 from clip_batch.embeddings.workers import WorkerRun, recorded
@@ -166,6 +167,7 @@ def embed(
     progress: Callable[[str], None] | None = None,
     run: WorkerRun | None = None,
     encoder: Model | None = None,
+    renew: Mapping[int, Renewal] | None = None,
 ) -> list[Outcome]:
     """Embed and commit the given partitions (None: all) that are not committed yet; the outcome of each.
 
@@ -173,6 +175,8 @@ def embed(
     in a row for which the data is not to blame, the rest is left to other workers and has no outcome. `progress` takes
     one line of text about each partition that ends. `encoder` is the plan's, where the process has loaded it already.
     Where `run.slot` is given, and unless `config.share` is off, other workers' partitions follow when these are done.
+    `renew` has those of the given partitions that are committed and are embedded again, by their numbers; the commit
+    of one counts until the new one takes its place.
 
     Example: `embed("out", EmbedConfig(batch_size=64), progress=print)`.
 
@@ -186,8 +190,13 @@ def embed(
     unknown = [number for number in numbers if not 0 <= number < len(plan.partitions)]
     if unknown:
         raise PlanError(f"partition {unknown[0]} does not exist: the plan has 0 to {len(plan.partitions) - 1}")
-    done = committed(store)
-    todo = [plan.partitions[number] for number in numbers if number not in done]
+    renew = renew or {}
+    done = committed(store) - {*renew}
+    todo = [
+        renew[number].partition if number in renew else plan.partitions[number]
+        for number in numbers
+        if number not in done
+    ]
     if not todo:
         return []
     run = run or WorkerRun()
@@ -197,7 +206,8 @@ def embed(
         raise EncoderError(f"captions alone were planned, and {NO_TEXT}")
     gpus = 0 if pick_device(config.device) == "cpu" else 1
     with recorded(store, run, gpus), _frozen_heap():
-        return _Worker(store, plan, config, storage, run, encoder, progress or (lambda line: None)).embed(todo)
+        say = progress or (lambda line: None)
+        return _Worker(store, plan, config, storage, run, encoder, say, renew).embed(todo)
 
 
 @contextlib.contextmanager
@@ -222,9 +232,10 @@ class _Worker:
         run: WorkerRun,
         encoder: Model,
         progress: Callable[[str], None],
+        renew: Mapping[int, Renewal],
     ) -> None:
         self.store, self.plan, self.config, self.storage = store, plan, config, storage
-        self.run, self.encoder, self.progress = run, encoder, progress
+        self.run, self.encoder, self.progress, self.renew = run, encoder, progress, renew
         self.abandoned: set[int] = set()
         self.tried: set[int] = set()
         self.batch_size = batch_size(config)
@@ -306,8 +317,8 @@ class _Worker:
                 yield from (piece for piece in partition.slices if piece.shard.etag != UNREADABLE)
 
     def _committed(self, partition: Partition) -> bool:
-        """Whether any worker has committed a partition by now."""
-        return self.store.exists(paths.commit(self.plan.name(partition.id)))
+        """Whether any worker has committed a partition by now, and it is not to be embedded again."""
+        return partition.id not in self.renew and self.store.exists(paths.commit(self.plan.name(partition.id)))
 
     def _read(self, queue: PartitionQueue, files: Prefetcher) -> Iterator[tuple[_Batch, list[Item]]]:
         """Read the samples of each partition in batches. An error ends only the partition in which it occurs."""
@@ -402,7 +413,7 @@ class _Worker:
                 failed = sum(writer.failed.values())
                 self._check_policy(writer)
                 check_digest(self.store, self.plan, number)
-                commit = writer.commit(self.plan.encoder.fingerprint)
+                commit = writer.commit(self.plan.encoder.fingerprint, self.renew.get(number))
                 if commit is None:
                     return Outcome(number, "lost", writer.rows, failed)
                 self.run.committed.append(commit)

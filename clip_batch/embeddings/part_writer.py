@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pyarrow as pa
 
+    from clip_batch.embeddings.renewal import Renewal
+
 _ROW_GROUP = 10_000
 """Rows of a Parquet row group."""
 
@@ -102,9 +104,10 @@ class PartWriter:
             self.shards[failure.shard]["failed"] += 1
         self._append(paths.FAILURES, [asdict(failure)])
 
-    def commit(self, encoder: str) -> Commit | None:
+    def commit(self, encoder: str, renewal: Renewal | None = None) -> Commit | None:
         """Publish the files, then the commit; None if another attempt has committed, and then our files are removed.
 
+        With `renewal` the commit takes the place of the one that it names, if any, of which a copy stays in `renewed/`.
         `encoder` is the encoder's fingerprint. Once the commit has been sent, the files are kept unless another
         attempt's commit is read back: a request whose answer was lost may have succeeded.
         """
@@ -127,15 +130,32 @@ class PartWriter:
             worker=socket.gethostname(),
             passed_over=dict(self.passed_over),
             empty=self._empty(),
+            inputs=renewal.inputs if renewal else {},
+            replaces=renewal.attempt if renewal else "",
         )
-        text = json.dumps(asdict(commit), indent=1, sort_keys=True)
+        fields = {name: value for name, value in asdict(commit).items() if value or name not in ("inputs", "replaces")}
+        text = json.dumps(fields, indent=1, sort_keys=True)
         name = self.plan.name(self.partition)
         published, self._published = self._published, []
-        created = self.store.create(paths.commit(name), text.encode())
+        if renewal and renewal.attempt:
+            if created := self._retire(name, renewal.attempt):
+                self.store.replace(paths.commit(name), text.encode())
+        else:
+            if renewal:  # names the partition as one whose commit says what input it has
+                self.store.create(paths.renewed(name, self.attempt), b"{}")
+            created = self.store.create(paths.commit(name), text.encode())
         if created or read_commit(self.store, name).attempt == self.attempt:
             return commit
         self._published = published
         return None
+
+    def _retire(self, name: str, attempt: str) -> bool:
+        """Keep a copy of the commit that is about to be replaced; False where another attempt has replaced it."""
+        data = self.store.read(paths.commit(name))
+        if json.loads(data)["attempt"] != attempt:
+            return False
+        self.store.create(paths.renewed(name, attempt), data)
+        return True
 
     def _empty(self) -> str:
         """Why there are failures and no row: the most frequent reason, with the first message; "" otherwise."""

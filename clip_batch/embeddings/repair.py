@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from clip_batch.embeddings import workers
 from clip_batch.embeddings.commits import read_commits
+from clip_batch.embeddings.renewal import Renewal, renewals
 from clip_batch.plan import paths
 from clip_batch.plan.stored import load_plan, unused_files
 from clip_batch.storage.paths import TEMPORARY
 from clip_batch.storage.store import Store
 
 
-def repair(store: Store, problems: dict[str, str]) -> list[int]:
-    """Remove the commits of the partitions that `verify` found wrong, so that they run again; returns their numbers."""
+def repair(
+    store: Store, problems: Iterable[str], reasons: Collection[str] = ()
+) -> tuple[list[int], dict[int, Renewal]]:
+    """Remove the commits of the partitions that `verify` found wrong, so that they run again.
+
+    Returns their numbers, and the partitions that are to be embedded with their input as it is now for the sake of
+    `reasons` (see `renewals`): the commits of these that are sound stay until then.
+    """
     plan = load_plan(store)
     numbers = sorted(int(name) for name in problems)
-    if numbers:
+    renew = renewals(store, plan, reasons) if reasons else {}
+    if numbers or renew:
         workers.remove_records(store)
     for number in numbers:
         store.remove(paths.commit(plan.name(number)))
-    return numbers
+    renew = {number: one._replace(attempt="") if number in numbers else one for number, one in renew.items()}
+    return [number for number in numbers if number not in renew], renew
 
 
 def gc(store: Store, everything: bool = False, dry_run: bool = False) -> list[str]:

@@ -54,7 +54,8 @@ class OutputStatus:
     why committed partitions have no row, by partition. `failures` and `warnings` count samples by reason.
     `images_per_second` is the rate of the live workers, or if there are none, that of the whole run so far. `gpu_hours`
     is the time that workers held a GPU, idle or not. `relaunch` is the command that runs what is missing, None where
-    nothing is. `generations` has the first plan and each extension of it.
+    nothing is, and `retry` the one that embeds partitions with failures again. `generations` has the first plan and
+    each extension of it.
     """
 
     partitions: int
@@ -73,6 +74,7 @@ class OutputStatus:
     gpu_hours: float
     relaunch: str | None
     generations: list[GenerationStatus]
+    retry: str | None
 
     def _repr_html_(self) -> str:
         names = {name: len(getattr(self, name)) for name in ("missing", "running", "workers", "generations")}
@@ -91,6 +93,7 @@ def status(store: Store) -> OutputStatus:
     rows = sum(count["rows"] for count in counts.values())
     rate = sum(record.samples / max(record.beat - record.started, 1e-3) for record in live)
     rows_left = len(missing) * rows / len(counts) if counts else 0.0
+    failures = _total(count["failed"] for count in counts.values())
     return OutputStatus(
         partitions=partitions,
         done=len(counts),
@@ -99,7 +102,7 @@ def status(store: Store) -> OutputStatus:
         running=sorted({number for record in live for number in record.running} - set(counts)),
         workers=[LiveWorker(record.worker, record.job, record.running) for record in live],
         rows=rows,
-        failures=_total(count["failed"] for count in counts.values()),
+        failures=failures,
         warnings=_total(count["warnings"] for count in counts.values()),
         errors={str(number): error for number, error in sorted(errors.items())},
         empty={str(number): empty for number, count in sorted(counts.items()) if (empty := count.get("empty"))},
@@ -111,6 +114,7 @@ def status(store: Store) -> OutputStatus:
             GenerationStatus(start, stop - start, sum(start <= number < stop for number in counts))
             for start, stop, _ in generations
         ],
+        retry=retry(store, failures) if failures else None,
     )
 
 
@@ -149,6 +153,11 @@ def relaunch(store: Store, missing: list[int]) -> str:
     return f"clip-batch worker --output {shlex.quote(output)} --partitions {numbers}"
 
 
+def retry(store: Store, reasons: Iterable[str]) -> str:
+    """The command that embeds the partitions again that have failures for these reasons."""
+    return f"clip-batch repair --output {shlex.quote(store.url)} --retry-failed {' '.join(sorted(reasons))}"
+
+
 def describe(status: OutputStatus) -> str:
     """A status as text for people."""
     lines = [
@@ -165,6 +174,8 @@ def describe(status: OutputStatus) -> str:
     for title, counts in (("failures", status.failures), ("warnings", status.warnings)):
         if counts:
             lines.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.items()))
+    if status.retry:
+        lines.append(f"to try failed samples again, once they are mended: {status.retry}")
     lines += describe_partitions(status.errors, "that failed: --json lists them")
     lines += describe_partitions(status.empty, "without a row: --json lists them")
     if status.relaunch:

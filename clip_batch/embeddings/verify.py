@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from shlex import quote
 from typing import Any
 
 from clip_batch.config import html
 from clip_batch.embeddings.commits import read_commits
+from clip_batch.embeddings.renewal import PresentInput, present_input
 from clip_batch.errors import CorruptError
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
+from clip_batch.plan.state import newest
 from clip_batch.samples import read_slice
 from clip_batch.storage.npy import open_matrix, read_npy_header
 from clip_batch.storage.retry import corrupt_unless_unavailable
@@ -26,8 +29,9 @@ class VerifyReport:
 
     `passed_over` counts the files of the input that are part of no row and of no failure, by extension. `problems` maps
     the name of each partition (or index shard) that is not sound to what is wrong with it. `empty` maps the name of
-    each partition that was committed without a row to the reason; it is sound, and `repair` leaves it. Of an index,
-    `removed` counts the rows that were removed, and `searched` those of them that were searched for.
+    each partition that was committed without a row to the reason; it is sound, and `repair` leaves it. `outdated` are
+    those with a problem that are sound, but whose input is not what was embedded. Of an index, `removed` counts the
+    rows that were removed, and `searched` those of them that were searched for.
     """
 
     checked: int = 0
@@ -38,6 +42,7 @@ class VerifyReport:
     empty: dict[str, str] = field(default_factory=dict)
     removed: int = 0
     searched: int = 0
+    outdated: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -53,16 +58,21 @@ def verify_output(store: Store, deep: bool = False, options: dict[str, Any] | No
 
     Compares the plan and the encoder of each commit, the size of each file and the rows in its header. `deep` also
     compares the sha256 of each file, checks that every row has unit norm, and reads the input again (with `options`):
-    each of its samples must be a row or a failure, in the same order.
+    each of its samples must be a row or a failure, in the same order. Input that is not what was embedded is named.
     """
     plan = load_plan(store)
     commits = {number: commit for number, commit in read_commits(store).items() if number < len(plan.partitions)}
     report = VerifyReport(checked=len(plan.partitions))
+    present = present_input(store, plan, commits) if deep else PresentInput()
 
     def check(number: int) -> str | None:
         if number not in commits:
             return "not committed"
-        return _check_commit(store, plan, commits[number], deep, options)
+        problem = _check_commit(store, plan, commits[number], deep)
+        if not problem and (problem := present.problem(number)):
+            report.outdated.append(plan.name(number))
+            return f"{problem}; clip-batch repair --output {quote(store.url)} --deep embeds it again"
+        return problem or (_check_input(store, plan, commits[number], options) if deep else None)
 
     with ThreadPoolExecutor(8) as pool:
         problems = pool.map(check, range(len(plan.partitions)))
@@ -88,7 +98,7 @@ def check_file(store: Store, name: str, stored: StoredFile, deep: bool) -> str |
     return None
 
 
-def _check_commit(store: Store, plan: Plan, commit: Commit, deep: bool, options: dict[str, Any] | None) -> str | None:
+def _check_commit(store: Store, plan: Plan, commit: Commit, deep: bool) -> str | None:
     """What is wrong with a commit or its files; None where nothing is."""
     if commit.plan != plan.generation(commit.partition).digest:
         return f"committed under another plan ({commit.plan[:12]})"
@@ -101,9 +111,7 @@ def _check_commit(store: Store, plan: Plan, commit: Commit, deep: bool, options:
         problem = _check_rows(store, commit)
     except CorruptError as error:
         return str(error)
-    if deep and not problem:
-        problem = _check_vectors(store, commit) or _check_input(store, plan, commit, options)
-    return problem
+    return problem or (_check_vectors(store, commit) if deep else None)
 
 
 def _check_rows(store: Store, commit: Commit) -> str | None:
@@ -161,7 +169,7 @@ def _check_input(store: Store, plan: Plan, commit: Commit, options: dict[str, An
     expected = Counter[tuple[str | None, str, int | None]]()
     order: list[tuple[str | None, str, int | None]] = []
     for piece in plan.partitions[commit.partition].slices:
-        for item in read_slice(piece, plan, options):
+        for item in read_slice(replace(piece, shard=newest(piece.shard, commit.inputs)), plan, options):
             if isinstance(item, PassedOver):
                 continue
             identity = (item.key, item.shard, item.offset)

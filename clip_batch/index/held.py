@@ -27,6 +27,7 @@ from clip_batch.errors import CorruptError
 from clip_batch.index.manifest import Manifest, MergedOutput
 from clip_batch.index.metadata import MetadataFile
 from clip_batch.index.paths import VersionPaths
+from clip_batch.plan.state import newest
 from clip_batch.storage.arrow import UNREADABLE, ParquetFile
 from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import absolute, is_local
@@ -143,7 +144,7 @@ def slices_of(source: Embeddings) -> list[HeldSlice]:
             found.append(HeldSlice(url, size, tags, 0, None, commit.rows, number, digest))
             continue
         for piece in partitions[number].slices:
-            shard, url = piece.shard, name_text(piece.shard.url)
+            shard, url = newest(piece.shard, commit.inputs), name_text(piece.shard.url)
             if rows := commit.shards.get(url, {}).get("embedded", 0):
                 found.append(HeldSlice(url, shard.size, shard.etag, piece.start, piece.stop, rows, number, digest))
     return found

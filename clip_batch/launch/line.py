@@ -14,9 +14,13 @@ from dataclasses import replace
 from shlex import quote
 
 from clip_batch.config import EmbedConfig, MergeConfig, PlanConfig, StorageConfig
+from clip_batch.embeddings.renewal import CHANGED
+from clip_batch.embeddings.repair import repair
 from clip_batch.embeddings.status import OutputStatus, status
 from clip_batch.errors import ConfigError, EncoderError, IncompleteError, InputError, PlanError, Preempted, some
+from clip_batch.index.manifest import load_manifest
 from clip_batch.index.merge.merge import merge
+from clip_batch.index.publications import live_version
 from clip_batch.launch import local
 from clip_batch.launch.end2end import paths
 from clip_batch.plan import paths as output_paths
@@ -27,8 +31,12 @@ from clip_batch.plan.specs import read_lists
 from clip_batch.samples.tar.suffixes import is_tar, tar_stem
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.store import Store
+from clip_batch.types import counted
 
 Say = Callable[[str], None]
+
+CHEAP_ROWS = 100_000
+"""Rows of an index up to which it is built anew where its only OUT has grown: that takes seconds, and trains on all."""
 
 
 def run_line(
@@ -59,16 +67,17 @@ def run_line(
     record_spec(folder, plan_config.input, storage)
     begin(2, "embed, which turns images and captions into vectors")
     embed_all(output, embed_config, storage, workers, say)
+    renewed = renew_changed(store, embed_config, storage, lambda line: say(f"embed: {line}"))
     state = status(store)
     if not state.rows:
         raise InputError(f"none of the samples could be embedded: clip-batch status --output {quote(output)} says why")
     begin(3, "merge, which builds the index")
-    merge(output, index, merge_config, storage=storage, progress=lambda line: say(f"merge: {line}"))
+    merge_line(output, index, merge_config, storage, renewed, lambda line: say(f"merge: {line}"))
     return index, state
 
 
 def plan_line(store: Store, index: str, config: PlanConfig, storage: StorageConfig, say: Say) -> None:
-    """Plan, or find the plan of an earlier run. PlanError: the input has changed since; it says what can be done.
+    """Plan, or extend the plan of an earlier run by what is new. PlanError: input that was planned is gone or changed.
 
     With `--model auto` the model of the plan that exists is kept. Where there is none, and the default model is neither
     on this machine nor can be fetched, the small model in this package takes its place, and a line says so.
@@ -76,6 +85,7 @@ def plan_line(store: Store, index: str, config: PlanConfig, storage: StorageConf
     if config.model == "auto" and not config.pretrained and store.exists(output_paths.PLAN):
         planned = load_plan(store).encoder
         config = replace(config, model=planned.model, pretrained=planned.pretrained)
+    config = replace(config, extend=True)
     try:
         make_plan(config.input, store.url, config, storage=storage, progress=say)
     except EncoderError as error:
@@ -91,10 +101,45 @@ def plan_line(store: Store, index: str, config: PlanConfig, storage: StorageConf
         if " input" not in str(error).partition(" (")[2]:  # the input is what it was
             raise
         raise PlanError(
-            f"{error}; to add new files alone: clip-batch run NEW --output OTHER --no-serve, and clip-batch merge "
-            f"--output OTHER/{paths.OUTPUT} --index {quote(index)} --add; "
+            f"{error}; put the input back as it was, or: clip-batch run NEW --output OTHER --no-serve, and clip-batch "
+            f"merge --output OTHER/{paths.OUTPUT} --index {quote(index)} --add; "
             f"clip-batch serve --index {quote(index)} serves the old ones"
         ) from None
+
+
+def renew_changed(store: Store, config: EmbedConfig, storage: StorageConfig, say: Say) -> bool:
+    """Embed those pictures of folders again that changed since they were embedded; whether there were any.
+
+    The partitions that have them are embedded again as a whole. IncompleteError: one of them fails.
+    """
+    if load_plan(store).format != "files":
+        return False
+    _, renew = repair(store, [], {CHANGED})
+    if not renew:
+        return False
+    partitions = counted(len(renew), "partition")
+    say(f"pictures changed since they were embedded: {partitions} with them embedded again")
+    outcomes = local.run_worker(store.url, [*renew], replace(config, allow_empty=True), storage, renew)
+    if failures := [outcome for outcome in outcomes if outcome.state == "failed"]:
+        raise IncompleteError(f"partition {failures[0].partition} failed, so its old rows stay: {failures[0].error}")
+    return True
+
+
+def merge_line(output: str, index: str, config: MergeConfig, storage: StorageConfig, renewed: bool, say: Say) -> None:
+    """Make the index hold OUT as it is now, besides whatever else was added to it.
+
+    An index of OUT alone is built anew while that is cheap, and whenever rows were embedded again (`renewed`), for
+    which it takes all other OUTs too. Otherwise the new rows are added to the live version.
+    """
+    live = live_version(Store(index, storage.storage_options))
+    manifest = load_manifest(Store(index, storage.storage_options), live) if live else None
+    sources = dict.fromkeys(source.output for source in manifest.sources) if manifest else {}
+    others = [url for url in sources if url != Store(output, storage.storage_options).url]
+    if manifest and not renewed and (others or manifest.rows > CHEAP_ROWS):
+        config = replace(config, add=True)
+    elif renewed:
+        config = replace(config, anew=True)
+    merge([*others, output] if renewed else output, index, config, storage=storage, progress=say)
 
 
 def embed_all(output: str, config: EmbedConfig, storage: StorageConfig, workers: int, say: Say) -> None:

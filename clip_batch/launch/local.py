@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clip_batch.config import EmbedConfig, StorageConfig
 from clip_batch.config.options import to_environment
 from clip_batch.embeddings.commits import committed, read_commit
 from clip_batch.embeddings.embed import Outcome, embed
+from clip_batch.embeddings.renewal import Renewal
 from clip_batch.embeddings.slots import Slot, partitions
 from clip_batch.embeddings.workers import WorkerRun
 from clip_batch.encoders.device import cores, gpus
@@ -34,11 +35,16 @@ def processes(workers: int, config: EmbedConfig) -> int:
 
 
 def run_worker(
-    output: str, work: list[int] | Slot | None, config: EmbedConfig, storage: StorageConfig
+    output: str,
+    work: list[int] | Slot | None,
+    config: EmbedConfig,
+    storage: StorageConfig,
+    renew: Mapping[int, Renewal] | None = None,
 ) -> list[Outcome]:
     """Run one worker in this process, with progress, and return the outcome of each partition.
 
-    `work` is the partitions to embed: their numbers, those of a slot, or (None) all. SIGTERM, SIGUSR1 and Ctrl-C stop
+    `work` is the partitions to embed: their numbers, those of a slot, or (None) all; `renew` those that are committed
+    and are embedded again. SIGTERM, SIGUSR1 and Ctrl-C stop
     the worker in good order: it raises Preempted.
     """
     run = WorkerRun(job(), work if isinstance(work, Slot) else None)
@@ -48,7 +54,7 @@ def run_worker(
         return Counts(run.total, run.partitions, run.samples, run.failed)
 
     with _stopped_by_signals(run.stop), show_progress(read) if config.progress else contextlib.nullcontext():
-        return embed(output, config, numbers, storage=storage, run=run)
+        return embed(output, config, numbers, storage=storage, run=run, renew=renew)
 
 
 def job() -> str:

@@ -5,7 +5,9 @@
     _clip_batch/plan.json, plan.parquet, config.yaml  the plan; plan.json is written last
     _clip_batch/extensions/<number>-<digest>.json     the partitions that were added to the plan with that digest
     _clip_batch/extensions/slices-<digest>.parquet    their slices, named by the file's sha256
+    _clip_batch/listings/<digest>.parquet             what a planned folder of files had, named by its sha256
     _clip_batch/commits/<partition>.json              what each partition committed
+    _clip_batch/renewed/<partition>-<attempt>.json    a commit that another one has replaced since, or was to replace
     _clip_batch/failures/failures_<partition>-<attempt>.parquet     samples that cannot be embedded
     _clip_batch/failures/attempts/<partition>-<attempt>.json        attempts that failed, and why
     _clip_batch/submissions/<id>.json                 what was handed to a scheduler
@@ -29,12 +31,14 @@ PLAN = f"{HOME}/plan.json"
 SLICES = f"{HOME}/plan.parquet"
 CONFIG = f"{HOME}/config.yaml"
 EXTENSIONS = f"{HOME}/extensions"
+LISTINGS = f"{HOME}/listings"
 COMMITS = f"{HOME}/commits"
 FAILURES = f"{HOME}/failures"
 ATTEMPTS = f"{FAILURES}/attempts"
 SUBMISSIONS = f"{HOME}/submissions"
 WORKERS = f"{HOME}/workers"
 LOOK = f"{HOME}/look.json"
+RENEWED = f"{HOME}/renewed"
 REPLACING = f"{HOME}/replacing.json"
 LOGS = f"{HOME}/logs"
 
@@ -64,6 +68,11 @@ def extension_slices(sha256: str) -> str:
 def commit(partition: str) -> str:
     """The commit of a partition, given its zero-padded number."""
     return f"{COMMITS}/{partition}.json"
+
+
+def renewed(partition: str, attempt: str) -> str:
+    """The copy of a commit that another one replaces."""
+    return f"{RENEWED}/{partition}-{attempt}.json"
 
 
 def data_file(folder: str, partition: str, attempt: str) -> str:

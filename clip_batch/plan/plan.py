@@ -21,7 +21,9 @@ from clip_batch.plan.apart import check_apart, contains
 from clip_batch.plan.automatic import affordable, automatic_target
 from clip_batch.plan.counts import count_folder, count_samples, image_advice
 from clip_batch.plan.cuts import FindCuts, find_cuts, folder_cuts, parquet_cuts, tar_cuts
-from clip_batch.plan.growth import Growth, compare_files
+from clip_batch.plan.excluded import leave_out
+from clip_batch.plan.folders import freeze_folders, write_listings
+from clip_batch.plan.growth import Growth, compare, moved_lines
 from clip_batch.plan.kinds import check_kinds
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
 from clip_batch.plan.parquet import look_at_columns
@@ -30,7 +32,7 @@ from clip_batch.plan.schema import caption_advice, infer_fields, look_at_samples
 from clip_batch.plan.stored import count_partitions as count_partitions
 from clip_batch.plan.stored import load, plan_digest, write_extension, write_plan
 from clip_batch.plan.stored import load_plan as load_plan
-from clip_batch.samples.files import list_samples
+from clip_batch.samples.files import Folder, list_samples
 from clip_batch.storage.store import Store
 from clip_batch.types import (
     IMAGE_COLUMN,
@@ -62,6 +64,7 @@ def make_plan(
     output: StrPath,
     config: PlanConfig = PlanConfig(),
     *,
+    excluding: StrPath | Iterable[StrPath] = (),
     storage: StorageConfig = StorageConfig(),
     progress: Progress | None = None,
 ) -> Plan:
@@ -70,6 +73,7 @@ def make_plan(
     `input` is one path, URL, glob or brace pattern, or several of them, and takes the place of `config.input`. Another
     plan at `output` is replaced as long as no partition of it is committed and no worker is at work on it. Where the
     input has only grown, `config.extend` adds partitions of what is new to the plan, and leaves all others as they are.
+    What the OUTs `excluding` have planned is left out.
 
     Example: `make_plan("tars/{000..127}.tar", "out", PlanConfig(model="ViT-B-32", pretrained="openai"))`.
 
@@ -92,12 +96,16 @@ def make_plan(
         check_apart(store.url, [folder for folder in inputs.folders if contains(folder, store.url)])
     config = replace(config, format=inputs.format)
     target = _target(config)
+    folders: dict[str, Folder] = {}
     if config.format == "files":
         check_apart(store.url, [shard.url for shard in inputs.shards])
-        _count_folders(inputs, images, captions, options, say)
+        folders = _list_folders(inputs, images, captions, options, say)
     else:
         check_kinds(inputs.shards, options, config.format)
     _check_unreadable(inputs, config)
+    if planners := [Store(path_text(url, "excluding"), options) for url in _as_list(excluding)]:
+        own = (store, load_plan(store)) if store.exists(paths.PLAN) else None
+        leave_out(inputs.shards, folders, planners, own, say)
     shards, passed_over = inputs.shards, dict(inputs.passed_over)
     say(f"{counted(len(shards), 'input')} found")
     if passed_over:
@@ -109,7 +117,7 @@ def make_plan(
         say(f"the model is {encoder.model} with its default tag {encoder.pretrained}")
     draft = Plan((), encoder, config.format, {}, images, captions, "", passed_over, config.caption_field)
     draft = replace(draft, key_ends=config.key_ends, image_field=config.image_field, modalities=_modalities(config))
-    draft = replace(draft, home=store.url)
+    draft = replace(draft, listings=store.display(paths.LISTINGS))
     if config.format == "parquet":
         files = [shard for shard in shards if shard.etag != UNREADABLE]
         modalities, lines = look_at_columns(files, draft, options)
@@ -127,21 +135,28 @@ def make_plan(
 
     phrases: list[str] = []
     while old := load(store) if store.exists(paths.PLAN) else None:
-        growth, others = compare_files(old[0], shards), differences(*old)
-        phrases = growth.phrases + others
-        if not phrases:
+        growth, others = compare(store, old[0], shards, folders), differences(*old)
+        if not (phrases := growth.phrases + others):
             say("unchanged")
             return old[0]
-        grown = bool(growth.new) and not (growth.differences or others)
-        if grown and config.extend:
-            if plan := _extend(store, old[0], growth, passed_over, target, options, say):
-                return plan
-            continue  # another planner was faster: compare again
-        if why := obstacle(store):
-            raise _refusal(store, growth if grown else None, phrases, why)
-        break
+        why, refused = obstacle(store), bool(growth.differences or others)
+        extends = bool(growth.new) and not refused and config.extend
+        if not (why or (extends and not growth.moved)):
+            break  # another plan takes its place
+        if refused or (growth.new and not extends):
+            raise _refusal(store, None if refused else growth, phrases, why)
+        for line in moved_lines(growth, store.url):
+            say(line)
+        if not growth.new:
+            say("unchanged")
+            return old[0]
+        if plan := _extend(store, old[0], growth, passed_over, target, options, say):
+            return plan  # otherwise another planner was faster: compare again
+    files: dict[str, bytes] = {}
+    if config.format == "files":
+        shards, files = freeze_folders(shards, folders)
     shards = _counted(shards, target, draft, options)
-    look = look_at_samples(shards, draft, options)
+    look = look_at_samples(shards, draft, options, folders)
     partitions = _partitions(shards, target, look.sample_bytes, draft, options)
     for line in name_advice(look):
         say(line)
@@ -152,6 +167,7 @@ def make_plan(
     plan = replace(plan, digest=plan_digest(plan))
     settings = {**asdict(config), "preprocess": encoder.preprocess}
     with replaced(store, old[0].digest) if old else nullcontext():
+        write_listings(store, files)
         written = write_plan(store, plan, shards, target, settings)
     if written:
         say(f"{counted(len(partitions), 'partition')} planned")
@@ -161,7 +177,7 @@ def make_plan(
             say(f"they replace the plan that was there, of which nothing was committed: {'; '.join(phrases)}")
         return plan
     existing, head = load(store)  # another planner was faster
-    if phrases := compare_files(existing, shards).phrases + differences(existing, head):
+    if phrases := compare(store, existing, inputs.shards, folders).phrases + differences(existing, head):
         raise PlanError(f"another plan was made at {store.url} meanwhile: {'; '.join(phrases)}; plan again")
     say("unchanged")
     return existing
@@ -172,7 +188,7 @@ def _refusal(store: Store, growth: Growth | None, phrases: Sequence[str], why: s
     if growth is None:
         return PlanError(f"another plan exists at {store.url} ({'; '.join(phrases)}), and {why}")
     remedy = f"plan with --extend adds what is new to it; --except {quote(store.url)} plans that into another --output"
-    return PlanError(f"the input of the plan at {store.url} has grown ({growth.named}): {remedy}")
+    return PlanError(f"the input of the plan at {store.url} has grown ({growth.added}): {remedy}")
 
 
 def _extend(
@@ -185,6 +201,7 @@ def _extend(
     say: Progress,
 ) -> Plan | None:
     """Add the new inputs to a plan as one more generation; None if another planner has extended it first."""
+    write_listings(store, growth.listings)
     shards = _counted(growth.new, target, plan, options)
     look = look_at_samples(shards, plan, options)
     start = len(plan.partitions)
@@ -193,7 +210,7 @@ def _extend(
     extended = write_extension(store, plan, added, shards, target, passed_over)
     if extended:
         number = len(extended.generations) - 1
-        say(f"the input has grown, {growth.named}: {counted(len(added), 'partition')} added as generation {number}")
+        say(f"the input has grown, {growth.added}: {counted(len(added), 'partition')} added as generation {number}")
     return extended
 
 
@@ -237,16 +254,19 @@ def _as_list(input: StrPath | Iterable[StrPath]) -> list[StrPath]:
     return list(input) if isinstance(input, Iterable) and not isinstance(input, str | bytes) else [input]
 
 
-def _count_folders(
+def _list_folders(
     inputs: specs.Inputs, images: Sequence[str], captions: Sequence[str], options: specs.Options, say: Progress
-) -> None:
-    """Count the samples of folders of files, and what is none."""
+) -> dict[str, Folder]:
+    """What is in folders of files, by URL; their samples are counted, and what is none."""
+    folders: dict[str, Folder] = {}
     for number, folder in enumerate(inputs.shards):
-        listed = list_samples(folder.url, images, captions, options, say)
+        listed = list_samples(folder.url, images, captions, options, say, versions=True)
         inputs.shards[number] = count_folder(folder, listed, images)
+        folders[folder.url] = listed
         inputs.passed_over.update(listed.passed_over)
         inputs.unreadable.update(listed.unreadable)
     inputs.shards = [folder for folder in inputs.shards if folder.url not in inputs.unreadable]
+    return folders
 
 
 def _check_unreadable(inputs: specs.Inputs, config: PlanConfig) -> None:

@@ -66,7 +66,7 @@ def replaced(store: Store, digest: str) -> Iterator[None]:
             for name, data in files.items():
                 store.create(name, data)
             raise PlanError(f"the plan of {store.url} stays: {why}")
-        for folder in (paths.SUBMISSIONS, paths.WORKERS, paths.ATTEMPTS):
+        for folder in (paths.SUBMISSIONS, paths.WORKERS, paths.ATTEMPTS, paths.LISTINGS, paths.RENEWED):
             store.remove_folder(folder)
         store.remove(paths.LOOK)
         yield

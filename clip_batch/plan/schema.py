@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 from clip_batch.plan.specs import Options
 from clip_batch.plan.threads import map_in_threads
+from clip_batch.samples.files import Folder, read_samples
 from clip_batch.samples.tar.suffixes import is_compressed
 from clip_batch.storage.names import is_utf8, text_name
 from clip_batch.storage.paths import is_local
-from clip_batch.types import CAPTION_FIELDS, EXTRA_COLUMN, KEY_COLUMNS, Failure, Plan, Sample, Shard, Slice
+from clip_batch.types import CAPTION_FIELDS, EXTRA_COLUMN, KEY_COLUMNS, Failure, Item, Plan, Sample, Shard, Slice
 
 SCHEMA_SHARDS, SCHEMA_SAMPLES = 32, 20
 """The schema is inferred from this many shards, and from this many samples of each."""
@@ -53,10 +54,13 @@ class Look(NamedTuple):
     sample_bytes: float = 0.0
 
 
-def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> Look:
+def look_at_samples(
+    shards: Sequence[Shard], draft: Plan, options: Options, folders: Mapping[str, Folder] | None = None
+) -> Look:
     """Read the first samples of shards that are spread over the input.
 
-    `draft` is the plan without partitions. Samples that cannot be read are skipped here: `embed` reports them.
+    `draft` is the plan without partitions, and `folders` has the content of folders of which no listing is written yet.
+    Samples that cannot be read are skipped here: `embed` reports them.
     """
     from clip_batch.samples import read_slice
     from clip_batch.samples.parquet.reader import first_samples
@@ -74,11 +78,11 @@ def look_at_samples(shards: Sequence[Shard], draft: Plan, options: Options) -> L
         whole = is_local(shard.url) or is_compressed(shard.url) or (shard.size or 0) <= SCHEMA_BYTES
         stop = SCHEMA_SAMPLES if draft.format == "files" else None if whole else SCHEMA_BYTES
         with contextlib.suppress(Exception):
-            samples = (
-                first_samples(shard, draft, SCHEMA_SAMPLES, options)
-                if draft.format == "parquet"
-                else islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES)
-            )
+            samples: Iterable[Item] = islice(read_slice(Slice(shard, 0, stop), draft, options), SCHEMA_SAMPLES)
+            if draft.format == "parquet":
+                samples = first_samples(shard, draft, SCHEMA_SAMPLES, options)
+            elif folders and shard.url in folders:
+                samples = read_samples(folders[shard.url].samples[:SCHEMA_SAMPLES], shard.url, draft, options)
             for sample in samples:
                 if isinstance(sample, Failure) and sample.reason == "dotted_name":
                     dotted.append(sample)

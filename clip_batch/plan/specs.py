@@ -214,6 +214,15 @@ def _entries(names: Sequence[str], options: Options) -> Iterable[Entry]:
         raise InputError(f"{len(missing)} of {len(names)} inputs missing: {some(missing)}; {remedy}")
 
 
+def present_versions(urls: Iterable[str], options: Options) -> dict[str, tuple[int | None, str | None] | None]:
+    """The size and etag that each tar or Parquet file has now; None where it does not exist."""
+    names = sorted(urls)
+    if not names:
+        return {}
+    entries = map_in_threads(lambda url: (_local_entry if is_local(url) else _remote_entry(url, options))(url), names)
+    return {url: entry and (entry.size, entry.etag) for url, entry in zip(names, entries, strict=True)}
+
+
 def _local_entry(path: str) -> Entry | None:
     """The entry of a local path; None if it does not exist."""
     try:

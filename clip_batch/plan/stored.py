@@ -22,6 +22,8 @@ from typing import Any
 from clip_batch.errors import CorruptError, PlanError
 from clip_batch.plan import paths
 from clip_batch.plan.pack import PartitionTarget
+from clip_batch.plan.state import newer_inputs
+from clip_batch.samples import listings
 from clip_batch.storage.names import name_text, text_name
 from clip_batch.storage.store import Store
 from clip_batch.types import MODALITIES, EncoderSpec, Generation, Partition, Plan, Shard, Slice
@@ -56,7 +58,7 @@ def load(store: Store) -> tuple[Plan, dict[str, Any]]:
     plan = Plan(partitions, encoder, head["format_"], head["fields"], images, captions, head["digest"])
     plan = replace(plan, passed_over=head.get("passed_over", {}), caption_field=head.get("caption_field", ""))
     plan = replace(plan, key_ends=head.get("key_ends", "first-dot"), image_field=head.get("image_field", ""))
-    plan = replace(plan, modalities=tuple(head.get("modalities", MODALITIES)), home=store.url)
+    plan = replace(plan, modalities=tuple(head.get("modalities", MODALITIES)), listings=store.display(paths.LISTINGS))
     for record in _extensions(store, plan.digest):
         file = record["plan_parquet"]
         added = _read_partitions(store, f"{paths.EXTENSIONS}/{file['name']}", file["sha256"], record["first"])
@@ -157,14 +159,17 @@ def write_extension(
 
 
 def unused_files(store: Store) -> list[str]:
-    """The files of planners that extended the plan and died, or came second: no generation needs them."""
-    used = {paths.PLAN}
+    """The files of planners that died or came second, which no generation and no commit needs."""
+    used = set[str]()
     number, digest = 1, str(_head(store)["digest"])
     for record in _extensions(store, digest):
         used |= {paths.extension(number, digest), f"{paths.EXTENSIONS}/{record['plan_parquet']['name']}"}
         number, digest = number + 1, record["digest"]
-    names = (f"{paths.EXTENSIONS}/{base}" for base in store.list(paths.EXTENSIONS))
-    return [name for name in names if name not in used]
+    newer = (version for inputs in newer_inputs(store).values() for _, version in inputs.values())
+    shards = (piece.shard.etag for partition in load_plan(store).partitions for piece in partition.slices)
+    used |= {f"{paths.LISTINGS}/{listings.file_name(etag)}" for etag in {*shards, *newer} if etag}
+    folders = (paths.EXTENSIONS, paths.LISTINGS)
+    return [name for folder in folders for base in store.list(folder) if (name := f"{folder}/{base}") not in used]
 
 
 def _summary(

@@ -10,22 +10,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from clip_batch.errors import InputError, one_line, some
+from clip_batch.samples import listings
 from clip_batch.samples.kinds import picture
+from clip_batch.samples.listings import Listing, Version
 from clip_batch.storage.names import name_text
 from clip_batch.storage.paths import absolute, is_local
 from clip_batch.storage.store import Store
-from clip_batch.storage.tree import Say, list_tree, silent
+from clip_batch.storage.transfer import local_etag
+from clip_batch.storage.tree import Say, Tree, list_tree, silent
 from clip_batch.types import IMAGE_EXTENSIONS, Failure, Item, Plan, Sample, Shard, Slice
 from clip_batch.types import extension as extension_of
-
-Listing = list[tuple[str, dict[str, str]]]
-"""Each sample's key, and its files' names by their lower-case extension; sorted by key."""
 
 
 class Folder(NamedTuple):
@@ -34,18 +37,29 @@ class Folder(NamedTuple):
     - `samples`: its samples.
     - `passed_over`: the number of files that are part of none, by extension.
     - `unreadable`: folders that cannot be listed, and why.
+    - `versions`: the version of each file that is part of a sample, by its name; {} where it was not asked for.
     """
 
     samples: Listing
     passed_over: Counter[str]
     unreadable: dict[str, str]
+    versions: dict[str, Version]
 
 
 def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Item]:
     """Read the samples [start, stop) of a folder's sorted listing; see `clip_batch.samples.read_slice`."""
-    url = name_text(piece.shard.url)
-    store = Store(piece.shard.url, options)
-    for key, names in _planned_listing(piece.shard, plan, options)[piece.start : piece.stop]:
+    if listings.is_frozen(piece.shard):
+        samples = listings.read(plan.listings, piece.shard.etag or "", options, piece.start, piece.stop)
+    else:  # planned by a version that froze none
+        samples = _planned_listing(piece.shard, plan, options)[piece.start : piece.stop]
+    yield from read_samples(samples, piece.shard.url, plan, options)
+
+
+def read_samples(samples: Listing, folder: str, plan: Plan, options: dict[str, Any] | None = None) -> Iterator[Item]:
+    """Read samples of a folder, of which a plan says which files are images and captions."""
+    url = name_text(folder)
+    store = Store(folder, options)
+    for key, names in samples:
         key = name_text(key)
         image = _first(names, plan.image_extensions) if "image" in plan.modalities else None
         if image is None and "image" in plan.modalities:
@@ -61,11 +75,13 @@ def read_files(piece: Slice, plan: Plan, options: dict[str, Any] | None = None) 
         except OSError as error:
             if not _concerns_file(store, error):
                 raise
-            message = f"{name} cannot be read ({error.strerror or one_line(error)}): mend it, and plan again"
+            message = f"{name} cannot be read ({error.strerror or one_line(error)}): mend it, and {_RETRY}"
             yield Failure(key, url, None, "unreadable_file", name_text(message))
             continue
         yield Sample(key, url, None, None, data[0], data[1], data[2])
 
+
+_RETRY = "run clip-batch repair --retry-failed unreadable_file"
 
 _OF_FILE = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
@@ -119,17 +135,45 @@ def list_samples(
     caption_extensions: Sequence[str],
     options: dict[str, Any] | None = None,
     say: Say = silent,
+    versions: bool = False,
 ) -> Folder:
-    """Every sample of a folder, and what is part of none. InputError if there is no such folder."""
+    """Every sample of a folder, and what is part of none. InputError if there is no such folder.
+
+    `versions` looks at each file, which takes a local disk some microseconds and a network disk a request.
+    """
     url = absolute(url).rstrip("/")
     tree = list_tree(url, options, say)
     if not (tree.entries or is_local(url)):
         raise InputError(f"no files in {url}: check the URL")
     names = [entry.url[len(url) + 1 :] for entry in tree.entries]
     samples, unused = pair_files(names, image_extensions, caption_extensions)
-    return Folder(
-        samples, tree.passed_over + Counter(name_text(extension_of(name)) for name in unused), tree.unreadable
-    )
+    passed_over = tree.passed_over + Counter(name_text(extension_of(name)) for name in unused)
+    return Folder(samples, passed_over, tree.unreadable, _versions(url, tree, unused) if versions else {})
+
+
+def _versions(url: str, tree: Tree, unused: Iterable[str]) -> dict[str, Version]:
+    """The version of each file of a tree that is used, by its name below `url`."""
+    start, left = len(url) + 1, set(unused)
+    entries = [entry for entry in tree.entries if entry.url[start:] not in left]
+    if is_local(url):
+        paths = [entry.url for entry in entries]
+        chunks = [paths[at : at + _LOOKS] for at in range(0, len(paths), _LOOKS)]
+        with ThreadPoolExecutor(_LOOKERS) as pool:
+            found = chain.from_iterable(pool.map(lambda chunk: [_local_version(path) for path in chunk], chunks))
+            return {path[start:]: version for path, version in zip(paths, found, strict=True)}
+    return {entry.url[start:]: (entry.size, entry.etag) for entry in entries}
+
+
+_LOOKERS, _LOOKS = 16, 1000
+"""Threads that look at local files, as a network disk answers many at once, and the files that one is given."""
+
+
+def _local_version(path: str) -> Version:
+    try:
+        status = os.stat(path)
+    except OSError:  # it has gone since it was listed; whoever reads it says so
+        return None, None
+    return status.st_size, local_etag(status)
 
 
 def pair_files(
@@ -193,7 +237,8 @@ def _planned_listing(folder: Shard, plan: Plan, options: dict[str, Any] | None) 
     what = folder, plan.image_extensions, plan.caption_extensions, repr(options)
     if (last := _last) and last[0] == what:
         return last[1]
-    samples, _, unreadable = list_samples(folder.url, plan.image_extensions, plan.caption_extensions, options)
+    listed = list_samples(folder.url, plan.image_extensions, plan.caption_extensions, options)
+    samples, unreadable = listed.samples, listed.unreadable
     also = f" ({some(list(unreadable))} cannot be listed)" if unreadable else ""
     if folder.samples is not None and len(samples) != folder.samples:
         raise InputError(f"{folder.url} has {len(samples)} samples, planned were {folder.samples}{also}: plan again")

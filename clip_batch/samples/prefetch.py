@@ -173,12 +173,15 @@ class _Fetch:
         check_version(self.piece.shard, *file_version(self._remote, pause))
 
 
+_REMEDY = "put that file back, or clip-batch repair --retry-failed changed embeds what is there"
+
+
 def check_version(shard: Shard, size: int | None, etag: str | None) -> None:
     """InputError if a shard's size or etag is not as planned; None is unknown, and not compared."""
     if shard.size is not None and size is not None and size != shard.size:
-        raise InputError(f"{shard.url} was planned with {shard.size} bytes and has {size} now; plan again")
+        raise InputError(f"{shard.url} was planned with {shard.size} bytes and has {size} now: {_REMEDY}")
     if shard.etag is not None and etag is not None and etag != shard.etag:
-        raise InputError(f"{shard.url} was planned with etag {shard.etag} and has {etag} now; plan again")
+        raise InputError(f"{shard.url} was planned with etag {shard.etag} and has {etag} now: {_REMEDY}")
 
 
 def _bytes(piece: Slice, budget: int) -> int:

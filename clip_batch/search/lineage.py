@@ -123,7 +123,7 @@ def embedding(
         raise ConfigError(f"no vectors of {kind!r}: kinds are {', '.join(paths.VECTORS)}")
     partition, position = int(row["partition"]), int(row["row"])
     locate = _committed if origin.verified else _numbered
-    path = locate(store, origin, paths.VECTORS[kind], partition)
+    path = locate(store, origin, paths.VECTORS[kind], partition, manifest.created)
     with corrupt_unless_unavailable(f"{store.display(path)} has no row {position}", _REMEDY, ValueError, InputError):
         header = read_npy_header(io.BytesIO(_read(store, path, 0, min(_HEADER, store.size(path)))))
         if not header.is_matrix(DTYPES) or position >= header.shape[0] or header.shape[1] != manifest.dim:
@@ -137,8 +137,11 @@ def embedding(
 _REMEDY = "run clip-batch verify, then repair, or merge again"
 
 
-def _committed(store: Store, origin: MergedOutput, folder: str, partition: int) -> str:
-    """Return the path of the npy file that the partition's commit names. CorruptError: there is none any longer."""
+def _committed(store: Store, origin: MergedOutput, folder: str, partition: int, merged: float) -> str:
+    """Return the path of the npy file that the partition's commit names. CorruptError: there is none any longer.
+
+    `merged` is when its rows were merged: a commit that has replaced another since has other rows.
+    """
     generations = read_generations(store)
     generation = generation_of(generations, partition)
     name = partition_name(partition, generation.stop)
@@ -148,12 +151,14 @@ def _committed(store: Store, origin: MergedOutput, folder: str, partition: int) 
         raise CorruptError(f"{store.url}: partition {partition} is no longer committed: {_REMEDY}") from None
     if commit.plan != generation.digest or origin.plan not in (one.digest for one in generations):
         raise CorruptError(f"{store.url} was planned anew since it was merged: merge again")
+    if commit.replaces and commit.finished > merged:
+        raise CorruptError(f"{store.url}: partition {partition} was embedded again since it was merged: merge again")
     if (path := commit.file(folder)) is None:
         raise CorruptError(f"{store.url}: the commit of partition {partition} names no {folder} file: {_REMEDY}")
     return path
 
 
-def _numbered(store: Store, origin: MergedOutput, folder: str, partition: int) -> str:
+def _numbered(store: Store, origin: MergedOutput, folder: str, partition: int, merged: float) -> str:
     """Return the path of a partition's npy file in a folder without commits, by the number in its name.
 
     See `clip_batch.embeddings.clip_retrieval`. CorruptError: there is not exactly one such file.

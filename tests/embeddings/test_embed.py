@@ -425,7 +425,7 @@ def test_damage_is_found_and_repaired(tars: list[str], out: str) -> None:
     deep = verify_output(store, deep=True)
     assert set(deep.problems) == {"0001", "0002", "0004"}
     assert "sha256" in deep.problems["0002"]
-    assert repair(store, deep.problems) == [1, 2, 4]
+    assert repair(store, deep.problems) == ([1, 2, 4], {})
     embed(out, SMALL)
     gc(store)
     assert verify_output(store, deep=True).ok

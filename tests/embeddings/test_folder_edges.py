@@ -127,4 +127,6 @@ def test_an_unreadable_picture_is_a_failure(tmp_path: Path, out: str) -> None:
     assert done.returncode == 0 and "2 samples embedded, 1 listed as failed" in done.stdout, done.stderr
     [failure] = table(out, "failures")
     assert (failure["key"], failure["reason"]) == ("1", "unreadable_file")
-    assert failure["message"] == "1.jpg cannot be read (Permission denied): mend it, and plan again"
+    assert failure["message"] == (
+        "1.jpg cannot be read (Permission denied): mend it, and run clip-batch repair --retry-failed unreadable_file"
+    )

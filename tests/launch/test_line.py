@@ -15,7 +15,10 @@ import pytest
 from clip_batch.cli import main
 from clip_batch.config import StorageConfig, extras
 from clip_batch.errors import ConfigError
+from clip_batch.index.manifest import load_manifest
+from clip_batch.index.metadata import MetadataFile
 from clip_batch.launch.line import default_output, output_folder, url_list
+from clip_batch.storage.store import Store
 from tests import corpus
 
 QUICK = ["--no-serve", "--no-progress", "--device", "cpu"]
@@ -89,7 +92,17 @@ def test_a_long_listing_says_how_far_it_is(
     assert f"{pictures} is being listed: 1 file in 2 folders so far" in said
 
 
-def test_a_second_run_goes_on_and_grown_input_is_told_what_to_do(
+def rows_of(index: str) -> dict[str, str | None]:
+    """The captions of the live version, by key; no key is there twice."""
+    store = Store(index)
+    manifest = load_manifest(store)
+    tables = [MetadataFile(store.path(manifest.paths(shard).metadata(shard.name))) for shard in manifest.shards]
+    rows = [row for table in tables for row in table.take(range(table.rows), ["key", "caption"]).to_pylist()]
+    assert len({row["key"] for row in rows}) == len(rows) == manifest.rows
+    return {row["key"]: row["caption"] for row in rows}
+
+
+def test_a_second_run_goes_on_and_takes_what_is_new_and_what_changed(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--output", "out", str(pictures)) == 0  # flags may stand first
@@ -98,22 +111,45 @@ def test_a_second_run_goes_on_and_grown_input_is_told_what_to_do(
     said = capsys.readouterr()
     assert "plan: unchanged" in said.err and "5 samples embedded" in said.out
     (pictures / "new.jpg").write_bytes(corpus.jpeg(9))
-    assert run(str(pictures), "--output", "out") == 2
+    assert run(str(pictures), "--output", "out") == 0
+    said = capsys.readouterr()
+    assert "plan: the input has grown, 1 picture added: new.jpg: 1 partition added as generation 1" in said.err
+    assert "6 samples embedded" in said.out and len(rows_of("out/index")) == 6
+    (pictures / "new.txt").write_text("a dog")
+    assert run(str(pictures), "--output", "out") == 0
+    said = capsys.readouterr()
+    assert "plan: 1 planned picture changed since: new.jpg (new.txt added)" in said.err
+    assert "embed: pictures changed since they were embedded: 1 partition with them embedded again" in said.err
+    assert rows_of("out/index")["new"] == "a dog"
+    assert run(str(pictures), "--output", "out") == 0
+    said = capsys.readouterr()
+    assert "plan: unchanged" in said.err and "is finished already" in said.err
+
+
+def test_run_rolls_back_nothing_that_was_added_to_its_index(pictures: Path) -> None:
+    assert run(str(pictures), "--output", "out") == 0
+    Path("more").mkdir()
+    for number in range(3):
+        Path(f"more/more{number}.jpg").write_bytes(corpus.jpeg(20 + number))
+    assert run("more", "--output", "other") == 0
+    assert main(["merge", "--output", "other/embeddings", "--index", "out/index", "--add"]) == 0
+    assert len(rows_of("out/index")) == 8
+    (pictures / "new.jpg").write_bytes(corpus.jpeg(9))
+    assert run(str(pictures), "--output", "out") == 0
+    assert len(rows_of("out/index")) == 9
+    (pictures / "new.txt").write_text("a dog")
+    assert run(str(pictures), "--output", "out") == 0
+    assert len(rows_of("out/index")) == 9 and rows_of("out/index")["new"] == "a dog"
+
+
+def test_tars_that_changed_are_refused_by_run(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus.good_tar("a.tar", 3)
+    assert run("a.tar", "--output", "out") == 0
+    corpus.good_tar("a.tar", 4)
+    assert run("a.tar", "--output", "out") == 2
     said = capsys.readouterr()
     assert "1 input changed" in said.err and "1 partition committed" in said.err
     assert "clip-batch merge --output OTHER/embeddings --index out/index --add" in said.err
-    (pictures.parent / "more").mkdir()
-    (pictures / "new.jpg").rename(pictures.parent / "more" / "new.jpg")
-    assert run("more", "--output", "other") == 0
-    assert main(["merge", "--output", "other/embeddings", "--index", "out/index", "--add"]) == 0
-    assert (
-        json.loads((pictures.parent / "out/index" / _current(pictures.parent) / "manifest.json").read_text())["rows"]
-        == 6
-    )
-
-
-def _current(home: Path) -> str:
-    return (home / "out/index/CURRENT").read_text().strip()
 
 
 def test_tars_are_told_from_pictures_and_failures_are_counted(

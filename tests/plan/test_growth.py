@@ -323,3 +323,23 @@ def test_on_s3(s3: S3, tmp_path: Path) -> None:
     home.replace("1.tar", b"other")
     with pytest.raises(PlanError, match=r"1 input changed: .*/1.tar"):
         make_plan(specs, out, EXTEND, storage=storage)
+
+
+def test_what_another_out_has_planned_is_left_out(
+    tars: str, out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_plan(tars, out, CONFIG)
+    add(tmp_path / "in", 0, 2)
+    other, said = f"{tmp_path}/other", list[str]()
+    plan = make_plan(tars, other, CONFIG, excluding=out, progress=said.append)
+    assert names_of(plan) == ["0.tar", "2.tar"] and f"2 inputs left out, as {out} has planned them" in said
+    assert make_plan(tars, other, CONFIG, excluding=[out]) == plan == make_plan(tars, other, EXTEND, excluding=[out])
+    words = ["plan", "--input", tars, "--output", f"{tmp_path}/third", "--model", "fake:8"]
+    assert main([*words, "--except", out, "--except", other]) == 1
+    assert f"nothing is left to plan: {out}, {other} have planned all of the input" in capsys.readouterr().err
+    add(tmp_path / "in", 3, samples=5)
+    said.clear()
+    plan = make_plan(tars, f"{tmp_path}/fourth", CONFIG, excluding=[out, other], progress=said.append)
+    assert names_of(plan) == ["3.tar"] and f"1 input other than {out} planned it: {tmp_path}/in/3.tar" in said
+    with pytest.raises(PlanError, match="no plan at"):
+        make_plan(tars, f"{tmp_path}/fifth", CONFIG, excluding=f"{tmp_path}/nowhere")

@@ -212,7 +212,8 @@ def test_a_file_that_goes_while_its_folder_is_read_is_a_failure(folder: str) -> 
     plan = replace(corpus.plan_of("files"), image_extensions=IMAGES, caption_extensions=CAPTIONS)
     [failure] = read_slice(Slice(shard, 2, 3), plan)
     assert isinstance(failure, Failure) and (failure.key, failure.reason) == ("b", "unreadable_file")
-    assert failure.message == "b.txt cannot be read (No such file or directory): mend it, and plan again"
+    told = "b.txt cannot be read (No such file or directory): mend it, and run clip-batch repair --retry-failed"
+    assert failure.message == f"{told} unreadable_file"
 
 
 def test_a_folder_that_goes_while_it_is_read_fails_the_partition(folder: str) -> None:

@@ -214,7 +214,7 @@ def test_what_verify_finds_is_repaired_and_versions_come_and_go(store: Store, gc
     retired = dict(read_commits(out)[1].files)
     gone = next(name for name in retired if name.startswith("img_emb"))
     out.remove(gone)
-    assert repair(out, verify_output(out).problems) == [1]
+    assert repair(out, verify_output(out).problems) == ([1], {})
     fabricated.commit(out, plan, 1, images[30:], texts[30:])
     lost = "img_emb/img_emb_0000-cafecafe.npy"
     out.replace(lost, b"of an attempt that lost")
