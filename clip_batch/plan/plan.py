@@ -152,9 +152,9 @@ def make_plan(
             return old[0]
         if plan := _extend(store, old[0], growth, passed_over, target, options, say):
             return plan  # otherwise another planner was faster: compare again
-    files: dict[str, bytes] = {}
+    frozen: dict[str, bytes] = {}
     if config.format == "files":
-        shards, files = freeze_folders(shards, folders)
+        shards, frozen = freeze_folders(shards, folders)
     shards = _counted(shards, target, draft, options)
     look = look_at_samples(shards, draft, options, folders)
     partitions = _partitions(shards, target, look.sample_bytes, draft, options)
@@ -167,7 +167,7 @@ def make_plan(
     plan = replace(plan, digest=plan_digest(plan))
     settings = {**asdict(config), "preprocess": encoder.preprocess}
     with replaced(store, old[0].digest) if old else nullcontext():
-        write_listings(store, files)
+        write_listings(store, frozen)
         written = write_plan(store, plan, shards, target, settings)
     if written:
         say(f"{counted(len(partitions), 'partition')} planned")
