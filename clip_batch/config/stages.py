@@ -162,7 +162,7 @@ class MergeConfig(Options):
     anew: bool = False
     """Take the place of a live version, also of one that holds more; without --output, merge all its OUTs again."""
     dedup: Share = 0.0
-    """Leave out rows whose cosine with an earlier row is this or more; 1: only equal vectors; 0: keep all rows."""
+    """Leave out rows whose cosine with an earlier, or live, row is this or more; 1: only equal ones; 0: keep all."""
     flat_rows: int = 50_000
     """Largest number of rows for which --index-key auto means Flat, which is exact."""
     train_rows: int = 0

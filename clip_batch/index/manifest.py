@@ -31,11 +31,22 @@ DRIFT = 0.02
 
 
 class DuplicateRows(TypedDict, total=False):
-    """Rows that `--dedup` left out: how many, at which cosine, and the report on them, a path below INDEX."""
+    """Rows that `--dedup` left out: how many, at which cosine, and the report on them, a path below INDEX.
+
+    `live` of them repeat rows of the version that is added to, `removed` of these rows that were removed; `unknown`
+    rows could not be compared with all of it. Of a random `sample` of rows `pairs` repeat another row by exact search,
+    and `found` of these were left out. Older versions have `rows`, `threshold` and `file` alone.
+    """
 
     rows: int
     threshold: float
     file: str
+    live: int
+    removed: int
+    unknown: int
+    sample: int
+    pairs: int
+    found: int
 
 
 class Prediction(TypedDict):

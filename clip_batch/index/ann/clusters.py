@@ -6,7 +6,7 @@ the vectors when the centroids are trained, and of the centroids when vectors ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,16 +66,32 @@ def nearest_of(centroids: Vectors) -> Callable[[Vectors], Ids]:
     Both are compared in the few dimensions in which centroids differ (see `axes_of`); up to `FLAT` centroids, and on a
     GPU, with all of them, otherwise by `Groups.assign`.
     """
-    axes = axes_of(centroids)
+    some = some_nearest_of(centroids, 1)
+    return lambda vectors: some(vectors)[:, 0]
+
+
+def some_nearest_of(centroids: Vectors, count: int) -> Callable[[Vectors], Ids]:
+    """As `nearest_of`, a function that gives the `count` nearest centroids (n, count), the nearest first.
+
+    There are fewer columns where there are fewer centroids.
+    """
+    axes, count = axes_of(centroids), min(count, len(centroids))
 
     def reduced(vectors: Vectors) -> Vectors:
         return vectors if axes is None else vectors @ axes
 
     if len(centroids) > FLAT and not gpu.count():
         groups = grouped(reduced(centroids))
-        return lambda vectors: groups.assign(reduced(vectors))
+        if count == 1:
+            return lambda vectors: groups.assign(reduced(vectors))[:, None]
+        return lambda vectors: groups.assign_some(reduced(vectors), count)
     index = gpu.moved(_flat(reduced(centroids)))
-    return lambda vectors: index.search(reduced(vectors), 1)[1][:, 0]
+
+    def search(vectors: Vectors) -> Ids:
+        ids: Ids = index.search(reduced(vectors), count)[1]
+        return ids
+
+    return search
 
 
 def axes_of(centroids: Vectors) -> Vectors | None:
@@ -110,13 +126,37 @@ class Groups:
         found = self._pool.map(self._assign, (vectors[low : low + BLOCK] for low in range(0, len(vectors), BLOCK)))
         return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
-    def _assign(self, vectors: Vectors) -> Ids:
+    def assign_some(self, vectors: Vectors, count: int) -> Ids:
+        """The `count` centroids (n, count) of largest inner product among those of the same groups, best first.
+
+        -1 where these groups have fewer.
+        """
+        blocks = (vectors[low : low + BLOCK] for low in range(0, len(vectors), BLOCK))
+        found = self._pool.map(lambda block: self._assign_some(block, count), blocks)
+        return np.concatenate([np.empty((0, count), dtype=np.int64), *found])
+
+    def _assign_some(self, vectors: Vectors, count: int) -> Ids:
+        best = np.full((len(vectors), count), -np.inf, dtype=np.float32)
+        ids = np.full((len(vectors), count), -1, dtype=np.int64)
+        for group, rows in self._near_groups(vectors):
+            members = np.broadcast_to(self.members[group], (len(rows), len(self.members[group])))
+            scores = np.hstack([best[rows], vectors[rows] @ self.vectors[group].T])
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+            best[rows] = np.take_along_axis(scores, order, 1)
+            ids[rows] = np.take_along_axis(np.hstack([ids[rows], members]), order, 1)
+        return ids
+
+    def _near_groups(self, vectors: Vectors) -> Iterator[tuple[int, Ids]]:
+        """Each group, and the vectors (their numbers) that it is among the `NEAR` nearest of."""
         near = min(NEAR, len(self.tops))
         groups = np.argpartition(-(vectors @ self.tops.T), near - 1, axis=1)[:, :near]
         order, ends = _by_number(groups.reshape(-1), len(self.tops))
-        best, ids = np.full(len(vectors), -np.inf, dtype=np.float32), np.zeros(len(vectors), dtype=np.int64)
         for group, (low, high) in enumerate(zip(ends, ends[1:], strict=False)):
-            rows = order[low:high] // near
+            yield group, order[low:high] // near
+
+    def _assign(self, vectors: Vectors) -> Ids:
+        best, ids = np.full(len(vectors), -np.inf, dtype=np.float32), np.zeros(len(vectors), dtype=np.int64)
+        for group, rows in self._near_groups(vectors):
             scores = vectors[rows] @ self.vectors[group].T
             places = scores.argmax(axis=1)
             top = scores[np.arange(len(rows)), places]

@@ -77,15 +77,24 @@ def assigner(index: Index) -> Callable[[Vectors], Ids]:
 
     Among many lists it is nearly always, not always, the nearest (see `clusters.Groups`).
     """
+    some = some_assigner(index, 1)
+    return lambda vectors: some(vectors)[:, 0]
+
+
+def some_assigner(index: Index, count: int) -> Callable[[Vectors], Ids]:
+    """As `assigner`, a function that gives the `count` nearest lists (n, count), a vector's own first.
+
+    There are fewer columns where the index has fewer lists.
+    """
     faiss, transforms, owner = load(), [], index
     while not isinstance(index := faiss.downcast_index(index), faiss.IndexIVF):
         if isinstance(index, faiss.IndexPreTransform):
             transforms += [index.chain.at(number) for number in range(index.chain.size())]
         index = inner(index)
     try:
-        nearest = clusters.nearest_of(index.quantizer.reconstruct_n(0, index.nlist))
+        nearest = clusters.some_nearest_of(index.quantizer.reconstruct_n(0, index.nlist), count)
     except RuntimeError:  # a quantizer that gives no centroids back
-        nearest = partial(_nearest_of, index.quantizer)
+        nearest = partial(_nearest_of, index.quantizer, min(count, index.nlist))
 
     def assign(vectors: Vectors, owner: Index = owner) -> Ids:  # faiss's parts do not keep their owner alive
         for step in transforms:
@@ -95,8 +104,8 @@ def assigner(index: Index) -> Callable[[Vectors], Ids]:
     return assign
 
 
-def _nearest_of(quantizer: Index, vectors: Vectors) -> Ids:
-    lists: Ids = quantizer.search(vectors, 1)[1][:, 0]
+def _nearest_of(quantizer: Index, count: int, vectors: Vectors) -> Ids:
+    lists: Ids = quantizer.search(vectors, count)[1]
     return lists
 
 
@@ -209,6 +218,19 @@ def one_thread() -> Iterator[None]:
         use_threads(threads)
 
 
+def lists(index: Index) -> int | None:
+    """The number of inverted lists of an index; None if it has none."""
+    ivf = load().try_extract_index_ivf(index)
+    return None if ivf is None else int(ivf.nlist)
+
+
+def is_exact(index: Index) -> bool:
+    """Whether an index keeps the float32 vectors that it was given."""
+    faiss, codes = load(), innermost(index)
+    kinds = faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat
+    return isinstance(codes, kinds) and not isinstance(faiss.downcast_index(index), faiss.IndexPreTransform)
+
+
 def prepare_reconstruct(index: Index) -> None:
     """Prepare an index with lists for `reconstruct`: a table of ids, 8 bytes or more a vector."""
     faiss = load()
@@ -231,3 +253,10 @@ def reconstruct(index: Index, row: int) -> Vectors | None:
             return None
         raise ConfigError(f"an index of kind {type(index).__name__} cannot give vectors back: embed again") from None
     return vector
+
+
+def reconstruct_all(index: Index, rows: Ids) -> Vectors:
+    """The vectors (n, d) of ids (n,) that the index has, as exact as it stores them; it prepares the index itself."""
+    prepare_reconstruct(index)
+    vectors: Vectors = index.reconstruct_batch(rows)
+    return vectors

@@ -33,6 +33,9 @@ from clip_batch.types import EncoderSpec, StoredFile
 FORMAT = 6
 """Version of the files that merge tasks exchange; a part of the index version's digest."""
 
+DEDUP = 2
+"""Version of what `--dedup` compares; a part of the digest of a merge that has it."""
+
 PERMISSIONS = ("replace", "anew")
 """Options that only allow what a merge without them refuses: no part of the digest."""
 
@@ -138,6 +141,7 @@ class MergeJob:
     def _options(self) -> dict[str, Any]:
         """The options that say what the version holds."""
         options = {name: value for name, value in asdict(self.config).items() if name not in PERMISSIONS}
+        options |= {"dedup": [self.config.dedup, DEDUP]} if self.config.dedup else {}
         return {**options, "replace": True} if self._brings_back else options
 
     @property

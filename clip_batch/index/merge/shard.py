@@ -95,7 +95,7 @@ def _index(index: Index, file: IO[bytes]) -> None:
 def _order(template: Template, shard: int, vectors: Half) -> tuple[Ids, Ids]:
     """The shard's rows (n,) sorted by list, stable, and their lists (n,); rows that are left out are in neither."""
     assign = template.assigner()
-    lists = np.concatenate([assign(npy.unit(vectors[block])) for block in blocks(len(vectors))])
+    lists = np.concatenate([assign(npy.unit(vectors[block]))[:, 0] for block in blocks(len(vectors))])
     order: Ids = np.argsort(lists, kind="stable")
     left_out = template.left_out(*template.job.bounds(shard))
     order = order[~np.isin(order, left_out)] if len(left_out) else order

@@ -25,14 +25,16 @@ from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.predictor import Predictor
 from clip_batch.index.kept import Files
 from clip_batch.index.manifest import DuplicateRows, Manifest
-from clip_batch.index.merge import duplicates, overlap, predict
+from clip_batch.index.merge import duplicate_report, duplicate_share, duplicates, live_duplicates, overlap, predict
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.choose import choose
+from clip_batch.index.merge.duplicates import Duplicates
 from clip_batch.index.merge.job import MergeJob
+from clip_batch.index.merge.live_duplicates import LiveRows
 from clip_batch.index.merge.overlap import LeftOut
 from clip_batch.index.merge.queries import Queries, draw_queries, filled_rows, held_out_rows
 from clip_batch.index.paths import TemplatePaths, VersionPaths
-from clip_batch.index.removed_rows import replaced_ids
+from clip_batch.index.removed_rows import contains, fetch_metadata, removed_ids, replaced_ids
 from clip_batch.plan.paths import VECTORS
 from clip_batch.storage import npy
 from clip_batch.storage.store import Store
@@ -46,6 +48,9 @@ TRAIN_BYTES = 16
 
 LEAST_SAMPLE = 50_000
 """Rows that are drawn to train on and to try index keys on, where there are so many."""
+
+FEW_ROWS = 20_000
+"""Rows of OUT up to which `--dedup` compares each with all others, whatever their lists: about a second for 512."""
 
 REFERENCE = "reference."
 """Prefix of the kinds of the index's own queries, when an OUT is added to it."""
@@ -161,13 +166,16 @@ class Template:
                             queries[prefix + kind] = arrays[f"{kind}.rows"], arrays[f"{kind}.vectors"]
         return queries
 
-    def assigner(self) -> Callable[[Vectors], Ids]:
-        """A function that gives each vector (n, d) its list (n,), by which the rows are ordered."""
+    def assigner(self, count: int = 1) -> Callable[[Vectors], Ids]:
+        """A function that gives each vector (n, d) its `count` nearest lists, or as many as there are: (n, count).
+
+        The rows are ordered by the first.
+        """
         index = self.index(self.order_modality)
         if faiss_index.has_lists(index):
-            return faiss_index.assigner(index)
+            return faiss_index.some_assigner(index, count)
         with self.fetch(TemplatePaths(self.folder).centroids) as path:
-            return clusters.nearest_of(np.load(path))
+            return clusters.some_nearest_of(np.load(path), count)
 
     def left_out(self, start: int, stop: int) -> Ids:
         """The rows among [start, stop) that are left out, as they repeat others or stand already; from `start`."""
@@ -219,7 +227,7 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
         template = Template(job, attempt.id, {}, kinds, attempt.folder, "", {}, 0, {}, {}, standing, {})
         held_out = held_out_rows(queries, left_out.rows)
         template = _train(template, attempt, modalities, filled, queries, held_out, progress)
-    repeats = _find_duplicates(template, attempt, left_out.rows, progress) if job.config.dedup and filled else {}
+    repeats = _find_duplicates(template, attempt, left_out, progress) if job.config.dedup and filled else {}
     attempt.commit(
         keys=template.keys,
         kinds=kinds,
@@ -229,7 +237,7 @@ def make_template(job: MergeJob, captioned: list[int], attempt: Attempt, progres
         rerank=template.rerank,
         tried=template.tried,
         predictors=template.predictors,
-        left_out=len(left_out.rows),
+        left_out=len(left_out.rows) + (0 if len(left_out.replaced) else repeats.get("rows", 0)),
         standing=left_out.standing,
         seconds=time.monotonic() - started,
         job=job.identity,
@@ -369,13 +377,53 @@ def _sample(
     return npy.unit(sample[np.random.default_rng(seed).permutation(len(sample))])
 
 
-def _find_duplicates(template: Template, attempt: Attempt, standing: Ids, progress: Say) -> DuplicateRows:
+def _find_duplicates(template: Template, attempt: Attempt, left_out: LeftOut, progress: Say) -> DuplicateRows:
     """Write which rows are left out besides those that stand already, and the report on them."""
-    names, source, threshold = TemplatePaths(), template.job.source, template.job.config.dedup
-    repeats = duplicates.find(
-        source, template.order_modality, template.assigner(), threshold, progress, without=standing
-    )
+    job, names, kind = template.job, TemplatePaths(), template.order_modality
+    source, threshold, live = job.source, job.config.dedup, _live_rows(job, kind, left_out.replaced)
+    standing, unknown, pieces = left_out.rows, 0, list[Duplicates]()
+    if live:
+        of_live, unknown = live_duplicates.find(source, live, threshold, standing, progress)
+        pieces.append(of_live)
+    without = np.union1d(standing, pieces[0].rows) if pieces else standing
+    assign = _one_list if source.rows <= FEW_ROWS else template.assigner(duplicates.VISITS)
+    pieces.append(duplicates.find(source, kind, assign, threshold, progress, without=without))
+    repeats = duplicates.concatenated(pieces)
+    share = duplicate_share.measure(source, kind, repeats, threshold, standing, live, job.config.seed)
     attempt.write(names.dropped, lambda file: np.save(file, repeats.rows))
-    attempt.write(names.duplicates, lambda file: duplicates.write_report(repeats, source, file.name))
-    progress(f"{len(repeats.rows):,} of {source.rows:,} rows repeat an earlier one and are left out")
-    return {"rows": len(repeats.rows), "threshold": threshold}
+    describe, removed = (live.describe, live.removed) if live else (None, None)
+    attempt.write(
+        names.duplicates,
+        lambda file: duplicate_report.write(repeats, source, threshold, file.name, describe, removed),
+    )
+    progress(f"{len(repeats.rows):,} of {source.rows:,} rows repeat another one and are left out")
+    summary: DuplicateRows = {"rows": len(repeats.rows), "threshold": threshold}
+    if live and removed is not None:
+        of_removed = int(np.count_nonzero(contains(removed, repeats.kept[repeats.live])))
+        summary |= {"live": int(repeats.live.sum()), "removed": of_removed, "unknown": unknown}
+        also = f", {of_removed:,} of them removed ones" if of_removed else ""
+        progress(f"{summary['live']:,} of them repeat rows of index version {live.base.version}{also}")
+        if unknown:
+            why = "their vectors are neither in the index nor in their OUT"
+            progress(f"{unknown:,} rows could not be compared with some rows of the index: {why}")
+    summary |= {"sample": share.sample, "pairs": share.pairs, "found": share.found}
+    if share.share is not None:
+        progress(
+            f"{share.share:.1%} of the duplicates are found, {share.found:,} of {share.pairs:,}, "
+            f"by exact search for a sample of {share.sample:,} rows"
+        )
+    return summary
+
+
+def _live_rows(job: MergeJob, kind: str, newly_replaced: Ids) -> LiveRows | None:
+    """The rows of the version that is added to; None without one, or if it has no vectors of the kind."""
+    if not job.base or not job.base.rows:
+        return None
+    replaced = np.union1d(newly_replaced, replaced_ids(job.index, job.base))
+    removed = removed_ids(job.index, job.base, fetch_metadata(job.index, job.base))
+    return LiveRows(job.index, job.base, kind, np.setdiff1d(removed, replaced), replaced)
+
+
+def _one_list(vectors: Vectors) -> Ids:
+    """One list for all vectors (n, d), so that each is compared with all others."""
+    return np.zeros((len(vectors), 1), dtype=np.int64)

@@ -521,6 +521,17 @@ def test_a_changed_tar_within_one_merge(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "index") == expected(("b", 0, 5)) + expected(("a", 0, 45), etag="2")
 
 
+def test_a_changed_tar_whose_rows_all_repeat_other_live_ones_still_replaces_its_old_rows(tmp_path: Path) -> None:
+    make_out(tmp_path / "one", [[("a", 0, 30)]])
+    make_out(tmp_path / "copy", [[("a", 0, 30)]], tars="/copy", etag={"a": "2"})
+    config = replace(CONFIG, dedup=1.0)
+    merge([f"{tmp_path}/one", f"{tmp_path}/copy"], f"{tmp_path}/index", config)
+    make_out(tmp_path / "new", [[("a", 0, 30)]], etag={"a": "2"})
+    made = merge(f"{tmp_path}/new", f"{tmp_path}/index", replace(config, add=True, replace=True))
+    assert (made.rows, made.duplicates["live"]) == (60, 30)
+    assert rows_of(tmp_path / "index") == expected(("a", 0, 30), etag="2")
+
+
 def test_several_outs_of_different_encoders_are_refused(tmp_path: Path) -> None:
     make_out(tmp_path / "one", [[("a", 0, 5)]])
     make_out(tmp_path / "two", [[("b", 0, 5)]], encoder=replace(ENCODER, weights="1" * 64))
