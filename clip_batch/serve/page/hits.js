@@ -21,14 +21,28 @@ export function createGrid(act) {
 
   const top = () => grid.getBoundingClientRect().top + scrollY;
 
+  // Returns the first card that is wholly on the screen, and how far down; null at the top of the page.
+  function anchor() {
+    const above = scrollY - top();
+    if (above <= 0) return null;
+    const [place] = between(layout.boxes, above, above), at = layout.boxes.findIndex((box, at) => at >= place && box.top >= above);
+    return at > 0 ? { place: at, down: layout.boxes[at].top - above } : null;
+  }
+
+  // Scrolls so that a card is as far down the screen as `anchor` said.
+  function restore(kept) {
+    const box = layout.boxes[kept?.place];
+    scrollTo({ top: box ? top() + box.top - kept.down : 0, behavior: "instant" });
+    draw();
+  }
+
   function arrange() {
-    const above = scrollY - top(), anchor = layout.boxes.findIndex(box => box.top + box.height > above && box.top >= above);
-    const before = layout.boxes[anchor]?.top;
+    const kept = anchor();   // what is read stays where it is
     const small = width < 620;
     layout = justify(ratios, width, { row: small ? 116 : width < 1100 ? 172 : 204, gap: small ? 10 : 16, about: small ? 40 : 46 });
     grid.style.height = `${layout.height}px`;
-    if (above > 0 && anchor > 0) scrollBy({ top: layout.boxes[anchor].top - before, behavior: "instant" });   // what is read stays where it is
-    draw();
+    if (kept) restore(kept);
+    else draw();
   }
 
   function range() {
@@ -187,5 +201,5 @@ export function createGrid(act) {
   addEventListener("afterprint", () => draw());
 
   width = grid.clientWidth;
-  return { add, show, clear, focus, focusCurrent: () => focus(current), reveal, get hits() { return hits; }, count: () => number(hits.length) };
+  return { add, anchor, restore, show, clear, focus, focusCurrent: () => focus(current), reveal, get hits() { return hits; }, count: () => number(hits.length) };
 }

@@ -28,7 +28,8 @@ let running = new AbortController();   // of the latest search
 let results = null;   // {address, query, index, version, k, done} of the hits on the page
 let loading = false;   // whether more hits are being requested
 let quick = false;
-const seen = new Map();   // address -> {results, hits, scroll}
+let left = null;   // {address, k, anchor} of the page before it was loaded anew
+const seen = new Map();   // address -> {results, hits, anchor}
 
 const note = (text, bad = false) => {
   $("note").textContent = text;
@@ -88,6 +89,7 @@ async function show(fresh = false) {
   query = fromAddress(address);
   showQuery();
   if (fresh || results?.address !== toAddress(query)) await search(fresh);
+  else stop();
   await view(viewOf(address));
 }
 
@@ -133,7 +135,6 @@ function greet() {
   $("welcome").hidden = false;
   $("keep").hidden = $("save").hidden = true;
   $("end").textContent = "";
-  $("hits").removeAttribute("aria-busy");
   note("");
   const known = facts?.sample ? facts : null;
   welcome.show(current(), known);
@@ -152,14 +153,20 @@ function nothing(title = "", help = "", button = "", act = null) {
   if (title) $("welcome").hidden = $("inside").hidden = true;
 }
 
-async function search(fresh = true) {
+// Ends the search that runs, if any: the page shows something else now.
+function stop() {
   running.abort();
   running = new AbortController();
-  const { signal } = running, searched = query, address = toAddress(query), start = performance.now();
   loading = false;
+  $("hits").removeAttribute("aria-busy");
+}
+
+async function search(fresh = true) {
+  stop();
+  const { signal } = running, searched = query, address = toAddress(query), start = performance.now();
   if (isEmpty(searched)) {
     greet();
-    return restoreScroll(seen.get(address)?.scroll);
+    return grid.restore(seen.get(address)?.anchor);
   }
   if (!fresh && seen.has(address)) return reshow(seen.get(address));
   const late = setTimeout(() => {
@@ -167,7 +174,8 @@ async function search(fresh = true) {
     $("hits").setAttribute("aria-busy", "true");
   }, 150);
   try {
-    const again = history.state?.address === address ? history.state : {};   // the page was loaded anew
+    const again = left?.address === address ? left : {};
+    left = null;
     if (!searched.text && !searched.terms.length) await learning;   // filters alone search by a row of the sample
     const k = Math.min(Math.max(FIRST, again.k ?? 0), server.max_k);
     const response = await (await ask("v1/search", toRequest(searched, k, facts?.sample?.[0]?.id), { signal, waiting: text => note(text) })).json();
@@ -176,7 +184,7 @@ async function search(fresh = true) {
     if (searched.text) quick = took < QUICK;
     results = { address, query: searched, index: response.index, version: response.version, k, took, done: response.hits.length < k || k >= server.max_k };
     const focused = $("hits").contains(document.activeElement);   // the focus stays on the hits if it is there
-    showHits(response.hits, again.scroll ?? 0);
+    showHits(response.hits, again.anchor);
     if (focused) grid.focusCurrent();
     if (!history.state?.typed) recent.add(address, describe(searched));
   } catch (error) {
@@ -188,7 +196,7 @@ async function search(fresh = true) {
   }
 }
 
-function showHits(hits, scroll) {
+function showHits(hits, anchor) {
   const { query: searched } = results;
   $("welcome").hidden = $("inside").hidden = true;
   $("printed").textContent = [describe(searched), ...describeFilters(searched), `${location.host} · ${results.index}`].join("\n");
@@ -196,7 +204,7 @@ function showHits(hits, scroll) {
   else if (isFiltered(searched)) nothing(say("nothingFound"), say("nothingHelp"), say("clearFilters"), () => go({ filters: [], threshold: null }));
   else nothing(say("nothingFound"), say("nothingHelp"));
   grid.show(hits);
-  restoreScroll(scroll);
+  grid.restore(anchor);
   $("save").hidden = !hits.length;
   $("keep").hidden = false;
   $("end").textContent = "";
@@ -207,8 +215,7 @@ function showHits(hits, scroll) {
 
 function reshow(kept) {
   results = kept.results;
-  $("hits").removeAttribute("aria-busy");
-  showHits(kept.hits, kept.scroll);
+  showHits(kept.hits, kept.anchor);
 }
 
 function tell() {
@@ -220,14 +227,12 @@ function tellUrlsOnly() {
   $("urls-only").hidden = server.page_images !== "off" || !grid.hits.length || !grid.hits.slice(0, FIRST).every(hit => !hit.image && urlOf(hit));
 }
 
-const restoreScroll = (scroll = 0) => scrollTo({ top: scroll, behavior: "instant" });
-
 // Remembers the hits and the place on the page, for Back and for a page that is loaded anew.
 function rememberScroll() {
   if (!results) return;
   const { address } = results;
   seen.delete(address);
-  seen.set(address, { results, hits: grid.hits, scroll: scrollY });
+  seen.set(address, { results, hits: grid.hits, anchor: grid.anchor() });
   if (seen.size > REMEMBERED) seen.delete(seen.keys().next().value);
 }
 
@@ -466,8 +471,7 @@ function listen() {
     show();
   });
   addEventListener("pagehide", () => {
-    const address = results && toAddress(results.query);
-    if (address) history.replaceState({ ...history.state, address, k: results.k, scroll: scrollY }, "");
+    if (results) sessionStorage.setItem("left", JSON.stringify({ address: results.address, k: results.k, anchor: grid.anchor() }));
   });
 }
 
@@ -477,6 +481,7 @@ async function start() {
   document.body.dataset.drop = say("dropHere");
   theme(0);
   listen();
+  left = JSON.parse(sessionStorage.getItem("left"));
   try {
     server = await (await ask("v1/indices")).json();
   } catch (error) {

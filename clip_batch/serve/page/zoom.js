@@ -42,7 +42,7 @@ export function createZoom(stage, { swiped, zoomed }) {
     by(Math.exp(-event.deltaY / (event.ctrlKey ? 100 : 400)), event.clientX, event.clientY);
   }, { passive: false });
   stage.addEventListener("dblclick", event => {
-    if (event.target === image) by(scale > 1 ? 1 / MOST : 2.5, event.clientX, event.clientY);
+    if (document.elementFromPoint(event.clientX, event.clientY) === image) by(scale > 1 ? 1 / MOST : 2.5, event.clientX, event.clientY);
   });
   stage.addEventListener("pointerdown", event => {
     if (event.button || event.target.closest("button")) return;

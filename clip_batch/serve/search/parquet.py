@@ -23,13 +23,17 @@ def wants_parquet(request: Request) -> bool:
 
 
 def parquet(hits: Sequence[Mapping[str, Any]]) -> Response:
-    """Return a Parquet file with a row for each hit, best first: id int64, score float32, then the metadata columns."""
+    """Return a Parquet file with a row for each hit, best first: id int64, score float32, then the metadata columns.
+
+    Metadata named `id` or `score` is in the columns `metadata.id` and `metadata.score`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = dict.fromkeys(name for hit in hits for name in hit["metadata"])
     columns = {
-        name: _column([hit["metadata"].get(name) for hit in hits]) for name in names if name not in ("id", "score")
+        f"metadata.{name}" if name in ("id", "score") else name: _column([hit["metadata"].get(name) for hit in hits])
+        for name in names
     }
     ids = pa.array([hit["id"] for hit in hits], pa.int64())
     scores = pa.array([hit["score"] for hit in hits], pa.float32())

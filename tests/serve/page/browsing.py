@@ -21,6 +21,7 @@ in_chromium = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Ch
 """The marks of every test of the page."""
 
 ROWS = 150
+COLOURS = ("red", "green", "blue", "=1+1")
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>" onmouseover=\'window.hacked=1\''
 BROKEN = "000007"
 """Captions and links of sample 3 attack the page; the bytes of sample 7's picture are overwritten."""

@@ -15,6 +15,7 @@ from tests.corpus import encode, good_tar, picture, write_tar
 from tests.serve.page.browsing import (
     BROKEN,
     CHROMIUM,
+    COLOURS,
     EVIL,
     ROWS,
     Watched,
@@ -32,7 +33,8 @@ def samples() -> list[tuple[str, bytes]]:
         shape = [(40, 40), (64, 40), (40, 56)][i % 3]
         caption = EVIL if i == 3 else f"picture number {i}, with a comma"
         url = "javascript:window.hacked=1" if i == 3 else f"https://example.org/{i}?a=1&b=2"
-        fields = {"url": url, "width": shape[0], "height": shape[1], "number": i}
+        fields = {"url": url, "width": shape[0], "height": shape[1], "number": i, "colour": COLOURS[i % 4]}
+        fields |= {"id": f"theirs {i}", "score": 7, "taken": f"2024-{1 + i % 12:02}-15T08:00"}
         files += [
             (f"{i:06d}.jpg", encode(picture(i, 64).resize(shape))),
             (f"{i:06d}.txt", caption.encode()),

@@ -145,7 +145,7 @@ def test_downloads_hold_the_hits_of_the_page(page: Page, index: str, service: st
     assert caught.value.suggested_filename == f"hits-images-like-a-row.{kind}"
     if kind == "json":
         saved_hits = json.loads(path.read_text())["hits"]
-        rows = [{"id": hit["id"], "score": hit["score"], **hit["metadata"]} for hit in saved_hits]
+        rows = [{**hit["metadata"], "id": hit["id"], "score": hit["score"]} for hit in saved_hits]
     elif kind == "csv":
         rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline="")))
     else:
@@ -158,6 +158,12 @@ def test_downloads_hold_the_hits_of_the_page(page: Page, index: str, service: st
         assert (int(row["id"]), float(row["score"])) == (hit.id, pytest.approx(hit.score, abs=1e-6))
         assert (row["caption"], row["url"]) == (hit.metadata["caption"], hit.metadata["url"])
         assert int(row["number"]) == hit.metadata["number"]
+        if kind != "json":
+            assert (row["metadata.id"], int(row["metadata.score"])) == (hit.metadata["id"], 7)
+    if kind == "csv":
+        assert {row["colour"] for row in rows} == {"red", "green", "blue", "'=1+1"}, (
+            "nothing that runs in a spreadsheet"
+        )
 
 
 def test_it_is_used_without_a_mouse(page: Page) -> None:
