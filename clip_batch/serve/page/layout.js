@@ -1,13 +1,13 @@
 // Justified rows: pictures of any shape in rows that fill the width, with their own proportions.
 
-const NARROWEST = 116;   // pixels: the buttons on a card need them
 const FLATTEST = 84;   // pixels: a panorama is cut rather than shown lower
 const LAST = 1.15;   // the last row need not fill the width, and is at most this much higher than the others
 
 // Returns [{left, top, width, height, row}] for ratios (width / height), and the height of all of them. Heights are of
-// the whole card: `about` pixels of it are below the picture. Pictures that would be too narrow or too flat are cut.
-export function justify(ratios, width, { row, gap, about }) {
-  const shape = ratio => Math.min(Math.max(ratio, NARROWEST / row), Math.max(1, width / FLATTEST));
+// the whole card: `about` pixels of it are below the picture. Pictures that would be too flat, or narrower than about
+// `narrowest` pixels, are cut.
+export function justify(ratios, width, { row, gap, about, narrowest }) {
+  const shape = ratio => Math.min(Math.max(ratio, narrowest / row), Math.max(1, width / FLATTEST));
   const boxes = [];
   let top = 0, first = 0, sum = 0, number = 0;
 

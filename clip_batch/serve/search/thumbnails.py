@@ -26,7 +26,7 @@ SMALL = 30_000
 GAP = 2
 """A JPEG is decoded to at least this many times the size of the copy, which is then resized from that."""
 
-QUALITY, PROFILE = 82, 4096
+QUALITY, PROFILE = 78, 4096
 """The quality of copies, and the size in bytes up to which a colour profile is copied."""
 
 
