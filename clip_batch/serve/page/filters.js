@@ -51,7 +51,7 @@ export function createFilters(change) {
       bar.style.height = `${count ? Math.max(4, (100 * count) / tallest) : 0}%`;
       return bar;
     });
-    const field = (end, label) => el("input", { type: "number", step: "any", value: current[end] ?? "", placeholder: number(column[end]), label });
+    const field = (end, label) => el("input", { type: "number", step: "any", value: current[end] ?? "", placeholder: String(column[end]), label });
     const thumb = (end, label) => el("input", { type: "range", min, max, step, value: current[end] ?? column[end], label });
     const low = field("min", say("from", { name: column.name })), high = field("max", say("to", { name: column.name }));
     const left = thumb("min", say("from", { name: column.name })), right = thumb("max", say("to", { name: column.name }));
@@ -93,7 +93,7 @@ export function createFilters(change) {
       const ends = { ...(low.value && { min: low.value }), ...(high.value && { max: high.value }) };
       set(column.name, Object.keys(ends).length ? ends : null);
     };
-    return [el("div", { className: "ends" }, low, el("span", { textContent: "–" }), high)];
+    return [low, high];
   }
 
   function words(column, current) {

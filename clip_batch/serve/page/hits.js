@@ -39,7 +39,7 @@ export function createGrid(act) {
   function arrange() {
     const kept = anchor();   // what is read stays where it is
     const small = width < 620;
-    layout = justify(ratios, width, { row: small ? 116 : width < 1100 ? 172 : 204, gap: small ? 10 : 16, about: small ? 40 : 46, narrowest: small ? 78 : 124 });
+    layout = justify(ratios, width, { row: small ? 116 : width < 1100 ? 172 : 204, gap: small ? 10 : 16, about: small ? 40 : 46, narrowest: small ? 84 : 124 });
     grid.style.height = `${layout.height}px`;
     if (kept) restore(kept);
     else draw();

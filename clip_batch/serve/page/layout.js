@@ -1,6 +1,7 @@
 // Justified rows: pictures of any shape in rows that fill the width, with their own proportions.
 
 const FLATTEST = 84;   // pixels: a panorama is cut rather than shown lower
+const LOWEST = 0.8, HIGHEST = 1.6;   // heights of a row that are avoided, as pictures become narrow or few
 const LAST = 1.15;   // the last row need not fill the width, and is at most this much higher than the others
 
 // Returns [{left, top, width, height, row}] for ratios (width / height), and the height of all of them. Heights are of
@@ -28,7 +29,8 @@ export function justify(ratios, width, { row, gap, about, narrowest }) {
     const ratio = shape(ratios[at]), count = at - first;
     if (count && fill(sum + ratio, count + 1) < row) {
       const without = fill(sum, count), together = fill(sum + ratio, count + 1);
-      if (together / row >= row / without) {   // the height that is nearer to what a row should have
+      const nearer = together / row >= row / without;   // to the height that a row should have
+      if (nearer && (together > LOWEST * row || without > HIGHEST * row)) {
         place(at + 1, together);
         sum = 0;
         continue;

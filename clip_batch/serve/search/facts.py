@@ -129,8 +129,10 @@ def _number(values: pa.ChunkedArray) -> dict[str, Any]:
     import pyarrow.compute as pc
 
     ends = pc.min_max(values).as_py()
-    few = pa.types.is_integer(values.type) and pc.count_distinct(values).as_py() <= FEW // 2
-    counts, _ = np.histogram(values.to_numpy().astype(np.float64), BINS, (float(ends["min"]), float(ends["max"])))
+    whole = pa.types.is_integer(values.type)
+    few = whole and pc.count_distinct(values).as_py() <= FEW // 2
+    bins = min(BINS, ends["max"] - ends["min"] + 1) if whole else BINS
+    counts, _ = np.histogram(values.to_numpy().astype(np.float64), bins, (float(ends["min"]), float(ends["max"])))
     return {"kind": "number", **ends, "histogram": counts.tolist(), "values": _counts(values) if few else []}
 
 
