@@ -76,7 +76,11 @@ def tune(template: Template, progress: Say) -> Tuning:
                 for k, place in zip(recall.DEPTHS, places, strict=True):
                     at = f" at effort {way.efforts[place]}" if efforts else ""
                     at += " of predicted lists" if own in used else ""
-                    at += f", by {len(trial.exact)} queries only" if _is_few(trial) else ""
+                    at += (
+                        f", by {len(trial.exact)} {'query' if len(trial.exact) == 1 else 'queries'} only"
+                        if _is_few(trial)
+                        else ""
+                    )
                     shown = f"recall@{k} {summary[str(k)]:.3f} +- {summary[f'interval_{k}']:.3f}"  # type: ignore[literal-required]
                     progress(f"{modality}: {own} queries: {shown}{at}")
         if near.missed:
