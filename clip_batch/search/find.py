@@ -26,7 +26,7 @@ from clip_batch.search.vectors import query_vector, unit_vector
 PREFILTER_ROWS = 20_000_000
 """The most rows of an index whose metadata is looked through as a whole for a condition, unless it is said otherwise.
 
-Of 10,000,000 rows, 100,000 allowed values take half a second: docs/benchmarks.md, under search."""
+`tests/bench/filters.py` measures how long that takes."""
 
 _FIRST = 100
 """The least candidates that are looked at first, where some will be left out."""
