@@ -30,7 +30,8 @@ class MergeProgress:
     `replaces` is the version that was live when it was trained. `shards` and `rows` are those that it will have, 0
     where that is not known: before it is trained, or from an older release. `eta_seconds` is by the rate of the shards
     that are built; None without one. `idle_seconds` have passed since the last file was written; None where the store
-    does not tell. `command` runs the merge, or what is left of it.
+    does not tell. `command` runs the merge, or what is left of it. `outrun` is an addition to a version that is no
+    longer live: it cannot go live itself, and its merge begins again from the one that is.
     """
 
     version: str
@@ -43,6 +44,7 @@ class MergeProgress:
     eta_seconds: int | None
     idle_seconds: int | None
     command: str
+    outrun: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def index_status(store: Store) -> IndexStatus:
     state = publications.read_state(store)
     folders = [version for version in folders_of(store) if version not in state.dropping]
     finished = {version for version in folders if store.exists(VersionPaths(version).manifest)}
-    merges = tuple(_progress(store, version) for version in folders if version not in finished)
+    merges = tuple(_progress(store, version, state.version) for version in folders if version not in finished)
     manifest = load_manifest(store, state.version) if state.version or not merges else None
     entries = [entry for entry in publications.publications(store) if entry.version != entry.replaces]
     removed = removed_if_known(store, manifest) if manifest else None
@@ -113,7 +115,7 @@ def index_status(store: Store) -> IndexStatus:
     )
 
 
-def _progress(store: Store, version: str) -> MergeProgress:
+def _progress(store: Store, version: str, live: str | None) -> MergeProgress:
     """What is known of an unfinished version."""
     paths, now = VersionPaths(version), time.time()
     record = _record(store, paths.template_record)
@@ -139,6 +141,7 @@ def _progress(store: Store, version: str) -> MergeProgress:
         eta_seconds=round(left / rate) if rate and shards else None,
         idle_seconds=max(0, round(now - max(known))) if known else None,
         command=str(record.get("command", "")),
+        outrun=bool(record.get("reference")) and "replaces" in record and record["replaces"] != live,
     )
 
 
@@ -174,7 +177,7 @@ def _next(
     """The commands that are due."""
     index = quote(store.url)
     for merge in merges:
-        if merge.command and (merge.idle_seconds is None or merge.idle_seconds > STALE):
+        if merge.command and not merge.outrun and (merge.idle_seconds is None or merge.idle_seconds > STALE):
             yield merge.command
     for source in manifest.sources if manifest else ():
         if source.missing:
@@ -222,6 +225,10 @@ def _line(merge: MergeProgress) -> str:
     rate = f", {merge.rows_per_second:,.0f} rows/s" if merge.rows_per_second else ""
     eta = f", ETA {_duration(merge.eta_seconds)}" if merge.eta_seconds is not None else ""
     idle = "" if merge.idle_seconds is None else f", last written {_duration(merge.idle_seconds)} ago"
+    if merge.outrun:
+        return (
+            f"version {merge.version} was outrun by another that went live: gc --index deletes it when it is old{idle}"
+        )
     return f"version {merge.version} is being merged: {done}{rate}{eta}{idle}"
 
 

@@ -115,6 +115,19 @@ def test_unfinished_merges_tell_how_far_they_are(home: Path, store: Store, names
     assert index_status(store).version == job.version and index_status(store).merges == ()
 
 
+def test_an_addition_that_was_outrun_is_not_run_again(home: Path, store: Store, names: list[str]) -> None:
+    use(store, names[0])
+    job = open_job(f"{home}/b", store.url, replace(ADD, seed=1))
+    stage.train(job)
+    assert not index_status(store).merges[0].outrun
+    use(store, names[1])
+    for path in Path(store.path(job.version)).rglob("*"):
+        os.utime(path, (0, 0))
+    status = index_status(store)
+    assert status.merges[0].outrun and job.command not in status.next
+    assert f"version {job.version} was outrun by another that went live" in describe(status)
+
+
 def test_before_anything_is_live(home: Path) -> None:
     store = Store(home / "new")
     job = open_job(f"{home}/b", store.url, CONFIG)
