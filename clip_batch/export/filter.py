@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -135,7 +135,8 @@ def filter_rows(
 def _check_same(store: Store, query: Query) -> None:
     """ConfigError if a folder has the pictures of a run with another query, which would be removed."""
     about = json.loads(store.read(_ABOUT))
-    if about.get("images") and any(about.get(name) != value for name, value in query.describe().items()):
+    ours = {"index", "planned", *(field.name for field in fields(Filtered))}
+    if about.get("images") and {name: about[name] for name in about if name not in ours} != query.describe():
         where = f"{store.url} has {about['images']} pictures of another query"
         raise ConfigError(f"{where}: name another output, or remove that folder")
 

@@ -79,6 +79,9 @@ def test_filter_takes_a_text_or_a_query(home: Path, tmp_path: Path) -> None:
     done = clip_batch.filter(home / "index", "a cat", tmp_path / "a", k=3, images=True, columns=["key"])
     assert (done.rows, done.images) == (3, 3)
     assert pq.read_table(tmp_path / "a" / "rows").column_names == ["id", "score", "key"]
+    with pytest.raises(ConfigError, match="3 pictures of another query"):
+        clip_batch.filter(home / "index", "a cat", tmp_path / "a", threshold=-1.0)
+    assert clip_batch.filter(home / "index", "a cat", tmp_path / "a", k=3).images == 0  # the same, without pictures
     assert clip_batch.filter(home / "index", "a cat", tmp_path / "a", threshold=-1.0).rows == 12
     assert clip_batch.filter(home / "index", Query(id=3, k=2), tmp_path / "a").rows == 2
     with pytest.raises(ConfigError, match="give them there"):
