@@ -30,7 +30,7 @@ from clip_batch.index import held
 from clip_batch.index.ann import faiss_index, faiss_search
 from clip_batch.index.ann.libfaiss import Index
 from clip_batch.index.ann.order import best
-from clip_batch.index.manifest import IndexShard, Manifest
+from clip_batch.index.manifest import IndexShard, Manifest, MergedOutput
 from clip_batch.index.merge import duplicate_report
 from clip_batch.index.merge.duplicates import BELOW_ONE, DOUBT, Duplicates, Flags
 from clip_batch.index.merge.job import digest, open_source
@@ -113,27 +113,39 @@ class LiveRows:
         names = (self.base.paths(shard).vectors(self.modality, shard.name) for shard in self.base.shards)
         return all(name in self.base.files for name in names)
 
-    def vectors_of_output(self, shard: IndexShard, rows: Rows) -> Half | None:
-        """The vectors of some rows (n,) of an index shard, from the OUT that they came from; None if that is gone."""
-        if (source := self._source(shard.source)) is None:
-            return None
-        table = self.metadata(shard, rows, ["partition", "row"])
-        first = dict(zip((commit.partition for commit in source.commits), source.starts, strict=False))
-        starts = np.array([first[number] for number in table["partition"].to_pylist()], dtype=np.int64)
-        of_rows = starts + table["row"].to_numpy().astype(np.int64)
-        ascending, back = np.unique(of_rows, return_inverse=True)
-        return source.gather(self.modality, ascending)[back]
+    def vectors_of_output(self, shard: IndexShard, rows: Rows) -> Vectors:
+        """The unit vectors (n, d) of some rows (n,) of an index shard, from their OUT; NaN where it lacks them."""
+        vectors = np.full((len(rows), self.base.dim), np.nan, dtype=np.float32)
+        if (source := self._source(shard.source)) is not None:
+            table = self.metadata(shard, rows, ["partition", "row"])
+            first = dict(zip((commit.partition for commit in source.commits), source.starts, strict=False))
+            starts = np.array([first.get(number, -1) for number in table["partition"].to_pylist()], dtype=np.int64)
+            known = np.flatnonzero(starts >= 0)
+            of_rows = starts[known] + table["row"].to_numpy().astype(np.int64)[known]
+            ascending, back = np.unique(of_rows, return_inverse=True)
+            if len(known):
+                vectors[known] = npy.unit(source.gather(self.modality, ascending)[back])
+        return vectors
 
     def _source(self, number: int) -> Embeddings | None:
-        """An OUT of the version, if it can be opened and is as it was when it was merged."""
+        """The parts of an OUT of the version that are as they were when they were merged; None if it cannot be opened.
+
+        It may have got more parts since. Of an older version only an OUT that is unchanged as a whole counts.
+        """
         if number not in self._sources:
             self._sources[number] = None
-            if (origin := held.origin(self.base, number)) is not None:
-                with contextlib.suppress(ClipBatchError, OSError):
-                    store = Store(origin.output, self.index.options)
-                    source = open_source(store, self.base.encoder, allow_partial=True)
-                    self._sources[number] = source if digest(source) == origin.digest else None
+            with contextlib.suppress(ClipBatchError, OSError):
+                self._sources[number] = self._unchanged(held.origin(self.base, number))
         return self._sources[number]
+
+    def _unchanged(self, origin: MergedOutput | None) -> Embeddings | None:
+        if origin is None:
+            return None
+        source = open_source(Store(origin.output, self.index.options), self.base.encoder, allow_partial=True)
+        if not origin.held:
+            return source if digest(source) == origin.digest else None
+        merged = {(one.partition, one.commit) for one in held.read_source(self.index, origin)}
+        return source.only([one for one in source.commits if (one.partition, held.commit_digest(one)) in merged])
 
     def metadata(self, shard: IndexShard, rows: Rows, columns: list[str] | None = None) -> pa.Table:
         """The metadata of some rows (n,) of an index shard."""
@@ -237,11 +249,10 @@ def exact(live: LiveRows, take: Take, pairs: Pairs) -> Pairs:
     """The same pairs, by ascending id, with their cosines; NaN where the vector of the index's row is gone."""
     rows, ids, scores = pairs = pairs.at(np.argsort(pairs.ids, kind="stable"))
 
-    def compare(low: int, high: int, vectors: Callable[[Rows], Vectors | None]) -> None:
+    def compare(low: int, high: int, vectors: Callable[[Rows], Vectors]) -> None:
         for start in range(low, high, BLOCK):
             part = slice(start, min(start + BLOCK, high))
-            if (theirs := vectors(ids[part])) is None:
-                return
+            theirs = vectors(ids[part])
             ascending, back = np.unique(rows[part], return_inverse=True)
             scores[part] = cosines(take(ascending)[back], theirs)
 
@@ -273,13 +284,12 @@ def _of_stored(stored: Half, offset: int, ids: Rows) -> Vectors:
     return npy.unit(stored[ids - offset])
 
 
-def _of_index(index: Index, offset: int, ids: Rows) -> Vectors | None:
+def _of_index(index: Index, offset: int, ids: Rows) -> Vectors:
     return faiss_index.reconstruct_all(index, ids - offset)
 
 
-def _of_output(live: LiveRows, shard: IndexShard, ids: Rows) -> Vectors | None:
-    half = live.vectors_of_output(shard, ids - shard.offset)
-    return None if half is None else npy.unit(half)
+def _of_output(live: LiveRows, shard: IndexShard, ids: Rows) -> Vectors:
+    return live.vectors_of_output(shard, ids - shard.offset)
 
 
 def cosines(mine: Vectors, theirs: Vectors) -> npt.NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_batch.config import MergeConfig
+from clip_batch.config import MergeConfig, StorageConfig
 from clip_batch.embeddings import reader
 from clip_batch.embeddings.outputs import Outputs
 from clip_batch.index.ann import faiss_index
@@ -27,7 +28,10 @@ from clip_batch.index.remove import remove_values
 from clip_batch.plan.plan import load_plan
 from clip_batch.search.searcher import Searcher
 from clip_batch.storage.store import Store
-from tests.fabricated import Vectors, clustered, make_out, unit
+from tests.fabricated import Vectors, clustered, commit, make_out, unit
+from tests.servers.s3_server import BUCKET, S3
+from tests.servers.s3_server import s3 as s3
+from tests.servers.s3_server import s3_server as s3_server
 
 CONFIG = MergeConfig(queries=20, shard_rows=300, dedup=0.97)
 NONE = np.empty(0, dtype=np.int64)
@@ -106,6 +110,17 @@ def test_new_rows_that_repeat_live_ones_are_left_out(tmp_path: Path, kind: str) 
 
 
 @pytest.mark.slow
+def test_an_index_in_a_bucket(tmp_path: Path, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    storage, (old, new) = StorageConfig(s3.options), outs(tmp_path)
+    for kind in ("single", "reranked", "codes"):
+        index = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+        merge(old, index, KINDS[kind], storage=storage)
+        made = merge(new, index, replace(KINDS[kind], add=True), storage=storage)
+        assert (made.rows, made.duplicates["live"], made.duplicates["pairs"]) == (980, 100, 120), kind
+
+
+@pytest.mark.slow
 def test_only_equal_rows_at_a_threshold_of_one(tmp_path: Path) -> None:
     old, new = outs(tmp_path)
     for kind in ("lists", "reranked", "codes"):
@@ -125,6 +140,38 @@ def test_codes_alone_prove_nothing(tmp_path: Path) -> None:
     found = made.duplicates
     assert (made.rows, found["rows"], found["live"], found["unknown"]) == (1080, 20, 0, 300)
     assert any(line.startswith("300 rows could not be compared with some rows of the index") for line in lines)
+
+
+def test_an_out_that_has_grown_since_has_the_vectors_still(tmp_path: Path) -> None:
+    images = np.concatenate(old_and_new())
+    plan = make_out(tmp_path / "out", images, images, [300, 500, 300], skip=[2])
+    config = replace(KINDS["codes"], allow_partial=True)
+    assert merge(tmp_path / "out", tmp_path / "index", config).rows == 800
+    commit(tmp_path / "out", plan, 2, images[800:], images[800:])
+    made = merge(tmp_path / "out", tmp_path / "index", replace(config, add=True))
+    assert (made.rows, made.duplicates["live"], made.duplicates["unknown"]) == (980, 100, 0)
+
+
+def test_a_part_that_was_embedded_anew_has_other_vectors(tmp_path: Path) -> None:
+    index, (old, new) = tmp_path / "index", outs(tmp_path)
+    merge(old, index, KINDS["codes"])
+    for path in (tmp_path / "a").rglob("*"):
+        if path.is_file() and "commits" in str(path):
+            path.unlink()
+    commit(old, load_plan(Store(old)), 0, old_and_new()[0][300:600], old_and_new()[0][300:600])
+    made = merge(new, index, replace(KINDS["codes"], add=True))
+    assert (made.duplicates["live"], made.duplicates["unknown"]) == (0, 300)
+
+
+def test_captions_that_are_missing_repeat_nothing_of_the_index(tmp_path: Path) -> None:
+    (old, new), config = old_and_new(), replace(KINDS["flat"], modalities=["text"])
+    old[::3], new[50:80] = 0, 0
+    make_out(tmp_path / "a", unit(old + 1), old, [800])
+    make_out(tmp_path / "b", unit(new + 1), new, [300])
+    merge(tmp_path / "a", tmp_path / "index", config)
+    made = merge(tmp_path / "b", tmp_path / "index", replace(config, add=True))
+    twins = [row for row in range(50) if row % 3] + [row for row in range(80, 100) if (row + 50) % 3]
+    assert [row["row"] for row in report(tmp_path / "index", made) if row["kept_id"] is not None] == twins
 
 
 def test_a_copy_of_a_removed_row_is_left_out_and_said(tmp_path: Path) -> None:
