@@ -113,7 +113,7 @@ def test_new_rows_that_repeat_live_ones_are_left_out(tmp_path: Path, kind: str) 
 def test_an_index_in_a_bucket(tmp_path: Path, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     storage, (old, new) = StorageConfig(s3.options), outs(tmp_path)
-    for kind in ("single", "reranked", "codes"):
+    for kind in ("single", "codes"):
         index = f"s3://{BUCKET}/{uuid.uuid4().hex}"
         merge(old, index, KINDS[kind], storage=storage)
         made = merge(new, index, replace(KINDS[kind], add=True), storage=storage)
