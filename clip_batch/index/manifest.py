@@ -176,11 +176,17 @@ class Manifest:
     @property
     def files(self) -> dict[str, StoredFile]:
         """Every file of the version by its path below INDEX."""
+        files = self._searched
+        for held in (self.replaced, *(source.held for source in self.sources)):
+            files |= held
+        return files
+
+    @property
+    def _searched(self) -> dict[str, StoredFile]:
+        """The files that a search opens."""
         files = {name: file for joined in self.single.values() for name, file in joined.items()}
         for by_kind in self.predicted.values():
             files |= {name: file for prediction in by_kind.values() for name, file in prediction["file"].items()}
-        for held in (self.replaced, *(source.held for source in self.sources)):
-            files |= held
         for shard in self.shards:
             files |= {self.paths(shard).file(name): file for name, file in shard.files.items()}
         return files
@@ -189,6 +195,11 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file["bytes"] for file in self.files.values())
+
+    @property
+    def searched_bytes(self) -> int:
+        """Bytes of the files that a search opens."""
+        return sum(file["bytes"] for file in self._searched.values())
 
     def to_json(self) -> str:
         """JSON text; the encoder carries its fingerprint."""

@@ -164,7 +164,7 @@ def mend(store: Store) -> None:
 
 def problems(store: Store) -> dict[str, str]:
     """What is wrong with CURRENT and the log, by their names, with the remedy; CURRENT is not mended."""
-    index, found = quote(store.url), dict[str, str]()
+    found = dict[str, str]()
     try:
         log = publications(store)
         for before, entry in pairwise([None, *log]):
@@ -182,12 +182,12 @@ def problems(store: Store) -> dict[str, str]:
         if current is None or any(entry.version == current for entry in log):
             found[CURRENT] = (
                 f"is behind the log, whose last entry is version {log[-1].version}: whatever opens the index writes it "
-                f"again, such as clip-batch versions --index {index}"
+                f"again, such as clip-batch versions --index {quote(store.url)}"
             )
         else:
             found[CURRENT] = (
                 f"names version {current}, which the log lacks, as an older clip-batch or a person wrote it: "
-                f"clip-batch versions --index {index} --use {current} enters it"
+                f"clip-batch versions --index {quote(store.url)} --use {current} enters it"
             )
     return found
 

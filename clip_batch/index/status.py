@@ -175,7 +175,6 @@ def _next(
     store: Store, manifest: Manifest | None, retrain: bool, merges: tuple[MergeProgress, ...], deleting: bool
 ) -> Iterator[str]:
     """The commands that are due."""
-    index = quote(store.url)
     for merge in merges:
         if merge.command and not merge.outrun and (merge.idle_seconds is None or merge.idle_seconds > STALE):
             yield merge.command
@@ -183,11 +182,11 @@ def _next(
         if source.missing:
             yield f"clip-batch status --output {quote(source.output)}"
     if retrain:
-        yield f"clip-batch merge --anew --index {index}"
+        yield f"clip-batch merge --anew --index {quote(store.url)}"
     if deleting:
-        yield f"clip-batch gc --index {index}"
+        yield f"clip-batch gc --index {quote(store.url)}"
     if manifest:
-        yield f"clip-batch serve --index {index}"
+        yield f"clip-batch serve --index {quote(store.url)}"
 
 
 def describe(status: IndexStatus) -> str:

@@ -111,7 +111,9 @@ class Searcher:
         self._reconstruct, self._loading, self._closed = Lock(), Lock(), False
         limit = parse_bytes(storage.index_cache)
         self._cache = (
-            None if store.local or self._files else IndexCache(store, self.manifest.version, self.manifest.size, limit)
+            None
+            if store.local or self._files
+            else IndexCache(store, self.manifest.version, self.manifest.searched_bytes, limit)
         )
         self._url = store.url
         self._mapped: dict[str, tuple[int, int]] = {}

@@ -667,7 +667,7 @@ def test_a_changed_or_missing_tar_is_refused(tar: str) -> None:
     corpus.good_tar(tar, 3)
     size = os.path.getsize(tar)
     assert len(list(read_slice(Slice(Shard(tar, size)), corpus.plan_of()))) == 3
-    with pytest.raises(InputError, match=rf"planned with {size + 1} bytes and has {size} now; plan again"):
+    with pytest.raises(InputError, match=rf"planned with {size + 1} bytes and has {size} now: put that file back"):
         list(read_slice(Slice(Shard(tar, size + 1)), corpus.plan_of()))
     with pytest.raises(InputError, match="plan again"):
         corpus.read(tar, 0, size + 512)
