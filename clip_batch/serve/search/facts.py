@@ -86,7 +86,10 @@ def _spread(rows: int) -> Ids:
 def _sample(
     service: Service, name: str, version: OpenVersion, ids: Ids, columns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return rows that are evenly spread, as hits without scores; those with images where there are any."""
+    """Return rows that are evenly spread, as hits without scores; those with images where there are any.
+
+    They are mixed, always alike, as rows that resemble one another lie side by side in an index.
+    """
     chosen = ids[np.linspace(0, len(ids) - 1, min(len(ids), 2 * SAMPLE)).astype(np.int64)] if len(ids) else ids
     rows, readable = metadata(service, version, chosen, columns)
     sample = [
@@ -95,7 +98,8 @@ def _sample(
     ]
     pictured = [row for row in sample if row["image"]] or sample
     step = max(1, len(pictured) // SAMPLE)
-    return pictured[::step][:SAMPLE]
+    spread = pictured[::step][:SAMPLE]
+    return [spread[place] for place in np.random.default_rng(0).permutation(len(spread))]
 
 
 def _column(name: str, column: pa.ChunkedArray) -> dict[str, Any] | None:
