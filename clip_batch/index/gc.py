@@ -52,6 +52,7 @@ class GcReport:
 def gc_index(store: Store, keep: int = KEEP, older_than: float = OLDER_THAN, dry_run: bool = False) -> GcReport:
     """Delete the versions of INDEX that nothing needs, and what is left over in the others.
 
+    What a merge left that found no new row goes at any age.
     `keep` versions that were live before the live one are kept. What was live, or written to, within `older_than` days
     is kept too: a merge may be building it, or a service may have it open. ConfigError: there is no index.
     CorruptError: the manifest of a version that is kept, or an entry of the log, is not readable, so that nobody knows
@@ -67,7 +68,7 @@ def gc_index(store: Store, keep: int = KEEP, older_than: float = OLDER_THAN, dry
         reasons |= dict.fromkeys(_live_before(store, log, versions, keep, reasons), "was live before")
         reasons |= {version: reason for version in versions if (reason := _young(store, log, version, since))} | reasons
         reasons |= _needed(store, reasons) | reasons
-        doomed = {version: _why(version, log) for version in versions if version not in reasons}
+        doomed = {version: _why(store, version, log) for version in versions if version not in reasons}
         doomed |= dict.fromkeys(state.dropping, "its deletion was not completed")
         removed = [
             Garbage(version, sum(store.files(version).values()), reason) for version, reason in sorted(doomed.items())
@@ -101,6 +102,8 @@ def _young(store: Store, log: list[Publication], version: str, since: float) -> 
         return "was live lately"
     if _is_finished(store, version):
         return "was built lately" if _changed(store, [VersionPaths(version).manifest], since) else ""
+    if kept.adds_nothing(store, version):
+        return ""
     names = [f"{version}/{name}" for name in store.files(version)]
     return "a merge may be building it" if _changed(store, names or [version], since) else ""
 
@@ -140,10 +143,12 @@ def _needs(store: Store, version: str) -> frozenset[str]:
     return frozenset({base or "", str(record.get("template", "")).partition("/")[0]} - {"", version})
 
 
-def _why(version: str, log: list[Publication]) -> str:
+def _why(store: Store, version: str, log: list[Publication]) -> str:
     """Why a version that nothing needs is not kept."""
     if periods := live_periods(version, log):
         return f"was live until {time.strftime('%Y-%m-%d', time.localtime(periods[-1].end))}"
+    if not _is_finished(store, version) and kept.adds_nothing(store, version):
+        return "its merge found no new row"
     return "never was live"
 
 

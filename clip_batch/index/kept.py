@@ -46,6 +46,15 @@ def parse_record(data: bytes, problem: str) -> dict[str, Any]:
     raise CorruptError(problem)
 
 
+def adds_nothing(store: Store, version: str) -> bool:
+    """Whether an unfinished version is what a `merge --add` left that found no new row when it trained."""
+    try:
+        record = read_record(store, VersionPaths(version).template_record)
+    except CorruptError:  # not trained yet
+        return False
+    return bool(record.get("reference")) and record.get("rows") == record.get("left_out", 0)
+
+
 def template_files(version: VersionPaths, record: Mapping[str, Any]) -> Files:
     """The files that the record of a version's training names."""
     folder = version.template(record["attempt"]).folder

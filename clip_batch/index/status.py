@@ -86,7 +86,8 @@ def index_status(store: Store) -> IndexStatus:
     state = publications.read_state(store)
     folders = [version for version in folders_of(store) if version not in state.dropping]
     finished = {version for version in folders if store.exists(VersionPaths(version).manifest)}
-    merges = tuple(_progress(store, version, state.version) for version in folders if version not in finished)
+    unfinished = [version for version in folders if version not in finished and not kept.adds_nothing(store, version)]
+    merges = tuple(_progress(store, version, state.version) for version in unfinished)
     manifest = load_manifest(store, state.version) if state.version or not merges else None
     entries = [entry for entry in publications.publications(store) if entry.version != entry.replaces]
     removed = removed_if_known(store, manifest) if manifest else None

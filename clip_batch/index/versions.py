@@ -14,6 +14,7 @@ from itertools import zip_longest
 from shlex import quote
 
 from clip_batch.errors import ConfigError, CorruptError
+from clip_batch.index import kept
 from clip_batch.index.ann.recall import Recall
 from clip_batch.index.manifest import Manifest, MergedOutput, load_manifest
 from clip_batch.index.paths import VersionPaths, is_version
@@ -47,7 +48,7 @@ class VersionInfo:
     `alive` counts the rows that are not removed; None where that is not known without a scan. `bytes` are those of its
     own files, and `shared_bytes` those of the versions in `needs`, whose files it has too; `needed_by` are the finished
     versions that need it. `was_live` has the times that the log knows. An unfinished version has only its name, or also
-    a `problem` where its manifest is not readable.
+    a `problem` where its manifest is not readable; `adds_nothing` if its merge found no new row and has ended.
     """
 
     version: str
@@ -67,6 +68,7 @@ class VersionInfo:
     needs: tuple[str, ...] = ()
     needed_by: tuple[str, ...] = ()
     was_live: tuple[LivePeriod, ...] = ()
+    adds_nothing: bool = False
 
 
 def versions(store: Store) -> list[VersionInfo]:
@@ -101,7 +103,8 @@ def _info(
 ) -> VersionInfo:
     manifest = found[version]
     if isinstance(manifest, str):
-        return VersionInfo(version, live, finished=False, problem=manifest)
+        nothing = not manifest and kept.adds_nothing(store, version)
+        return VersionInfo(version, live, finished=False, problem=manifest, adds_nothing=nothing)
     removed = removed_if_known(store, manifest)
     finished = [each for each in found.values() if isinstance(each, Manifest)]
     own = sum(file["bytes"] for name, file in manifest.files.items() if name.startswith(f"{version}/"))
@@ -145,7 +148,8 @@ def describe(listed: Sequence[VersionInfo], index: str = "INDEX") -> str:
 def _lines(info: VersionInfo) -> list[str]:
     start = f"{'*' if info.live else ' '} {info.version}"
     if not info.finished:
-        return [f"{start}  {info.problem or 'not finished'}"]
+        nothing = "adds nothing, as the index had all of its rows: clip-batch gc deletes it"
+        return [f"{start}  {info.problem or (nothing if info.adds_nothing else 'not finished')}"]
     removed = "removals not counted yet" if info.alive is None else f"{info.rows - info.alive:,} removed"
     indices = [f"{modality} {key}{show_recall(info.recall.get(modality, {}))}" for modality, key in info.key.items()]
     lines = ["; ".join([f"{start}  {show_time(info.created)}  {counted(info.rows, 'row')}, {removed}", *indices])]
@@ -261,6 +265,8 @@ def _refuse_base(store: Store, version: str, others: list[str]) -> None:
     for other in others:
         where = store.display(other)
         if not store.exists(VersionPaths(other).manifest):
+            if kept.adds_nothing(store, other):
+                continue
             raise ConfigError(f"{where} is not finished and may be based on {version}: finish it, or drop it first")
         if version in load_manifest(store, other).needs:
             raise ConfigError(f"{where} has index shards, or the template, of {version}: drop it first, or keep both")

@@ -35,13 +35,15 @@ from clip_batch.export.databases.fill import export_sql
 from clip_batch.export.filter import filter_rows
 from clip_batch.index import held
 from clip_batch.index.ann import faiss_index
+from clip_batch.index.gc import gc_index
 from clip_batch.index.held import Content, Places
 from clip_batch.index.manifest import Manifest, load_manifest
 from clip_batch.index.merge.job import open_job
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.remove import remove_values
+from clip_batch.index.status import describe
 from clip_batch.index.verify import verify_index
-from clip_batch.index.versions import versions
+from clip_batch.index.versions import folders_of, versions
 from clip_batch.plan import paths, stored
 from clip_batch.plan.pack import PartitionTarget
 from clip_batch.plan.plan import load_plan
@@ -180,6 +182,26 @@ def test_the_same_tars_cut_otherwise_are_nothing_new(tmp_path: Path, capsys: pyt
     for task in (["train"], ["shards", "--slot", "0", "--slots", "2"], ["manifest"]):
         assert main([*words, "--task", *task]) == 0
         assert load_manifest(Store(f"{tmp_path}/index")) == made
+
+
+def test_what_a_merge_without_a_new_row_leaves_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(f"{tmp_path}/index")
+    make_out(tmp_path / "one", [[("a", 0, 30), ("b", 0, 20)]])
+    make_out(tmp_path / "two", [[("a", 0, 7)], [("a", 7, 30)], [("b", 0, 20)]])
+    made = merge(str(tmp_path / "one"), store.url, CONFIG)
+    add(tmp_path / "two", store.url)
+    (left,) = {*folders_of(store)} - {made.version}
+    status, (_, info) = clip_batch.index_status(store.url), versions(store)
+    assert status.merges == () and "is being merged" not in describe(status)
+    assert info.adds_nothing and not info.finished
+    assert main(["versions", "--index", store.url]) == 0
+    shown = capsys.readouterr().out
+    assert f"{left}  adds nothing" in shown and "not finished" not in shown
+    report = gc_index(store)
+    assert [(each.name, each.reason) for each in report.removed] == [(left, "its merge found no new row")]
+    assert folders_of(store) == [made.version]
+    made_again, said = add(tmp_path / "two", store.url)
+    assert made_again == made and "50 rows stand already" in said
 
 
 def test_an_out_completed_after_allow_partial_adds_the_rest(tmp_path: Path) -> None:
