@@ -150,6 +150,16 @@ def slices_of(source: Embeddings) -> list[HeldSlice]:
     return found
 
 
+def embedded_again(source: Embeddings, slices: Iterable[HeldSlice]) -> list[int]:
+    """The partitions of folders of pictures that an OUT has embedded again since an index got these slices of it.
+
+    Their rows stand by their names, although a picture or a caption may be another one. Tars tell by their content.
+    """
+    now = {commit.partition: commit_digest(commit) for commit in (*source.commits, *source.empty) if commit.replaces}
+    folders = (one for one in slices if one.size is None)
+    return sorted({one.partition for one in folders if one.commit != now.get(one.partition, one.commit)})
+
+
 def part_url(output: str, number: int) -> str:
     """What stands for the source shard of a part of a folder without commits."""
     return f"{output.rstrip('/')}#{number}"

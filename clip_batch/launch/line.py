@@ -18,7 +18,9 @@ from clip_batch.embeddings.renewal import CHANGED
 from clip_batch.embeddings.repair import repair
 from clip_batch.embeddings.status import OutputStatus, status
 from clip_batch.errors import ConfigError, EncoderError, IncompleteError, InputError, PlanError, Preempted, some
-from clip_batch.index.manifest import load_manifest
+from clip_batch.index import held
+from clip_batch.index.manifest import Manifest, load_manifest
+from clip_batch.index.merge.job import open_source
 from clip_batch.index.merge.merge import merge
 from clip_batch.index.publications import live_version
 from clip_batch.launch import local
@@ -67,12 +69,12 @@ def run_line(
     record_spec(folder, plan_config.input, storage)
     begin(2, "embed, which turns images and captions into vectors")
     embed_all(output, embed_config, storage, workers, say)
-    renewed = renew_changed(store, embed_config, storage, lambda line: say(f"embed: {line}"))
+    renew_changed(store, embed_config, storage, lambda line: say(f"embed: {line}"))
     state = status(store)
     if not state.rows:
         raise InputError(f"none of the samples could be embedded: clip-batch status --output {quote(output)} says why")
     begin(3, "merge, which builds the index")
-    merge_line(output, index, merge_config, storage, renewed, lambda line: say(f"merge: {line}"))
+    merge_line(output, index, merge_config, storage, lambda line: say(f"merge: {line}"))
     return index, state
 
 
@@ -107,39 +109,47 @@ def plan_line(store: Store, index: str, config: PlanConfig, storage: StorageConf
         ) from None
 
 
-def renew_changed(store: Store, config: EmbedConfig, storage: StorageConfig, say: Say) -> bool:
-    """Embed those pictures of folders again that changed since they were embedded; whether there were any.
+def renew_changed(store: Store, config: EmbedConfig, storage: StorageConfig, say: Say) -> None:
+    """Embed those pictures of folders again that changed since they were embedded.
 
     The partitions that have them are embedded again as a whole. IncompleteError: one of them fails.
     """
     if load_plan(store).format != "files":
-        return False
+        return
     _, renew = repair(store, [], {CHANGED})
     if not renew:
-        return False
+        return
     partitions = counted(len(renew), "partition")
     say(f"pictures changed since they were embedded: {partitions} with them embedded again")
     outcomes = local.run_worker(store.url, [*renew], replace(config, allow_empty=True), storage, renew)
     if failures := [outcome for outcome in outcomes if outcome.state == "failed"]:
         raise IncompleteError(f"partition {failures[0].partition} failed, so its old rows stay: {failures[0].error}")
-    return True
 
 
-def merge_line(output: str, index: str, config: MergeConfig, storage: StorageConfig, renewed: bool, say: Say) -> None:
+def merge_line(output: str, index: str, config: MergeConfig, storage: StorageConfig, say: Say) -> None:
     """Make the index hold OUT as it is now, besides whatever else was added to it.
 
-    An index of OUT alone is built anew while that is cheap, and whenever rows were embedded again (`renewed`), for
-    which it takes all other OUTs too. Otherwise the new rows are added to the live version.
+    An index of OUT alone is built anew while that is cheap, and whenever pictures were embedded again since it got
+    their rows, for which it takes all other OUTs too. Otherwise the new rows are added to the live version.
     """
-    live = live_version(Store(index, storage.storage_options))
-    manifest = load_manifest(Store(index, storage.storage_options), live) if live else None
+    store, home = Store(output, storage.storage_options), Store(index, storage.storage_options)
+    live = live_version(home)
+    manifest = load_manifest(home, live) if live else None
     sources = dict.fromkeys(source.output for source in manifest.sources) if manifest else {}
-    others = [url for url in sources if url != Store(output, storage.storage_options).url]
-    if manifest and not renewed and (others or manifest.rows > CHEAP_ROWS):
-        config = replace(config, add=True)
-    elif renewed:
+    others = [url for url in sources if url != store.url]
+    renewed = manifest is not None and _is_renewed(store, home, manifest)
+    if renewed:
         config = replace(config, anew=True)
+    elif manifest and (others or manifest.rows > CHEAP_ROWS):
+        config = replace(config, add=True)
     merge([*others, output] if renewed else output, index, config, storage=storage, progress=say)
+
+
+def _is_renewed(store: Store, index: Store, manifest: Manifest) -> bool:
+    """Whether pictures of OUT were embedded again since a version of the index got their rows."""
+    merged = [source for source in manifest.sources if source.output == store.url]
+    slices = [one for source in merged for one in held.read_source(index, source)]
+    return bool(held.embedded_again(open_source(store, manifest.encoder, allow_partial=True), slices))
 
 
 def embed_all(output: str, config: EmbedConfig, storage: StorageConfig, workers: int, say: Say) -> None:

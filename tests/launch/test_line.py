@@ -142,6 +142,31 @@ def test_run_rolls_back_nothing_that_was_added_to_its_index(pictures: Path) -> N
     assert len(rows_of("out/index")) == 9 and rows_of("out/index")["new"] == "a dog"
 
 
+def test_what_repair_embedded_again_reaches_the_index_with_the_next_run(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also after a kill between embedding and merging, which leaves the same behind; with and without another OUT."""
+    assert run(str(pictures), "--output", "out") == 0
+    for added in (False, True):
+        if added:
+            Path("more").mkdir()
+            Path("more/more.jpg").write_bytes(corpus.jpeg(20))
+            assert run("more", "--output", "other") == 0
+            assert main(["merge", "--output", "other/embeddings", "--index", "out/index", "--add"]) == 0
+        (pictures / "2024/1.txt").write_text(f"a dog, {added}")
+        assert main(["repair", "--output", "out/embeddings", "--retry-failed", "changed", "--device", "cpu"]) == 0
+        capsys.readouterr()
+        assert main(["merge", "--output", "out/embeddings", "--index", "out/index", "--add"]) == 2
+        assert "again since version" in (error := capsys.readouterr().err) and "merge --anew --index" in error
+        assert run(str(pictures), "--output", "out") == 0
+        assert rows_of("out/index")["2024/1"] == f"a dog, {added}"
+    (pictures / "2024/1.jpg").unlink()
+    (pictures / "2024/1.txt").unlink()
+    assert main(["repair", "--output", "out/embeddings", "--retry-failed", "gone", "--device", "cpu"]) == 0
+    assert run(str(pictures), "--output", "out") == 0
+    assert rows_of("out/index").keys() == {"2024/0", "2024/2", "2024/3", "2024/4", "more"}
+
+
 def test_tars_that_changed_are_refused_by_run(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus.good_tar("a.tar", 3)
     assert run("a.tar", "--output", "out") == 0

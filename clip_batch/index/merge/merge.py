@@ -107,7 +107,7 @@ def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = F
         drop(job.index, job.version, rebuild=True)  # by a merge that was killed before it built it anew
     if not job.index.exists(job.paths.manifest):
         if rebuild and not job.config.add:
-            refuse_less(job, job.outputs, job.live, job.live)
+            refuse_less(job)
         return None
     manifest = load_manifest(job.index, job.version)
     own = {name: file for name, file in manifest.files.items() if name.startswith(f"{job.version}/")}
@@ -119,7 +119,7 @@ def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = F
         stays = f"{larger.version}, which was added to it, stays live (--anew takes its place)"
         progress(f"version {job.version} is finished already, and {stays}")
         return larger
-    make_live(job, manifest.sources, job.live if rebuild else _began(job))
+    make_live(job, manifest, job.live if rebuild else _began(job))
     _tidy(job, manifest)
     progress(f"version {job.version} is finished already")
     return manifest
@@ -241,7 +241,7 @@ def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
     _check_removals(job, manifest)
     job.index.create(job.paths.manifest, manifest.to_json().encode())
     published = load_manifest(job.index, job.version)  # where two tasks publish at once, the first one's
-    make_live(job, published.sources, _began(job))
+    make_live(job, published, _began(job))
     _tidy(job, published)
     return published
 

@@ -6,6 +6,7 @@ the index, or with an earlier OUT, the rows of these shards are compared by name
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from shlex import quote
@@ -72,6 +73,8 @@ def look(
     """
     places = Places()
     of_base = held.read_sources(index, base) if base else []
+    if base:
+        _check_embedded_again(sources, index, base, of_base)
     commits = {one.commit for slices in of_base for one in slices}
     if base and base.replaced and replace:  # what was replaced may come back
         content = _last([_contents(of_one, places) for of_one in of_base])
@@ -178,6 +181,18 @@ def _last(contents: Sequence[Contents]) -> Contents:
             if content.size is not None or place not in last:
                 last[place] = content
     return last
+
+
+def _check_embedded_again(
+    sources: Sequence[Embeddings], index: Store, base: Manifest, of_base: Sequence[Sequence[HeldSlice]]
+) -> None:
+    """ConfigError where a partition of pictures was embedded again since the index got its rows."""
+    for source in sources:
+        merged = [of_one for one, of_one in zip(base.sources, of_base, strict=False) if one.output == source.store.url]
+        if again := held.embedded_again(source, itertools.chain(*merged)):
+            what = f"{source.store.url} has embedded partitions {format_numbers(again)} again"
+            remedy = f"clip-batch merge --anew --index {quote(index.url)} takes the new ones"
+            raise ConfigError(f"{what} since version {base.version} got their rows: {remedy}")
 
 
 def _check_contents(

@@ -19,7 +19,7 @@ from clip_batch.index.manifest import load_manifest
 from clip_batch.index.merge import merge as stage
 from clip_batch.index.merge.job import MergeJob
 from clip_batch.index.merge.merge import merge
-from clip_batch.index.publications import TRIES, current_version, publications
+from clip_batch.index.publications import TRIES, current_version, live_version, publications
 from clip_batch.index.verify import verify_index
 from clip_batch.index.versions import use, versions
 from clip_batch.storage.store import Store
@@ -140,7 +140,7 @@ def test_the_base_merged_again_leaves_what_was_added(home: Path) -> None:
     assert lines == [f"{said} (--anew takes its place)"]
     with pytest.raises(ConfigError) as refused:
         merge(home / "a", home / "index", replace(CONFIG, seed=1), progress=lines.append)
-    text = f"live version {larger.version} of {home}/index holds {home}/b (25 rows) besides: "
+    text = f"live version {larger.version} of {home}/index holds 25 rows of {home}/b besides: "
     text += (
         f"clip-batch merge --add --output {home}/a --index {home}/index adds to it, and merge --anew takes its place"
     )
@@ -157,7 +157,8 @@ def test_the_base_merged_again_leaves_what_was_added(home: Path) -> None:
 def test_another_out_is_not_put_in_the_place_of_one(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["merge", "--output", f"{home}/b", "--index", f"{home}/index", "--queries", "5"]
     assert main(command) == 2
-    assert f"holds {home.parent}" in (error := capsys.readouterr().err) or "/a (50 rows) besides" in error
+    error = capsys.readouterr().err
+    assert "holds 50 rows of " in error and "/a besides: " in error
     assert main([*command, "--anew"]) == 0
     assert outs(home / "index") == ["b"]
 
@@ -166,7 +167,7 @@ def test_what_goes_live_while_a_merge_anew_is_built_is_kept(home: Path, monkeypa
     anew = replace(CONFIG, seed=1, anew=True)
     merge(home / "b", home / "index", ADD)
     meanwhile(monkeypatch, "publish", lambda: merge(home / "c", home / "index", ADD))
-    with pytest.raises(ConflictError, match=r"/b \(25 rows\) and .*/c \(30 rows\) besides, and has gone live"):
+    with pytest.raises(ConflictError, match=r"25 rows of .*/b and 30 rows of .*/c besides, and has gone live"):
         merge(home / "a", home / "index", anew)
     assert outs(home / "index") == ["a", "b", "c"]
     assert merge(home / "a", home / "index", anew).version == current_version(Store(home / "index"))
@@ -181,10 +182,24 @@ def test_an_older_state_of_the_same_out_is_refused(tmp_path: Path) -> None:
     first = merge(tmp_path / "out", tmp_path / "index", partial)
     commit(tmp_path / "out", plan, 1, images[20:], texts[20:])
     assert merge(tmp_path / "out", tmp_path / "index", partial).rows == 40
-    with pytest.raises(ConfigError, match=r"holds .*/out \(40 rows\) besides"):
+    with pytest.raises(ConfigError, match=r"holds 20 rows of .*/out besides"):
         merge(tmp_path / "older", tmp_path / "index", replace(partial, seed=3))
     use(Store(tmp_path / "index"), first.version)
     assert merge(tmp_path / "out", tmp_path / "index", partial).rows == 40  # forward again
+
+
+def test_an_out_made_again_from_other_tars_does_not_take_the_place_of_the_former_one(tmp_path: Path) -> None:
+    make_out(tmp_path / "out", *clustered(20, 8, 3), [20])
+    before = merge(tmp_path / "out", tmp_path / "index", CONFIG)
+    shutil.move(tmp_path / "out", tmp_path / "former")
+    (tmp_path / "elsewhere").mkdir()
+    make_out(tmp_path / "elsewhere" / "out", *clustered(30, 8, 3, 1), [30])
+    shutil.move(tmp_path / "elsewhere" / "out", tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"holds 20 rows of .*/out besides"):
+        merge(tmp_path / "out", tmp_path / "index", CONFIG)
+    assert live_version(Store(tmp_path / "index")) == before.version
+    both = [tmp_path / "former", tmp_path / "out"]
+    assert merge(both, tmp_path / "index", CONFIG).rows == 50  # it holds all that is live
 
 
 RACER = """
