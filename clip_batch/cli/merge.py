@@ -41,6 +41,8 @@ def merge(arguments: MergeArguments, merge: MergeConfig, storage: StorageConfig)
         raise ConfigError("merge --task shards needs --slot I and --slots N; the other tasks take neither")
     if slot is not None and slots is not None and not 0 <= slot < slots:
         raise ConfigError(f"merge --slot {slot} of --slots {slots} does not exist: slots count from 0 to {slots - 1}")
+    if merge.replace and not merge.add and len(arguments.output) < 2:
+        say("--replace has no effect here: it is for --add, and for a tar that several --output have")
     if task == "all":
         manifest: Manifest | None = stage.merge(arguments.output, index, merge, storage=storage, progress=say)
     else:

@@ -123,11 +123,12 @@ def read_vector(path: str) -> Any:
     import numpy as np
 
     try:
-        return np.load(path)
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ConfigError(f"--embedding {path} is no file: give a .npy file of one vector") from None
-    except (ValueError, EOFError) as error:
-        raise ConfigError(f"--embedding {path} is not a .npy file of numbers: {error}") from None
+    except (ValueError, EOFError):
+        raise ConfigError(f"--embedding {path} is no .npy file of numbers: give one that numpy.save wrote") from None
 
 
 def _without_null_aesthetic(hit: Hit) -> dict[str, Any]:

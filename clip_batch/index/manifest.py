@@ -192,6 +192,15 @@ class Manifest:
         return files
 
     @property
+    def rows_of(self) -> dict[str, int]:
+        """The rows that the version has of each OUT, by its URL, however often it was added."""
+        rows = {source.output: 0 for source in self.sources}
+        for shard in self.shards:
+            if shard.source < len(self.sources):
+                rows[self.sources[shard.source].output] += shard.rows
+        return rows
+
+    @property
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file["bytes"] for file in self.files.values())

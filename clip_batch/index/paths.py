@@ -25,7 +25,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-CURRENT = "CURRENT"
+from clip_batch.plan.paths import OF_INDEX
+
+CURRENT = OF_INDEX
 
 PUBLICATIONS = "publications"
 """The folder of the log of what became live."""
@@ -72,6 +74,11 @@ def parse_removal_event(name: str) -> tuple[str, int] | None:
 def is_version(name: str) -> bool:
     """Whether a name in INDEX is that of a version: 12 hex digits."""
     return bool(re.fullmatch("[0-9a-f]{12}", name))
+
+
+def is_own(name: str) -> bool:
+    """Whether a name in INDEX is that of a folder of its own: a version, the log, or the removal lists."""
+    return name in (PUBLICATIONS, REMOVALS) or is_version(name)
 
 
 def is_file_name(name: object) -> bool:

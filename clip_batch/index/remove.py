@@ -105,7 +105,8 @@ def remove_values(
         removed_rows.check_column(new, schema)
     if not dry_run:
         removals.record(store, new, note)
-        progress(f"{len(new.values):,} values of {column} are removed, as {removal_list(new.digest)}")
+        are = "is" if len(new.values) == 1 else "are"
+        progress(f"{counted(len(new.values), 'value')} of {column} {are} removed, as {removal_list(new.digest)}")
     ((ids, missing),) = removed_rows.find_removed([new], removed_rows.fetch_metadata(store, manifest))
     if not dry_run:
         removed_rows.cache(store, manifest, new.digest, ids)
@@ -133,7 +134,8 @@ def describe_report(report: RemoveReport) -> str:
     if report.column:
         text += f" by {counted(report.values, 'value')} of {report.column}"
         if report.missing:
-            text += f"; {counted(report.missing, 'value')} without a row in it, such as {', '.join(report.examples)}"
+            such = ", ".join(map(repr, report.examples))
+            text += f"; {counted(report.missing, 'value')} without a row in it, such as {such}"
     else:
         text += "; rows that are added later stay: run it again after merge --add" if report.rows else ""
         text += "" if report.exact else "; scores are approximate, as the index compresses vectors"

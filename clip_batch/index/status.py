@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from shlex import quote
 from typing import Any
@@ -16,6 +16,7 @@ from clip_batch.index.manifest import DRIFT, Manifest, MergedOutput, load_manife
 from clip_batch.index.paths import VersionPaths
 from clip_batch.index.removed_rows import removed_if_known
 from clip_batch.index.versions import folders_of, show_recall, show_time
+from clip_batch.plan.state import commit_names
 from clip_batch.storage.store import Store
 from clip_batch.types import counted, format_bytes, format_numbers
 
@@ -55,7 +56,8 @@ class IndexStatus:
     `removed` counts its rows that are removed, None where that is not known without a scan. `recall` is by modality and
     kind of query, `drift` that of the rows added last, `retrain` whether they do not fit the trained lists.
     `problems` are what `verify --index` finds wrong with CURRENT and the log; `deleting` are versions whose deletion
-    was not completed. `next` are the commands that are due.
+    was not completed. `next` are the commands that are due. `rows_of` has the rows of each OUT, by its URL, that are in
+    the live version.
     """
 
     index: str
@@ -78,6 +80,7 @@ class IndexStatus:
     deleting: tuple[str, ...] = ()
     problems: dict[str, str] = field(default_factory=dict)
     next: tuple[str, ...] = ()
+    rows_of: dict[str, int] = field(default_factory=dict)
 
 
 def index_status(store: Store) -> IndexStatus:
@@ -101,6 +104,7 @@ def index_status(store: Store) -> IndexStatus:
         removal_lists=len(removals.names(store)),
         bytes=manifest.size if manifest else 0,
         sources=manifest.sources if manifest else (),
+        rows_of=manifest.rows_of if manifest else {},
         missing=manifest.missing if manifest else (),
         encoder=f"{manifest.encoder.model} {manifest.encoder.pretrained}".strip() if manifest else "",
         key=manifest.key if manifest else {},
@@ -179,15 +183,29 @@ def _next(
     for merge in merges:
         if merge.command and not merge.outrun and (merge.idle_seconds is None or merge.idle_seconds > STALE):
             yield merge.command
-    for source in manifest.sources if manifest else ():
-        if source.missing:
-            yield f"clip-batch status --output {quote(source.output)}"
+    for output, source in _last(manifest.sources if manifest else ()).items():
+        if source.missing and _is_complete(output, store.options, source.missing):
+            yield f"clip-batch merge --add --output {quote(output)} --index {quote(store.url)}"
+        elif source.missing:
+            yield f"clip-batch status --output {quote(output)}"
     if retrain:
         yield f"clip-batch merge --anew --index {quote(store.url)}"
     if deleting:
         yield f"clip-batch gc --index {quote(store.url)}"
     if manifest:
         yield f"clip-batch serve --index {quote(store.url)}"
+
+
+def _last(sources: Sequence[MergedOutput]) -> dict[str, MergedOutput]:
+    """Each OUT as it was when it was merged last, by its URL."""
+    return {source.output: source for source in sources}
+
+
+def _is_complete(output: str, options: dict[str, Any], missing: Sequence[int]) -> bool:
+    """Whether partitions of OUT that a merge lacked are committed now; not if nobody can tell."""
+    with contextlib.suppress(ClipBatchError, OSError):
+        return {*missing} <= {int(name) for name in commit_names(Store(output, options))}
+    return False
 
 
 def describe(status: IndexStatus) -> str:
@@ -203,9 +221,9 @@ def describe(status: IndexStatus) -> str:
             f"version {status.version} is live{since}: {counted(status.rows, 'row')}, {removed}{lists}, "
             f"{format_bytes(status.bytes)}, {status.encoder}"
         )
-        for source in status.sources:
+        for output, source in _last(status.sources).items():
             lacking = f", without partitions {format_numbers(source.missing)}" if source.missing else ""
-            lines.append(f"  of {source.output}: {counted(source.rows, 'row')}{lacking}")
+            lines.append(f"  of {output}: {counted(status.rows_of[output], 'row')}{lacking}")
         lines += [f"  {name} {key}{show_recall(status.recall.get(name, {}))}" for name, key in status.key.items()]
         for modality, by_kind in status.drift.items():
             values = ", ".join(f"{value:.3f} for {kind} queries" for kind, value in by_kind.items())

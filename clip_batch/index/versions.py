@@ -49,6 +49,7 @@ class VersionInfo:
     own files, and `shared_bytes` those of the versions in `needs`, whose files it has too; `needed_by` are the finished
     versions that need it. `was_live` has the times that the log knows. An unfinished version has only its name, or also
     a `problem` where its manifest is not readable; `adds_nothing` if its merge found no new row and has ended.
+    `rows_of` has the rows of each OUT, by its URL, that are in the version.
     """
 
     version: str
@@ -69,6 +70,7 @@ class VersionInfo:
     needed_by: tuple[str, ...] = ()
     was_live: tuple[LivePeriod, ...] = ()
     adds_nothing: bool = False
+    rows_of: dict[str, int] = field(default_factory=dict)
 
 
 def versions(store: Store) -> list[VersionInfo]:
@@ -125,6 +127,7 @@ def _info(
         needs=tuple(sorted(manifest.needs)),
         needed_by=tuple(other.version for other in finished if version in other.needs),
         was_live=live_periods(version, log),
+        rows_of=manifest.rows_of,
     )
 
 
@@ -157,8 +160,8 @@ def _lines(info: VersionInfo) -> list[str]:
     size += f", and {format_bytes(info.shared_bytes)} of {', '.join(info.needs)}" if info.needs else ""
     size += f"; needed by {', '.join(info.needed_by)}" if info.needed_by else ""
     lines.append(size + (f"; added to {info.base}" if info.base else ""))
-    if info.sources:
-        lines.append("of " + ", ".join(f"{source.output} ({counted(source.rows, 'row')})" for source in info.sources))
+    if info.rows_of:
+        lines.append("of " + ", ".join(f"{output} ({counted(rows, 'row')})" for output, rows in info.rows_of.items()))
     if info.was_live:
         lines.append("live " + ", ".join(map(_period, info.was_live)))
     return [lines[0], *(f"    {line}" for line in lines[1:])]

@@ -27,6 +27,7 @@ class Growth:
     - `differences`: how the rest is not as it was planned, one phrase each.
     - `changed`, `gone`: planned samples of folders whose files are others, or are not there.
     - `listings`: the files of the listings of new shards, by the shards' versions.
+    - `rewritten`: whether planned tars or Parquet files have another content, which `repair` embeds.
     """
 
     new: list[Shard] = field(default_factory=list)
@@ -35,6 +36,7 @@ class Growth:
     changed: list[Difference] = field(default_factory=list)
     gone: list[Difference] = field(default_factory=list)
     listings: dict[str, bytes] = field(default_factory=dict)
+    rewritten: bool = False
 
     @property
     def moved(self) -> list[str]:
@@ -56,8 +58,13 @@ def moved_lines(growth: Growth, output: str) -> list[str]:
     """Lines that say which planned pictures changed or are gone, and what can be done about it."""
     remedies = {"changed": "embeds them again, as run does", "gone": "takes their rows out, which stay until then"}
     words = ["changed"] * bool(growth.changed) + ["gone"] * bool(growth.gone)
-    command = f"clip-batch repair --output {quote(output)} --retry-failed"
+    command = retry_command(output)
     return [f"{what}: {command} {word} {remedies[word]}" for what, word in zip(growth.moved, words, strict=True)]
+
+
+def retry_command(output: str) -> str:
+    """The command that embeds changed input again, less the reason, for people."""
+    return f"clip-batch repair --output {quote(output)} --retry-failed"
 
 
 def named(count: int, noun: str, what: str, names: Sequence[str]) -> str:
@@ -99,7 +106,8 @@ def _compare(store: Store, plan: Plan, shards: Sequence[Shard]) -> Growth:
     if not differences and not _in_order(plan, list(now)):
         differences = ["inputs in another order"]
     new = [shard for shard in shards if shard.url not in old]
-    return Growth(new, named(len(new), "input", "added", [shard.url for shard in new]), differences)
+    added = named(len(new), "input", "added", [shard.url for shard in new])
+    return Growth(new, added, differences, rewritten=bool(changed))
 
 
 def _removed(old: Mapping[str, Shard], now: Mapping[str, object]) -> list[str]:

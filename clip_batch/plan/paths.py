@@ -24,6 +24,9 @@ from __future__ import annotations
 IN_RUN = "embeddings"
 """The name of OUT in the folder of `run` and `end2end`."""
 
+OF_INDEX = "CURRENT"
+"""A file that no OUT has and every index has, so that one is not taken for the other."""
+
 HOME = "_clip_batch"
 """The folder of all that is not data."""
 

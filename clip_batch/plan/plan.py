@@ -23,7 +23,7 @@ from clip_batch.plan.counts import count_folder, count_samples, image_advice
 from clip_batch.plan.cuts import FindCuts, find_cuts, folder_cuts, parquet_cuts, tar_cuts
 from clip_batch.plan.excluded import leave_out
 from clip_batch.plan.folders import freeze_folders, write_listings
-from clip_batch.plan.growth import Growth, compare, moved_lines
+from clip_batch.plan.growth import Growth, compare, moved_lines, retry_command
 from clip_batch.plan.kinds import check_kinds
 from clip_batch.plan.pack import PartitionTarget, pack, places_to_cut
 from clip_batch.plan.parquet import look_at_columns
@@ -144,7 +144,7 @@ def make_plan(
         if not (why or (extends and not growth.moved)):
             break  # another plan takes its place
         if refused or (growth.new and not extends):
-            raise _refusal(store, None if refused else growth, phrases, why)
+            raise _refusal(store, growth, refused, phrases, why)
         for line in moved_lines(growth, store.url):
             say(line)
         if not growth.new:
@@ -183,10 +183,11 @@ def make_plan(
     return existing
 
 
-def _refusal(store: Store, growth: Growth | None, phrases: Sequence[str], why: str) -> PlanError:
-    """The error of a plan that exists and stays; `growth` is given where its input has only grown."""
-    if growth is None:
-        return PlanError(f"another plan exists at {store.url} ({'; '.join(phrases)}), and {why}")
+def _refusal(store: Store, growth: Growth, refused: bool, phrases: Sequence[str], why: str) -> PlanError:
+    """The error of a plan that exists and stays; without `refused` its input has only grown."""
+    if refused:
+        remedy = f"; {retry_command(store.url)} changed embeds changed inputs again here" if growth.rewritten else ""
+        return PlanError(f"another plan exists at {store.url} ({'; '.join(phrases)}), and {why}{remedy}")
     remedy = f"plan with --extend adds what is new to it; --except {quote(store.url)} plans that into another --output"
     return PlanError(f"the input of the plan at {store.url} has grown ({growth.added}): {remedy}")
 

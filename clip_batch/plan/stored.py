@@ -219,6 +219,10 @@ def _head(store: Store) -> dict[str, Any]:
         if store.exists(f"{paths.IN_RUN}/{paths.PLAN}"):
             inner = store.display(paths.IN_RUN)
             raise PlanError(f"no plan at {store.url}, but in its embeddings: give --output {quote(inner)}") from None
+        if store.exists(paths.OF_INDEX):
+            raise PlanError(
+                f"{store.url} is an index, no embeddings folder: name an OUT, or give it as --index"
+            ) from None
         raise PlanError(f"no plan at {store.url}: clip-batch plan --input ... --output {quote(store.url)}") from None
     except ValueError:
         where = store.display(paths.PLAN)

@@ -187,7 +187,8 @@ class Store:
                 spool.write(data)
                 _sync(spool)
                 try:
-                    os.link(spool.name, self.path(name))
+                    with _writing(self.path(name)):
+                        os.link(spool.name, self.path(name))
                 except FileExistsError:
                     return False
             _sync_folder(self.path(name))
@@ -208,7 +209,8 @@ class Store:
             yield spool
             if self.local:
                 _sync(spool)
-                os.replace(spool.name, self.path(name))
+                with _writing(self.path(name)):
+                    os.replace(spool.name, self.path(name))
                 _sync_folder(self.path(name))
             elif spool.seek(0, os.SEEK_END) < _ONE_REQUEST:
                 spool.seek(0)
@@ -225,7 +227,8 @@ class Store:
         """
         if self.local:
             _make_folder(self.path(name))
-            os.replace(path, self.path(name))
+            with _writing(self.path(name)):
+                os.replace(path, self.path(name))
             _sync_folder(self.path(name))
         else:
             self._call("writing", name, lambda: self._fs.put_file(path, self._at(name)))
@@ -239,7 +242,9 @@ class Store:
         else:
             path = os.path.join(tempfile.gettempdir(), f"clip-batch{TEMPORARY}{secrets.token_hex(8)}")
         try:
-            with open(path, "w+b") as file:
+            with contextlib.ExitStack() as stack:
+                with _writing(self.path(name) if self.local else path):  # not around what the caller does
+                    file = stack.enter_context(open(path, "w+b"))
                 yield file
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -249,7 +254,8 @@ class Store:
         """Delete one file; no error if absent."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if self.local:
-                os.unlink(self.path(name))
+                with _writing(self.path(name)):
+                    os.unlink(self.path(name))
             else:
                 self._call("removing", name, lambda: self._fs.rm_file(self._at(name)))
 
@@ -272,7 +278,8 @@ class Store:
         try:
             if self.local:
                 _make_folder(self.path(new))
-                os.replace(self.path(old), self.path(new))
+                with _writing(self.path(new)):
+                    os.replace(self.path(old), self.path(new))
                 _sync_folder(self.path(new))
             else:
                 self._call("renaming", old, lambda: move(self._fs, self._at(old), self._at(new)))
@@ -326,11 +333,27 @@ def _absent_under_files() -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, "its folder is a file", error.filename) from None
 
 
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """PermissionError of one line, with the remedy, where a local file may not be written, or deleted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS):
+            raise
+        folder = os.path.dirname(path)
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        remedy = f"get the right to write in {folder}, or name another folder"
+        raise PermissionError(f"{path} may not be written ({error.strerror}): {remedy}") from None
+
+
 def _make_folder(path: str) -> str:
     """Make the folder of a file, where it is absent; its path. ConfigError: a file is in its place, or above it."""
     folder = os.path.dirname(path)
     try:
-        os.makedirs(folder, exist_ok=True)
+        with _writing(path):
+            os.makedirs(folder, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         _check_above(folder, path)
         raise

@@ -27,7 +27,7 @@ from clip_batch.index.paths import is_version
 from clip_batch.index.removal_history import describe_list, describe_undo, list_removals, undo
 from clip_batch.index.removal_pack import unpack
 from clip_batch.index.removals import RemovalList, RowList, RowName
-from clip_batch.index.remove import RemoveReport, remove_values
+from clip_batch.index.remove import RemoveReport, describe_report, remove_values
 from clip_batch.index.versions import use
 from clip_batch.search.query import Query
 from clip_batch.search.remove import remove_found
@@ -149,6 +149,13 @@ def test_a_dry_run_writes_nothing_and_shows_rows(store: Store, tmp_path: Path) -
     assert all(row.caption == f"caption {row.key}" and row.score is None for row in report.sample)
     assert not (tmp_path / "index/tombstones").exists() and not list((tmp_path / "index").glob("*/tombstones"))
     assert remove_values(store.url, report_values(report)).sample == ()
+
+
+def test_the_values_of_a_removal_are_told(store: Store) -> None:
+    said: list[str] = []
+    report = remove_values(store.url, ["a, b"], progress=said.append)
+    assert said == [f"1 value of key is removed, as tombstones/{report.digest}.json"]
+    assert "1 value without a row in it, such as 'a, b'; --undo" in describe_report(report)
 
 
 def report_values(report: RemoveReport) -> list[str]:

@@ -115,6 +115,63 @@ def test_unfinished_merges_tell_how_far_they_are(home: Path, store: Store, names
     assert index_status(store).version == job.version and index_status(store).merges == ()
 
 
+def test_an_out_that_was_added_twice_is_shown_once_and_the_merge_that_is_due(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, store, data = f"{tmp_path}/a", Store(f"{tmp_path}/index"), clustered(100, 8, 3, 0)
+    make_out(tmp_path / "a", *data, [60, 30, 10], skip=[1, 2])
+    merge(out, store.url, replace(CONFIG, allow_partial=True))
+    make_out(tmp_path / "a", *data, [60, 30, 10], skip=[0, 2])
+    assert index_status(store).next[0] == f"clip-batch status --output {out}"
+    make_out(tmp_path / "a", *data, [60, 30, 10], skip=[0, 1])
+    due = f"clip-batch merge --add --output {out} --index {store.url}"
+    assert index_status(store).next[0] == due
+    assert main([*due.split()[1:], "--queries", "5"]) == 0
+    assert [source.rows for source in load_manifest(store).sources] == [60, 100]
+    status = index_status(store)
+    assert status.rows_of == {out: 100} and status.next[0].startswith("clip-batch serve")
+    assert [line for line in describe(status).splitlines() if line.startswith("  of ")] == [f"  of {out}: 100 rows"]
+    capsys.readouterr()
+    assert main(["versions", "--index", store.url]) == 0
+    assert f"    of {out} (100 rows)\n" in capsys.readouterr().out
+    shutil.rmtree(out)
+    assert index_status(store).rows_of == status.rows_of
+
+
+def test_an_index_is_no_out(home: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["status"], ["gc"], ["merge", "--index", f"{home}/other"]):
+        assert main([*words, "--output", store.url]) == 2
+        assert f"{store.url} is an index, no embeddings folder" in capsys.readouterr().err
+
+
+def test_out_and_index_are_apart(
+    home: Path, store: Store, names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path for path in home.rglob("*"))
+    shutil.copytree(home / "a", home / "index" / "publications" / "a")
+    (home / "link").symlink_to(home / "b")
+    for out, index in (
+        (f"{home}/b", f"{home}/b"),
+        (f"{home}/b", f"{home}/link"),
+        (f"{home}/b", f"{home}/b/metadata/index"),
+        (f"{home}/index/publications/a", store.url),
+    ):
+        assert main(["merge", "--output", out, "--index", index, "--queries", "5"]) == 2
+        assert "share a folder: give an INDEX apart" in capsys.readouterr().err
+    shutil.rmtree(home / "index" / "publications" / "a")
+    (home / "link").unlink()
+    assert sorted(path for path in home.rglob("*")) == before
+    merge(home / "b", home / "b" / "index", CONFIG)
+
+
+def test_replace_where_it_has_no_effect(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["merge", "--output", f"{home}/b", "--index", f"{home}/other", "--queries", "5", "--replace"]
+    assert main(words) == 0
+    assert "--replace has no effect here" in capsys.readouterr().err
+    assert main([*words, "--add"]) == 0
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_an_addition_that_was_outrun_is_not_run_again(home: Path, store: Store, names: list[str]) -> None:
     use(store, names[0])
     job = open_job(f"{home}/b", store.url, replace(ADD, seed=1))

@@ -124,8 +124,10 @@ def test_what_shrank_or_changed_is_refused_by_name(what: str, tars: str, out: st
         os.utime(tmp_path / "in" / "3.tar", (1, 1))
     verb = "removed" if what == "removed" else "changed"
     for config in (CONFIG, EXTEND):
-        with pytest.raises(PlanError, match=rf"1 input added: .*2.tar; 1 input {verb}: .*3.tar"):
+        with pytest.raises(PlanError, match=rf"1 input added: .*2.tar; 1 input {verb}: .*3.tar") as refused:
             make_plan(tars, out, config)
+        remedy = f"give another output; clip-batch repair --output {out} --retry-failed changed embeds"
+        assert (remedy in str(refused.value)) == (verb == "changed")
     assert load_plan(Store(out)).generations == ()
 
 

@@ -230,6 +230,7 @@ def test_the_command_and_the_functions(index: str, tmp_path: Path, capsys: pytes
         (("--where", "n = 1", "--threshold", "0.9"), "--threshold has no effect"),
         (("--undo", digest, "--dry-run"), "--undo has no --dry-run"),
         (("--embedding", "nowhere.npy", "--threshold", "0.9"), "nowhere.npy is no file"),
+        (("--embedding", __file__, "--threshold", "0.9"), "is no .npy file of numbers: give one that numpy.save"),
         (("--image", f"{tmp_path}", "--embedding", "x", "--threshold", "0.9"), "x is no file"),
     ):
         code, _, err = remove(*words)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from clip_batch.storage.paths import split_url
 from clip_batch.storage.store import Store, read_url
+from tests.corpus import unprivileged
 from tests.servers.flaky import Flaky
 
 
@@ -146,3 +147,31 @@ def test_all_files_below_a_folder_with_their_bytes(tmp_path: Path) -> None:
         assert store.files("a") == {".d.tmp-1": 5, "b/c": 5, "é e": 5}
         assert list(store.files("")) == ["a/.d.tmp-1", "a/b/c", "a/é e", "ab"]
     Flaky.reset()
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "old").write_bytes(b"1")
+    (tmp_path / "locked").chmod(0o500)
+    code = f"""
+from clip_batch.storage.store import Store
+store = Store({str(tmp_path / "locked")!r})
+for act in (
+    lambda: store.create("a.json", b"1"),
+    lambda: store.replace("deep/a.json", b"1"),
+    lambda: store.rename("old", "new"),
+    lambda: store.remove("old"),
+):
+    try:
+        act()
+    except PermissionError as error:
+        print(error)
+"""
+    done = unprivileged(["-c", code])
+    (tmp_path / "locked").chmod(0o700)
+    remedy = f"get the right to write in {tmp_path}/locked, or name another folder"
+    names = ("a.json", "deep/a.json", "new", "old")
+    assert done.stdout.splitlines() == [
+        f"{tmp_path}/locked/{name} may not be written (Permission denied): {remedy}" for name in names
+    ], done.stderr
+    assert [path.name for path in (tmp_path / "locked").iterdir()] == ["old"]

@@ -24,8 +24,10 @@ from clip_batch.index.ann.index_keys import Choice
 from clip_batch.index.manifest import DuplicateRows, Manifest, MergedOutput, load_manifest
 from clip_batch.index.merge.attempt import Attempt
 from clip_batch.index.merge.overlap import Overlap, look
-from clip_batch.index.paths import VersionPaths
+from clip_batch.index.paths import VersionPaths, is_own
 from clip_batch.index.publications import being_deleted, read_state
+from clip_batch.plan import paths
+from clip_batch.plan.apart import contains
 from clip_batch.plan.plan import load_plan
 from clip_batch.storage.store import Store
 from clip_batch.types import EncoderSpec, StoredFile
@@ -364,6 +366,8 @@ def open_job(
         raise ConfigError("--add and --anew exclude each other: add to the live version, or merge without it")
     if not urls and not config.anew:
         raise ConfigError("--output OUT is needed: the embeddings folders to merge, unless --anew takes the live ones")
+    for url in urls:
+        _check_apart(Store(url, storage.storage_options).url, home.url)
     home.check_folder()
     state = read_state(home)
     live = load_manifest(home, state.version) if (config.add and state.version) or not urls else None
@@ -387,6 +391,15 @@ def open_job(
     if source.rows:
         _ = job.shards  # raises now if the shards do not fit in memory, or faiss does not know the key
     return job
+
+
+def _check_apart(output: str, index: str) -> None:
+    """ConfigError: OUT is INDEX, or one of them lies among the files of the other."""
+    same = contains(index, output) and contains(output, index)
+    in_output = any(contains(f"{output}/{name}", index) for name in (paths.HOME, *paths.DATA_FOLDERS))
+    in_index = output.startswith(f"{index}/") and is_own(output.removeprefix(f"{index}/").partition("/")[0])
+    if same or in_output or in_index:
+        raise ConfigError(f"--index {index} and --output {output} share a folder: give an INDEX apart from OUT's files")
 
 
 def _sources_of(live: Manifest, config: MergeConfig, storage: StorageConfig) -> list[reader.Embeddings]:
