@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -57,8 +58,11 @@ def filter(
     from clip_batch.search.query import Query
     from clip_batch.search.searcher import Searcher
 
+    SearchConfig.expect(config=config), StorageConfig.expect(storage=storage)
     if isinstance(query, str):
         query = Query(text=query, threshold=threshold, k=k if k or threshold is not None else 10)
+    elif not isinstance(query, Query):
+        raise ConfigError(f"query is {reprlib.repr(query)}: it must be a text or a clip_batch.Query")
     elif threshold is not None or k is not None:
         raise ConfigError("filter has a Query, which has its own threshold and k: give them there")
     store = Store(path_text(output, "output"), storage.storage_options)
@@ -90,6 +94,7 @@ def remove(
 
     ConfigError: there is no value, no such column, the file cannot be read, or not just one of the three is given.
     """
+    SearchConfig.expect(config=config), StorageConfig.expect(storage=storage)
     if (keys is None) + (query is None) + (where is None) != 2:
         raise ConfigError("remove needs one of keys, query and where")
     if keys is None:
@@ -100,11 +105,14 @@ def remove(
         return removal.remove(index, keys, column, storage, progress, note, dry_run)
     if isinstance(keys, bytes) or not isinstance(keys, Iterable):
         raise ConfigError(f"keys is {keys!r}: it must be a list of values, or the path of a file of them")
+    if not isinstance(column, str):
+        raise ConfigError(f"column is {column!r}: it must be the name of a metadata column")
     return removal.remove_values(index, [str(key) for key in keys], column, storage, progress, note, dry_run)
 
 
 def removals(index: StrPath, *, storage: StorageConfig = StorageConfig()) -> list[RemovalInfo]:
     """The removals of INDEX, the oldest first, those that were undone too. ConfigError: there is no index."""
+    StorageConfig.expect(storage=storage)
     return removal_history.list_removals(index, storage)
 
 
@@ -115,6 +123,7 @@ def undo_removal(
 
     ConfigError: there is no such removal, or it is undone already.
     """
+    StorageConfig.expect(storage=storage)
     return removal_history.undo(index, digest, storage, note)
 
 
@@ -125,6 +134,7 @@ def versions(
 
     ConfigError: there is no index, or no such version, or it is needed. CorruptError: files of `use` are missing.
     """
+    StorageConfig.expect(storage=storage)
     store = Store(path_text(index, "index"), storage.storage_options)
     if use:
         index_versions.use(store, use)
@@ -141,6 +151,7 @@ def index_status(index: StrPath, *, storage: StorageConfig = StorageConfig()) ->
 
     ConfigError: there is no index. CorruptError: its live version cannot be told, or not be opened.
     """
+    StorageConfig.expect(storage=storage)
     return stage.index_status(Store(path_text(index, "index"), storage.storage_options))
 
 
@@ -157,8 +168,9 @@ def gc_index(
     `keep` versions that were live before the live one stay, and what was live or written to within `older_than` days.
     ConfigError: there is no index, or an argument is below 0. CorruptError: nobody can tell what is needed.
     """
-    if keep < 0 or not older_than >= 0:
-        raise ConfigError(f"keep is {keep} and older_than {older_than}: both must be 0 or more")
+    StorageConfig.expect(storage=storage)
+    if not isinstance(keep, int) or keep < 0 or not isinstance(older_than, int | float) or not older_than >= 0:
+        raise ConfigError(f"keep is {keep!r} and older_than {older_than!r}: both must be numbers, 0 or more")
     store = Store(path_text(index, "index"), storage.storage_options)
     return gc.gc_index(store, keep, older_than, dry_run)
 
@@ -177,4 +189,5 @@ def sweep(
     """
     from clip_batch.index.merge import sweep as sweeping
 
+    SweepConfig.expect(config=config), MergeConfig.expect(merge=merge), StorageConfig.expect(storage=storage)
     return sweeping.sweep(path_text(output, "output"), merge, storage, config, progress)

@@ -17,6 +17,7 @@ def status(output: StrPath, *, storage: StorageConfig = StorageConfig()) -> Outp
 
     PlanError: there is no plan.
     """
+    StorageConfig.expect(storage=storage)
     return output_status.status(Store(path_text(output, "output"), storage.storage_options))
 
 
@@ -28,6 +29,7 @@ def verify(source: StrPath, *, deep: bool = False, storage: StorageConfig = Stor
     `deep` reads every byte, and of OUT the input again; without it, sizes and counts are compared. PlanError: `source`
     is neither.
     """
+    StorageConfig.expect(storage=storage)
     store = Store(path_text(source, "source"), storage.storage_options)
     if store.exists(CURRENT) or store.list(PUBLICATIONS):
         from clip_batch.search.verify import verify_searches

@@ -76,6 +76,7 @@ def embed_table(
     ConfigError: the first row lacks a column that was named, or a row is no mapping. PlanError: OUT was made of other
     rows. Other errors: as `make_plan` and `embed`.
     """
+    PlanConfig.expect(plan=plan), EmbedConfig.expect(embed=embed), StorageConfig.expect(storage=storage)
     if plan.input or plan.format != PlanConfig.format:
         raise ConfigError("embed_table takes its rows as its input: leave input and format out of the PlanConfig")
     store = Store(path_text(output, "output"), storage.storage_options)

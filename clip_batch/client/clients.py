@@ -58,6 +58,9 @@ class _Connection:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
+    def _closed(self) -> ConfigError:
+        return ConfigError(f"{self!r} is closed: open another one")
+
     def _read(self, request: ServiceRequest[T], response: httpx2.Response) -> T:
         try:
             return request.read(response.content if request.raw else response.json())
@@ -136,6 +139,8 @@ class Client(_Connection):
         """
         deadline = time.monotonic() + timeout
         while True:
+            if self._http.is_closed:
+                raise self._closed()
             try:
                 self._read(requests.READY, self._ready(self._http.get(requests.READY.path)))
                 return self
@@ -196,6 +201,8 @@ class Client(_Connection):
     def _send(self, request: ServiceRequest[T]) -> T:
         attempt = 0
         while True:
+            if self._http.is_closed:
+                raise self._closed()
             result: httpx2.Response | httpx2.HTTPError
             try:
                 result = self._http.request(request.method, request.path, json=request.body)
@@ -236,6 +243,8 @@ class AsyncClient(_Connection):
         """As `Client.wait`."""
         deadline = time.monotonic() + timeout
         while True:
+            if self._http.is_closed:
+                raise self._closed()
             try:
                 self._read(requests.READY, self._ready(await self._http.get(requests.READY.path)))
                 return self
@@ -288,6 +297,8 @@ class AsyncClient(_Connection):
     async def _send(self, request: ServiceRequest[T]) -> T:
         attempt = 0
         while True:
+            if self._http.is_closed:
+                raise self._closed()
             result: httpx2.Response | httpx2.HTTPError
             try:
                 result = await self._http.request(request.method, request.path, json=request.body)

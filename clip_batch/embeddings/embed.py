@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from clip_batch import encoders
@@ -32,7 +34,15 @@ from clip_batch.embeddings.spare import spare
 from clip_batch.embeddings.workers import WorkerRun, recorded
 from clip_batch.encoders.device import LANES, pick_device, torch_threads, use_torch_threads
 from clip_batch.encoders.encoder import NO_TEXT
-from clip_batch.errors import ClipBatchError, DecodeError, EncoderError, PartitionFailed, PlanError, Preempted
+from clip_batch.errors import (
+    ClipBatchError,
+    ConfigError,
+    DecodeError,
+    EncoderError,
+    PartitionFailed,
+    PlanError,
+    Preempted,
+)
 from clip_batch.plan import paths
 from clip_batch.plan.plan import load_plan
 from clip_batch.plan.replace import check_digest
@@ -158,6 +168,14 @@ class _Decoding(NamedTuple):
         return self.batch
 
 
+def _numbers(partitions: Iterable[int]) -> list[int]:
+    """The numbers of partitions. ConfigError: it is no list of whole numbers."""
+    numbers = list(partitions) if isinstance(partitions, Iterable) else None
+    if numbers is None or not all(isinstance(number, Integral) for number in numbers):
+        raise ConfigError(f"partitions is {reprlib.repr(partitions)}: give a list of numbers, such as [0, 1]")
+    return numbers
+
+
 def embed(
     output: StrPath,
     config: EmbedConfig = EmbedConfig(),
@@ -186,7 +204,7 @@ def embed(
     EmbedConfig.expect(config=config), StorageConfig.expect(storage=storage)
     store = Store(path_text(output, "output"), storage.storage_options)
     plan = load_plan(store)
-    numbers = list(range(len(plan.partitions))) if partitions is None else list(partitions)
+    numbers = list(range(len(plan.partitions))) if partitions is None else _numbers(partitions)
     unknown = [number for number in numbers if not 0 <= number < len(plan.partitions)]
     if unknown:
         raise PlanError(f"partition {unknown[0]} does not exist: the plan has 0 to {len(plan.partitions) - 1}")

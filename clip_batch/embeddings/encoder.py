@@ -95,9 +95,11 @@ class Encoder:
 
         A picture is a path or URL, the bytes of an image file, an image of Pillow, or an array uint8 (h, w, 3) of RGB
         or (h, w) of grey. InputError names the first picture that cannot be used, by its number from 0 and its path.
-        ConfigError: `images` is one picture and no list.
+        An array of several, such as uint8 (n, h, w, 3), is a list of them. ConfigError: `images` is one picture, or no
+        list.
         """
-        if isinstance(images, (str, PathLike, bytes, memoryview)) or hasattr(images, "convert"):
+        single = isinstance(images, np.ndarray) and _is_picture(images)
+        if single or isinstance(images, str | PathLike) or hasattr(images, "convert") or not _is_list(images):
             raise ConfigError(f"images is {reprlib.repr(images)}: give a list of pictures, such as [picture]")
         batches = map(np.stack, self._decoded(images))
         pairs = (encoders.encode_pairs(self._model, pixels, None, self.spec.precision) for pixels in batches)
@@ -107,10 +109,10 @@ class Encoder:
     def texts(self, texts: Iterable[str]) -> Array:
         """The vectors of texts, float32 (n, d) of unit norm, in their order.
 
-        ConfigError: `texts` is a str and no list, or one of them is no text or blank; its number is named, from 0.
+        ConfigError: `texts` is one text or no list, or one of them is no text or blank; its number is named, from 0.
         EncoderError: the model has no text side.
         """
-        if isinstance(texts, str):
+        if not _is_list(texts):
             raise ConfigError(f"texts is {reprlib.repr(texts)}: give a list of texts, such as [text]")
         if not self._model.has_text:
             raise EncoderError(f"{self.spec.model} has no text side: take a model that has one, or only images")
@@ -157,12 +159,22 @@ def image_bytes(image: Any, storage: StorageConfig = StorageConfig(), upright: b
     if hasattr(image, "convert") and hasattr(image, "mode"):  # of Pillow, which not every caller has imported
         return _encoded(turned(image, orientation(image)) if upright else image)
     pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+    if pixels.dtype != np.uint8 or not _is_picture(pixels):
         what = f"an array of {pixels.dtype} {pixels.shape}" if pixels.ndim else reprlib.repr(image)
         raise InputError(f"{what} is no picture: give a path, bytes, an image of Pillow, or uint8 (height, width, 3)")
     from PIL import Image
 
     return _encoded(Image.fromarray(pixels))
+
+
+def _is_picture(pixels: npt.NDArray[Any]) -> bool:
+    """Whether an array has the shape of one picture: (h, w), (h, w, 3) or (h, w, 4)."""
+    return pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+
+
+def _is_list(items: object) -> bool:
+    """Whether items can be taken one by one, and are not the characters of a text or the bytes of a file."""
+    return isinstance(items, Iterable) and not isinstance(items, str | bytes | bytearray | memoryview)
 
 
 def _encoded(image: PIL.Image.Image) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ def check_modality(manifest: Manifest, modality: str) -> None:
 
 def check_columns(schema: pa.Schema, columns: Sequence[str]) -> None:
     """Raise ConfigError if the metadata schema lacks a column, or `columns` is one text in place of a list."""
-    if isinstance(columns, str):
+    if isinstance(columns, str) or not isinstance(columns, Iterable):
         raise ConfigError(f"columns is {columns!r}: it must be a list of names")
     if unknown := [str(name) for name in columns if name not in schema.names]:
         raise ConfigError(f"no metadata column {', '.join(unknown)}: there are {', '.join(schema.names)}")

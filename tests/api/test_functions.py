@@ -45,6 +45,67 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.parametrize("name", ["storage", "config", "plan", "embed", "merge"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda home, **more: clip_batch.status(home / "out", **more),
+        lambda home, **more: clip_batch.verify(home / "out", **more),
+        lambda home, **more: clip_batch.filter(home / "index", "a", home / "found", **more),
+        lambda home, **more: clip_batch.remove(home / "index", ["k"], dry_run=True, **more),
+        lambda home, **more: clip_batch.removals(home / "index", **more),
+        lambda home, **more: clip_batch.undo_removal(home / "index", "0", **more),
+        lambda home, **more: clip_batch.versions(home / "index", **more),
+        lambda home, **more: clip_batch.index_status(home / "index", **more),
+        lambda home, **more: clip_batch.gc_index(home / "index", dry_run=True, **more),
+        lambda home, **more: clip_batch.sweep(home / "out", **more),
+        lambda home, **more: clip_batch.make_app(home / "index", **more),
+        lambda home, **more: clip_batch.embed_table([{"image": b""}], home / "table", **more),
+    ],
+)
+def test_another_thing_in_the_place_of_a_section_is_refused(home: Path, function: Any, name: str) -> None:
+    says = f"{name} is 'demo': it must be of clip_batch|unexpected keyword argument '{name}'"
+    with pytest.raises((ConfigError, TypeError), match=says):
+        function(home, **{name: "demo"})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda home: clip_batch.filter(home / "index", 3, home / "found"),
+        lambda home: clip_batch.filter(home / "index", None, home / "found"),
+        lambda home: clip_batch.filter(home / "index", "a", home / "found", k="3"),
+        lambda home: clip_batch.filter(home / "index", "a", home / "found", threshold="3"),
+        lambda home: clip_batch.filter(home / "index", "a", home / "found", columns=3),
+        lambda home: clip_batch.filter(home / "index", "a", home / "found", columns="key"),
+        lambda home: clip_batch.filter(home / "index", "a", home / "found", images_from="x"),
+        lambda home: clip_batch.remove(home / "index", query="a"),
+        lambda home: clip_batch.remove(home / "index", where=3),
+        lambda home: clip_batch.remove(home / "index", ["a"], 3),
+        lambda home: clip_batch.undo_removal(home / "index", 3),
+        lambda home: clip_batch.versions(home / "index", use=3),
+        lambda home: clip_batch.versions(home / "index", drop=3),
+        lambda home: clip_batch.gc_index(home / "index", keep="3"),
+        lambda home: clip_batch.gc_index(home / "index", older_than="3"),
+        lambda home: embed(home / "out", partitions=3),
+        lambda home: embed(home / "out", partitions=["a"]),
+        lambda home: make_plan(3, home / "other"),
+        lambda home: make_plan(home / "a.tar", 3),
+        lambda home: make_plan(home / "a.tar", home / "other", excluding=3),
+        lambda home: merge(3, home / "other"),
+        lambda home: clip_batch.read(3),
+        lambda home: Searcher(3),
+        lambda home: clip_batch.make_app(3),
+        lambda home: clip_batch.make_app({}),
+        lambda home: clip_batch.make_app({"a": 3}),
+    ],
+)
+def test_a_wrong_argument_is_an_error_of_ours(home: Path, call: Any) -> None:
+    with pytest.raises(clip_batch.ClipBatchError) as caught:
+        call(home)
+    assert "\n" not in str(caught.value)
+
+
 def test_they_are_functions() -> None:
     for name in (
         "status",

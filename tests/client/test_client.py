@@ -182,6 +182,24 @@ def test_what_the_service_refuses_is_an_error_that_says_so(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "act", [lambda client: client.search("a"), lambda client: client.wait()], ids=["search", "wait"]
+)
+def test_a_client_that_is_closed_says_so(act: Any) -> None:
+    client = Client("http://127.0.0.1:9")
+    client.close()
+    with pytest.raises(ConfigError, match=r"Client\('http://127.0.0.1:9'\) is closed: open another one"):
+        act(client)
+
+    async def later() -> None:
+        client = AsyncClient("http://127.0.0.1:9")
+        await client.close()
+        await act(client)
+
+    with pytest.raises(ConfigError, match="is closed"):
+        asyncio.run(later())
+
+
 def test_a_query_that_cannot_be_sent_is_refused_here(call: Call) -> None:
     for query in ({"image": "no/such.jpg"}, {"embedding": [1.0, float("nan")]}):
         with pytest.raises(ConfigError):

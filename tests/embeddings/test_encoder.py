@@ -110,6 +110,23 @@ def test_one_thing_is_no_list(encoder: Encoder) -> None:
         encoder.texts(["a cat", " "])
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (4, 5, 4)])
+def test_one_array_of_pixels_is_no_list_and_several_are(encoder: Encoder, shape: tuple[int, ...]) -> None:
+    pixels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    with pytest.raises(ConfigError, match=r"give a list of pictures, such as \[picture\]"):
+        encoder.images(pixels)
+    if len(shape) == 3:
+        assert np.array_equal(encoder.images(np.stack([pixels, pixels])), encoder.images([pixels, pixels]))
+
+
+@pytest.mark.parametrize("given", [3, None, b"a cat", object()])
+def test_what_is_no_list_is_refused(encoder: Encoder, given: Any) -> None:
+    with pytest.raises(ConfigError, match="give a list of texts"):
+        encoder.texts(given)
+    with pytest.raises(ConfigError, match="give a list of pictures"):
+        encoder.images(given)
+
+
 def test_wrong_options_and_models_are_refused() -> None:
     with pytest.raises(ConfigError, match="device is 'tpu'"):
         Encoder("demo", device="tpu")

@@ -31,6 +31,12 @@ export function ratioOf(hit) {
   return ratio > 0.01 && ratio < 100 ? ratio : null;
 }
 
+// Returns the proportions of a picture that was loaded. A browser rounds its sizes, of a tiny one to 0.
+export function proportions(image) {
+  const ratio = image.naturalWidth / image.naturalHeight;
+  return Number.isNaN(ratio) ? 1 : Math.min(Math.max(ratio, 0.01), 100);
+}
+
 export const placeholder = text => el("span", { className: "none" }, icon("broken"), text);
 
 // Returns the picture of a hit for a box of so many CSS pixels, or a placeholder if it has none or it does not load.
@@ -40,7 +46,7 @@ export function picture(hit, width, onload = () => {}) {
   const image = el("img", { alt: "", decoding: "async", draggable: true });
   image.onload = () => {
     image.classList.add("there");
-    onload(image.naturalWidth / image.naturalHeight);
+    onload(proportions(image));
   };
   image.onerror = () => image.replaceWith(placeholder(say("cannotShow")));
   if (hit.image) {

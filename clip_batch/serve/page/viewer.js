@@ -2,7 +2,7 @@
 
 import { $, el, link, safeUrl } from "./dom.js";
 import { LESS } from "./hits.js";
-import { copyOf, nameOf, originalOf, placeholder } from "./picture.js";
+import { copyOf, nameOf, originalOf, placeholder, proportions } from "./picture.js";
 import { number, say } from "./words.js";
 import { createZoom } from "./zoom.js";
 
@@ -47,7 +47,7 @@ export function createViewer(act) {
     const image = el("img", { alt: name, draggable: false, decoding: "async" });
     image.onerror = () => image.replaceWith(placeholder(say("cannotShow")));
     image.onload = () => {   // the small copy that the page showed has the proportions, the large one the size
-      image.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
+      image.style.setProperty("--ratio", proportions(image));
       if (image.naturalWidth < SMALL || image.src !== small) image.style.setProperty("--most", `${Math.max(image.naturalWidth, SMALL)}px`);
       if (image.src === small) replace(image, copyOf(hit, Math.max(innerWidth, innerHeight) * devicePixelRatio > 1400 ? 2560 : 1280));
     };

@@ -40,6 +40,8 @@ def create_app(
 
     Raises ConfigError if there is no index, or an option does not fit.
     """
+    if not indices:
+        raise ConfigError("there is no index to serve: name at least one")
     service = Service(indices, config, storage, databases)
 
     @asynccontextmanager
@@ -122,10 +124,14 @@ def make_app(
 
     Example: `uvicorn.run(make_app({"photos": "index"}), port=1234)`.
     """
+    ServeConfig.expect(config=config), StorageConfig.expect(storage=storage)
+    DatabaseConfig.expect(databases=databases)
     if isinstance(indices, Mapping):
         named: dict[str, str] = {name: path_text(index, f"index {name}") for name, index in indices.items()}
     else:
-        several = [indices] if isinstance(indices, str | os.PathLike) else list(indices)
+        several = [indices] if isinstance(indices, str | os.PathLike) else indices
+        if not isinstance(several, Iterable):
+            raise ConfigError(f"indices is {several!r}: give an INDEX, or several by name")
         named = parse_indices([path_text(index, "an index") for index in several])
     return create_app(named, config, storage, databases)
 

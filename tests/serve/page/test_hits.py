@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from clip_batch.client import Client
+from tests.corpus import encode, picture, write_tar
+from tests.servers.serving import index_of, running
 
 pytest.importorskip("playwright")
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tests.serve.page.browsing import BROKEN, EVIL, ROWS, SHOWS, hits, in_chromium, row_of, search, shown, text_search
 
@@ -55,6 +60,26 @@ def test_hits_and_words_are_added_and_taken_away(page: Page, service: str) -> No
     page.get_by_label("Search text").press("Escape")
     expect(page.locator("#welcome")).to_be_visible()
     expect(page.locator(".chip")).to_have_count(0)
+
+
+def test_tiny_pictures_among_others_leave_all_hits_in_place(browser: Browser, tmp_path: Path) -> None:
+    shapes = [(1, 1), (2, 2), (1, 900), (900, 1), *[(64, 48)] * 8]
+    files = [(f"{i}.png", encode(picture(i, 64).resize(shape), "PNG")) for i, shape in enumerate(shapes)]
+    index = index_of([write_tar(str(tmp_path / "0.tar"), files)], tmp_path)
+    with running({"tiny": index}) as url:
+        page = browser.new_page(viewport={"width": 1000, "height": 700}, device_scale_factor=2)
+        page.goto(url)
+        expect(page.locator("#size")).to_have_text("Search 12 images")
+        text_search(page, "a picture")
+        expect(page.locator(".hit .picture.shown")).to_have_count(len(shapes))
+        for card in page.locator(".hit").all():
+            box = card.bounding_box()
+            assert box and box["width"] > 50 and box["height"] > 50
+        for place in range(4):
+            page.locator(".hit").nth(place).locator(".picture").click()
+            expect(page.locator("#picture img")).to_have_attribute("style", re.compile(r"--ratio: [\d.]+;"))
+            page.keyboard.press("Escape")
+        page.close()
 
 
 PLACES = "Object.fromEntries([...document.querySelectorAll('.hit')].map(({dataset}) => [dataset.place, +dataset.id]))"
