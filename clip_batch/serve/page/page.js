@@ -492,7 +492,9 @@ async function start() {
   $("index").hidden = server.indices.length < 2;
   $("modality").hidden = !server.indices.some(({ modalities }) => modalities.length > 1);
   for (const name of [...FLAGS, "aesthetic"]) $(name).closest("label").hidden = !server.features[name];
-  return show();
+  const typed = $("text").value, shown = show();
+  if (!query.text) $("text").value = typed;   // what was typed while the service was asked
+  return shown;
 }
 
 start();

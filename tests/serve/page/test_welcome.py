@@ -7,7 +7,7 @@ import pytest
 from clip_batch.client import Client
 
 pytest.importorskip("playwright")
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from tests.serve.page.browsing import SHOWS, hits, in_chromium, search, text_search
 
@@ -26,6 +26,19 @@ def test_it_shows_what_is_in_the_collection(page: Page) -> None:
     page.keyboard.press("Escape")
     request, ids = search(page, page.locator("#examples button").first.click)
     assert "picture number" in request["text"] and len(ids) == 60
+
+
+def test_what_is_typed_while_the_page_loads_stays(context: BrowserContext, service: str) -> None:
+    page = context.new_page()
+    waiting: list[Route] = []
+    page.route("**/v1/indices", lambda route: waiting.append(route))
+    page.goto(service)
+    page.get_by_label("Search text").fill("a shadow")
+    while not waiting:
+        page.wait_for_timeout(20)
+    waiting[0].continue_()
+    expect(page.locator("#size")).to_have_text("Search 150 images")
+    expect(page.get_by_label("Search text")).to_have_value("a shadow")
 
 
 def test_counts_are_of_the_index_that_is_searched(page: Page) -> None:
