@@ -71,6 +71,8 @@ def embed_table(
     `progress` says of how many rows. `plan` has the model, and how partitions are made; its `input` and `format` are
     ours.
 
+    With the plan's `modalities=["text"]`, rows need no picture.
+
     Example: `embed_table(frame, "out", PlanConfig(model="ViT-B-32", pretrained="openai"))`.
 
     ConfigError: the first row lacks a column that was named, or a row is no mapping. PlanError: OUT was made of other
@@ -80,7 +82,9 @@ def embed_table(
     if plan.input or plan.format != PlanConfig.format:
         raise ConfigError("embed_table takes its rows as its input: leave input and format out of the PlanConfig")
     store = Store(path_text(output, "output"), storage.storage_options)
-    names = _write(store, _samples(_as_rows(rows, image), image, caption, storage, progress), progress)
+    names = _write(
+        store, _samples(_as_rows(rows, image), image, caption, "image" in plan.modalities, storage, progress), progress
+    )
     if not names:
         raise InputError("there is no row to embed: give at least one")
     tars = [store.display(name) for name in names]
@@ -126,22 +130,25 @@ def _flat(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _samples(
-    rows: Rows, image: str, caption: str | None, storage: StorageConfig, say: Callable[[str], None]
+    rows: Rows, image: str, caption: str | None, pictured: bool, storage: StorageConfig, say: Callable[[str], None]
 ) -> Iterator[dict[str, bytes]]:
-    """The files of each row by extension: its picture if it has one, its caption if it has one, and its metadata."""
+    """The files of each row by extension: its picture if it has one, its caption if it has one, and its metadata.
+
+    Rows that are not `pictured` need no picture, and one that they have is left out but for its path.
+    """
     lost: Counter[str] = Counter()
     failed = 0
     for number, row in enumerate(rows):
         if number == 0:
-            caption = _caption_column(row, image, caption, say)
+            caption = _caption_column(row, image if pictured else None, caption, say)
         rest = {str(name): value for name, value in row.items() if name not in (image, caption)}
-        data, problem, path = _image(row, image, storage)
+        data, problem, path = _image(row, image, storage) if pictured else (None, "", _path(row.get(image)))
         files = {}
         if path is not None:
             rest.setdefault("image_path", path)
         if data is not None:
             files[_extension(data)] = data
-        else:
+        elif pictured:
             failed += 1
             if failed <= TOLD:
                 say(f"row {number} has no picture, and will be listed as failed: {problem}")
@@ -161,12 +168,17 @@ def _samples(
         say(f"column {column!r}: no metadata can hold the values of {counted(count, 'row')}, and they are left out")
 
 
-def _caption_column(row: Mapping[str, Any], image: str, caption: str | None, say: Callable[[str], None]) -> str | None:
-    """The column of captions, by the first row. ConfigError: that row lacks a column."""
+def _caption_column(
+    row: Mapping[str, Any], image: str | None, caption: str | None, say: Callable[[str], None]
+) -> str | None:
+    """The column of captions, by the first row. ConfigError: that row lacks a column; None for images needs none."""
+    remedy = {image: f'{_ARGUMENT}, or embed captions alone by PlanConfig(modalities=["text"])'}
     for column in filter(None, (image, caption if caption != CAPTION_FIELDS[0] else None)):
         if column not in row:
             known = ", ".join(map(str, row)) or "none"
-            raise ConfigError(f"row 0 has no column {column!r}: there are {known}; name it by {_ARGUMENT}")
+            raise ConfigError(
+                f"row 0 has no column {column!r}: there are {known}; name it by {remedy.get(column, _ARGUMENT)}"
+            )
     if caption != CAPTION_FIELDS[0]:
         return caption
     found = next((name for name in CAPTION_FIELDS if name in row and name != image), None)
@@ -189,18 +201,23 @@ def _image(row: Mapping[str, Any], column: str, storage: StorageConfig) -> tuple
     if column not in row:
         return None, f"it has no column {column!r}", None
     value = row[column]
-    path: str | None = None
+    path = _path(value)
     if isinstance(value, Mapping):
-        path = value.get("path")
         value = path if value.get("bytes") is None else value["bytes"]
     if _is_missing(value):
         return None, f"its {column} is empty", path
-    if isinstance(value, str) or hasattr(value, "__fspath__"):
-        path = str(value)
     try:
         return bytes(image_bytes(value, storage)), "", path
     except Exception as error:  # whatever a value does, such as a path with a null byte, is a failure of its row alone
         return None, one_line(error, 300), path
+
+
+def _path(value: Any) -> str | None:
+    """The path of a picture, where it has one."""
+    if isinstance(value, Mapping):
+        path: str | None = value.get("path")
+        return path
+    return str(value) if isinstance(value, str) or hasattr(value, "__fspath__") else None
 
 
 def _is_missing(value: Any) -> bool:

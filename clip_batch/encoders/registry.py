@@ -72,6 +72,8 @@ def resolve(
     """
     if model == "auto":
         model = open_clip_names.DEFAULT_MODEL
+    if model == "demo" and pretrained:
+        raise EncoderError(f"demo has its own weights: leave out --pretrained {pretrained}")
     prefix, colon, name = model.partition(":")
     if not (colon or pretrained) and model != "demo":
         pretrained = open_clip_names.default_tag(model.replace("/", "-"))

@@ -94,10 +94,14 @@ def look_at_columns(shards: Sequence[Shard], draft: Plan, options: dict[str, Any
 
 def _captions_alone(draft: Plan, schemas: Iterable[pa.Schema]) -> bool:
     """Whether each file has captions, in the column that is named or by looking, and none images or URLs of them."""
-    return all(
-        parquet_kind(schema) == "captions" or (parquet_kind(schema) == "other" and draft.caption_field in schema.names)
-        for schema in schemas
-    )
+    from clip_batch.samples.parquet.columns import named_images
+
+    def alone(schema: pa.Schema) -> bool:
+        kind = parquet_kind(schema)
+        captioned = kind == "captions" or (kind == "other" and draft.caption_field in schema.names)
+        return captioned and named_images(schema) in (None, draft.caption_field)
+
+    return all(map(alone, schemas))
 
 
 def _named(columns: Iterable[str | None]) -> str:

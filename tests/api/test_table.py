@@ -27,6 +27,20 @@ def rows(count: int = 5) -> list[dict[str, Any]]:
     return [{"image": corpus.jpeg(n), "caption": f"picture {n}", "width": n} for n in range(count)]
 
 
+@pytest.mark.parametrize("more", [{}, {"image": "a.jpg"}, {"image": b"x"}], ids=["none", "path", "bytes"])
+def test_captions_alone(more: dict[str, Any], tmp_path: Path) -> None:
+    captions = [{"caption": f"picture {n}", "width": n} | more for n in range(4)] + [{"caption": None} | more]
+    lines: list[str] = []
+    done = embed_table(
+        captions, tmp_path / "out", PlanConfig(model="fake:8", modalities=["text"]), CPU, progress=lines.append
+    )
+    assert (done.rows, done.failures) == (4, {"missing_caption": 1}) and not any("no picture" in line for line in lines)
+    table = clip_batch.read(tmp_path / "out").to_table()
+    assert "image_vector" not in table.schema.names
+    found = table.column("text_vector").to_pylist()
+    assert np.allclose(found, Encoder("fake:8").texts([row["caption"] for row in captions[:4]]), atol=1e-3)
+
+
 class Feature:
     """Hugging Face's `Image`, as far as it is looked at."""
 

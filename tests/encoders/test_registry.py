@@ -60,6 +60,11 @@ def test_a_family_that_does_not_turn_images_is_refused_where_they_are_to_be_turn
         encoders.load(turning)
 
 
+def test_the_demo_model_takes_no_other_weights() -> None:
+    with pytest.raises(EncoderError, match="demo has its own weights: leave out --pretrained openai"):
+        encoders.resolve("demo", "openai")
+
+
 def test_an_unknown_family_is_named() -> None:
     with pytest.raises(EncoderError, match="no family of models is called 'nonsense': there are fake, "):
         encoders.resolve("nonsense:x")

@@ -212,6 +212,16 @@ def test_an_output_in_a_folder_of_parquet_files_is_refused(folder: Path, tmp_pat
     plan(f"{folder}/*.parquet", folder / "out")
 
 
+def test_a_column_of_paths_that_is_named_image_is_refused(tmp_path: Path) -> None:
+    path = parquets.write(str(tmp_path / "a.parquet"), {"Image": ["a.jpg", "b.jpg"], "caption": ["a cat", "a dog"]})
+    with pytest.raises(InputError, match=r"column 'Image' has string, as of paths, .*embed_table.*--modalities text"):
+        plan(path, tmp_path / "out")
+    with pytest.raises(InputError, match="column 'Image' has string"):
+        plan(path, tmp_path / "out", caption_field="caption")
+    assert plan(path, tmp_path / "out", modalities=["text"]).modalities == ("text",)
+    assert plan(path, tmp_path / "own", caption_field="Image").modalities == ("text",)
+
+
 @pytest.mark.parametrize(("column", "options"), [("text", {}), ("words", {"caption_field": "words"})])
 def test_captions_without_images_are_embedded_alone(tmp_path: Path, column: str, options: dict[str, Any]) -> None:
     path = parquets.write(str(tmp_path / "a.parquet"), {column: ["a cat", "a dog"]})

@@ -21,7 +21,10 @@ KEY = "key"
 BYTES, PATH = "bytes", "path"
 """The fields of Hugging Face's struct of an image."""
 
-_NAMES = ("image", "img", "picture", "photo", *IMAGE_EXTENSIONS, "image_bytes", "bytes", "content", "data")
+_IMAGES = ("image", "img", "picture", "photo", *IMAGE_EXTENSIONS, "image_bytes")
+"""Names of columns, in lower case, that are surely meant to have images."""
+
+_NAMES = (*_IMAGES, "bytes", "content", "data")
 """Names of columns of images, in lower case. Of several such columns, the one that is named first here is used."""
 
 
@@ -57,6 +60,12 @@ def image_columns(schema: pa.Schema) -> list[str]:
     types = _feature_types(schema)
     found = [field.name for field in schema if is_image(field.type) and types.get(field.name, "Image") == "Image"]
     return list(dict.fromkeys(found))
+
+
+def named_images(schema: pa.Schema) -> str | None:
+    """A column of strings that is named as one of images, where no column has images; None if there is none."""
+    texts = [] if image_columns(schema) else text_columns(schema)
+    return next((column for name in _IMAGES for column in texts if column.lower() == name), None)
 
 
 def text_columns(schema: pa.Schema) -> list[str]:
@@ -96,6 +105,12 @@ def _image(schema: pa.Schema, name: str) -> tuple[str | None, str]:
         kind = schema.field(schema.names.index(name)).type
         return (name, "") if is_image(kind) else (None, f"column {name!r} has {kind}, and no images' bytes")
     found = image_columns(schema)
+    if named := named_images(schema):
+        kind = schema.field(schema.names.index(named)).type
+        paths = (
+            f"column {named!r} has {kind}, as of paths, where images' bytes or a struct of bytes and path are needed"
+        )
+        return None, f"{paths}; clip_batch.embed_table opens paths"
     if not found:
         return None, f"no column with images' bytes; its columns are {names}"
     known = [column for known in _NAMES for column in found if column.lower() == known]
