@@ -431,4 +431,4 @@ def test_on_s3(s3: S3) -> None:
 
 def live(life: type[Life], lives: int, steps: int) -> None:
     """Run a machine so many times, for so many steps each."""
-    run_state_machine_as_test(life, settings=settings(max_examples=lives, stateful_step_count=steps))
+    run_state_machine_as_test(life, settings=settings(max_examples=lives, stateful_step_count=steps, deadline=None))
