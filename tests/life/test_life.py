@@ -57,6 +57,7 @@ from clip_batch.index.publications import live_version
 from clip_batch.storage.store import Store
 from tests import corpus
 from tests.life.deaths import death
+from tests.servers.hdfs_cluster import Hdfs
 from tests.servers.s3_server import S3
 from tests.servers.s3_server import s3 as s3
 from tests.servers.s3_server import s3_server as s3_server
@@ -418,7 +419,7 @@ def _with(config: Any, **options: Any) -> Any:
 
 
 def test_on_disk() -> None:
-    live(Life, 40, 40)
+    live(Life, 50, 50)
 
 
 def test_on_s3(s3: S3) -> None:
@@ -427,6 +428,13 @@ def test_on_s3(s3: S3) -> None:
         storage = StorageConfig(storage_options=s3.options)
 
     live(OnS3, 3, 20)
+
+
+def test_on_hdfs(hdfs: Hdfs) -> None:
+    class OnHdfs(Life):
+        place = hdfs.url
+
+    live(OnHdfs, 2, 15)
 
 
 def live(life: type[Life], lives: int, steps: int) -> None:
