@@ -269,7 +269,9 @@ def test_the_whole_chain_on_spark_3_5(tmp_path: Path) -> None:
 def test_bad_data_is_a_row_and_credentials_are_nowhere(cluster: Spark, tmp_path: Path) -> None:
     out = make_plan(tmp_path / "tars", 4, 5)
     poison, gone = tmp_path / "tars" / "001.tar", tmp_path / "tars" / "002.tar"
-    poison.write_bytes(bytes(len(poison.read_bytes())))
+    found = poison.stat()
+    poison.write_bytes(bytes(found.st_size))
+    os.utime(poison, ns=(found.st_atime_ns, found.st_mtime_ns))  # as a disk that loses its content does
     gone.rename(tmp_path / "kept.tar")
     events = tmp_path / "events"
     events.mkdir()
