@@ -83,7 +83,7 @@ def _run(job: MergeJob, say: Say) -> Manifest:
     train(job, say)
     for shard in range(job.shards):
         build_shard(job, shard, say)
-    return publish(job, say)
+    return publish(job, say, whole=True)
 
 
 def output_urls(output: StrPath | Iterable[StrPath]) -> list[str]:
@@ -92,13 +92,16 @@ def output_urls(output: StrPath | Iterable[StrPath]) -> list[str]:
     return [path_text(each, "output") for each in outputs]
 
 
-def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = False) -> Manifest | None:
+def finished(
+    job: MergeJob, progress: Say = lambda line: None, rebuild: bool = False, whole: bool = False
+) -> Manifest | None:
     """The manifest of the job's version if it is finished, made live and rid of left-over files; None otherwise.
 
     Where the live version was added to it, or has all of OUT already, nothing is to do, and that one is returned.
 
     With `rebuild`, for the first task of a merge alone, a finished version that has lost a file since is deleted, so
-    that it is built anew; and where it is to be built, ConfigError is raised if it could not go live.
+    that it is built anew; and where it is to be built, ConfigError is raised if it could not go live. `whole`: see
+    `publish`.
     """
     if job.base and job.nothing_new:
         progress(f"version {job.base.version} knows all rows of {job.source.urls} already: nothing is added")
@@ -119,7 +122,7 @@ def finished(job: MergeJob, progress: Say = lambda line: None, rebuild: bool = F
         stays = f"{larger.version}, which was added to it, stays live (--anew takes its place)"
         progress(f"version {job.version} is finished already, and {stays}")
         return larger
-    make_live(job, manifest, job.live if rebuild else _began(job))
+    make_live(job, manifest, job.live if rebuild or whole else _began(job))
     _tidy(job, manifest)
     progress(f"version {job.version} is finished already")
     return manifest
@@ -185,14 +188,15 @@ def build_shard(job: MergeJob, shard: int, progress: Say = lambda line: None) ->
     job.settle(shard, attempt.record)
 
 
-def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
+def publish(job: MergeJob, progress: Say = lambda line: None, whole: bool = False) -> Manifest:
     """Fold the shards' trials, choose the effort, write the manifest, make the version live.
 
     First it gives files their final names where an attempt died before it had; last it removes the files of the other
     attempts. It may run twice at once: the first manifest counts. IncompleteError: a shard is not built. ConflictError:
-    the version that was live when this one was trained is no longer (see `clip_batch.index.merge.go_live`).
+    the version that was live when this merge began is no longer (see `clip_batch.index.merge.go_live`). It began when
+    the version was trained; where all tasks are run together (`whole`), when the job was opened.
     """
-    if manifest := finished(job, progress):
+    if manifest := finished(job, progress, whole=whole):
         return manifest
     template = Template.read(job)
     if not template:
@@ -241,7 +245,7 @@ def publish(job: MergeJob, progress: Say = lambda line: None) -> Manifest:
     _check_removals(job, manifest)
     job.index.create(job.paths.manifest, manifest.to_json().encode())
     published = load_manifest(job.index, job.version)  # where two tasks publish at once, the first one's
-    make_live(job, published, _began(job))
+    make_live(job, published, job.live if whole else _began(job))
     _tidy(job, published)
     return published
 

@@ -141,7 +141,7 @@ class Stages:
             for shard in _shards(job, request):
                 merge_stage.build_shard(job, shard)
             if request.task in ("all", "manifest"):
-                manifest = merge_stage.publish(job)
+                manifest = merge_stage.publish(job, whole=request.task == "all")
         version: MergeAnswer = {"version": job.version, "index_shards": job.shards}
         if manifest is not None:
             return {**version, "manifest": json.loads(manifest.to_json())}

@@ -24,6 +24,7 @@ from clip_batch.index.verify import verify_index
 from clip_batch.index.versions import use, versions
 from clip_batch.storage.store import Store
 from tests.fabricated import clustered, commit, make_out, make_plan
+from tests.life.deaths import death
 
 CONFIG = MergeConfig(queries=5, shard_rows=40)
 ADD = replace(CONFIG, add=True)
@@ -69,11 +70,11 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, task: str, act: Callable[[], obje
     """Let another merge do something before a task of this one, `times` times."""
     real, left = getattr(stage, task), [times]
 
-    def task_after(job: MergeJob, *rest: object) -> object:
+    def task_after(job: MergeJob, *rest: object, **more: object) -> object:
         if left[0]:
             left[0] -= 1
             act()
-        return real(job, *rest)
+        return real(job, *rest, **more)
 
     monkeypatch.setattr(stage, task, task_after)
 
@@ -200,6 +201,17 @@ def test_an_out_made_again_from_other_tars_does_not_take_the_place_of_the_former
     assert live_version(Store(tmp_path / "index")) == before.version
     both = [tmp_path / "former", tmp_path / "out"]
     assert merge(both, tmp_path / "index", CONFIG).rows == 50  # it holds all that is live
+
+
+def test_a_merge_anew_that_was_killed_long_ago_goes_live_when_it_is_run_again(home: Path) -> None:
+    """It takes the place of what is live now, not of what was when the killed one was trained."""
+    anew = replace(CONFIG, anew=True)
+    with death(8):
+        merge(home / "b", home / "index", anew)
+    assert outs(home / "index") == ["a"]
+    merge(home / "c", home / "index", anew)
+    merge(home / "b", home / "index", anew)
+    assert outs(home / "index") == ["b"]
 
 
 RACER = """
