@@ -27,7 +27,7 @@ class Growth:
     - `differences`: how the rest is not as it was planned, one phrase each.
     - `changed`, `gone`: planned samples of folders whose files are others, or are not there.
     - `listings`: the files of the listings of new shards, by the shards' versions.
-    - `rewritten`: whether planned tars or Parquet files have another content, which `repair` embeds.
+    - `rewritten`: whether planned tars or Parquet files have another content, all of which `repair` can embed again.
     """
 
     new: list[Shard] = field(default_factory=list)
@@ -96,18 +96,20 @@ def _compare(store: Store, plan: Plan, shards: Sequence[Shard]) -> Growth:
     A folder that could not be listed when it was planned stays a failure: what is in it now is new.
     """
     old, now = planned_shards(store, plan), {shard.url: shard for shard in shards}
+    other = {url for url in now if url in old and (old[url].size, old[url].etag) != (now[url].size, now[url].etag)}
     changed = [
         f"{url} ({old[url].size} -> {shard.size} bytes)" if old[url].size != shard.size else f"{url} (rewritten)"
         for url, shard in now.items()
-        if url in old and (old[url].size, old[url].etag) != (shard.size, shard.etag)
+        if url in other
     ]
+    slices = [piece for partition in plan.partitions for piece in partition.slices if piece.shard.url in other]
     kinds = {"removed": _removed(old, now), "changed": changed}
     differences = [named(len(urls), "input", kind, urls) for kind, urls in kinds.items() if urls]
     if not differences and not _in_order(plan, list(now)):
         differences = ["inputs in another order"]
     new = [shard for shard in shards if shard.url not in old]
     added = named(len(new), "input", "added", [shard.url for shard in new])
-    return Growth(new, added, differences, rewritten=bool(changed))
+    return Growth(new, added, differences, rewritten=bool(other) and all(piece.whole for piece in slices))
 
 
 def _removed(old: Mapping[str, Shard], now: Mapping[str, object]) -> list[str]:

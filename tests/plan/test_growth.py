@@ -131,6 +131,16 @@ def test_what_shrank_or_changed_is_refused_by_name(what: str, tars: str, out: st
     assert load_plan(Store(out)).generations == ()
 
 
+def test_a_changed_tar_that_was_planned_in_slices_cannot_be_repaired(tars: str, out: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, partition_samples=2)
+    make_plan(tars, out, config)
+    embed(out, CPU)
+    add(tmp_path / "in", 3, samples=5)
+    with pytest.raises(PlanError, match=r"1 input changed: .*3.tar") as refused:
+        make_plan(tars, out, config)
+    assert str(refused.value).endswith("give another output")
+
+
 def test_other_options_are_refused(tars: str, out: str, tmp_path: Path) -> None:
     make_plan(tars, out, CONFIG)
     embed(out, CPU)
