@@ -92,6 +92,7 @@ export function createGrid(act) {
       arrived.push(look);
     });
     if (!address) look.classList.add("shown");
+    box.classList.toggle("worded", image.className === "words");   // which needs no caption below
     image.addEventListener("error", () => look.classList.add("shown"));
     look.append(image);
     reach(box, place === current);
@@ -121,9 +122,13 @@ export function createGrid(act) {
     arrange();
   }
 
-  function show(shown) {
+  // Shows other hits, of which `place` is the current one; the focus stays on the hits if it is there.
+  function show(shown, place = 0) {
+    const focused = grid.contains(document.activeElement);
     clear();
     add(shown);
+    if (focused) focus(place);
+    else setCurrent(place);
   }
 
   function clear() {
@@ -201,5 +206,5 @@ export function createGrid(act) {
   addEventListener("afterprint", () => draw());
 
   width = grid.clientWidth;
-  return { add, anchor, restore, show, clear, focus, focusCurrent: () => focus(current), reveal, get hits() { return hits; }, count: () => number(hits.length) };
+  return { add, anchor, restore, show, clear, focus, focusCurrent: () => focus(current), reveal, get hits() { return hits; }, get current() { return current; }, count: () => number(hits.length) };
 }

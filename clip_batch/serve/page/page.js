@@ -7,7 +7,7 @@ import { fromJson, readFile, Unreadable } from "./files.js";
 import { createFilters } from "./filters.js";
 import { createGrid, LESS } from "./hits.js";
 import { kept, recent } from "./memory.js";
-import { loadDirectly, nameOf, urlOf } from "./picture.js";
+import { loadDirectly, nameOf, showCaptions, urlOf } from "./picture.js";
 import { describe, describeFilters, empty, FLAGS, fromAddress, isEmpty, isFiltered, packVector, toAddress, toRequest } from "./query.js";
 import { fileName, save, toCsv } from "./save.js";
 import { createViewer } from "./viewer.js";
@@ -97,6 +97,9 @@ function showQuery() {
   if (document.activeElement !== $("text") || query.text !== $("text").value.trim()) $("text").value = query.text;
   showChips(query.terms, indexName(), terms => go({ terms, text: $("text").value.trim() }));
   $("text").placeholder = say(current()?.text ?? true ? "describe" : "describeNoText") + (server.features.image_url ? say("orAddress") : "");
+  const modalities = current()?.modalities ?? [];
+  $("modality").hidden = modalities.length < 2;
+  showCaptions(modalities.join() === "text");
   if ($("index").value !== indexName()) $("index").value = indexName();
   for (const choice of document.querySelectorAll("#modality input")) choice.checked = choice.value === query.modality;
   for (const flag of FLAGS) $(flag).checked = query[flag];
@@ -183,9 +186,7 @@ async function search(fresh = true) {
     const took = Math.round(performance.now() - start);
     if (searched.text) quick = took < QUICK;
     results = { address, query: searched, index: response.index, version: response.version, k, took, done: response.hits.length < k || k >= server.max_k };
-    const focused = $("hits").contains(document.activeElement);   // the focus stays on the hits if it is there
     showHits(response.hits, again.anchor);
-    if (focused) grid.focusCurrent();
     if (!history.state?.typed) recent.add(address, describe(searched));
   } catch (error) {
     if (error.name !== "AbortError") results = null;
@@ -196,14 +197,14 @@ async function search(fresh = true) {
   }
 }
 
-function showHits(hits, anchor) {
+function showHits(hits, anchor, place = 0) {
   const { query: searched } = results;
   $("welcome").hidden = $("inside").hidden = true;
   $("printed").textContent = [describe(searched), ...describeFilters(searched), `${location.host} · ${results.index}`].join("\n");
   if (hits.length) nothing();
   else if (isFiltered(searched)) nothing(say("nothingFound"), say("nothingHelp"), say("clearFilters"), () => go({ filters: [], threshold: null }));
   else nothing(say("nothingFound"), say("nothingHelp"));
-  grid.show(hits);
+  grid.show(hits, place);
   grid.restore(anchor);
   $("save").hidden = !hits.length;
   $("keep").hidden = false;
@@ -215,7 +216,7 @@ function showHits(hits, anchor) {
 
 function reshow(kept) {
   results = kept.results;
-  showHits(kept.hits, kept.anchor);
+  showHits(kept.hits, kept.anchor, kept.place);
 }
 
 function tell() {
@@ -232,7 +233,7 @@ function rememberScroll() {
   if (!results) return;
   const { address } = results;
   seen.delete(address);
-  seen.set(address, { results, hits: grid.hits, anchor: grid.anchor() });
+  seen.set(address, { results, hits: grid.hits, anchor: grid.anchor(), place: grid.current });
   if (seen.size > REMEMBERED) seen.delete(seen.keys().next().value);
 }
 
@@ -490,7 +491,6 @@ async function start() {
   loadDirectly(server.page_images === "direct");
   $("index").replaceChildren(...server.indices.map(({ name }) => new Option(name)));
   $("index").hidden = server.indices.length < 2;
-  $("modality").hidden = !server.indices.some(({ modalities }) => modalities.length > 1);
   for (const name of [...FLAGS, "aesthetic"]) $(name).closest("label").hidden = !server.features[name];
   const typed = $("text").value, shown = show();
   if (!query.text) $("text").value = typed;   // what was typed while the service was asked

@@ -8,6 +8,9 @@ const WIDTHS = [160, 320, 640, 1280, 2560];   // copies that the service makes
 let direct = false;   // whether the browser loads pictures that only have an address
 export const loadDirectly = on => (direct = on);
 
+let captionsAlone = false;   // whether the index has captions and no images
+export const showCaptions = on => (captionsAlone = on);
+
 export const nameOf = hit => String(hit.metadata.caption || hit.metadata.key || say("rowName", { id: String(hit.id) }));
 
 // Returns the web address in the hit's metadata, or null.
@@ -39,10 +42,14 @@ export function proportions(image) {
 
 export const placeholder = text => el("span", { className: "none" }, icon("broken"), text);
 
+// Returns what stands for the picture of a hit that has none: its caption, where captions are all that the index has.
+export const instead = hit =>
+  captionsAlone ? el("span", { className: "words", dir: "auto", textContent: nameOf(hit) }) : placeholder(say("noImage"));
+
 // Returns the picture of a hit for a box of so many CSS pixels, or a placeholder if it has none or it does not load.
 // `onload` gets its proportions.
 export function picture(hit, width, onload = () => {}) {
-  if (!originalOf(hit)) return placeholder(say("noImage"));
+  if (!originalOf(hit)) return instead(hit);
   const image = el("img", { alt: "", decoding: "async", draggable: true });
   image.onload = () => {
     image.classList.add("there");

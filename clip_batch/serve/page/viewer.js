@@ -2,7 +2,7 @@
 
 import { $, el, link, safeUrl } from "./dom.js";
 import { LESS } from "./hits.js";
-import { copyOf, nameOf, originalOf, placeholder, proportions } from "./picture.js";
+import { copyOf, instead, nameOf, originalOf, placeholder, proportions } from "./picture.js";
 import { number, say } from "./words.js";
 import { createZoom } from "./zoom.js";
 
@@ -41,7 +41,7 @@ export function createViewer(act) {
 
   function showPicture(name) {
     if (!originalOf(hit)) {
-      $("picture").replaceChildren(placeholder(say("noImage")));
+      $("picture").replaceChildren(instead(hit));
       return zoom.on(null);
     }
     const image = el("img", { alt: name, draggable: false, decoding: "async" });

@@ -38,7 +38,8 @@ export function createWelcome(act) {
     remember,
     // Shows an index as /v1/indices and /v1/facts tell of it; `facts` is null until they are known.
     show(index, facts) {
-      $("size").textContent = say("searchImages", { n: index?.rows ?? 0 });
+      const words = index?.modalities.join() === "text";
+      $("size").textContent = say(words ? "searchCaptions" : "searchImages", { n: index?.rows ?? 0 });
       $("surprise").hidden = !index?.rows;
       $("examples").replaceChildren(...(index?.text !== false ? facts?.examples ?? [] : []).map(text =>
         el("button", { type: "button", className: "pill", dir: "auto", textContent: text, onclick: () => act.search(text) })));
@@ -47,7 +48,7 @@ export function createWelcome(act) {
       if (!facts) return;
       const recall = Object.values(index.recall?.image ?? index.recall ?? {}).map(one => (typeof one === "number" ? one : one?.["10"])).find(Number.isFinite);
       const names = facts.columns.map(column => column.name);
-      $("facts").replaceChildren(fact(say("rows"), number(facts.rows)), fact(say("model"), facts.model),
+      $("facts").replaceChildren(fact(say(words ? "captions" : "rows"), number(facts.rows)), fact(say("model"), facts.model),
         ...(names.length ? [fact(say("columns"), names.slice(0, 6).join(", ") + (names.length > 6 ? " …" : ""), names.join(", "))] : []),
         ...(recall === undefined ? [] : [fact(say("recall"), recall.toFixed(3))]),
         fact(say("version"), day(facts.created), facts.version));

@@ -124,8 +124,9 @@ def _column(name: str, column: pa.ChunkedArray) -> dict[str, Any] | None:
     if all(_DATE.match(text) for text in values.slice(0, 1000).to_pylist()):
         ends = pc.min_max(values).as_py()
         return known | {"kind": "date", "min": ends["min"][:10], "max": ends["max"][:10]}
-    repeated = pc.count_distinct(values).as_py() <= FEW and pc.max(pc.utf8_length(values)).as_py() <= 200
-    return known | {"kind": "text", "values": _counts(values) if repeated and len(values) > FEW else []}
+    distinct = pc.count_distinct(values).as_py()
+    few = distinct <= FEW and distinct < len(values) and pc.max(pc.utf8_length(values)).as_py() <= 200
+    return known | {"kind": "text", "values": _counts(values) if few else []}
 
 
 def _number(values: pa.ChunkedArray) -> dict[str, Any]:

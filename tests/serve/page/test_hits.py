@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from clip_batch.client import Client
+from tests import parquets
 from tests.corpus import encode, picture, write_tar
 from tests.servers.serving import index_of, running
 
@@ -80,6 +81,32 @@ def test_tiny_pictures_among_others_leave_all_hits_in_place(browser: Browser, tm
             expect(page.locator("#picture img")).to_have_attribute("style", re.compile(r"--ratio: [\d.]+;"))
             page.keyboard.press("Escape")
         page.close()
+
+
+def test_an_index_of_captions_alone_shows_captions(browser: Browser, tmp_path: Path) -> None:
+    captions = [f"a caption number {i}" for i in range(20)]
+    index = index_of([parquets.write(str(tmp_path / "a.parquet"), {"caption": captions})], tmp_path)
+    with running({"captions": index}) as url:
+        page = browser.new_page()
+        page.goto(url)
+        expect(page.locator("#size")).to_have_text("Search 20 captions")
+        expect(page.locator("#modality")).to_be_hidden()
+        expect(page.locator("#facts")).to_contain_text("Captions")
+        text_search(page, "a caption")
+        expect(page.locator(".hit .words").first).to_contain_text("a caption number")
+        expect(page.get_by_text("no image")).to_have_count(0)
+        page.close()
+
+
+def test_back_keeps_the_focus_on_the_hit_that_had_it(page: Page) -> None:
+    before = text_search(page)
+    page.get_by_label("Search text").press("ArrowDown")
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
+    search(page, lambda: page.keyboard.press("s"))
+    page.go_back()
+    page.wait_for_function(SHOWS, arg=before)
+    expect(page.locator(".hit").nth(2).locator(".picture")).to_be_focused()
 
 
 PLACES = "Object.fromEntries([...document.querySelectorAll('.hit')].map(({dataset}) => [dataset.place, +dataset.id]))"

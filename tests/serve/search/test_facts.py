@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 
@@ -101,3 +102,9 @@ def test_only_columns_that_are_shown_and_rows_that_are_there(index: str, tmp_pat
         assert (list(columns(known)), known["examples"]) == (["licence"], [])
         assert set(known["sample"][0]["metadata"]) == {"licence"}
         assert client.get("/v1/facts/other").status_code == 404
+
+
+@pytest.mark.parametrize(("values", "counts"), [("aab", {"a": 2, "b": 1}), ("abc", {}), ("a", {})])
+def test_values_that_repeat_are_listed_in_a_small_column_too(values: str, counts: dict[str, int]) -> None:
+    found = facts._column("licence", pa.chunked_array([list(values)]))
+    assert found and {one["value"]: one["count"] for one in found["values"]} == counts

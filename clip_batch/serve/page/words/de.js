@@ -32,6 +32,7 @@ export default {
   unsaveSearch: "Diese Suche vergessen",
 
   searchImages: { one: "{n} Bild durchsuchen", other: "{n} Bilder durchsuchen" },
+  searchCaptions: { one: "{n} Bildtext durchsuchen", other: "{n} Bildtexte durchsuchen" },
   howTo: "Einen Text eingeben oder ein Bild ablegen, einfügen oder auswählen. Ein Treffer öffnet sich groß, und ähnliche sind einen Klick entfernt.",
   surprise: "Überrasch mich",
   surpriseLabel: "ein zufälliges Bild",

@@ -32,6 +32,7 @@ export default {
   unsaveSearch: "Forget this search",
 
   searchImages: { one: "Search {n} image", other: "Search {n} images" },
+  searchCaptions: { one: "Search {n} caption", other: "Search {n} captions" },
   howTo: "Type a text, or drop, paste or choose an image. Open a hit to look at it, and find more like it.",
   surprise: "Surprise me",
   surpriseLabel: "a random image",

@@ -32,6 +32,7 @@ export default {
   unsaveSearch: "Olvidar esta búsqueda",
 
   searchImages: { one: "Buscar en {n} imagen", other: "Buscar en {n} imágenes" },
+  searchCaptions: { one: "Buscar en {n} leyenda", other: "Buscar en {n} leyendas" },
   howTo: "Escribe un texto, o suelta, pega o elige una imagen. Abre un resultado para verlo en grande y encontrar otros parecidos.",
   surprise: "Sorpréndeme",
   surpriseLabel: "una imagen al azar",

@@ -32,6 +32,7 @@ export default {
   unsaveSearch: "Oublier cette recherche",
 
   searchImages: { one: "Rechercher dans {n} image", other: "Rechercher dans {n} images" },
+  searchCaptions: { one: "Rechercher dans {n} légende", other: "Rechercher dans {n} légendes" },
   howTo: "Saisissez un texte, ou déposez, collez ou choisissez une image. Ouvrez un résultat pour le voir en grand et en trouver de semblables.",
   surprise: "Au hasard",
   surpriseLabel: "une image au hasard",

@@ -32,6 +32,7 @@ export default {
   unsaveSearch: "Esquecer esta pesquisa",
 
   searchImages: { one: "Pesquisar {n} imagem", other: "Pesquisar {n} imagens" },
+  searchCaptions: { one: "Pesquisar {n} legenda", other: "Pesquisar {n} legendas" },
   howTo: "Digite um texto, ou solte, cole ou escolha uma imagem. Abra um resultado para vê-lo em tamanho grande e encontrar outros parecidos.",
   surprise: "Surpreenda-me",
   surpriseLabel: "uma imagem ao acaso",

@@ -32,6 +32,7 @@ export default {
   unsaveSearch: "取消收藏此搜索",
 
   searchImages: { other: "搜索 {n} 张图片" },
+  searchCaptions: { other: "搜索 {n} 条说明" },
   howTo: "输入文字，或拖入、粘贴、选择一张图片。打开结果可以查看大图，并查找相似图片。",
   surprise: "随便看看",
   surpriseLabel: "一张随机图片",
