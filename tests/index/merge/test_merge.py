@@ -364,7 +364,7 @@ def test_the_old_version_serves_until_the_new_one_is_complete(tmp_path: Path, mo
     old = merge(out, index, config)
     fabricated.commit(out, plan, 1, images[30:], texts[30:])
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
