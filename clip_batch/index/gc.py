@@ -15,7 +15,7 @@ from clip_batch.errors import CorruptError
 from clip_batch.index import kept, removals
 from clip_batch.index.manifest import load_manifest
 from clip_batch.index.paths import VersionPaths
-from clip_batch.index.publications import Publication, publications, read_state
+from clip_batch.index.publications import Publication, is_finished, publications, read_state
 from clip_batch.index.versions import delete, folders_of, live_periods
 from clip_batch.storage.paths import TEMPORARY
 from clip_batch.storage.store import Store
@@ -83,16 +83,12 @@ def gc_index(store: Store, keep: int = KEEP, older_than: float = OLDER_THAN, dry
     return GcReport((*removed, *left), dict(sorted(reasons.items())), size, dry_run)
 
 
-def _is_finished(store: Store, version: str) -> bool:
-    return store.exists(VersionPaths(version).manifest)
-
-
 def _live_before(
     store: Store, log: list[Publication], versions: list[str], keep: int, live: Iterable[str]
 ) -> list[str]:
     """The last `keep` finished versions that were live before the live one."""
     before = dict.fromkeys(entry.version for entry in reversed(log) if entry.version in versions)
-    finished = [version for version in before if version and version not in live and _is_finished(store, version)]
+    finished = [version for version in before if version and version not in live and is_finished(store, version)]
     return finished[:keep]
 
 
@@ -100,7 +96,7 @@ def _young(store: Store, log: list[Publication], version: str, since: float) -> 
     """Why a version is too young to be deleted; "" where it is not."""
     if any(period.end is None or period.end >= since for period in live_periods(version, log)):
         return "was live lately"
-    if _is_finished(store, version):
+    if is_finished(store, version):
         return "was built lately" if _changed(store, [VersionPaths(version).manifest], since) else ""
     if kept.adds_nothing(store, version):
         return ""
@@ -133,7 +129,7 @@ def _needed(store: Store, versions: Iterable[str]) -> dict[str, str]:
 
 def _needs(store: Store, version: str) -> frozenset[str]:
     """The other versions that a version needs, or that a merge needs which is building it."""
-    if _is_finished(store, version):
+    if is_finished(store, version):
         return load_manifest(store, version).needs
     try:
         record = kept.read_record(store, VersionPaths(version).template_record)
@@ -147,14 +143,14 @@ def _why(store: Store, version: str, log: list[Publication]) -> str:
     """Why a version that nothing needs is not kept."""
     if periods := live_periods(version, log):
         return f"was live until {time.strftime('%Y-%m-%d', time.localtime(periods[-1].end))}"
-    if not _is_finished(store, version) and kept.adds_nothing(store, version):
+    if not is_finished(store, version) and kept.adds_nothing(store, version):
         return "its merge found no new row"
     return "never was live"
 
 
 def _left_over(store: Store, version: str, since: float) -> Iterator[Garbage]:
     """What attempts that did not win, killed commands and deleted removal lists have left in a finished version."""
-    if not _is_finished(store, version):
+    if not is_finished(store, version):
         return
     paths, lists = VersionPaths(version), set(removals.histories(store))
     try:

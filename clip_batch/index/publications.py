@@ -74,6 +74,11 @@ def current_version(store: Store) -> str | None:
     return name
 
 
+def is_finished(store: Store, version: str) -> bool:
+    """Whether a version is finished, which it is once it has a manifest."""
+    return store.exists(VersionPaths(version).manifest)
+
+
 def live_version(store: Store) -> str | None:
     """The live version, None where there is none. Errors: as `read_state`."""
     return read_state(store).version
@@ -118,7 +123,7 @@ def publish(store: Store, version: str, onto: str | None) -> None:
             )
         if version in state.dropping:
             raise being_deleted(store, version)
-        if not store.exists(VersionPaths(version).manifest):
+        if not is_finished(store, version):
             raise ConflictError(
                 f"{store.display(version)} was deleted meanwhile: clip-batch versions lists what is there"
             )

@@ -88,7 +88,7 @@ def index_status(store: Store) -> IndexStatus:
     problems = publications.problems(store)
     state = publications.read_state(store)
     folders = [version for version in folders_of(store) if version not in state.dropping]
-    finished = {version for version in folders if store.exists(VersionPaths(version).manifest)}
+    finished = {version for version in folders if publications.is_finished(store, version)}
     unfinished = [version for version in folders if version not in finished and not kept.adds_nothing(store, version)]
     merges = tuple(_progress(store, version, state.version) for version in unfinished)
     manifest = load_manifest(store, state.version) if state.version or not merges else None

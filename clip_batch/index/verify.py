@@ -12,7 +12,6 @@ from clip_batch.index import kept, publications, removals
 from clip_batch.index.ann import faiss_index
 from clip_batch.index.manifest import IndexShard, Manifest, load_manifest
 from clip_batch.index.metadata import MetadataFile
-from clip_batch.index.paths import VersionPaths
 from clip_batch.index.versions import folders_of
 from clip_batch.storage.npy import open_matrix
 from clip_batch.storage.store import Store
@@ -28,7 +27,7 @@ def verify_index(store: Store, deep: bool = False) -> VerifyReport:
     try:
         manifest = load_manifest(store, publications.read_state(store, mending=False).version)
     except CorruptError as error:
-        others = [name for name in folders_of(store) if store.exists(VersionPaths(name).manifest)]
+        others = [name for name in folders_of(store) if publications.is_finished(store, name)]
         remedy = f"; clip-batch versions --index {quote(store.url)} --use goes back to {' or '.join(others)}"
         return VerifyReport(problems={"what is live": f"{error}{remedy if others else ''}", **wrong})
     report = VerifyReport(checked=len(manifest.shards), rows=manifest.rows, problems=wrong)

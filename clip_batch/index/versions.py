@@ -22,6 +22,7 @@ from clip_batch.index.publications import (
     Publication,
     State,
     append,
+    is_finished,
     live_version,
     mend,
     publications,
@@ -81,7 +82,7 @@ def versions(store: Store) -> list[VersionInfo]:
         try:
             found[version] = load_manifest(store, version)
         except CorruptError as error:
-            found[version] = str(error) if store.exists(VersionPaths(version).manifest) else ""
+            found[version] = str(error) if is_finished(store, version) else ""
     live = _live_or_none(store)
     listed = [_info(store, version, found, version == live, log) for version in folders]
     return sorted(listed, key=lambda info: (not info.finished, info.created, info.version))
@@ -209,7 +210,7 @@ def broken(store: Store, files: Mapping[str, StoredFile]) -> str | None:
 
 
 def _finished(store: Store, version: str) -> Manifest:
-    finished = [name for name in folders_of(store) if store.exists(VersionPaths(name).manifest)]
+    finished = [name for name in folders_of(store) if is_finished(store, name)]
     if version not in finished:
         known = ", ".join(finished) or "none: run clip-batch merge"
         raise ConfigError(f"{store.url} has no finished version {version!r}; there are {known}")
@@ -239,7 +240,7 @@ def drop(store: Store, version: str, rebuild: bool = False) -> None:
                 raise ConfigError(f"{store.url} has no version {version!r}; there are {', '.join(folders) or 'none'}")
             if state.version == version and not rebuild:
                 raise ConfigError(f"{store.display(version)} is live: use another version first")
-            if store.exists(VersionPaths(version).manifest):
+            if is_finished(store, version):
                 _refuse_base(store, version, [other for other in folders if other != version])
         if delete(store, state, {version}):
             return
@@ -267,7 +268,7 @@ def delete(store: Store, state: State, doomed: Set[str]) -> bool:
 def _refuse_base(store: Store, version: str, others: list[str]) -> None:
     for other in others:
         where = store.display(other)
-        if not store.exists(VersionPaths(other).manifest):
+        if not is_finished(store, other):
             if kept.adds_nothing(store, other):
                 continue
             raise ConfigError(f"{where} is not finished and may be based on {version}: finish it, or drop it first")

@@ -67,17 +67,17 @@ def merge(
     for _ in range(TRIES):
         job = open_job(*places, config, storage)
         try:
-            return _run(job, say)
+            return run_all(job, say)
         except ConflictError:
             if not config.add:
                 raise
             # Its files stay for gc: the same merge may run in another process, too.
             say(f"another version went live meanwhile, so {job.version} is given up and the merge begins again")
-    return _run(open_job(*places, config, storage), say)
+    return run_all(open_job(*places, config, storage), say)
 
 
-def _run(job: MergeJob, say: Say) -> Manifest:
-    """All tasks of a job, one after another."""
+def run_all(job: MergeJob, say: Say = lambda line: None) -> Manifest:
+    """Run all tasks of a job, one after another, and return the manifest. Errors: as `merge`."""
     if manifest := finished(job, say, rebuild=True):
         return manifest
     train(job, say)

@@ -134,14 +134,15 @@ class Stages:
     def merge(self, request: MergeTask, config: MergeConfig) -> MergeAnswer:
         """Run a task of a merge and return its record, or the version's manifest once the version is complete."""
         job = open_job(request.output, request.index, config, self.storage)
-        manifest = merge_stage.finished(job, rebuild=request.task in ("all", "train"))
+        whole = request.task == "all"
+        manifest = merge_stage.run_all(job) if whole else merge_stage.finished(job, rebuild=request.task == "train")
         if manifest is None:
-            if request.task in ("all", "train"):
+            if request.task == "train":
                 merge_stage.train(job)
             for shard in _shards(job, request):
                 merge_stage.build_shard(job, shard)
-            if request.task in ("all", "manifest"):
-                manifest = merge_stage.publish(job, whole=request.task == "all")
+            if request.task == "manifest":
+                manifest = merge_stage.publish(job)
         version: MergeAnswer = {"version": job.version, "index_shards": job.shards}
         if manifest is not None:
             return {**version, "manifest": json.loads(manifest.to_json())}
@@ -151,8 +152,6 @@ class Stages:
 
 def _shards(job: MergeJob, request: MergeTask) -> range:
     """Return the index shards that the request builds. Raises ConfigError if its shard does not exist."""
-    if request.task == "all":
-        return range(job.shards)
     if request.task != "shard":
         return range(0)
     if request.shard is None or request.shard >= job.shards:
